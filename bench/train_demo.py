@@ -1,0 +1,153 @@
+"""Train the bundled demo model on Python's reference manual, and write it as a Hugging Face folder.
+
+    python bench/train_demo.py --output demo_model
+
+Byte-level BPE and model are trained on the topics that are not held out (see `minillm_jax/demo.py`). A tenth of the
+training windows decides which epoch is kept; the held-out topics are only measured at the end.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from jax import numpy as jnp
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from convert.writer import new_folder, write_stock
+from minillm_jax import demo
+from minillm_jax.calibration import Tokens, cut, tokenise
+from minillm_jax.config import parse
+from minillm_jax.decoder import Decoder, build, final_hidden, initialise, parameter_count
+from minillm_jax.loss import perplexity, token_losses
+from minillm_jax.model import Model
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 1024,
+    "hidden_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 5,
+    "head_dim": 16,
+    "intermediate_size": 256,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "dtype": "float32",
+}
+BATCH, LENGTH = 16, 128
+
+# The manual is a hundred thousand tokens, so a million parameters learn it by heart within ten epochs. A random token in
+# place of some inputs (never of a target) and a strong weight decay put that off.
+REPLACED_INPUTS = 0.15
+WEIGHT_DECAY = 1.0
+
+
+def train_tokenizer(text: str, folder: Path) -> None:
+    """A byte-level BPE of the model's vocabulary, written as tokenizer files."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"],
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>")
+    fast.save_pretrained(folder)
+
+
+def draw_windows(ids: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Windows from random places of the text: every epoch sees other cuts."""
+    starts = rng.integers(0, len(ids) - LENGTH, count)
+    return ids[starts[:, None] + np.arange(LENGTH)]
+
+
+def train(ids: np.ndarray, check: np.ndarray, steps: int, seed: int) -> Decoder:
+    """AdamW with a cosine schedule; the weights with the best perplexity on `check` are returned."""
+    config, sizes = parse(CONFIG, "the demo configuration")
+    decoder = initialise(build(config, sizes), jax.random.key(seed), deviation=0.04)
+    print(f"{parameter_count(decoder):,} parameters, {len(ids):,} training tokens")
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(100, steps // 2), steps, 1e-4)
+    matrices_only = jax.tree.map(lambda leaf: leaf.ndim >= 3, decoder)
+    optimiser = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=WEIGHT_DECAY, mask=matrices_only)
+    )
+    state = optimiser.init(decoder)
+
+    def loss(decoder: Decoder, windows: jax.Array, key: jax.Array) -> jax.Array:
+        where, what = jax.random.split(key)
+        random = jax.random.randint(what, windows.shape, 0, CONFIG["vocab_size"])
+        inputs = jnp.where(jax.random.bernoulli(where, REPLACED_INPUTS, windows.shape), random, windows)
+        return jnp.mean(token_losses(decoder, final_hidden(decoder, inputs), windows))
+
+    @jax.jit
+    def step(
+        decoder: Decoder, state: optax.OptState, windows: jax.Array, key: jax.Array
+    ) -> tuple[Decoder, optax.OptState, jax.Array]:
+        value, gradient = jax.value_and_grad(loss)(decoder, windows, key)
+        updates, state = optimiser.update(gradient, state, decoder)
+        return optax.apply_updates(decoder, updates), state, value
+
+    rng, started = np.random.default_rng(seed), time.perf_counter()
+    best, best_decoder = float("inf"), decoder
+    for number in range(1, steps + 1):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        decoder, state, value = step(decoder, state, jnp.asarray(draw_windows(ids, BATCH, rng)), key)
+        if number % 100 == 0 or number == steps:
+            checked = perplexity(decoder, check).perplexity
+            print(f"step {number} loss {value:.3f} check {checked:.2f} {time.perf_counter() - started:.0f} s", flush=True)
+            if checked < best:
+                best, best_decoder = checked, decoder
+    return best_decoder
+
+
+def greedy(decoder: Decoder, prompt: list[int], count: int) -> list[int]:
+    """The most likely continuation, by full forward passes of one fixed length."""
+    ids = list(prompt)
+    forward = jax.jit(lambda decoder, tokens: decoder(tokens))
+    for _ in range(count):
+        padded = jnp.asarray([ids + [0] * (len(prompt) + count - len(ids))])
+        ids.append(int(jnp.argmax(forward(decoder, padded)[0, len(ids) - 1])))
+    return ids
+
+
+def main() -> None:
+    """Train and write; prints what the model card says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with new_folder(arguments.output.with_name(arguments.output.name + "-tokenizer")) as folder:
+        train_tokenizer(demo.training_text(), folder)
+    folder = arguments.output.with_name(arguments.output.name + "-tokenizer")
+    ids = tokenise(demo.training_text(), folder)
+    split = len(ids) * 19 // 20
+    check = cut(Tokens(ids[split:], "check", 1), 128)
+    decoder = train(ids[:split], check, arguments.steps, arguments.seed)
+    write_stock(Model(decoder, CONFIG, folder), arguments.output)
+    held_out = tokenise(demo.held_out_text(), folder)
+    found = perplexity(decoder, cut(Tokens(held_out, "held out", 1), 128))
+    prompt = tokenise("The following identifiers are", folder).tolist()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    result = {"held_out": vars(found), "sample": tokenizer.decode(greedy(decoder, prompt, 60))}
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

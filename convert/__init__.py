@@ -1,0 +1,1 @@
+"""Conversion between Hugging Face folders and Flax pytrees: one rule table, read in both directions."""

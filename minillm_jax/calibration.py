@@ -1,0 +1,194 @@
+"""Text to windows of token ids."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from minillm_jax.errors import InputError
+
+BLANK_LINE = "\n\n"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of a whole text, and the number of documents it was joined from."""
+
+    ids: Int[np.ndarray, " tokens"]
+    source: str
+    documents: int
+
+
+def read_tokens(source: str | Path, tokenizer_folder: Path, vocabulary: int, bos: bool = False) -> Tokens:
+    """The token ids of a file or a Hub data set, documents joined by blank lines, no special tokens added.
+
+    Args:
+      source: a text file, a .jsonl or .parquet file with a `text` field, a .npy file of token ids, or a Hub data set as
+        `owner/name`, optionally with `:split` (train by default).
+      tokenizer_folder: the model folder whose tokenizer reads the text.
+      vocabulary: number of token ids the model knows.
+      bos: put the tokenizer's beginning-of-sequence token before the text.
+
+    Raises:
+      InputError: the source is missing, empty, or of another form; an id lies outside the vocabulary.
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".npy" and path.is_file():
+        tokens = Tokens(_read_ids(path), str(source), 1)
+    else:
+        documents = list(read_documents(source))
+        text = BLANK_LINE.join(documents)
+        if not text.strip():
+            raise InputError(f"{source}: there is no text in it")
+        tokens = Tokens(tokenise(text, tokenizer_folder, bos), str(source), len(documents))
+    if tokens.ids.size and (tokens.ids.min() < 0 or tokens.ids.max() >= vocabulary):
+        outside = tokens.ids[(tokens.ids < 0) | (tokens.ids >= vocabulary)][0]
+        raise InputError(f"{source}: token id {outside} lies outside the model's vocabulary of {vocabulary}")
+    return tokens
+
+
+def read_documents(source: str | Path) -> Iterator[str]:
+    """The documents of a file (a text file is one document) or of a Hub data set.
+
+    Raises:
+      InputError: the source is missing or of another form.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        yield from _hub_documents(str(source))
+        return
+    try:
+        match path.suffix:
+            case ".jsonl":
+                yield from _jsonl_documents(path)
+            case ".parquet":
+                yield from _parquet_documents(path)
+            case _:
+                yield path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def tokenise(text: str, folder: Path, bos: bool = False) -> Int[np.ndarray, " tokens"]:
+    """Token ids of a text by the tokenizer of a model folder, int32.
+
+    Raises:
+      InputError: the folder has no tokenizer that works without remote code.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a whole text is longer than the context, and is meant to be
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # tokenizers raise many kinds
+        cause = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder}: no usable tokenizer ({cause}); give token ids as .npy instead") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if bos:
+        if tokenizer.bos_token_id is None:
+            raise InputError(f"{folder}: the tokenizer has no beginning-of-sequence token; leave out --bos")
+        ids = [tokenizer.bos_token_id, *ids]
+    return np.asarray(ids, dtype=np.int32)
+
+
+def cut(tokens: Tokens, length: int) -> Int[np.ndarray, "B T"]:
+    """A text cut into consecutive windows of `length` tokens; the last partial window is dropped.
+
+    Raises:
+      InputError: the length is below 2, or the text is shorter than one window.
+    """
+    if length < 2:
+        raise InputError(f"a window of {length} tokens has nothing to predict; use at least 2")
+    count = len(tokens.ids) // length
+    if count == 0:
+        raise InputError(f"{tokens.source}: {len(tokens.ids)} tokens are less than one window of {length}")
+    return tokens.ids[: count * length].reshape(count, length)
+
+
+def sample(tokens: Tokens, samples: int, length: int, seed: int) -> Int[np.ndarray, "B T"]:
+    """`samples` different windows of a text, drawn without replacement by a seed.
+
+    Raises:
+      InputError: the text holds fewer windows than that.
+    """
+    if samples < 1:
+        raise InputError(f"--samples must be at least 1, found {samples}")
+    windows = cut(tokens, length)
+    if len(windows) < samples:
+        raise InputError(
+            f"{tokens.source}: {len(tokens.ids)} tokens make {len(windows)} windows of {length}, but {samples} are "
+            "asked for; give more text, or fewer or shorter samples"
+        )
+    chosen = np.random.default_rng(seed).choice(len(windows), samples, replace=False)
+    return windows[chosen]
+
+
+def _read_ids(path: Path) -> Int[np.ndarray, " tokens"]:
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a NumPy array of token ids ({error})") from error
+    if not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
+        raise InputError(f"{path}: expected whole-number token ids, found {ids.dtype} of shape {ids.shape}")
+    return ids.reshape(-1).astype(np.int64)
+
+
+def _jsonl_documents(path: Path) -> Iterator[str]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}: line {number} is not JSON ({error})") from error
+            yield _text_of(row, f"{path}: line {number}")
+
+
+def _parquet_documents(path: Path) -> Iterator[str]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f"{path}: parquet needs the data extra: pip install 'minillm-jax[data]'") from error
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"{path}: not a parquet file ({error})") from error
+    if "text" not in table.column_names:
+        raise InputError(f"{path}: expected a column 'text', found {', '.join(table.column_names)}")
+    for value in table.column("text").to_pylist():
+        yield _text_of({"text": value}, str(path))
+
+
+def _text_of(row: Any, where: str) -> str:
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise InputError(f"{where}: expected an object with a string 'text'")
+    return text
+
+
+def _hub_documents(source: str) -> Iterator[str]:
+    name, _, split = source.partition(":")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).suffix:
+        raise InputError(f"{source}: no such file; give a text, .jsonl, .parquet or .npy file, or a Hub data set")
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"{source}: no such file, and Hub data sets need the data extra: pip install 'minillm-jax[data]'"
+        ) from error
+    try:
+        rows = datasets.load_dataset(name, split=split or "train", streaming=True)
+    except Exception as error:  # the Hub client raises many kinds
+        cause = str(error).strip().splitlines()[0]
+        raise InputError(f"{source}: no such file, and the Hub could not provide it ({cause})") from error
+    for row in rows:
+        yield _text_of(row, source)

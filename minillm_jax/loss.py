@@ -1,0 +1,79 @@
+"""Cross entropy in chunks, and perplexity."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import exp
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minillm_jax.decoder import Decoder, final_hidden, project_to_vocabulary
+
+# Logits alive at once, in elements: 32 MiB of float32, whatever the batch, the length and the vocabulary.
+LOGITS_AT_ONCE = 2**23
+
+# Tokens of one forward pass when nothing else is asked for.
+TOKENS_AT_ONCE = 4096
+
+
+def token_losses(
+    decoder: Decoder, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"]
+) -> Float[Array, "B predictions"]:
+    """Next-token cross entropy of every position but the last, float32 [B, T - 1], in nats.
+
+    The logits of a few positions exist at a time, never a [B, T, V] array; in reverse mode they are computed again.
+    """
+    batch, length, size = hidden.shape
+
+    @jax.checkpoint
+    def one(state_and_target: tuple[Array, Array]) -> Array:
+        state, target = state_and_target
+        logits = project_to_vocabulary(decoder, state)  # [V]
+        return jax.nn.logsumexp(logits) - jnp.take(logits, target)
+
+    states = hidden[:, :-1].reshape(-1, size)
+    targets = tokens[:, 1:].reshape(-1)
+    chunk = max(1, LOGITS_AT_ONCE // decoder.embedding.shape[0])
+    losses = jax.lax.map(one, (states, targets), batch_size=min(chunk, states.shape[0]))
+    return losses.reshape(batch, length - 1)
+
+
+@jax.jit
+def sequence_losses(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, " B"]:
+    """Summed cross entropy of each sequence, float32 [B], in nats."""
+    return jnp.sum(token_losses(decoder, final_hidden(decoder, tokens), tokens), axis=1)
+
+
+def batches(windows: Int[np.ndarray, "B T"], at_once: int = TOKENS_AT_ONCE) -> list[Int[np.ndarray, "b T"]]:
+    """Windows cut into batches of at most that many tokens (at least one window), of at most two sizes."""
+    per_batch = max(1, at_once // windows.shape[1])
+    return np.array_split(windows, -(-len(windows) // per_batch))
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(total negative log likelihood / predictions) over non-overlapping windows."""
+
+    perplexity: float
+    tokens: int
+    window: int
+    windows: int
+    loss: float
+
+
+def perplexity(
+    decoder: Decoder, windows: Int[np.ndarray, "B T"], progress: Callable[[int, int], None] | None = None
+) -> Perplexity:
+    """Perplexity over windows of token ids: T - 1 predictions a window, totals in float64."""
+    total, done = 0.0, 0
+    for batch in batches(windows):
+        total += float(np.sum(np.asarray(sequence_losses(decoder, jnp.asarray(batch))), dtype=np.float64))
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(windows))
+    count, length = windows.shape
+    predictions = count * (length - 1)
+    loss = total / predictions
+    return Perplexity(exp(loss), predictions, length, count, loss)
