@@ -51,7 +51,7 @@ BATCH, LENGTH = 16, 128
 
 # The manual is a hundred thousand tokens, so a million parameters learn it by heart within ten epochs. A random token in
 # place of some inputs (never of a target) and a strong weight decay put that off.
-REPLACED_INPUTS = 0.15
+REPLACED_INPUTS = 0.3
 WEIGHT_DECAY = 1.0
 
 

@@ -15,6 +15,15 @@ BLANK_LINE = "\n\n"
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """Windows of token ids that statistics and gradients are estimated on, and where they came from."""
+
+    windows: Int[np.ndarray, "B T"]
+    source: str
+    seed: int
+
+
+@dataclass(frozen=True)
 class Tokens:
     """Token ids of a whole text, and the number of documents it was joined from."""
 

@@ -1,0 +1,45 @@
+"""`python -m convert to-flax MODEL OUT` and `python -m convert to-torch CKPT OUT`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from minillm_jax.errors import InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Convert, and say where the result lies; bad input is one sentence on standard error and exit status 2."""
+    parser = argparse.ArgumentParser(prog="python -m convert", description="Hugging Face folders ↔ Flax checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, source, words in (
+        ("to-flax", "MODEL", "Hugging Face folder or Hub id → Orbax checkpoint of the Flax pytree"),
+        ("to-torch", "CKPT", "Flax checkpoint → Hugging Face folder"),
+    ):
+        command = commands.add_parser(name, help=words, description=words)
+        command.add_argument("source", metavar=source)
+        command.add_argument("output", metavar="OUT", help="folder to write; it must not exist")
+        command.add_argument("--dtype", help="float32, bfloat16 or float16; the stored type by default")
+    chosen = parser.parse_args(arguments)
+    try:
+        print(f"written to {convert(chosen.command, chosen.source, chosen.output, chosen.dtype)}")
+    except InputError as error:
+        print(f"convert: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def convert(command: str, source: str, output: str, dtype: str | None = None) -> str:
+    """Read a model from `source` and write it as `to-flax` or `to-torch` to `output`.
+
+    Raises:
+      InputError: the source cannot be read, or the output exists.
+    """
+    from convert import reader, writer
+
+    writer.check_new(output)
+    model = reader.read_model(source, dtype)
+    write = writer.write_flax if command == "to-flax" else writer.write_stock
+    return str(write(model, output))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Structured pruning of language models with forward passes alone.
+
+    import minillm_jax as mj
+
+    model = mj.load("path/or/hub-id")
+    calibration = mj.calibrate(model, "text.txt")
+    scores = mj.score(model, calibration, mj.Scoring("fms"))
+    pruned = mj.prune(model, scores, ratio=0.2)
+    mj.save(pruned, "pruned")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minillm_jax.calibration import Calibration as Calibration
+    from minillm_jax.errors import InputError as InputError
+    from minillm_jax.estimate.loop import Spsa as Spsa
+    from minillm_jax.model import Model as Model
+    from minillm_jax.pipeline import Scores as Scores
+    from minillm_jax.pipeline import Scoring as Scoring
+    from minillm_jax.pipeline import calibrate as calibrate
+    from minillm_jax.pipeline import evaluate as evaluate
+    from minillm_jax.pipeline import load as load
+    from minillm_jax.pipeline import prune as prune
+    from minillm_jax.pipeline import save as save
+    from minillm_jax.pipeline import score as score
+
+__version__ = "0.1.0"
+
+# Resolved on first use: `import minillm_jax.config`, or the help of a command, must not import JAX and transformers.
+_HOME = {
+    "Calibration": "calibration",
+    "InputError": "errors",
+    "Model": "model",
+    "Scores": "pipeline",
+    "Scoring": "pipeline",
+    "Spsa": "estimate.loop",
+    "calibrate": "pipeline",
+    "evaluate": "pipeline",
+    "load": "pipeline",
+    "prune": "pipeline",
+    "save": "pipeline",
+    "score": "pipeline",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

@@ -1,0 +1,177 @@
+"""The command line: the only place that prints, asks for a path, or exits.
+
+Commands import what they need when they run, so that `--help` answers at once.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minillm_jax import __version__
+from minillm_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from minillm_jax.pipeline import Job, Progress
+
+app = typer.Typer(
+    help="Make a language model physically smaller with forward passes alone.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local model folder or a Hub id.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def main() -> None:
+    """Entry point of `minillm-jax`: bad input is one sentence on standard error and exit status 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"minillm-jax: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"minillm-jax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def prune(
+    model: ModelArgument,
+    ratio: Annotated[float, typer.Option(help="Share of the heads and channels of every layer that goes, in (0, 1).")],
+    calibration: Annotated[
+        str, typer.Option(help="Text, .jsonl, .parquet or .npy (token ids) file, or a Hub data set OWNER/NAME[:SPLIT].")
+    ],
+    output: Annotated[str, typer.Option(help="Folder to write; it must not exist.")],
+    criterion: Annotated[str, typer.Option(help="fms, wanda, magnitude, random, or noise (the control of fms).")] = "fms",
+    samples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 10,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 128,
+    seed: Annotated[int, typer.Option(help="Decides windows, directions, noise and random scores.")] = 0,
+    directions: Annotated[int, typer.Option(help="Random directions of the gradient estimate.")] = 16,
+    epsilon: Annotated[float, typer.Option(help="Step along a direction.")] = 1e-3,
+    distribution: Annotated[str, typer.Option(help="Of the directions: gaussian or rademacher.")] = "gaussian",
+    directions_at_once: Annotated[int, typer.Option(help="Directions vmapped into one pass: faster, more memory.")] = 1,
+    activation_norm: Annotated[str, typer.Option(help="l2, rms, mean-abs or none.")] = "l2",
+    within: Annotated[str | None, typer.Option(help="Reduction inside a structure: sum, mean, max, l2.")] = None,
+    across: Annotated[str | None, typer.Option(help="Over a group's structures: max, sum, mean, prod, last.")] = None,
+    layers: Annotated[str | None, typer.Option(metavar="A:B", help="Prune layers A to B - 1 only.")] = None,
+    evaluate: Annotated[str | None, typer.Option(help="Text for the perplexity before and after.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens of an evaluation window.")] = 128,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prune a model and write it as a Hugging Face folder."""
+    from minillm_jax.estimate.loop import Spsa
+    from minillm_jax.pipeline import Job, Scoring
+
+    spsa = Spsa(directions, epsilon, seed, distribution, directions_at_once)
+    scoring = Scoring(criterion, spsa, activation_norm, within, across, seed)
+    span = None if layers is None else _layer_range(layers)
+    job = Job(model, calibration, output, ratio, samples, seq_len, seed, scoring, span, evaluate, window, dtype)
+    _run(job, as_json)
+
+
+@app.command("eval")
+def evaluate_model(
+    model: ModelArgument,
+    text: Annotated[str, typer.Option(help="Text, .jsonl, .parquet or .npy (token ids) file, or a Hub data set.")],
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 128,
+    bos: Annotated[bool, typer.Option("--bos", help="Put the beginning-of-sequence token before the text.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity over non-overlapping windows of a whole text."""
+    from minillm_jax import pipeline, report
+
+    with _progress(quiet=as_json) as progress:
+        found = pipeline.evaluate(pipeline.load(model, dtype), text, window, bos, progress)
+    _show(as_json, lambda: report.perplexity_json(model, text, found), lambda: report.perplexity_table(model, text, found))
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="Folder to write; it must not exist.")] = "demo-pruned",
+    ratio: Annotated[float, typer.Option(help="Share of the heads and channels of every layer that goes.")] = 0.2,
+    criterion: Annotated[str, typer.Option(help="As in prune.")] = "fms",
+    as_json: JsonOption = False,
+) -> None:
+    """Prune the bundled demo model and measure it on text it has never seen."""
+    import tempfile
+
+    from minillm_jax import demo as bundled
+    from minillm_jax.pipeline import Job, Scoring
+
+    with tempfile.TemporaryDirectory() as folder:
+        training, held_out = Path(folder, "training.txt"), Path(folder, "held-out.txt")
+        training.write_text(bundled.training_text(), encoding="utf-8")
+        held_out.write_text(bundled.held_out_text(), encoding="utf-8")
+        job = Job(
+            str(bundled.FOLDER), str(training), output, ratio, scoring=Scoring(criterion), evaluation=str(held_out)
+        )
+        _run(job, as_json)
+
+
+def _run(job: "Job", as_json: bool) -> None:
+    from minillm_jax import pipeline, report
+
+    with _progress(quiet=as_json) as progress:
+        result = pipeline.run(job, progress)
+    _show(as_json, lambda: report.result_json(result), lambda: report.result_table(result))
+
+
+def _show(as_json: bool, value: Callable[[], dict[str, Any]], table: Callable[[], "Table"]) -> None:
+    from rich.console import Console
+
+    if as_json:
+        print(json.dumps(value()))
+    else:
+        Console().print(table())
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator["Progress"]:
+    """A progress bar for each stage on standard error; none where nobody looks."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield update
+
+
+def _layer_range(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if not colon or not first.isdigit() or not last.isdigit():
+        raise InputError(f"--layers {text!r} is not a range; expected A:B, 4:30 for example")
+    return int(first), int(last)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Forward passes in, numbers out: directions, projected gradients, activation statistics."""

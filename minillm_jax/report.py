@@ -1,0 +1,72 @@
+"""Tables for people and JSON for programs, from result objects."""
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from minillm_jax.loss import Perplexity
+from minillm_jax.pipeline import Result
+
+
+def result_json(result: Result) -> dict[str, Any]:
+    """A pruning job as one JSON object."""
+    record = result.pruned.record or {}
+    return {
+        "output": result.job.output,
+        "parameters_before": record["parameters_before"],
+        "parameters_after": record["parameters_after"],
+        "perplexity_before": None if result.before is None else asdict(result.before),
+        "perplexity_after": None if result.after is None else asdict(result.after),
+        "groups": _groups(record),
+        "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
+        "settings": {key: record[key] for key in ("ratio", "layers", "scoring", "calibration")},
+    }
+
+
+def result_table(result: Result) -> Table:
+    """A pruning job as a table: sizes and perplexity before and after, seconds, where the result lies."""
+    record = result.pruned.record or {}
+    table = Table(title=f"{result.job.model} pruned by {record['ratio']:.0%} with {result.job.scoring.criterion}")
+    for heading in ("", "before", "after", "change"):
+        table.add_column(heading, justify="left" if not heading else "right", overflow="fold")
+    before, after = record["parameters_before"], record["parameters_after"]
+    table.add_row("parameters", f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
+    for kind, words in (("head", "key/value heads a layer"), ("channel", "MLP channels a layer")):
+        counts = _groups(record)[kind]
+        table.add_row(words, _span(counts["before"]), _span(counts["after"]), "")
+    if result.before is not None and result.after is not None:
+        ratio = result.after.perplexity / result.before.perplexity
+        before_text, after_text = f"{result.before.perplexity:.3f}", f"{result.after.perplexity:.3f}"
+        table.add_row("perplexity", before_text, after_text, f"× {ratio:.2f}")
+    table.add_section()
+    table.add_row("seconds", "", f"{sum(result.seconds.values()):.1f}", "")
+    table.caption = f"written to {result.job.output}"
+    return table
+
+
+def perplexity_json(model: str, source: str, found: Perplexity) -> dict[str, Any]:
+    """An evaluation as one JSON object."""
+    return {"model": model, "text": source, **asdict(found)}
+
+
+def perplexity_table(model: str, source: str, found: Perplexity) -> Table:
+    """An evaluation as a table."""
+    table = Table(title=f"{model} on {source}")
+    for heading in ("perplexity", "loss (nats)", "predictions", "windows", "window"):
+        table.add_column(heading, justify="right")
+    table.add_row(
+        f"{found.perplexity:.3f}", f"{found.loss:.4f}", f"{found.tokens:,}", f"{found.windows:,}", str(found.window)
+    )
+    return table
+
+
+def _groups(record: dict[str, Any]) -> dict[str, dict[str, list[int]]]:
+    return {
+        kind: {"before": record["groups_before"][kind], "after": [len(indices) for indices in rows]}
+        for kind, rows in record["kept"].items()
+    }
+
+
+def _span(counts: list[int]) -> str:
+    return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"

@@ -1,0 +1,1 @@
+"""Numbers in, kept indices out. Nothing here runs a model."""

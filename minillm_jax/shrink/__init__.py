@@ -1,0 +1,1 @@
+"""Kept indices in, a smaller pytree out."""

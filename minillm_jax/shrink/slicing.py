@@ -1,0 +1,65 @@
+"""The same take() for every structure of the table: groups are removed by slicing the pytree."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jaxtyping import Array, Int
+
+from minillm_jax import groups
+from minillm_jax.decoder import Block, Decoder, depth, group_count
+
+Kept = Mapping[str, Sequence[Int[np.ndarray, " kept"]]]
+
+
+def slice_groups(decoder: Decoder, kept: Kept) -> Decoder:
+    """A decoder with only the kept groups of every layer; embeddings, norms and head are shared with the original.
+
+    Layers of a run that keep equal numbers are sliced together, so at most the dense and the sliced weights exist at
+    once; neighbouring runs that end up equal become one.
+
+    Args:
+      decoder: the model.
+      kept: kind of group -> for each layer, the indices that stay, ascending.
+    """
+    pieces: list[Block] = []
+    first = 0
+    for run in decoder.runs:
+        for start, stop in _segments(kept, first, first + depth(run)):
+            indices = {kind: jnp.asarray(np.stack(rows[start:stop])) for kind, rows in kept.items()}
+            pieces.append(_take(run, indices, start - first, stop - first))
+        first += depth(run)
+    merged = [_concatenate(list(equal)) for _, equal in groupby(pieces, _layer_shapes)]
+    return Decoder(decoder.config, decoder.embedding[...], merged, decoder.final_norm, decoder.head)
+
+
+def _segments(kept: Kept, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Ranges of consecutive layers that keep equal numbers of every kind."""
+    for _, layers in groupby(range(first, last), lambda layer: [len(rows[layer]) for rows in kept.values()]):
+        found = list(layers)
+        yield found[0], found[-1] + 1
+
+
+@partial(jax.jit, static_argnames=("start", "stop"))
+def _take(run: Block, kept: dict[str, Int[Array, "L kept"]], start: int, stop: int) -> Block:
+    counts = {kind: group_count(run, kind) for kind in kept}
+
+    def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
+        axes, array = groups.BLOCK_AXES[groups.array_path(path)], array[start:stop]
+        for kind, indices in kept.items():
+            one_layer = partial(groups.take_groups, axes=axes, kind=kind, count=counts[kind])
+            array = jax.vmap(lambda a, i, take=one_layer: take(a, kept=i))(array, indices)
+        return array
+
+    return jax.tree_util.tree_map_with_path(leaf, run)
+
+
+def _layer_shapes(run: Block) -> tuple[tuple[int, ...], ...]:
+    return tuple(leaf.shape[1:] for leaf in jax.tree.leaves(run))
+
+
+def _concatenate(runs: list[Block]) -> Block:
+    return runs[0] if len(runs) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *runs)
