@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from minillm_jax.decoder import Decoder, build, final_hidden, initialise, parame
 from minillm_jax.loss import perplexity, token_losses
 from minillm_jax.model import Model
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 1024,
@@ -49,8 +50,8 @@ CONFIG = {
 }
 BATCH, LENGTH = 16, 128
 
-# The manual is a hundred thousand tokens, so a million parameters learn it by heart within ten epochs. A random token in
-# place of some inputs (never of a target) and a strong weight decay put that off.
+# The manual is a hundred thousand tokens, so a million parameters learn it by heart within ten epochs. A random token
+# in place of some inputs (never of a target) and a strong weight decay put that off.
 REPLACED_INPUTS = 0.3
 WEIGHT_DECAY = 1.0
 
@@ -67,8 +68,11 @@ def train_tokenizer(text: str, folder: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator([text], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>")
-    fast.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # By hand, because transformers 5 writes a class name here that earlier versions do not know.
+    settings = {"bos_token": "<|end|>", "eos_token": "<|end|>", "model_max_length": CONFIG["max_position_embeddings"]}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def draw_windows(ids: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -80,7 +84,7 @@ def draw_windows(ids: np.ndarray, count: int, rng: np.random.Generator) -> np.nd
 def train(ids: np.ndarray, check: np.ndarray, steps: int, seed: int) -> Decoder:
     """AdamW with a cosine schedule; the weights with the best perplexity on `check` are returned."""
     config, sizes = parse(CONFIG, "the demo configuration")
-    decoder = initialise(build(config, sizes), jax.random.key(seed), deviation=0.04)
+    decoder: Any = initialise(build(config, sizes), jax.random.key(seed), deviation=0.04)
     print(f"{parameter_count(decoder):,} parameters, {len(ids):,} training tokens")
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(100, steps // 2), steps, 1e-4)
     matrices_only = jax.tree.map(lambda leaf: leaf.ndim >= 3, decoder)
@@ -97,8 +101,8 @@ def train(ids: np.ndarray, check: np.ndarray, steps: int, seed: int) -> Decoder:
 
     @jax.jit
     def step(
-        decoder: Decoder, state: optax.OptState, windows: jax.Array, key: jax.Array
-    ) -> tuple[Decoder, optax.OptState, jax.Array]:
+        decoder: Any, state: optax.OptState, windows: jax.Array, key: jax.Array
+    ) -> tuple[Any, optax.OptState, jax.Array]:
         value, gradient = jax.value_and_grad(loss)(decoder, windows, key)
         updates, state = optimiser.update(gradient, state, decoder)
         return optax.apply_updates(decoder, updates), state, value
@@ -110,7 +114,9 @@ def train(ids: np.ndarray, check: np.ndarray, steps: int, seed: int) -> Decoder:
         decoder, state, value = step(decoder, state, jnp.asarray(draw_windows(ids, BATCH, rng)), key)
         if number % 100 == 0 or number == steps:
             checked = perplexity(decoder, check).perplexity
-            print(f"step {number} loss {value:.3f} check {checked:.2f} {time.perf_counter() - started:.0f} s", flush=True)
+            print(
+                f"step {number} loss {value:.3f} check {checked:.2f} {time.perf_counter() - started:.0f} s", flush=True
+            )
             if checked < best:
                 best, best_decoder = checked, decoder
     return best_decoder
@@ -145,7 +151,9 @@ def main() -> None:
     found = perplexity(decoder, cut(Tokens(held_out, "held out", 1), 128))
     prompt = tokenise("The following identifiers are", folder).tolist()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    result = {"held_out": vars(found), "sample": tokenizer.decode(greedy(decoder, prompt, 60))}
+    counts = np.bincount(ids, minlength=CONFIG["vocab_size"]) + 1
+    unigram = float(np.exp(-np.mean(np.log(counts / counts.sum())[held_out])))
+    result = {"held_out": vars(found), "unigram_perplexity": unigram, "sample": tokenizer.decode(greedy(decoder, prompt, 60))}
     print(json.dumps(result, indent=2))
 
 

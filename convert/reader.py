@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from convert import rules
 from minillm_jax import config as decoder_config
-from minillm_jax.decoder import Decoder, build
+from minillm_jax import groups
+from minillm_jax.decoder import Decoder, build, named_arrays
 from minillm_jax.errors import InputError
 from minillm_jax.model import Model
 
@@ -190,26 +191,34 @@ def _read_flax(abstract: Decoder, folder: Path, dtype: np.dtype | None) -> Decod
     """An abstract decoder filled from an Orbax checkpoint, in the types stored there unless one is asked for."""
     from orbax.checkpoint import v1 as ocp
 
+    where = str(folder.resolve())
     try:
-        tree = ocp.load(folder.resolve())
+        stored = ocp.metadata(where).metadata
+        _check_stored(abstract, stored, where)
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        wanted = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place), stored
+        )
+        arrays = _by_path(ocp.load(where, wanted))
+    except InputError:
+        raise
     except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
         raise InputError(f"{folder}: not a whole Orbax checkpoint ({' '.join(str(error).split())})") from error
-    found = _flatten(tree)
-
-    def leaf(path: jax.tree_util.KeyPath, expected: jax.ShapeDtypeStruct) -> jax.Array:
-        name = rules.groups.array_path(path)
-        array = found.pop(name, None)
-        if array is None or array.shape != expected.shape:
-            shape = "nothing" if array is None else array.shape
-            raise InputError(f"{folder}: array {name!r} has shape {shape}, expected {expected.shape}")
-        return jax.device_put(array if dtype is None else array.astype(dtype))
-
-    decoder = jax.tree_util.tree_map_with_path(leaf, abstract)
-    if found:
-        raise InputError(f"{folder}: unknown array {sorted(found)[0]!r}; the configuration has no place for it")
-    return decoder
+    return jax.tree_util.tree_map_with_path(lambda path, _: arrays[groups.array_path(path)], abstract)
 
 
-def _flatten(tree: Any) -> dict[str, Any]:
+def _check_stored(abstract: Decoder, stored: Any, where: str) -> None:
+    """Whether a checkpoint holds just the arrays that the configuration has a place for."""
+    expected = {path: leaf.shape for path, leaf in named_arrays(abstract)}
+    found = {path: leaf.shape for path, leaf in _by_path(stored).items()}
+    for path in sorted(expected.keys() | found.keys()):
+        if expected.get(path) != found.get(path):
+            raise InputError(
+                f"{where}: array {path!r} has shape {found.get(path, 'none: it is missing')}, "
+                f"but the configuration expects {expected.get(path, 'no such array')}"
+            )
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    return {groups.array_path(path): leaf for path, leaf in leaves}

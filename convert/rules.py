@@ -3,17 +3,18 @@
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from convert.families import TABLES, FamilyTable, Rule
 from minillm_jax import groups
-from minillm_jax.decoder import Block, Decoder, depth
+from minillm_jax.decoder import Block, Decoder, depth, named_arrays
 from minillm_jax.errors import InputError
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """Named tensors that are read one at a time."""
 
@@ -137,7 +138,8 @@ def _match_names(bound: list[Binding], source: TensorSource, table: FamilyTable)
         if name != table.tied_copy and not any(re.fullmatch(pattern, name) for pattern in table.harmless):
             shape = source.shape(stored[name])
             raise InputError(
-                f"{source.where}: unknown tensor {stored[name]!r} of shape {shape}; the configuration has no place for it"
+                f"{source.where}: unknown tensor {stored[name]!r} of shape {shape}; "
+                "the configuration has no place for it"
             )
     for name, binding in expected.items():
         found = source.shape(stored[name])
@@ -193,15 +195,9 @@ def _check_tied_copy(decoder: Decoder, stored: Mapping[str, str], source: Tensor
 
 def tensors(decoder: Decoder, wanted: Container[str]) -> Iterator[tuple[str, np.ndarray]]:
     """The stored tensors of a decoder whose names are wanted, one at a time, in the Hugging Face layout."""
-    arrays = arrays_by_path(decoder)
+    arrays = dict(named_arrays(decoder))
     for binding in bindings(decoder):
         if binding.name in wanted:
             array = arrays[binding.path]
             piece = array if binding.index is None else array[binding.index]
             yield binding.name, binding.to_torch(np.asarray(piece))
-
-
-def arrays_by_path(decoder: Decoder) -> dict[str, Any]:
-    """Every array of a decoder by its dotted path."""
-    leaves = jax.tree_util.tree_leaves_with_path(decoder)
-    return {groups.array_path(path): leaf for path, leaf in leaves}

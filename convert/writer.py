@@ -1,6 +1,7 @@
 """Folders of weights out: stock Hugging Face folders and Flax checkpoints, whole or not at all."""
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file
 
 from convert import rules
 from convert.reader import COMPANIONS, CONFIG, FLAX_WEIGHTS, INDEX
-from minillm_jax.decoder import Decoder, group_counts, layer_count
+from minillm_jax.decoder import Decoder, group_counts, layer_count, named_arrays
 from minillm_jax.errors import InputError
 from minillm_jax.layers import Rope
 from minillm_jax.model import Model
@@ -77,7 +78,7 @@ def write_flax(model: Model, output: str | Path) -> Path:
     config = stock_config(model.decoder, model.raw_config)
     with new_folder(output) as scratch:
         _write_json(scratch / CONFIG, config)
-        ocp.save((scratch / FLAX_WEIGHTS).resolve(), nnx.to_pure_dict(nnx.state(model.decoder)))
+        ocp.save(str((scratch / FLAX_WEIGHTS).resolve()), nnx.to_pure_dict(nnx.state(model.decoder)))
         _write_companions(model, scratch)
     return Path(output)
 
@@ -112,8 +113,8 @@ def _equal(decoder: Decoder, kind: str, words: str) -> int:
     counts = group_counts(decoder, kind)
     if len(set(counts)) > 1:
         raise InputError(
-            f"the layers keep unequal numbers of {words} ({', '.join(map(str, counts))}), which no stock class can hold; "
-            "prune all layers by the same ratio (leave out --layers)"
+            f"the layers keep unequal numbers of {words} ({', '.join(map(str, counts))}), which no stock class "
+            "can hold; prune all layers by the same ratio (leave out --layers)"
         )
     return counts[0]
 
@@ -155,7 +156,7 @@ class _Planned:
 
 
 def _write_shards(decoder: Decoder, folder: Path, max_shard_size: str) -> None:
-    leaf_types = {name: leaf.dtype for name, leaf in rules.arrays_by_path(decoder).items()}
+    leaf_types = {name: leaf.dtype for name, leaf in named_arrays(decoder)}
     planned = {
         binding.name: _Planned(int(np.prod(binding.stored_shape())) * leaf_types[binding.path].itemsize)
         for binding in rules.bindings(decoder)
@@ -168,6 +169,7 @@ def _write_shards(decoder: Decoder, folder: Path, max_shard_size: str) -> None:
     )
     for file, names in plan.filename_to_tensors.items():
         save_file(dict(rules.tensors(decoder, set(names))), folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors makes its files readable by their owner alone
     if plan.is_sharded:
         _write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 
@@ -181,4 +183,7 @@ def _write_companions(model: Model, folder: Path) -> None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2)
+    # Lists of numbers (kept indices run to thousands) on one line.
+    compact = re.sub(r"\[[\s\d,]+\]", lambda numbers: " ".join(numbers[0].split()), text)
+    path.write_text(compact + "\n", encoding="utf-8")

@@ -1,12 +1,12 @@
 """Structured pruning of language models with forward passes alone.
 
-    import minillm_jax as mj
+import minillm_jax as mj
 
-    model = mj.load("path/or/hub-id")
-    calibration = mj.calibrate(model, "text.txt")
-    scores = mj.score(model, calibration, mj.Scoring("fms"))
-    pruned = mj.prune(model, scores, ratio=0.2)
-    mj.save(pruned, "pruned")
+model = mj.load("path/or/hub-id")
+calibration = mj.calibrate(model, "text.txt")
+scores = mj.score(model, calibration, mj.Scoring("fms"))
+pruned = mj.prune(model, scores, ratio=0.2)
+mj.save(pruned, "pruned")
 """
 
 from importlib import import_module
@@ -44,7 +44,20 @@ _HOME = {
     "score": "pipeline",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "Calibration",
+    "InputError",
+    "Model",
+    "Scores",
+    "Scoring",
+    "Spsa",
+    "calibrate",
+    "evaluate",
+    "load",
+    "prune",
+    "save",
+    "score",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -189,7 +189,7 @@ def _hub_documents(source: str) -> Iterator[str]:
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).suffix:
         raise InputError(f"{source}: no such file; give a text, .jsonl, .parquet or .npy file, or a Hub data set")
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:
         raise InputError(
             f"{source}: no such file, and Hub data sets need the data extra: pip install 'minillm-jax[data]'"

@@ -62,7 +62,9 @@ def prune(
         str, typer.Option(help="Text, .jsonl, .parquet or .npy (token ids) file, or a Hub data set OWNER/NAME[:SPLIT].")
     ],
     output: Annotated[str, typer.Option(help="Folder to write; it must not exist.")],
-    criterion: Annotated[str, typer.Option(help="fms, wanda, magnitude, random, or noise (the control of fms).")] = "fms",
+    criterion: Annotated[
+        str, typer.Option(help="fms, wanda, magnitude, random, or noise (the control of fms).")
+    ] = "fms",
     samples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 10,
     seq_len: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 128,
     seed: Annotated[int, typer.Option(help="Decides windows, directions, noise and random scores.")] = 0,
@@ -104,7 +106,9 @@ def evaluate_model(
 
     with _progress(quiet=as_json) as progress:
         found = pipeline.evaluate(pipeline.load(model, dtype), text, window, bos, progress)
-    _show(as_json, lambda: report.perplexity_json(model, text, found), lambda: report.perplexity_table(model, text, found))
+    _show(
+        as_json, lambda: report.perplexity_json(model, text, found), lambda: report.perplexity_table(model, text, found)
+    )
 
 
 @app.command()

@@ -79,7 +79,9 @@ def parse(raw: Mapping[str, Any], where: str) -> tuple[DecoderConfig, Sizes]:
         config = FAMILIES[family](raw, where)
         return config, _sizes(raw, where)
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{where}: the configuration is incomplete or malformed ({error!r}); is it a {family}?") from error
+        raise InputError(
+            f"{where}: the configuration is incomplete or malformed ({error!r}); is it a {family}?"
+        ) from error
 
 
 def _sizes(raw: Mapping[str, Any], where: str) -> Sizes:

@@ -28,6 +28,7 @@ class Linear(nnx.Module):
         self.bias = None if bias is None else nnx.Param(bias)
 
     def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The product along the equation's axes, plus the bias along its last ones."""
         y = layers.einsum(equation, x, self.kernel[...])
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
 
@@ -39,6 +40,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(scale)
 
     def __call__(self, x: Float[Array, "..."], epsilon: float) -> Float[Array, "..."]:
+        """The norm over the last axis."""
         return layers.rms_norm(x, self.scale[...], epsilon)
 
 
@@ -83,41 +85,40 @@ class Decoder(nnx.Module):
 
 
 def build(config: DecoderConfig, sizes: Sizes, dtype: DTypeLike = jnp.float32) -> Decoder:
-    """The decoder with `jax.ShapeDtypeStruct` leaves: what loading, initialising and restoring all fill in.
+    """The decoder with `jax.ShapeDtypeStruct` leaves: what loading, initialising and restoring fill in.
 
     Example:
       >>> abstract = build(config, sizes)
       >>> decoder = initialise(abstract, jax.random.key(0))
     """
-    outer_sizes = {"V": sizes.V, "D": sizes.D}
 
-    def leaf(table: dict[str, str], path: str, sizes_of: dict[str, int], stack: tuple[int, ...] = ()) -> Any:
+    def leaf(path: str, axes: str, letters: dict[str, int], *stack: int) -> Any:
         if not config.has_array(path):
             return None
-        return jax.ShapeDtypeStruct((*stack, *groups.shape(table[path], sizes_of)), dtype)
+        return jax.ShapeDtypeStruct((*stack, *groups.shape(axes, letters)), dtype)
 
+    outer = {p: leaf(p, axes, {"V": sizes.V, "D": sizes.D}) for p, axes in groups.OUTER_AXES.items()}
     runs = []
     for layer, equal in groupby(sizes.layers):
-        depth = len(list(equal))
-        layer_sizes = {"D": sizes.D, "H": sizes.H, "N": layer.N, "K": layer.K, "F": layer.F}
-        runs.append(_build_block(lambda path: leaf(groups.BLOCK_AXES, path, layer_sizes, (depth,))))  # noqa: B023
-    outer = {path: leaf(groups.OUTER_AXES, path, outer_sizes) for path in groups.OUTER_AXES}
+        letters = {"D": sizes.D, "H": sizes.H, "N": layer.N, "K": layer.K, "F": layer.F}
+        count = len(list(equal))
+        runs.append(_build_block({p: leaf(p, axes, letters, count) for p, axes in groups.BLOCK_AXES.items()}))
     head = None if outer["head.kernel"] is None else Linear(outer["head.kernel"])
     return Decoder(config, outer["embedding"], runs, RMSNorm(outer["final_norm.scale"]), head)
 
 
-def _build_block(leaf: Callable[[str], Any]) -> Block:
+def _build_block(leaves: dict[str, Any]) -> Block:
     def linear(name: str) -> Linear:
-        return Linear(leaf(f"{name}.kernel"), leaf(f"{name}.bias"))
+        return Linear(leaves[f"{name}.kernel"], leaves[f"{name}.bias"])
 
     def norm(name: str) -> RMSNorm | None:
-        scale = leaf(f"{name}.scale")
+        scale = leaves[f"{name}.scale"]
         return None if scale is None else RMSNorm(scale)
 
     q, k, v, o = (linear(f"attention.{name}") for name in "qkvo")
     attention = Attention(q, k, v, o, norm("attention.q_norm"), norm("attention.k_norm"))
     mlp = MLP(linear("mlp.gate"), linear("mlp.up"), linear("mlp.down"))
-    return Block(RMSNorm(leaf("attention_norm.scale")), attention, RMSNorm(leaf("mlp_norm.scale")), mlp)
+    return Block(RMSNorm(leaves["attention_norm.scale"]), attention, RMSNorm(leaves["mlp_norm.scale"]), mlp)
 
 
 def initialise(abstract: Decoder, key: Array, deviation: float = 0.02) -> Decoder:
@@ -166,30 +167,48 @@ def apply_block(
 
 
 def scan_layers(
-    runs: Sequence[Block], step: Callable[..., tuple[Any, Any]], carry: Any, per_layer: Sequence[Any] | None = None
+    runs: Sequence[Block],
+    step: Callable[..., tuple[Any, Any]],
+    carry: Any,
+    per_layer: Sequence[Any] | None = None,
+    visits: int = 1,
 ) -> tuple[Any, list[Any]]:
     """Walk over all layers in order: `carry, out = step(carry, block, layer, extra)`.
 
     The only loop over layers of the package. Each run is one `jax.lax.scan`, so compile time grows with the number of
-    runs, and what a step makes lives for one layer only.
+    runs, and what a step makes lives for one step only.
 
     Args:
       runs: stacked blocks.
       step: called with one layer's block, its index from 0 (int32 []), and its slice of `per_layer`.
       carry: initial carry.
       per_layer: a further pytree for each run, its leaves stacked like the run, or None.
+      visits: how often in a row each layer is stepped through.
 
     Returns:
-      The last carry, and for each run the stacked outputs.
+      The last carry, and for each run the stacked outputs of all its steps.
     """
     outputs, start = [], 0
     for position, run in enumerate(runs):
         indices = jnp.arange(start, start + depth(run), dtype=jnp.int32)
-        extra = None if per_layer is None else per_layer[position]
-        carry, out = jax.lax.scan(lambda c, x: step(c, *x), carry, (run, indices, extra))
+        stacked = (run, indices, None if per_layer is None else per_layer[position])
+        carry, out = _scan_run(stacked, step, carry, depth(run), visits)
         outputs.append(out)
         start += depth(run)
     return carry, outputs
+
+
+def _scan_run(
+    stacked: Any, step: Callable[..., tuple[Any, Any]], carry: Any, count: int, visits: int
+) -> tuple[Any, Any]:
+    if visits == 1:
+        return jax.lax.scan(lambda carry, layer: step(carry, *layer), carry, stacked)
+
+    def visit(carry: Any, number: Array) -> tuple[Any, Any]:
+        layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number // visits, keepdims=False), stacked)
+        return step(carry, *layer)
+
+    return jax.lax.scan(visit, carry, jnp.arange(count * visits, dtype=jnp.int32))
 
 
 def embed(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

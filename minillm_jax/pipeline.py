@@ -1,10 +1,10 @@
 """The job in one readable page: load, calibrate, score, prune, save.
 
-    model = load("path/or/hub-id")
-    calibration = calibrate(model, "text.txt")
-    scores = score(model, calibration, Scoring("fms"))
-    pruned = prune(model, scores, ratio=0.2)
-    save(pruned, "pruned")
+model = load("path/or/hub-id")
+calibration = calibrate(model, "text.txt")
+scores = score(model, calibration, Scoring("fms"))
+pruned = prune(model, scores, ratio=0.2)
+save(pruned, "pruned")
 """
 
 import time
@@ -266,6 +266,7 @@ def run(job: Job, progress: Progress | None = None) -> Result:
 
 
 # ------------------------------------------------------------------------------------- where the three wings meet
+
 
 def _slopes(criterion: Criterion, scoring: Scoring, projected: np.ndarray | None) -> dict[str, Array]:
     """What ĝ is made from inside the scan: keys and projected gradients, or the key of the noise."""

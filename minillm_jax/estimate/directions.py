@@ -6,13 +6,17 @@ the matrix's place in the table of axes, and on nothing else: not on batches, ch
 
 import jax
 from jax import numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from minillm_jax import groups
 from minillm_jax.decoder import Block, replace_kernels
 
 # Named, because the default of `jax.random.key` is a setting of the process and would change the directions.
 IMPLEMENTATION = "threefry2x32"
+
+# Upper limit; the number of parts of a matrix is the largest divisor of its hidden dimension up to it. A constant of
+# the definition: another number makes other directions.
+GAUSSIAN_PARTS = 16
 
 DISTRIBUTIONS = ("gaussian", "rademacher")
 
@@ -33,22 +37,56 @@ def direction_keys(seed: int, first: int, last: int) -> Key[Array, " P"]:
     return jax.vmap(jax.random.fold_in, (None, 0))(stream_key(seed, "direction"), numbers)
 
 
-def draw(
-    key: Key[Array, ""], layer: Array, name: str, shape: tuple[int, ...], distribution: str
+def add(
+    target: Float[Array, "..."],
+    scale: Float[Array, ""],
+    key: Key[Array, ""],
+    layer: Int[Array, ""],
+    name: str,
+    distribution: str,
 ) -> Float[Array, "..."]:
-    """The part of a direction that belongs to one matrix: zero mean, unit variance, float32.
+    """One matrix moved along its part of a direction: target + scale · z, float32.
+
+    Every use of a direction goes through here: z is made while it is added and need not exist as a whole.
 
     Args:
+      target: what z is added to, float32, of the matrix's shape.
+      scale: how far.
       key: key of the direction.
-      layer: index of the layer in the whole model, int32 [].
+      layer: index of the layer in the whole model.
       name: the matrix, as the table of groups calls it (`attention.q`).
-      shape: the matrix's shape.
-      distribution: `gaussian`, or `rademacher` (signs, as in Spall 1992), 32 of them from one random word.
+      distribution: of the entries of z, zero mean and unit variance: `gaussian`, or `rademacher` (signs, as in Spall
+        1992), 32 of them from one random word.
     """
     key = jax.random.fold_in(jax.random.fold_in(key, layer), _ORDINAL[name])
-    if distribution == "gaussian":
-        return jax.random.normal(key, shape, jnp.float32)
-    return _signs(key, shape)
+    if distribution == "rademacher":
+        return target + scale * _signs(key, target.shape)
+    axis = groups.letters(groups.matrices()[name]).index("D")
+    return _add_gaussian(target, scale, key, axis)
+
+
+def draw(
+    key: Key[Array, ""], layer: Int[Array, ""], name: str, shape: tuple[int, ...], distribution: str
+) -> Float[Array, "..."]:
+    """The part z of a direction that belongs to one matrix, float32; the arguments are those of `add`."""
+    return add(jnp.zeros(shape, jnp.float32), jnp.float32(1.0), key, layer, name, distribution)
+
+
+def _add_gaussian(
+    target: Float[Array, "..."], scale: Float[Array, ""], key: Key[Array, ""], axis: int
+) -> Float[Array, "..."]:
+    """In place and in a few parts along the hidden dimension, because making normals takes five times their size."""
+    size = target.shape[axis]
+    parts = max(n for n in range(1, GAUSSIAN_PARTS + 1) if size % n == 0)
+    width = size // parts
+    shape = (*target.shape[:axis], width, *target.shape[axis + 1 :])
+
+    def part(number: Array, target: Array) -> Array:
+        z = jax.random.normal(jax.random.fold_in(key, number), shape, jnp.float32)
+        old = jax.lax.dynamic_slice_in_dim(target, number * width, width, axis)
+        return jax.lax.dynamic_update_slice_in_dim(target, old + scale * z, number * width, axis)
+
+    return jax.lax.fori_loop(0, parts, part, target)
 
 
 def _signs(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
@@ -67,6 +105,6 @@ def perturb(block: Block, key: Key[Array, ""], layer: Array, scale: Array, distr
     """
 
     def moved(name: str, kernel: Array) -> Array:
-        return kernel.astype(jnp.float32) + scale * draw(key, layer, name, kernel.shape, distribution)
+        return add(kernel.astype(jnp.float32), scale, key, layer, name, distribution)
 
     return replace_kernels(block, moved)

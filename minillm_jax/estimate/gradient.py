@@ -10,6 +10,7 @@ The bracket over 2ε is the projected gradient, one number for each direction. T
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,8 +33,8 @@ def paired_losses(
 ) -> Float[Array, "P 2 B"]:
     """Summed cross entropy of every sequence at W + εz and at W - εz, for every direction, float32.
 
-    Both passes walk the layers together and make each layer's direction when they meet it, so the extra memory is a
-    perturbed layer for each of the `at_once` directions that are vmapped, never a perturbed model.
+    Both passes walk the layers together and make each layer's direction when they meet it, so the extra memory is at
+    most a perturbed layer for each of the `at_once` directions that are vmapped, never a perturbed model.
     """
 
     def one(key: Array) -> Array:
@@ -46,15 +47,16 @@ def _pair(decoder: Decoder, key: Array, tokens: Array, epsilon: Array, distribut
     angles, mask = positions(decoder, tokens.shape[1])
     x = embed(decoder, tokens).astype(jnp.float32)
 
-    def step(streams: tuple[Array, ...], block: Block, layer: Array, extra: None) -> tuple[tuple[Array, ...], None]:
-        moved = []
-        for stream, sign in zip(streams, (1.0, -1.0), strict=True):
-            there = directions.perturb(block, key, layer, sign * epsilon, distribution)
-            moved.append(apply_block(there, decoder.config, stream, angles, mask)[0])
-        return tuple(moved), None
+    # Two visits to every layer, one for each side, and the streams change places in between: so one perturbed layer
+    # exists at a time. Perturbing both sides in one step held up to four layers' worth (measured by bench/memory.py).
+    def step(carry: tuple[Array, Array, Array], block: Block, layer: Array, extra: None) -> tuple[Any, None]:
+        here, other, scale = carry
+        there = directions.perturb(block, key, layer, scale, distribution)
+        moved = apply_block(there, decoder.config, here, angles, mask)[0]
+        return (other, moved, -scale), None
 
-    streams, _ = scan_layers(decoder.runs, step, (x, x))
-    hidden = jnp.stack([decoder.final_norm(stream, decoder.config.norm_epsilon) for stream in streams])
+    (plus, minus, _), _ = scan_layers(decoder.runs, step, (x, x, epsilon), visits=2)
+    hidden = decoder.final_norm(jnp.stack([plus, minus]), decoder.config.norm_epsilon)
     losses = jax.lax.map(lambda one: token_losses(decoder, one, tokens), hidden)
     return jnp.sum(losses, axis=-1)
 
@@ -71,7 +73,7 @@ def rebuild(
 
     def add(total: Array, one: tuple[Array, Array]) -> tuple[Array, None]:
         key, slope = one
-        return total + slope * directions.draw(key, layer, name, shape, distribution), None
+        return directions.add(total, slope, key, layer, name, distribution), None
 
     total, _ = jax.lax.scan(add, jnp.zeros(shape, jnp.float32), (keys, projected))
     return total / projected.shape[0]
@@ -82,5 +84,5 @@ def projected_gradients(losses: Sequence[Float[np.ndarray, "P 2 B"]], prediction
 
     L is the mean over all predictions, whatever the split into batches.
     """
-    totals = sum(np.asarray(part, dtype=np.float64).sum(axis=-1) for part in losses)  # [P, 2]
+    totals = np.concatenate(losses, axis=-1).astype(np.float64).sum(axis=-1)  # [P, 2]
     return (totals[:, 0] - totals[:, 1]) / predictions / (2 * epsilon)

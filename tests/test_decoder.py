@@ -1,0 +1,192 @@
+"""Parity with transformers in float32, dense and pruned, and the scan over runs."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jax import numpy as jnp
+
+from convert.reader import read_model
+from convert.writer import write_stock
+from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
+from minillm_jax.decoder import build, final_hidden, parameter_count, scan_layers
+from minillm_jax.layers import Rope
+from minillm_jax.select.budget import select_local
+from minillm_jax.shrink.slicing import slice_groups
+from tests.helpers import (
+    arrays_equal,
+    hugging_face_folder,
+    load_torch,
+    random_tokens,
+    shared,
+    small_decoder,
+    torch_logits,
+    torch_model,
+)
+
+TOLERANCE = 1e-4
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+CONFIGURATIONS = {
+    "gqa": ("llama", {}),
+    "mha": ("llama", {"num_key_value_heads": 8}),
+    "one key/value head": ("llama", {"num_key_value_heads": 1}),
+    "tied": ("llama", {"tie_word_embeddings": True}),
+    "llama3 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "sliding window": ("mistral", {"sliding_window": 17}),
+}
+
+
+def difference(folder: Path, tokens: np.ndarray) -> float:
+    """Largest difference of logits between this package and transformers, both reading the same folder."""
+    ours = np.asarray(read_model(folder).decoder(jnp.asarray(tokens)))
+    return float(np.abs(ours - torch_logits(load_torch(folder), tokens)).max())
+
+
+def pruned_folder(folder: Path, output: Path, ratio: float, seed: int = 0) -> Path:
+    model = read_model(folder)
+    rng = np.random.default_rng(seed)
+    layers, run = len(jax.tree.leaves(model.decoder.runs)[0]), model.decoder.runs[0]
+    counts = {"head": run.attention.k.kernel.shape[2], "channel": run.mlp.down.kernel.shape[1]}
+    scores = {kind: [rng.random(n) for _ in range(layers)] for kind, n in counts.items()}
+    decoder = slice_groups(model.decoder, select_local(scores, ratio))
+    write_stock(dataclasses.replace(model, decoder=decoder), output)
+    return output
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_logits_equal_transformers_before_and_after_pruning(tmp_path: Path, name: str) -> None:
+    family, changes = CONFIGURATIONS[name]
+    folder = hugging_face_folder(tmp_path / "dense", family, **changes)
+    for length in (1, 2, 130):
+        assert difference(folder, random_tokens(97, 2, length)) <= TOLERANCE
+    if changes.get("attention_bias"):
+        return  # no stock class takes biases and this head count; see test_writer
+    pruned = pruned_folder(folder, tmp_path / "pruned", 0.3)
+    assert difference(pruned, random_tokens(97, 2, 130)) <= TOLERANCE
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(
+    key_value_heads=st.integers(1, 4),
+    per_group=st.integers(1, 3),
+    half_head=st.integers(1, 8),
+    width=st.integers(1, 70),
+    length=st.integers(1, 300),
+    tied=st.booleans(),
+)
+def test_logits_equal_transformers_for_any_sizes(
+    tmp_path_factory: pytest.TempPathFactory,
+    key_value_heads: int,
+    per_group: int,
+    half_head: int,
+    width: int,
+    length: int,
+    tied: bool,
+) -> None:
+    changes = {
+        "hidden_size": key_value_heads * per_group * 6,
+        "num_attention_heads": key_value_heads * per_group,
+        "num_key_value_heads": key_value_heads,
+        "head_dim": 2 * half_head,
+        "intermediate_size": width,
+        "tie_word_embeddings": tied,
+    }
+    folder = hugging_face_folder(tmp_path_factory.mktemp("any") / "model", **changes)
+    assert difference(folder, random_tokens(97, 1, length)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dropped", ["input_layernorm.weight", "q_proj.bias", "down_proj.bias", "norm.weight"])
+def test_parity_notices_a_dropped_parameter(tmp_path: Path, dropped: str) -> None:
+    """The randomised parameters matter: with one kind of them set to its trivial value, parity fails."""
+    twin = torch_model(attention_bias=True, mlp_bias=True)
+    twin.save_pretrained(tmp_path / "model")
+    tokens = random_tokens(97, 1, 20)
+    ours = np.asarray(read_model(tmp_path / "model").decoder(jnp.asarray(tokens)))
+    assert np.abs(ours - torch_logits(twin, tokens)).max() <= TOLERANCE
+    for name, parameter in twin.named_parameters():
+        if name.endswith(dropped):
+            parameter.data.fill_(1.0 if "norm" in dropped else 0.0)
+    assert np.abs(ours - torch_logits(twin, tokens)).max() > 100 * TOLERANCE
+
+
+def test_stories260k_equals_transformers_before_and_after_pruning(tmp_path: Path) -> None:
+    folder = shared("models/stories260K")
+    tokens = random_tokens(512, 2, 300)
+    assert difference(folder, tokens) <= TOLERANCE
+    assert difference(pruned_folder(folder, tmp_path / "pruned", 0.2), tokens) <= TOLERANCE
+
+
+def test_query_and_key_norms_change_the_result() -> None:
+    """Needed by later families: present when the configuration asks for them, and used."""
+    decoder = small_decoder(qk_norm=True)
+    tokens = jnp.asarray(random_tokens(61, 1, 9))
+    scale = decoder.runs[0].attention.q_norm.scale
+    before = decoder(tokens)
+    scale.set_value(2.0 * scale[...])
+    assert not np.allclose(before, decoder(tokens), atol=1e-3)
+
+
+def test_runs_of_unequal_layers_compute_as_one_run_does() -> None:
+    """A run cut in two is the same model, bit for bit."""
+    decoder = small_decoder(layers=4)
+    whole = decoder.runs[0]
+    cut = small_decoder(layers=4)
+    first, second = (jax.tree.map(lambda a, part=part: a[part], whole) for part in (slice(0, 1), slice(1, 4)))
+    cut.runs[0] = first
+    cut.runs.append(second)
+    tokens = jnp.asarray(random_tokens(61, 2, 11))
+    assert jnp.array_equal(final_hidden(decoder, tokens), final_hidden(cut, tokens))
+
+
+def test_scan_visits_layers_in_order_as_often_as_asked() -> None:
+    decoder = small_decoder(layers=3)
+
+    def step(carry: jax.Array, block: object, layer: jax.Array, extra: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return carry + 1, jnp.stack([carry, layer, extra])
+
+    for visits in (1, 2, 3):
+        carry, (out,) = scan_layers(decoder.runs, step, jnp.int32(0), [10 * jnp.arange(3, dtype=jnp.int32)], visits)
+        layers = np.repeat(np.arange(3), visits)
+        assert carry == 3 * visits
+        np.testing.assert_array_equal(out, np.stack([np.arange(3 * visits), layers, 10 * layers], axis=1))
+
+
+def test_bfloat16_weights_stay_bfloat16_and_logits_are_float32() -> None:
+    decoder = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), small_decoder())
+    tokens = jnp.asarray(random_tokens(61, 1, 9))
+    assert final_hidden(decoder, tokens).dtype == jnp.bfloat16
+    logits = decoder(tokens)
+    assert logits.dtype == jnp.float32
+    exact = small_decoder()(tokens)
+    assert np.abs(logits - exact).max() < 0.1 * np.abs(exact).max()
+
+
+def test_seven_billion_parameters_by_shape_alone() -> None:
+    sizes = Sizes(V=32000, D=4096, H=128, layers=(LayerSizes(N=32, K=32, F=11008),) * 32)
+    decoder = build(DecoderConfig("llama", 1e-5, Rope(10000.0)), sizes)
+    assert parameter_count(decoder) == 6_738_415_616
+    logits = jax.eval_shape(lambda d, t: d(t), decoder, jax.ShapeDtypeStruct((2, 16), jnp.int32))
+    assert logits.shape == (2, 16, 32000)
+
+
+def test_equal_layers_become_one_run_and_the_config_is_static() -> None:
+    decoder = small_decoder()
+    assert len(decoder.runs) == 1
+    assert arrays_equal(decoder, jax.tree.map(lambda leaf: leaf, decoder))
+    assert jax.tree.structure(decoder) != jax.tree.structure(small_decoder(norm_epsilon=1e-6))
