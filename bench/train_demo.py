@@ -153,7 +153,8 @@ def main() -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     counts = np.bincount(ids, minlength=CONFIG["vocab_size"]) + 1
     unigram = float(np.exp(-np.mean(np.log(counts / counts.sum())[held_out])))
-    result = {"held_out": vars(found), "unigram_perplexity": unigram, "sample": tokenizer.decode(greedy(decoder, prompt, 60))}
+    sample = tokenizer.decode(greedy(decoder, prompt, 60))
+    result = {"held_out": vars(found), "unigram_perplexity": unigram, "sample": sample}
     print(json.dumps(result, indent=2))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from convert import reader, writer
 from minillm_jax import __version__, groups, loss
@@ -27,12 +27,12 @@ from minillm_jax.calibration import Calibration
 from minillm_jax.decoder import (
     Block,
     Decoder,
+    depth,
     group_count,
     group_counts,
     kernels,
     layer_count,
     parameter_count,
-    scan_layers,
 )
 from minillm_jax.errors import InputError
 from minillm_jax.estimate import directions, gradient
@@ -143,8 +143,15 @@ def score(
     if "gradient" in criterion.factors:
         projected = estimate(decoder, calibration.windows, scoring.spsa, partial(_report, progress, "directions"))
     slopes = _slopes(criterion, scoring, projected)
-    found = _score_layers(decoder, norms, slopes, criterion, scoring.spsa.distribution)
-    return Scores(_reduce(found, criterion), settings, projected)
+    found: dict[str, list[np.ndarray]] = {kind: [] for kind in groups.KINDS}
+    first = 0
+    for position, run in enumerate(decoder.runs):
+        norms_of_run = None if norms is None else norms[position]
+        for kind, values in _score_run(run, first, norms_of_run, slopes, criterion, scoring.spsa.distribution).items():
+            found[kind].extend(values)
+        first += depth(run)
+        _report(progress, "scores", first, layer_count(decoder))
+    return Scores(found, settings, projected)
 
 
 def prune(model: Model, scores: Scores, ratio: float, layers: range | None = None) -> Model:
@@ -278,48 +285,63 @@ def _slopes(criterion: Criterion, scoring: Scoring, projected: np.ndarray | None
     return {}
 
 
-@partial(jax.jit, static_argnames=("criterion", "distribution"))
-def _score_layers(
-    decoder: Decoder,
-    norms: list[dict[str, Array]] | None,
-    slopes: dict[str, Array],
-    criterion: Criterion,
-    distribution: str,
-) -> list[dict[str, dict[str, Float[Array, "L groups"]]]]:
-    """For each run: kind -> matrix -> the score of each group's part in it.
+def _score_run(
+    run: Block, first: int, norms: dict[str, Array] | None, slopes: dict[str, Array], criterion: Criterion, how: str
+) -> dict[str, np.ndarray]:
+    """The scores of one run of equal layers that begins at layer `first`: kind -> [L, groups]."""
+    layers = jnp.arange(first, first + depth(run), dtype=jnp.int32)
+    found = {}
+    for kind in groups.KINDS:
+        structures = [
+            _score_structure(
+                kernels(run)[name][...],
+                None if norms is None else norms[name],
+                layers,
+                slopes,
+                name=name,
+                kind=kind,
+                count=group_count(run, kind),
+                within=criterion.within,
+                distribution=how,
+            )
+            for name in criteria.scored_matrices(criterion, kind)
+        ]
+        found[kind] = criteria.reduce_group(np.stack([np.asarray(part) for part in structures]), criterion.across)
+    return found
 
-    ĝ exists for one matrix of one layer at a time, so this takes the memory of the weights and a part of a layer.
+
+@partial(jax.jit, static_argnames=("name", "kind", "count", "within", "distribution"))
+def _score_structure(
+    kernels: Float[Array, "L ..."],
+    norms: Float[Array, "L ..."] | None,
+    layers: Int[Array, " L"],
+    slopes: dict[str, Array],
+    *,
+    name: str,
+    kind: str,
+    count: int,
+    within: str,
+    distribution: str,
+) -> Float[Array, "L groups"]:
+    """The score of each group's part in one matrix, for every layer of a run.
+
+    One matrix of one layer at a time: ĝ is rebuilt, used and forgotten, so this takes the memory of the weights and a
+    few times that of one matrix.
     """
 
-    def slope(name: str, shape: tuple[int, ...], layer: Array) -> Array | None:
+    def one(layer_of: tuple[Array, Array | None, Array]) -> Array:
+        kernel, norm, layer = layer_of
+        slope = None
         if "keys" in slopes:
-            return gradient.rebuild(name, shape, layer, slopes["keys"], slopes["projected"], distribution)
-        if "noise" in slopes:
-            return directions.draw(slopes["noise"], layer, name, shape, "gaussian")
-        return None
+            args = (name, kernel.shape, layer, slopes["keys"], slopes["projected"], distribution)
+            slope = gradient.rebuild(*args)
+        elif "noise" in slopes:
+            slope = directions.draw(slopes["noise"], layer, name, kernel.shape, "gaussian")
+        values = criteria.importance(kernel, norm, slope)
+        axes = groups.matrices()[name]
+        return criteria.reduce_structure(values, axes, kind, count, within)
 
-    def step(carry: None, block: Block, layer: Array, norms: dict[str, Array] | None) -> tuple[None, Any]:
-        matrices, found = kernels(block), {}
-        for kind in groups.KINDS:
-            count, found[kind] = group_count(block, kind), {}
-            for name, axes in criteria.scored_matrices(criterion, kind).items():
-                kernel = matrices[name][...]
-                norm = None if norms is None else norms[name]
-                values = criteria.importance(kernel, norm, slope(name, kernel.shape, layer))
-                found[kind][name] = criteria.reduce_structure(values, axes, kind, count, criterion.within)
-        return None, found
-
-    return scan_layers(decoder.runs, step, None, norms)[1]
-
-
-def _reduce(runs: list[dict[str, dict[str, Array]]], criterion: Criterion) -> dict[str, list[np.ndarray]]:
-    """Structures of all runs to one score for each group: kind -> layer -> [groups]."""
-    scores: dict[str, list[np.ndarray]] = {kind: [] for kind in groups.KINDS}
-    for run in runs:
-        for kind, structures in run.items():
-            stacked = np.stack([np.asarray(values) for values in structures.values()])  # [structures, L, groups]
-            scores[kind].extend(criteria.reduce_group(stacked, criterion.across))
-    return scores
+    return jax.lax.map(one, (kernels, norms, layers))
 
 
 def _random_scores(decoder: Decoder, seed: int) -> dict[str, list[np.ndarray]]:

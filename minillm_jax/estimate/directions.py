@@ -6,7 +6,7 @@ the matrix's place in the table of axes, and on nothing else: not on batches, ch
 
 import jax
 from jax import numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from minillm_jax import groups
 from minillm_jax.decoder import Block, replace_kernels
@@ -81,7 +81,7 @@ def _add_gaussian(
     width = size // parts
     shape = (*target.shape[:axis], width, *target.shape[axis + 1 :])
 
-    def part(number: Array, target: Array) -> Array:
+    def part(number: ArrayLike, target: Array) -> Array:
         z = jax.random.normal(jax.random.fold_in(key, number), shape, jnp.float32)
         old = jax.lax.dynamic_slice_in_dim(target, number * width, width, axis)
         return jax.lax.dynamic_update_slice_in_dim(target, old + scale * z, number * width, axis)

@@ -79,7 +79,7 @@ def rebuild(
     return total / projected.shape[0]
 
 
-def projected_gradients(losses: Sequence[Float[np.ndarray, "P 2 B"]], predictions: int, epsilon: float) -> np.ndarray:
+def projected_gradients(losses: Sequence[Float[np.ndarray, "P 2 _"]], predictions: int, epsilon: float) -> np.ndarray:
     """[L(W + εz) - L(W - εz)] / (2ε) of every direction from the losses of all batches; sums in float64, [P].
 
     L is the mean over all predictions, whatever the split into batches.

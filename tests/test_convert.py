@@ -1,0 +1,382 @@
+"""Conversion both ways: round trips bit for bit, and an error for every surprise."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from safetensors.numpy import load_file, save_file
+
+from convert.__main__ import convert
+from convert.families import TABLES
+from convert.reader import FLAX_WEIGHTS, INDEX, SINGLE, read_model
+from convert.rules import bindings
+from convert.writer import new_folder, stock_config, write_flax, write_stock
+from minillm_jax import groups
+from minillm_jax.config import LayerSizes, Sizes
+from minillm_jax.decoder import named_arrays
+from minillm_jax.errors import InputError
+from tests.helpers import arrays_equal, edit_json, hugging_face_folder, load_torch, shared, small_decoder
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hugging_face_folder(tmp_path_factory.mktemp("dense") / "model")
+
+
+@pytest.fixture
+def folder(dense: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(dense, tmp_path / "model"))
+
+
+def stored(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a folder, single or sharded, read by safetensors itself."""
+    found: dict[str, np.ndarray] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def assert_bit_equal(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype, name
+        assert left[name].tobytes() == right[name].tobytes(), name
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    """Change the tensors of a single-file folder in place."""
+    tensors = load_file(folder / SINGLE)
+    change(tensors)
+    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, folder / SINGLE)
+
+
+# ------------------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("mistral", {}),
+    ],
+)
+def test_to_flax_and_back_is_bit_equal(tmp_path: Path, family: str, changes: dict) -> None:
+    folder = hugging_face_folder(tmp_path / "model", family, **changes)
+    convert("to-flax", str(folder), str(tmp_path / "flax"))
+    assert (tmp_path / "flax" / FLAX_WEIGHTS).is_dir()
+    convert("to-torch", str(tmp_path / "flax"), str(tmp_path / "torch"))
+    assert_bit_equal(stored(folder), stored(tmp_path / "torch"))
+    load_torch(tmp_path / "torch")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_weights_are_kept_bit_for_bit(folder: Path, tmp_path: Path, dtype: type) -> None:
+    rewrite(folder, lambda t: t.update({name: tensor.astype(dtype) for name, tensor in t.items()}))
+    model = read_model(folder)
+    assert {leaf.dtype for _, leaf in named_arrays(model.decoder)} == {jnp.dtype(dtype)}
+    write_flax(model, tmp_path / "flax")
+    write_stock(read_model(tmp_path / "flax"), tmp_path / "back")
+    assert_bit_equal(stored(folder), stored(tmp_path / "back"))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == np.dtype(dtype).name
+
+
+def test_dtype_is_changed_when_asked(folder: Path, tmp_path: Path) -> None:
+    convert("to-flax", str(folder), str(tmp_path / "flax"), dtype="bfloat16")
+    decoder = read_model(tmp_path / "flax").decoder
+    assert {leaf.dtype for _, leaf in named_arrays(decoder)} == {jnp.dtype("bfloat16")}
+    with pytest.raises(InputError, match="dtype 'int8' is not supported"):
+        read_model(folder, dtype="int8")
+
+
+def test_shards_are_written_with_an_index_and_read_back(folder: Path, tmp_path: Path) -> None:
+    write_stock(read_model(folder), tmp_path / "sharded", max_shard_size="20KB")
+    shards = sorted(file.name for file in (tmp_path / "sharded").glob("*.safetensors"))
+    assert len(shards) > 2
+    index = json.loads((tmp_path / "sharded" / INDEX).read_text())
+    assert set(index["weight_map"].values()) == set(shards)
+    assert_bit_equal(stored(folder), stored(tmp_path / "sharded"))
+    assert arrays_equal(read_model(folder).decoder, read_model(tmp_path / "sharded").decoder)
+    load_torch(tmp_path / "sharded")
+
+
+def test_files_are_readable_by_everyone(folder: Path, tmp_path: Path) -> None:
+    write_stock(read_model(folder), tmp_path / "out")
+    for path in [tmp_path / "out", *(tmp_path / "out").iterdir()]:
+        assert path.stat().st_mode & 0o044 == 0o044, path
+
+
+def test_real_model_round_trip(tmp_path: Path) -> None:
+    folder = shared("models/stories260K")
+    convert("to-flax", str(folder), str(tmp_path / "flax"))
+    convert("to-torch", str(tmp_path / "flax"), str(tmp_path / "torch"))
+    assert_bit_equal(stored(folder), stored(tmp_path / "torch"))
+    tokenizer = "tokenizer.json"
+    assert (tmp_path / "torch" / tokenizer).read_bytes() == (folder / tokenizer).read_bytes()
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_table_covers_every_array_once_and_names_every_axis(family: str) -> None:
+    """Derived here on its own: the arrays of the tree and the letters of the axes, against the rules."""
+    decoder = small_decoder(family=family, qkv_bias=True, output_bias=True, mlp_bias=True)
+    bound = bindings(decoder)
+    assert len({binding.name for binding in bound}) == len(bound)
+    assert {binding.path for binding in bound} == {path for path, _ in named_arrays(decoder)}
+    for binding in bound:
+        assert sorted(groups.letters(binding.rule.axes)) == sorted(binding.our_letters())
+
+
+def test_tensors_written_from_slices_and_transposes_are_contiguous() -> None:
+    """The library that writes safetensors silently writes wrong data for anything else."""
+    decoder = small_decoder()
+    for binding in bindings(decoder):
+        array = np.asarray(dict(named_arrays(decoder))[binding.path])
+        tensor = binding.to_torch(array if binding.index is None else array[binding.index])
+        assert tensor.flags.c_contiguous
+        np.testing.assert_array_equal(binding.to_flax(tensor), array if binding.index is None else array[binding.index])
+
+
+# ---------------------------------------------------------------------------------- what official checkpoints do
+
+
+def test_missing_prefix_of_the_decoder_is_accepted(folder: Path) -> None:
+    expected = read_model(folder).decoder
+
+    def strip(tensors: dict[str, np.ndarray]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    rewrite(folder, strip)
+    assert arrays_equal(read_model(folder).decoder, expected)
+
+
+def test_rotary_buffers_are_harmless(folder: Path) -> None:
+    expected = read_model(folder).decoder
+    name = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    rewrite(folder, lambda t: t.update({name: np.ones(4, np.float32)}))
+    assert arrays_equal(read_model(folder).decoder, expected)
+
+
+def test_copy_of_a_tied_embedding_is_accepted_only_when_equal(tmp_path: Path) -> None:
+    folder = hugging_face_folder(tmp_path / "model", tie_word_embeddings=True)
+    embedding = load_file(folder / SINGLE)["model.embed_tokens.weight"]
+    rewrite(folder, lambda t: t.update({"lm_head.weight": embedding.copy()}))
+    assert read_model(folder).decoder.head is None
+    rewrite(folder, lambda t: t.update({"lm_head.weight": embedding + 1}))
+    with pytest.raises(InputError, match=r"'lm_head\.weight' differs from the embedding"):
+        read_model(folder)
+
+
+# ------------------------------------------------------------------------------------------------------ surprises
+
+
+def damage(change: str, folder: Path) -> None:
+    match change:
+        case "missing config":
+            (folder / "config.json").unlink()
+        case "broken config":
+            (folder / "config.json").write_text("{")
+        case "config is a list":
+            (folder / "config.json").write_text("[]")
+        case "truncated":
+            data = (folder / SINGLE).read_bytes()
+            (folder / SINGLE).write_bytes(data[: len(data) // 2])
+        case "empty file":
+            (folder / SINGLE).write_bytes(b"")
+        case "no weights":
+            (folder / SINGLE).unlink()
+        case "pickle":
+            (folder / SINGLE).rename(folder / "pytorch_model.bin")
+        case "wrong shape":
+            rewrite(folder, lambda t: t.update({"model.norm.weight": np.ones(47, np.float32)}))
+        case "unknown key":
+            rewrite(folder, lambda t: t.update({"model.layers.0.extra.weight": np.ones((2, 3), np.float32)}))
+        case "missing key":
+            rewrite(folder, lambda t: t.pop("model.layers.2.mlp.up_proj.weight"))
+        case "key twice":
+            rewrite(folder, lambda t: t.update({"norm.weight": np.ones(48, np.float32)}))
+        case "nan":
+            rewrite(folder, lambda t: t["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 4), np.nan))
+        case "integers":
+            rewrite(folder, lambda t: t.update({"model.norm.weight": np.ones(48, np.int8)}))
+        case "mixed types":
+            name = "model.layers.1.mlp.up_proj.weight"
+            rewrite(folder, lambda t: t.update({name: t[name].astype(np.float16)}))
+        case "unknown family":
+            edit_json(folder / "config.json", model_type="mamba")
+        case "no family":
+            edit_json(folder / "config.json", model_type=None)
+        case "unknown activation":
+            edit_json(folder / "config.json", hidden_act="relu")
+        case "unknown rope":
+            rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+            edit_json(folder / "config.json", rope_parameters=rope)
+        case "wrong type":
+            edit_json(folder / "config.json", intermediate_size="wide")
+        case "uneven heads":
+            edit_json(folder / "config.json", num_key_value_heads=3)
+        case "index leaves folder":
+            (folder / SINGLE).unlink()
+            (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "../../file.safetensors"}}))
+        case "index without map":
+            (folder / INDEX).write_text("{}")
+        case "index names missing shard":
+            (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "lost.safetensors"}}))
+        case "index lies":
+            names = dict.fromkeys(load_file(folder / SINGLE), SINGLE)
+            (folder / INDEX).write_text(json.dumps({"weight_map": names | {"model.other": SINGLE}}))
+        case "index forgets":
+            names = dict.fromkeys(load_file(folder / SINGLE), SINGLE)
+            names.pop("model.norm.weight")
+            (folder / INDEX).write_text(json.dumps({"weight_map": names}))
+
+
+DAMAGES = {
+    "missing config": r"config\.json: the file is missing",
+    "broken config": r"config\.json: cannot be read as JSON",
+    "config is a list": r"expected a JSON object, found list",
+    "truncated": r"model\.safetensors: not a whole safetensors file",
+    "empty file": r"model\.safetensors: not a whole safetensors file",
+    "no weights": r"no weights; expected model\.safetensors",
+    "pickle": r"only pytorch_model\.bin weights, which are pickles",
+    "wrong shape": r"'model\.norm\.weight' has shape \(47,\), but the configuration expects \(48,\)",
+    "unknown key": r"unknown tensor 'model\.layers\.0\.extra\.weight' of shape \(2, 3\)",
+    "missing key": r"'model\.layers\.2\.mlp\.up_proj\.weight' of shape \(40, 48\) is missing",
+    "key twice": r"'norm\.weight' and 'model\.norm\.weight' are the same tensor|"
+    r"'model\.norm\.weight' and 'norm\.weight' are the same tensor",
+    "nan": r"'model\.layers\.1\.mlp\.up_proj\.weight' holds NaN",
+    "integers": r"'model\.norm\.weight' is I8, expected one of F32, F16, BF16",
+    "mixed types": r"'model\.layers\.1\.mlp\.up_proj\.weight' is float16, the same tensor of other layers float32",
+    "unknown family": r"model_type 'mamba' is not supported; expected one of llama, mistral",
+    "no family": r"model_type None is not supported",
+    "unknown activation": r"activation 'relu' is not supported",
+    "unknown rope": r"rope_type 'dynamic' is not supported",
+    "wrong type": r"config\.json: .*intermediate_size",
+    "uneven heads": r"num_attention_heads 8 is not a multiple of num_key_value_heads 3",
+    "index leaves folder": r"shard '\.\./\.\./file\.safetensors' is not a plain file name",
+    "index without map": r"expected an object weight_map",
+    "index names missing shard": r"lost\.safetensors: the file is missing",
+    "index lies": r"tensor 'model\.other' is not in 'model\.safetensors'",
+    "index forgets": r"tensor 'model\.norm\.weight' of 'model\.safetensors' is not listed",
+}
+
+
+@pytest.mark.parametrize("change", DAMAGES)
+def test_damaged_folder_is_one_clear_sentence(folder: Path, change: str) -> None:
+    damage(change, folder)
+    with pytest.raises(InputError, match=DAMAGES[change]) as caught:
+        read_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_places_are_errors(tmp_path: Path) -> None:
+    for name in ("./nowhere", str(tmp_path / "nowhere"), "a b c"):
+        with pytest.raises(InputError, match="no such folder"):
+            read_model(name)
+    with pytest.raises(InputError, match="the Hub could not provide it"):
+        read_model("no-such-owner/no-such-model")
+
+
+def test_damaged_flax_checkpoint_is_an_error(folder: Path, tmp_path: Path) -> None:
+    write_flax(read_model(folder), tmp_path / "flax")
+    edit_json(tmp_path / "flax" / "config.json", intermediate_size=39)
+    with pytest.raises(InputError, match=r"has shape \(3, 40, 48\), but the configuration expects \(3, 39, 48\)"):
+        read_model(tmp_path / "flax")
+    edit_json(tmp_path / "flax" / "config.json", intermediate_size=40, tie_word_embeddings=True)
+    with pytest.raises(InputError, match=r"'head\.kernel' has shape .* expects no such array"):
+        read_model(tmp_path / "flax")
+    shutil.rmtree(tmp_path / "flax" / FLAX_WEIGHTS)
+    (tmp_path / "flax" / FLAX_WEIGHTS).mkdir()
+    with pytest.raises(InputError, match="not a whole Orbax checkpoint"):
+        read_model(tmp_path / "flax")
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def test_output_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    def fail_half_way() -> None:
+        with new_folder(tmp_path / "out") as scratch:
+            (scratch / "half").write_text("half")
+            assert not (tmp_path / "out").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_half_way()
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "deeper" / "out") as scratch:
+        (scratch / "file").write_text("whole")
+    assert (tmp_path / "deeper" / "out" / "file").read_text() == "whole"
+    with pytest.raises(InputError, match="already exists"), new_folder(tmp_path / "deeper" / "out"):
+        pytest.fail("the block must not run")
+
+
+def test_existing_output_is_refused_before_reading(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="already exists"):
+        convert("to-flax", "./nowhere", str(tmp_path / "out"))
+
+
+def config_of(**sizes: int) -> dict:
+    layer = LayerSizes(N=sizes.get("N", 6), K=sizes.get("K", 3), F=10)
+    decoder = small_decoder(sizes=Sizes(V=31, D=16, H=4, layers=(layer,) * 2))
+    return stock_config(decoder, {"model_type": "llama", "hidden_size": 16, "pretraining_tp": 1})
+
+
+def test_llama_with_an_odd_head_count_becomes_mistral() -> None:
+    config = config_of(N=6, K=3)
+    assert config["model_type"] == "mistral"
+    assert config["architectures"] == ["MistralForCausalLM"]
+    assert config["sliding_window"] is None
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (6, 3, 4)
+    assert "pretraining_tp" not in config
+    assert config_of(N=4, K=2)["model_type"] == "llama"
+
+
+def test_biases_and_an_odd_head_count_are_an_error() -> None:
+    sizes = Sizes(V=31, D=16, H=4, layers=(LayerSizes(N=6, K=3, F=10),) * 2)
+    decoder = small_decoder(sizes=sizes, qkv_bias=True, output_bias=True)
+    with pytest.raises(InputError, match="6 heads do not divide the hidden size 16"):
+        stock_config(decoder, {"model_type": "llama", "hidden_size": 16})
+
+
+def test_unequal_layers_are_an_error_that_says_what_works() -> None:
+    layers = (LayerSizes(N=8, K=4, F=12), LayerSizes(N=8, K=4, F=10))
+    decoder = small_decoder(sizes=Sizes(V=31, D=16, H=4, layers=layers))
+    with pytest.raises(InputError, match=r"unequal numbers of MLP channels \(12, 10\).*prune all layers"):
+        stock_config(decoder, {"model_type": "llama", "hidden_size": 16})
+
+
+def test_rope_settings_are_written_under_old_and_new_keys(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    folder = hugging_face_folder(tmp_path / "model", rope_parameters=rope)
+    write_stock(read_model(folder), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_parameters"] == rope
+    assert config["rope_theta"] == rope["rope_theta"]
+    assert config["rope_scaling"]["rope_type"] == config["rope_scaling"]["type"] == "llama3"
+    # Only the old keys, as older checkpoints have them.
+    edit_json(tmp_path / "out" / "config.json", rope_parameters=None)
+    assert read_model(tmp_path / "out").decoder.config.rope == read_model(folder).decoder.config.rope
+
+
+def test_jit_sees_loaded_and_abstract_decoders_alike(folder: Path) -> None:
+    """Loading fills the abstract tree: same structure, so compiled functions are shared."""
+    decoder = read_model(folder).decoder
+    again = read_model(folder).decoder
+    assert jax.tree.structure(decoder) == jax.tree.structure(again)

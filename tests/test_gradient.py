@@ -1,0 +1,138 @@
+"""SPSA: the paired loss, the projected gradient, and what their mean approaches."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from minillm_jax.config import LayerSizes, Sizes
+from minillm_jax.decoder import Decoder, kernels
+from minillm_jax.errors import InputError
+from minillm_jax.estimate import directions, gradient, loop
+from minillm_jax.estimate.loop import Spsa, estimate
+from minillm_jax.loss import batches, sequence_losses
+from tests.helpers import random_tokens, small_decoder
+
+# About 400 weights, so that a few thousand directions span them several times over.
+TINY = Sizes(V=11, D=4, H=2, layers=(LayerSizes(N=2, K=1, F=5),) * 3)
+
+
+@partial(jax.jit, static_argnames="distribution")
+def moved(decoder: Decoder, key: jax.Array, scale: jax.Array, distribution: str) -> Decoder:
+    """A decoder whose every layer is really perturbed: the copy that the package never makes."""
+    run = decoder.runs[0]
+    layers = run.attention_norm.scale.shape[0]
+    blocks = [
+        directions.perturb(jax.tree.map(lambda a, i=i: a[i], run), key, jnp.int32(i), scale, distribution)
+        for i in range(layers)
+    ]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    return Decoder(decoder.config, decoder.embedding[...], [stacked], decoder.final_norm, decoder.head)
+
+
+@pytest.mark.parametrize("distribution", directions.DISTRIBUTIONS)
+def test_paired_loss_equals_two_separate_losses(distribution: str) -> None:
+    decoder, tokens = small_decoder(), jnp.asarray(random_tokens(61, 3, 17))
+    keys = directions.direction_keys(0, 0, 2)
+    pairs = gradient.paired_losses(decoder, keys, tokens, jnp.float32(0.01), distribution)
+    assert pairs.shape == (2, 2, 3)
+    assert pairs.dtype == jnp.float32
+    for number, key in enumerate(keys):
+        for side, scale in enumerate((0.01, -0.01)):
+            separate = sequence_losses(moved(decoder, key, jnp.float32(scale), distribution), tokens)
+            np.testing.assert_allclose(pairs[number, side], separate, rtol=1e-6)
+    assert not np.allclose(pairs[:, 0], pairs[:, 1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("distribution", directions.DISTRIBUTIONS)
+def test_rebuilt_gradient_equals_the_materialised_mean(distribution: str) -> None:
+    keys, projected = directions.direction_keys(5, 0, 6), jnp.asarray([0.3, -1.2, 2.0, 0.01, -0.5, 0.7], jnp.float32)
+    shape, layer = (16, 8, 4), jnp.int32(2)
+    rebuilt = jax.jit(partial(gradient.rebuild, "attention.q", shape, distribution=distribution))(
+        layer=layer, keys=keys, projected=projected
+    )
+    drawn = [np.asarray(directions.draw(key, layer, "attention.q", shape, distribution), np.float64) for key in keys]
+    expected = np.mean([c * z for c, z in zip(np.asarray(projected, np.float64), drawn, strict=True)], axis=0)
+    np.testing.assert_allclose(rebuilt, expected, rtol=0, atol=1e-6)
+
+
+def flat_gradient(decoder: Decoder, tokens: jax.Array) -> np.ndarray:
+    """The true gradient over all block matrices, by backward differentiation of the mean loss."""
+    predictions = tokens.shape[0] * (tokens.shape[1] - 1)
+    slopes = jax.grad(lambda d: jnp.sum(sequence_losses(d, tokens)) / predictions)(decoder)
+    return np.concatenate([np.asarray(k[...], np.float64).ravel() for k in kernels(slopes.runs[0]).values()])
+
+
+def flat_estimate(decoder: Decoder, projected: np.ndarray, settings: Spsa) -> np.ndarray:
+    """ĝ over all block matrices, in the order of `flat_gradient`."""
+    keys = directions.direction_keys(settings.seed, 0, len(projected))
+    slopes = jnp.asarray(projected, jnp.float32)
+    found = []
+    for name, kernel in kernels(decoder.runs[0]).items():
+        layers = jnp.arange(kernel.shape[0], dtype=jnp.int32)
+        found.append(_every_layer(name, kernel.shape[1:], settings.distribution, layers, keys, slopes))
+    return np.concatenate([np.asarray(part, np.float64).ravel() for part in found])
+
+
+@partial(jax.jit, static_argnames=("name", "shape", "distribution"))
+def _every_layer(
+    name: str, shape: tuple, distribution: str, layers: jax.Array, keys: jax.Array, projected: jax.Array
+) -> jax.Array:
+    return jax.lax.map(lambda layer: gradient.rebuild(name, shape, layer, keys, projected, distribution), layers)
+
+
+def cosine(left: np.ndarray, right: np.ndarray) -> float:
+    return float(left @ right / np.linalg.norm(left) / np.linalg.norm(right))
+
+
+@pytest.mark.parametrize("distribution", directions.DISTRIBUTIONS)
+def test_spsa_approaches_the_true_gradient_as_theory_says(distribution: str) -> None:
+    """Cosine with the true gradient: about sqrt(n / (n + d)) for n directions in d dimensions."""
+    decoder, tokens = small_decoder(sizes=TINY, deviation=0.5), jnp.asarray(random_tokens(11, 4, 9))
+    true = flat_gradient(decoder, tokens)
+    settings = Spsa(4096, 1e-3, 0, distribution, at_once=64)
+    projected = estimate(decoder, np.asarray(tokens), settings)
+    for count in (16, 256, 4096):
+        expected = (count / (count + len(true))) ** 0.5
+        assert cosine(flat_estimate(decoder, projected[:count], settings), true) == pytest.approx(expected, abs=0.12)
+    whole = flat_estimate(decoder, projected, settings)
+    assert np.linalg.norm(whole) == pytest.approx(np.linalg.norm(true), rel=0.15)
+
+
+def test_projected_gradient_is_the_directional_derivative() -> None:
+    decoder, tokens = small_decoder(sizes=TINY, deviation=0.5), random_tokens(11, 4, 9)
+    settings = Spsa(8, 3e-4)
+    projected = estimate(decoder, tokens, settings)
+    true = flat_gradient(decoder, jnp.asarray(tokens))
+    for number in range(8):
+        one_hot = np.where(np.arange(8) == number, 8.0, 0.0)  # rebuilds 8 / 8 times the direction
+        direction = flat_estimate(decoder, one_hot, settings)
+        assert projected[number] == pytest.approx(true @ direction, rel=0.02, abs=0.02)
+
+
+@pytest.mark.parametrize("distribution", directions.DISTRIBUTIONS)
+def test_chunks_and_batches_do_not_change_the_estimate(monkeypatch: pytest.MonkeyPatch, distribution: str) -> None:
+    decoder, windows = small_decoder(), random_tokens(61, 7, 16)
+    whole = estimate(decoder, windows, Spsa(5, 1e-2, 0, distribution))
+    for at_once in (2, 8):
+        chunked = estimate(decoder, windows, Spsa(5, 1e-2, 0, distribution, at_once))
+        np.testing.assert_allclose(chunked, whole, rtol=1e-3, atol=1e-4)
+    monkeypatch.setattr(loop, "TOKENS_AT_ONCE", 48)
+    assert len(batches(windows, 48)) == 3
+    np.testing.assert_allclose(estimate(decoder, windows, Spsa(5, 1e-2, 0, distribution)), whole, rtol=1e-3, atol=1e-4)
+
+
+def test_estimate_reports_progress_and_is_deterministic() -> None:
+    decoder, windows, seen = small_decoder(), random_tokens(61, 2, 9), []
+    first = estimate(decoder, windows, Spsa(5, at_once=2), lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+    np.testing.assert_array_equal(first, estimate(decoder, windows, Spsa(5, at_once=2)))
+    assert not np.allclose(first, estimate(decoder, windows, Spsa(5, at_once=2, seed=1)))
+
+
+def test_a_step_that_breaks_the_loss_is_an_error() -> None:
+    decoder = small_decoder()
+    with pytest.raises(InputError, match=r"not finite for a direction among 0\.\.0; use a smaller --epsilon"):
+        estimate(decoder, random_tokens(61, 2, 9), Spsa(1, 1e38))

@@ -1,0 +1,68 @@
+"""The memory of inference, from the compiler's own account: nothing is allocated here."""
+
+from typing import Any
+
+import jax
+import pytest
+from jax import numpy as jnp
+
+from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
+from minillm_jax.decoder import Decoder, build, depth, kernels
+from minillm_jax.estimate import directions, gradient
+from minillm_jax.layers import Rope
+from minillm_jax.loss import sequence_losses
+from minillm_jax.pipeline import _score_structure
+
+CONFIG = DecoderConfig("llama", 1e-5, Rope(10000.0))
+MEDIUM = build(CONFIG, Sizes(V=512, D=512, H=64, layers=(LayerSizes(N=8, K=8, F=1376),) * 8))
+LARGE = build(CONFIG, Sizes(V=32000, D=4096, H=128, layers=(LayerSizes(N=32, K=32, F=11008),) * 32))
+TOKENS = jax.ShapeDtypeStruct((8, 128), jnp.int32)
+
+
+def account(lowered: Any) -> tuple[int, int]:
+    """Argument and temporary bytes."""
+    memory = lowered.compile().memory_analysis()
+    return memory.argument_size_in_bytes, memory.temp_size_in_bytes
+
+
+def layer_bytes(decoder: Decoder) -> float:
+    run = decoder.runs[0]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run)) / depth(run)
+
+
+def pair(decoder: Decoder, distribution: str) -> tuple[int, int]:
+    keys = jax.eval_shape(lambda: directions.direction_keys(0, 0, 16))
+    epsilon = jax.ShapeDtypeStruct((), jnp.float32)
+    return account(gradient.paired_losses.lower(decoder, keys, TOKENS, epsilon, distribution))
+
+
+@pytest.mark.parametrize("distribution", directions.DISTRIBUTIONS)
+def test_paired_loss_takes_the_memory_of_a_forward_pass(distribution: str) -> None:
+    """25 M parameters, 8 windows of 128 tokens, 16 directions: argument + temp at most 1.15 times the forward's."""
+    forward = account(sequence_losses.lower(MEDIUM, TOKENS))
+    assert sum(pair(MEDIUM, distribution)) <= 1.15 * sum(forward)
+
+
+@pytest.mark.parametrize("distribution", directions.DISTRIBUTIONS)
+def test_paired_loss_of_seven_billion_parameters_adds_at_most_a_layer_and_a_quarter(distribution: str) -> None:
+    _, forward = account(sequence_losses.lower(LARGE, TOKENS))
+    assert pair(LARGE, distribution)[1] - forward <= 1.25 * layer_bytes(LARGE)
+
+
+@pytest.mark.parametrize("name", ["mlp.gate", "mlp.down"])
+def test_scoring_seven_billion_parameters_takes_about_one_layer(name: str) -> None:
+    """ĝ is rebuilt for one matrix of one layer at a time, and never exists for the model."""
+    kernel = kernels(LARGE.runs[0])[name].get_value()
+    slopes = jax.eval_shape(lambda: {"keys": directions.direction_keys(0, 0, 16), "projected": jnp.zeros(16)})
+    norms = jax.ShapeDtypeStruct(kernel.shape[:2], jnp.float32)
+    static = {"name": name, "kind": "channel", "count": 11008, "within": "sum", "distribution": "gaussian"}
+    lowered = _score_structure.lower(kernel, norms, jax.ShapeDtypeStruct((32,), jnp.int32), slopes, **static)
+    assert account(lowered)[1] <= layer_bytes(LARGE)
+
+
+def test_no_logits_array_of_batch_length_vocabulary_exists() -> None:
+    """A vocabulary so large that whole logits would dwarf everything else."""
+    decoder = build(CONFIG, Sizes(V=250_000, D=64, H=16, layers=(LayerSizes(N=4, K=4, F=64),)))
+    tokens = jax.ShapeDtypeStruct((16, 512), jnp.int32)
+    _, temporary = account(sequence_losses.lower(decoder, tokens))
+    assert temporary < 0.05 * 16 * 512 * 250_000 * 4
