@@ -40,10 +40,11 @@ def main() -> None:
         sys.exit(2)
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         print(f"minillm-jax {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -153,13 +154,17 @@ def _show(as_json: bool, value: Callable[[], dict[str, Any]], table: Callable[[]
 
 @contextmanager
 def _progress(quiet: bool) -> Iterator["Progress"]:
-    """A progress bar for each stage on standard error; none where nobody looks."""
+    """A progress bar for each stage on standard error; none where it is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda stage, done, total: None
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bars:
+    with Bars(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def update(stage: str, done: int, total: int) -> None:

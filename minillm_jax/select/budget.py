@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from minillm_jax.errors import InputError
 
 # Kind of group -> for each layer, the indices that stay, ascending.
-Kept = dict[str, list[Int[np.ndarray, " kept"]]]
+Kept = dict[str, list[Int[np.ndarray, " _"]]]
 
 
 def kept_count(count: int, ratio: float) -> int:
@@ -22,7 +22,7 @@ def kept_count(count: int, ratio: float) -> int:
 
 
 def select_local(
-    scores: Mapping[str, Sequence[Float[np.ndarray, " groups"]]], ratio: float, layers: Container[int] | None = None
+    scores: Mapping[str, Sequence[Float[np.ndarray, " _"]]], ratio: float, layers: Container[int] | None = None
 ) -> Kept:
     """The groups with the highest scores in every layer, by the same ratio for every kind; ties keep the lower index.
 

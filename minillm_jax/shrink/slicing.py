@@ -12,7 +12,8 @@ from jaxtyping import Array, Int
 from minillm_jax import groups
 from minillm_jax.decoder import Block, Decoder, depth, group_count
 
-Kept = Mapping[str, Sequence[Int[np.ndarray, " kept"]]]
+# Kind of group -> for each layer, the indices that stay; layers may keep different numbers.
+Kept = Mapping[str, Sequence[Int[np.ndarray, " _"]]]
 
 
 def slice_groups(decoder: Decoder, kept: Kept) -> Decoder:

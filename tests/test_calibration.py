@@ -1,0 +1,149 @@
+"""Text to windows: every kind of source, and what is wrong with bad ones."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from minillm_jax import demo
+from minillm_jax.calibration import Tokens, cut, read_documents, read_tokens, sample, tokenise
+from minillm_jax.errors import InputError
+
+FOLDER, VOCABULARY = demo.FOLDER, 1024
+TEXT = "The first document.\n\nIt has two paragraphs."
+
+
+def ids_of(text: str) -> np.ndarray:
+    return tokenise(text, FOLDER)
+
+
+def read(path: Path, **options: bool) -> Tokens:
+    return read_tokens(path, FOLDER, VOCABULARY, **options)
+
+
+def test_documents_are_joined_by_blank_lines_whatever_the_format(tmp_path: Path) -> None:
+    documents = [TEXT, "The second."]
+    (tmp_path / "text.txt").write_text("\n\n".join(documents))
+    lines = [json.dumps({"text": text, "other": 1}) for text in documents]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines) + "\n\n")
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), tmp_path / "text.parquet")
+    expected = ids_of("\n\n".join(documents))
+    for name, count in (("text.txt", 1), ("text.jsonl", 2), ("text.parquet", 2)):
+        found = read(tmp_path / name)
+        np.testing.assert_array_equal(found.ids, expected)
+        assert found.documents == count
+
+
+def test_no_special_tokens_unless_asked(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    plain, with_bos = read(tmp_path / "text.txt"), read(tmp_path / "text.txt", bos=True)
+    np.testing.assert_array_equal(plain.ids, ids_of(TEXT))
+    np.testing.assert_array_equal(with_bos.ids, [0, *plain.ids])
+
+
+def test_token_ids_are_read_as_they_are(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(20).reshape(4, 5))
+    np.testing.assert_array_equal(read(tmp_path / "ids.npy").ids, np.arange(20))
+
+
+def test_windows_are_consecutive_and_the_last_partial_one_is_dropped() -> None:
+    windows = cut(Tokens(np.arange(23, dtype=np.int32), "here", 1), 5)
+    np.testing.assert_array_equal(windows, np.arange(20).reshape(4, 5))
+
+
+def test_samples_are_different_windows_decided_by_the_seed() -> None:
+    tokens = Tokens(np.arange(1000, dtype=np.int32), "here", 1)
+    first = sample(tokens, 10, 16, 0)
+    assert first.shape == (10, 16)
+    assert len({row[0] for row in first.tolist()}) == 10
+    assert (np.diff(first, axis=1) == 1).all()
+    np.testing.assert_array_equal(first, sample(tokens, 10, 16, 0))
+    assert not np.array_equal(first, sample(tokens, 10, 16, 1))
+
+
+def test_too_little_text_says_how_much_there_is() -> None:
+    tokens = Tokens(np.arange(100, dtype=np.int32), "here", 1)
+    with pytest.raises(InputError, match="here: 100 tokens make 6 windows of 16, but 7 are asked for"):
+        sample(tokens, 7, 16, 0)
+    with pytest.raises(InputError, match="here: 100 tokens are less than one window of 128"):
+        sample(tokens, 1, 128, 0)
+    with pytest.raises(InputError, match="a window of 1 tokens has nothing to predict"):
+        cut(tokens, 1)
+    with pytest.raises(InputError, match="--samples must be at least 1"):
+        sample(tokens, 0, 16, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "there is no text in it"),
+        ("blank.txt", b" \n\n", "there is no text in it"),
+        ("latin.txt", b"caf\xe9", "not UTF-8 text"),
+        ("empty.jsonl", b"\n", "there is no text in it"),
+        ("bad.jsonl", b'{"text": "a"}\n{', "line 2 is not JSON"),
+        ("other.jsonl", b'{"body": "a"}', "line 1: expected an object with a string 'text'"),
+        ("list.jsonl", b'["a"]', "line 1: expected an object with a string 'text'"),
+        ("bad.parquet", b"no parquet", "not a parquet file"),
+        ("bad.npy", b"no array", "not a NumPy array of token ids"),
+    ],
+)
+def test_bad_files_are_errors(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read(tmp_path / name)
+
+
+def test_bad_arrays_are_errors(tmp_path: Path) -> None:
+    np.save(tmp_path / "floats.npy", np.ones(4))
+    with pytest.raises(InputError, match="expected whole-number token ids, found float64"):
+        read(tmp_path / "floats.npy")
+    np.save(tmp_path / "large.npy", np.array([0, 1024]))
+    with pytest.raises(InputError, match="token id 1024 lies outside the model's vocabulary of 1024"):
+        read(tmp_path / "large.npy")
+    np.save(tmp_path / "pickled.npy", np.array([{"a": 1}]), allow_pickle=True)
+    with pytest.raises(InputError, match="not a NumPy array of token ids"):
+        read(tmp_path / "pickled.npy")
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "body.parquet")
+    with pytest.raises(InputError, match="expected a column 'text', found body"):
+        read(tmp_path / "body.parquet")
+
+
+def test_missing_sources_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nowhere.txt", "./a/b", "a/b/c", "plain"):
+        with pytest.raises(InputError, match="no such file"):
+            list(read_documents(name))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"pip install 'minillm-jax\[data\]'"):
+        list(read_documents("owner/name"))
+
+
+def test_hub_data_sets_stream_their_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hub:
+        @staticmethod
+        def load_dataset(name: str, split: str, streaming: bool) -> list[dict[str, str]]:
+            if name == "owner/lost":
+                raise ConnectionError("offline")
+            return [{"text": f"{name} {split} {streaming}"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", Hub)
+    assert list(read_documents("owner/name")) == ["owner/name train True"]
+    assert list(read_documents("owner/name:test")) == ["owner/name test True"]
+    with pytest.raises(InputError, match=r"the Hub could not provide it \(offline\)"):
+        list(read_documents("owner/lost"))
+
+
+def test_a_folder_without_tokenizer_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no usable tokenizer .*give token ids as \.npy instead"):
+        tokenise("text", tmp_path)
+
+
+def test_held_out_text_of_the_demo_is_not_in_the_training_text() -> None:
+    training = {" ".join(part.split()) for part in demo.training_text().split("\n\n")}
+    held_out = [" ".join(part.split()) for part in demo.held_out_text().split("\n\n")]
+    assert not training & set(held_out)
+    total = len(demo.training_text()) + len(demo.held_out_text())
+    assert 0.05 < len(demo.held_out_text()) / total < 0.2

@@ -1,0 +1,219 @@
+"""The command line as a user meets it: tables, JSON, one sentence and status 2 for bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from convert.__main__ import main as convert_main
+from minillm_jax import __version__, cli, demo
+from tests.helpers import edit_json, load_torch
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(demo.training_text()[:30_000])
+    return path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, arguments: Sequence[object]) -> int:
+    """Run the console command in this process and return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["minillm-jax", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def prune_options(text: Path, output: Path, **changes: object) -> list[object]:
+    options = {"ratio": 0.2, "calibration": text, "output": output, "samples": 2, "seq-len": 32, "directions": 2}
+    return [part for name, value in (options | changes).items() for part in (f"--{name}", value)]
+
+
+def test_prune_with_all_options_of_the_contract(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
+) -> None:
+    options = prune_options(text, tmp_path / "out", criterion="fms", seed=3, epsilon=1e-3)
+    assert call(monkeypatch, ["prune", demo.FOLDER, *options, "--evaluate", text, "--window", 64]) == 0
+    table = capsys.readouterr().out
+    for words in ("964,000", "804,", "perplexity", "seconds", "written to"):
+        assert words in table
+    load_torch(tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert record["ratio"] == 0.2
+    assert record["scoring"]["spsa"] == {
+        "directions": 2,
+        "epsilon": 1e-3,
+        "seed": 3,
+        "distribution": "gaussian",
+        "at_once": 1,
+    }
+    assert record["calibration"] == {"source": str(text), "samples": 2, "length": 32, "seed": 3}
+
+
+def test_prune_and_eval_print_one_json_object(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
+) -> None:
+    options = prune_options(text, tmp_path / "out", criterion="wanda")
+    assert call(monkeypatch, ["prune", demo.FOLDER, *options, "--evaluate", text, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["parameters_after"] < result["parameters_before"] == 964_000
+    assert result["groups"]["head"] == {"before": [5] * 4, "after": [4] * 4}
+
+    assert call(monkeypatch, ["eval", tmp_path / "out", "--text", text, "--window", 128, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["perplexity"] == pytest.approx(result["perplexity_after"]["perplexity"], rel=1e-6)
+    assert found["window"] == 128
+    assert found["tokens"] == found["windows"] * 127
+
+    assert call(monkeypatch, ["eval", tmp_path / "out", "--text", text]) == 0
+    assert f"{found['perplexity']:.3f}" in capsys.readouterr().out
+
+
+def test_eval_with_bos_and_dtype_changes_the_figure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: Path
+) -> None:
+    found = []
+    for extra in ([], ["--bos"], ["--dtype", "bfloat16"]):
+        assert call(monkeypatch, ["eval", demo.FOLDER, "--text", text, "--json", *extra]) == 0
+        found.append(json.loads(capsys.readouterr().out)["perplexity"])
+    assert len(set(found)) == 3
+    assert found[2] == pytest.approx(found[0], rel=0.02)
+
+
+def test_demo_prunes_the_bundled_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert call(monkeypatch, ["demo", "--output", tmp_path / "out", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    before, after = result["perplexity_before"], result["perplexity_after"]
+    assert before["tokens"] == after["tokens"] > 10_000
+    # The model really predicts: a unigram model has 395, a uniform one 1024. The text differs between Pythons.
+    assert before["perplexity"] < 80 < 395
+    assert before["perplexity"] < after["perplexity"] < 395
+    assert result["seconds"].keys() == {"load", "evaluate", "score", "prune", "save"}
+    load_torch(tmp_path / "out")
+
+
+def break_nothing(_: Path) -> None: ...
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def break_family(folder: Path) -> None:
+    edit_json(folder / "config.json", model_type="mixtral")
+
+
+def break_file(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-1000])
+
+
+def change_tensors(folder: Path, name: str, tensor: np.ndarray | None) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop(name, None)
+    save_file(tensors | ({} if tensor is None else {name: tensor}), folder / "model.safetensors")
+
+
+def break_shape(folder: Path) -> None:
+    change_tensors(folder, "model.norm.weight", np.ones(3, np.float32))
+
+
+def break_names(folder: Path) -> None:
+    change_tensors(folder, "model.surprise", np.ones(3, np.float32))
+
+
+def break_completeness(folder: Path) -> None:
+    change_tensors(folder, "model.norm.weight", None)
+
+
+def break_values(folder: Path) -> None:
+    change_tensors(folder, "model.norm.weight", np.full(160, np.nan, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("damage", "changes", "message"),
+    [
+        (break_config, {}, "the file is missing"),
+        (break_file, {}, "not a whole safetensors file"),
+        (break_shape, {}, "has shape (3,), but the configuration expects (160,)"),
+        (break_names, {}, "unknown tensor 'model.surprise'"),
+        (break_completeness, {}, "'model.norm.weight' of shape (160,) is missing"),
+        (break_family, {}, "model_type 'mixtral' is not supported"),
+        (break_values, {}, "holds NaN or infinite values"),
+        (break_nothing, {"ratio": 0}, "the ratio must lie between 0 and 1"),
+        (break_nothing, {"ratio": 1.2}, "the ratio must lie between 0 and 1"),
+        (break_nothing, {"calibration": "EMPTY"}, "there is no text in it"),
+        (break_nothing, {"output": "EXISTING"}, "the output folder already exists"),
+        (break_nothing, {"layers": "one:two"}, "is not a range"),
+        (break_nothing, {"layers": "1:3"}, "unequal numbers"),
+        (break_nothing, {"criterion": "best"}, "unknown criterion 'best'"),
+    ],
+)
+def test_bad_input_is_one_sentence_status_2_and_nothing_written(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    text: Path,
+    damage: object,
+    changes: dict[str, object],
+    message: str,
+) -> None:
+    folder = Path(shutil.copytree(demo.FOLDER, tmp_path / "model"))
+    (tmp_path / "EMPTY").write_text("")
+    (tmp_path / "EXISTING").mkdir()
+    damage(folder)
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, ["prune", folder, *prune_options(text, tmp_path / "out", **changes)]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_convert_says_where_the_result_lies_and_fails_with_status_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    convert_main(["to-flax", str(demo.FOLDER), str(tmp_path / "flax")])
+    assert "written to" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        convert_main(["to-flax", str(demo.FOLDER), str(tmp_path / "flax")])
+    assert ended.value.code == 2
+    assert "already exists" in capsys.readouterr().err
+
+
+def test_help_and_version_import_neither_jax_nor_transformers_nor_torch() -> None:
+    code = (
+        "import sys; from minillm_jax import cli; sys.argv = ['minillm-jax', {!r}]\n"
+        "try: cli.main()\nexcept SystemExit as e: assert not e.code\n"
+        "assert not {{'jax', 'transformers', 'torch', 'orbax', 'flax'}} & set(sys.modules), 'imported too much'"
+    )
+    for option, words in (("--help", "prune"), ("--version", __version__)):
+        done = subprocess.run([sys.executable, "-c", code.format(option)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert words in done.stdout
+
+
+def test_torch_is_not_needed_to_load_score_and_save(tmp_path: Path, text: Path) -> None:
+    """The core install has no torch: the whole job runs in a process where it cannot be imported."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from minillm_jax import cli\n"
+        f"sys.argv = {['minillm-jax', 'prune', *map(str, [demo.FOLDER, *prune_options(text, tmp_path / 'out')])]!r}\n"
+        "cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -1,0 +1,132 @@
+"""Slicing a group away equals zeroing it, in every array and in the logits."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import numpy as jnp
+
+from minillm_jax import groups
+from minillm_jax.config import LayerSizes, Sizes
+from minillm_jax.decoder import Decoder, group_counts, layer_count, named_arrays
+from minillm_jax.shrink.slicing import slice_groups
+from tests.helpers import arrays_equal, random_tokens, small_decoder
+
+BIASED = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
+
+
+def zeroed(decoder: Decoder, kept: dict[str, list[np.ndarray]]) -> Decoder:
+    """The dense model with what feeds back from the groups that go set to zero: written without the table."""
+    decoder = jax.tree.map(lambda leaf: leaf, decoder)
+    layer = 0
+    for run in decoder.runs:
+        o, down = np.array(run.attention.o.kernel[...]), np.array(run.mlp.down.kernel[...])
+        per_group = o.shape[1] // run.attention.k.kernel.shape[2]
+        for index in range(o.shape[0]):
+            heads = [h for h in range(o.shape[1]) if h // per_group not in kept["head"][layer]]
+            o[index, heads] = 0
+            down[index, [c for c in range(down.shape[1]) if c not in kept["channel"][layer]]] = 0
+            layer += 1
+        run.attention.o.kernel.set_value(jnp.asarray(o))
+        run.mlp.down.kernel.set_value(jnp.asarray(down))
+    return decoder
+
+
+def random_kept(decoder: Decoder, seed: int, equal: bool) -> dict[str, list[np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    kept = {}
+    for kind in groups.KINDS:
+        counts = group_counts(decoder, kind)
+        stay = rng.integers(1, counts[0] + 1)
+        chosen = [rng.choice(n, stay if equal else rng.integers(1, n + 1), replace=False) for n in counts]
+        kept[kind] = [np.sort(indices) for indices in chosen]
+    return kept
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(
+    kv_heads=st.integers(1, 4),
+    per_group=st.integers(1, 3),
+    width=st.integers(1, 9),
+    layers=st.integers(1, 4),
+    seed=st.integers(0, 999),
+    equal=st.booleans(),
+    tied=st.booleans(),
+)
+def test_slicing_equals_zeroing(
+    kv_heads: int, per_group: int, width: int, layers: int, seed: int, equal: bool, tied: bool
+) -> None:
+    layer = LayerSizes(N=kv_heads * per_group, K=kv_heads, F=width)
+    sizes = Sizes(V=23, D=8, H=4, layers=(layer,) * layers)
+    decoder = small_decoder(seed, sizes=sizes, tie_embeddings=tied, **BIASED)
+    kept = random_kept(decoder, seed, equal)
+    tokens = jnp.asarray(random_tokens(23, 2, 7))
+    np.testing.assert_allclose(slice_groups(decoder, kept)(tokens), zeroed(decoder, kept)(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_every_array_is_cut_as_derived_by_hand() -> None:
+    """The table against plain NumPy indexing, array by array, biases and norms included."""
+    decoder = small_decoder(qk_norm=True, **BIASED)
+    kept = {"head": [np.array([0, 3])] * 3, "channel": [np.array([1, 4, 5, 11])] * 3}
+    heads, pairs, channels = [0, 3], [0, 1, 6, 7], [1, 4, 5, 11]
+    by_hand = {
+        "attention.q.kernel": lambda a: a[:, :, pairs],
+        "attention.q.bias": lambda a: a[:, pairs],
+        "attention.k.kernel": lambda a: a[:, :, heads],
+        "attention.k.bias": lambda a: a[:, heads],
+        "attention.v.kernel": lambda a: a[:, :, heads],
+        "attention.v.bias": lambda a: a[:, heads],
+        "attention.o.kernel": lambda a: a[:, pairs],
+        "mlp.gate.kernel": lambda a: a[:, :, channels],
+        "mlp.gate.bias": lambda a: a[:, channels],
+        "mlp.up.kernel": lambda a: a[:, :, channels],
+        "mlp.up.bias": lambda a: a[:, channels],
+        "mlp.down.kernel": lambda a: a[:, channels],
+    }
+    sliced = dict(named_arrays(slice_groups(decoder, kept)))
+    assert len(sliced) == len(dict(named_arrays(decoder))) == 3 + len(groups.BLOCK_AXES)
+    for path, array in named_arrays(decoder):
+        cut = by_hand.get(path.removeprefix("runs.0."), lambda a: a)
+        np.testing.assert_array_equal(sliced[path], cut(np.asarray(array)), err_msg=path)
+
+
+def test_unequal_layers_become_runs_and_equal_neighbours_one_run() -> None:
+    decoder = small_decoder(layers=5)
+    kept = {"head": [np.arange(4)] * 5, "channel": [np.arange(n) for n in (6, 6, 3, 6, 6)]}
+    once = slice_groups(decoder, kept)
+    assert [run.mlp.down.kernel.shape[:2] for run in once.runs] == [(2, 6), (1, 3), (2, 6)]
+    assert layer_count(once) == 5
+    again = slice_groups(once, {"head": kept["head"], "channel": [np.arange(3)] * 5})
+    assert len(again.runs) == 1
+    direct = slice_groups(decoder, {"head": kept["head"], "channel": [np.arange(3)] * 5})
+    assert arrays_equal(again, direct)
+
+
+def test_nothing_removed_is_the_same_model() -> None:
+    decoder = small_decoder()
+    kept = {kind: [np.arange(n) for n in group_counts(decoder, kind)] for kind in groups.KINDS}
+    assert arrays_equal(slice_groups(decoder, kept), decoder)
+
+
+@pytest.mark.parametrize("axes", ["D NH", "NH D", "NH", "KH", "F D"])
+def test_split_and_take_agree(axes: str) -> None:
+    """The parts that `take_groups` keeps are the rows of `split_groups`."""
+    kind = "channel" if "F" in axes else "head"
+    sizes = {"D": 5, "N": 8, "K": 4, "H": 3, "F": 4}
+    array = jnp.arange(np.prod(groups.shape(axes, sizes)), dtype=jnp.float32).reshape(groups.shape(axes, sizes))
+    kept = jnp.asarray([1, 3])
+    taken = groups.take_groups(array, axes, kind, kept, 4)
+    rows = np.sort(np.asarray(groups.split_groups(array, axes, kind, 4))[[1, 3]].ravel())
+    np.testing.assert_array_equal(np.sort(np.asarray(taken).ravel()), rows)
+
+
+def test_shapes_alone_can_be_sliced() -> None:
+    """What checks early whether a pruned model can be saved."""
+    decoder = small_decoder()
+    kept = {"head": [np.arange(2)] * 3, "channel": [np.arange(5)] * 3}
+    abstract = jax.eval_shape(lambda d: slice_groups(d, kept), decoder)
+    assert group_counts(abstract, "head") == [2, 2, 2]
+    assert dataclasses.is_dataclass(abstract.config)
