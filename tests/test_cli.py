@@ -33,8 +33,8 @@ def call(monkeypatch: pytest.MonkeyPatch, arguments: Sequence[object]) -> int:
     return 0
 
 
-def prune_options(text: Path, output: Path, **changes: object) -> list[object]:
-    options = {"ratio": 0.2, "calibration": text, "output": output, "samples": 2, "seq-len": 32, "directions": 2}
+def prune_options(text: Path, out: Path, **changes: object) -> list[object]:
+    options = {"ratio": 0.2, "calibration": text, "output": out, "samples": 2, "seq-len": 32, "directions": 2}
     return [part for name, value in (options | changes).items() for part in (f"--{name}", value)]
 
 

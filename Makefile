@@ -1,0 +1,31 @@
+# Two commands: `make demo` and `make test`. Everything lands in .venv; PYTHON names another interpreter (>= 3.11).
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/core-installed
+	rm -rf demo-pruned
+	$(VENV)/bin/minillm-jax demo --output demo-pruned
+
+test: $(VENV)/test-installed lint
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/test-installed
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+
+$(VENV)/core-installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/test-installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-pruned
