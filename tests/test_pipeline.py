@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
@@ -94,21 +95,18 @@ def test_scores_equal_those_written_out_by_hand(criterion: str) -> None:
     model, calibration, spsa = small_model(), windows(), Spsa(directions=3, epsilon=1e-2, seed=4)
     scores = score(model, calibration, Scoring(criterion, spsa, seed=9))
     slopes: dict[str, np.ndarray] = {}
+    draw = jax.jit(directions.draw, static_argnums=(2, 3, 4))
     for name, kernel in kernels(model.decoder.runs[0]).items():
         layers = range(3)
         if criterion == "fms":
             keys = directions.direction_keys(4, 0, 3)
-            drawn = [
-                [directions.draw(k, jnp.int32(i), name, kernel.shape[1:], "gaussian") for i in layers] for k in keys
-            ]
+            drawn = [[draw(k, jnp.int32(i), name, kernel.shape[1:], "gaussian") for i in layers] for k in keys]
             slopes[name] = np.mean(
                 [c * np.asarray(z, np.float64) for c, z in zip(scores.projected_gradients, drawn, strict=True)], axis=0
             )
         if criterion == "noise":
             key = directions.stream_key(9, "noise")
-            slopes[name] = np.stack(
-                [directions.draw(key, jnp.int32(i), name, kernel.shape[1:], "gaussian") for i in layers]
-            )
+            slopes[name] = np.stack([draw(key, jnp.int32(i), name, kernel.shape[1:], "gaussian") for i in layers])
     head, channel = by_hand(model, calibration, criterion, slopes)
     np.testing.assert_allclose(scores.groups["head"], head, rtol=1e-4)
     np.testing.assert_allclose(scores.groups["channel"], channel, rtol=1e-4)
