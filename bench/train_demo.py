@@ -146,7 +146,7 @@ def main() -> None:
     split = len(ids) * 19 // 20
     check = cut(Tokens(ids[split:], "check", 1), 128)
     decoder = train(ids[:split], check, arguments.steps, arguments.seed)
-    write_stock(Model(decoder, CONFIG, folder), arguments.output)
+    write_stock(Model(decoder, CONFIG, folder, "the demo model"), arguments.output)
     held_out = tokenise(demo.held_out_text(), folder)
     found = perplexity(decoder, cut(Tokens(held_out, "held out", 1), 128))
     prompt = tokenise("The following identifiers are", folder).tolist()

@@ -1,6 +1,7 @@
 """Folders of weights in: Hugging Face folders (safetensors) and our Flax checkpoints (Orbax)."""
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ from convert import rules
 from minillm_jax import config as decoder_config
 from minillm_jax import groups
 from minillm_jax.decoder import Decoder, build, named_arrays
-from minillm_jax.errors import InputError
+from minillm_jax.errors import InputError, cause
 from minillm_jax.model import Model
 
 CONFIG = "config.json"
@@ -25,6 +26,7 @@ FLAX_WEIGHTS = "flax_weights"
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # Everything of a model that is no weights: what is fetched from the Hub, and copied beside written weights.
+RECORD = "pruning.json"
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -59,7 +61,8 @@ def read_model(model: str | Path, dtype: str | None = None) -> Model:
         decoder = _read_flax(abstract, folder / FLAX_WEIGHTS, numpy_dtype)
     else:
         decoder = rules.fill(abstract, SafetensorsFolder(folder), numpy_dtype)
-    return Model(decoder, raw, folder)
+    record = read_json(folder / RECORD) if (folder / RECORD).exists() else None
+    return Model(decoder, raw, folder, str(model), record)
 
 
 def locate(model: str | Path) -> Path:
@@ -68,20 +71,18 @@ def locate(model: str | Path) -> Path:
     Raises:
       InputError: there is no such folder, and no such model can be fetched.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path, name = Path(model).expanduser(), str(model)
+    if name and os.path.isdir(path):  # noqa: PTH112  Path.is_dir raises for a name that is too long
         return path
-    name = str(model)
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+    if os.path.exists(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):  # noqa: PTH110
         raise InputError(f"{name}: no such folder; give a folder with a {CONFIG} or a Hub id like owner/name")
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = [CONFIG, *COMPANIONS, "*.safetensors", INDEX]
+        wanted = [CONFIG, RECORD, *COMPANIONS, "model*.safetensors", INDEX]
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the Hub client raises many kinds: offline, unknown, gated, ...
-        cause = str(error).strip().splitlines()[0]
-        raise InputError(f"{name}: no such folder here, and the Hub could not provide it ({cause})") from error
+        raise InputError(f"{name}: no such folder here, and the Hub could not provide it ({cause(error)})") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -103,15 +104,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _complete(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The configuration with transformers' defaults and present-day names (`rope_parameters`) filled in."""
-    if raw.get("model_type") not in decoder_config.FAMILIES:
+    if str(raw.get("model_type")) not in decoder_config.FAMILIES:
         return raw  # `parse` says what is wrong with it
     from transformers import AutoConfig
 
     try:
         return AutoConfig.for_model(**raw).to_dict()
     except Exception as error:  # validation raises many kinds
-        cause = " ".join(str(error).split())
-        raise InputError(f"{folder / CONFIG}: transformers rejects the configuration ({cause})") from error
+        raise InputError(f"{folder / CONFIG}: transformers rejects the configuration ({cause(error)})") from error
 
 
 class SafetensorsFolder:
@@ -136,7 +136,7 @@ class SafetensorsFolder:
         if found.get_dtype() not in FLOATS:
             raise InputError(
                 f"{self.where}: tensor {name!r} is {found.get_dtype()}, expected one of {', '.join(FLOATS)}; "
-                "dequantise the model first"
+                "save the model in one of these first"
             )
         return tuple(found.get_shape())
 
@@ -145,11 +145,12 @@ class SafetensorsFolder:
         return self._file_of[name].get_tensor(name)
 
     def _locate_tensors(self) -> dict[str, Any]:
-        if (self._folder / INDEX).exists():
-            return self._locate_shards()
+        # In the order of transformers, which does not look at an index beside a single file.
         if (self._folder / SINGLE).exists():
             file = _open(self._folder / SINGLE)
             return dict.fromkeys(file.keys(), file)
+        if (self._folder / INDEX).exists():
+            return self._locate_shards()
         if list(self._folder.glob("pytorch_model*.bin*")):
             raise InputError(
                 f"{self.where}: only pytorch_model.bin weights, which are pickles and are not read; "
@@ -203,7 +204,9 @@ def _read_flax(abstract: Decoder, folder: Path, dtype: np.dtype | None) -> Decod
     except InputError:
         raise
     except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
-        raise InputError(f"{folder}: not a whole Orbax checkpoint ({' '.join(str(error).split())})") from error
+        raise InputError(f"{folder}: not a whole Orbax checkpoint ({cause(error)})") from error
+    for path, array in arrays.items():
+        rules.finite(np.asarray(array), None, path, where)
     return jax.tree_util.tree_map_with_path(lambda path, _: arrays[groups.array_path(path)], abstract)
 
 

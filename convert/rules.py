@@ -169,9 +169,7 @@ def _assemble(
     whole: np.ndarray | None = None
     for piece in pieces:
         tensor = source.read(stored[piece.name])
-        if not np.isfinite(tensor).all():
-            raise InputError(f"{source.where}: tensor {stored[piece.name]!r} holds NaN or infinite values")
-        tensor = tensor if dtype is None else tensor.astype(dtype)
+        tensor = finite(tensor, dtype, stored[piece.name], source.where)
         if whole is None:
             whole = np.empty(shape, tensor.dtype)
         if tensor.dtype != whole.dtype:
@@ -181,6 +179,20 @@ def _assemble(
             )
         whole[... if piece.index is None else piece.index] = piece.to_flax(tensor)
     return jax.device_put(whole)
+
+
+def finite(array: np.ndarray, dtype: np.dtype | None, name: str, where: str) -> np.ndarray:
+    """An array cast to `dtype` when one is given.
+
+    Raises:
+      InputError: it holds NaN or infinite values, in itself or in that type.
+    """
+    with np.errstate(over="ignore"):
+        found = array if dtype is None else array.astype(dtype)
+    if not np.isfinite(found).all():
+        kind = "" if found is array else f" as {found.dtype}"
+        raise InputError(f"{where}: tensor {name!r} holds NaN or infinite values{kind}")
+    return found
 
 
 def _check_tied_copy(decoder: Decoder, stored: Mapping[str, str], source: TensorSource) -> None:

@@ -1,11 +1,12 @@
 """Folders of weights out: stock Hugging Face folders and Flax checkpoints, whole or not at all."""
 
 import json
+import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
 from convert import rules
-from convert.reader import COMPANIONS, CONFIG, FLAX_WEIGHTS, INDEX
+from convert.reader import COMPANIONS, CONFIG, FLAX_WEIGHTS, INDEX, RECORD
 from minillm_jax.decoder import Decoder, group_counts, layer_count, named_arrays
-from minillm_jax.errors import InputError
+from minillm_jax.errors import InputError, cause
 from minillm_jax.layers import Rope
 from minillm_jax.model import Model
 
@@ -29,27 +30,45 @@ def check_new(output: str | Path) -> Path:
     """The path of an output folder that does not exist yet.
 
     Raises:
-      InputError: something is there already.
+      InputError: something is there already, or no folder can be made there.
     """
-    path = Path(output).expanduser()
-    if path.exists() or path.is_symlink():
-        raise InputError(f"{path}: the output folder already exists; choose another or remove it first")
+    path = Path(output).expanduser().absolute()
+    try:
+        if path.exists() or path.is_symlink():
+            raise InputError(f"{path}: the output folder already exists; choose another or remove it first")
+        above = next(parent for parent in path.parents if parent.exists())
+    except OSError as error:
+        raise InputError(f"{path}: no folder can be made there ({error.strerror})") from error
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: no folder can be made there; {above} is not a writable folder")
     return path
 
 
 @contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
-    """A scratch folder beside `output` that becomes `output` when the block ends, and vanishes when it raises."""
+    """A scratch folder beside `output` that becomes `output` when the block ends, and vanishes when it raises.
+
+    Raises:
+      InputError: `output` exists or cannot be written, a full disk included.
+    """
     path = check_new(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    made = [parent for parent in path.parents if not parent.exists()]
+    scratch = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", dir=path.parent))
         yield scratch
         scratch.chmod(0o755)
         check_new(path)
         scratch.rename(path)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
+    except BaseException as error:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        for parent in made:  # the innermost first
+            with suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise InputError(f"{path}: cannot be written ({cause(error)})") from error
         raise
 
 
@@ -64,7 +83,7 @@ def write_stock(model: Model, output: str | Path, max_shard_size: str = MAX_SHAR
         _write_json(scratch / CONFIG, config)
         _write_shards(model.decoder, scratch, max_shard_size)
         _write_companions(model, scratch)
-    return Path(output)
+    return Path(output).expanduser()
 
 
 def write_flax(model: Model, output: str | Path) -> Path:
@@ -80,7 +99,7 @@ def write_flax(model: Model, output: str | Path) -> Path:
         _write_json(scratch / CONFIG, config)
         ocp.save(str((scratch / FLAX_WEIGHTS).resolve()), nnx.to_pure_dict(nnx.state(model.decoder)))
         _write_companions(model, scratch)
-    return Path(output)
+    return Path(output).expanduser()
 
 
 def stock_config(decoder: Decoder, raw: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +114,9 @@ def stock_config(decoder: Decoder, raw: dict[str, Any]) -> dict[str, Any]:
     heads = decoder.runs[0].attention.q.kernel.shape[2]
     head_size = decoder.runs[0].attention.q.kernel.shape[3]
     size = decoder.embedding.shape[1]
-    written = raw | {
+    # What holds for other weights than those that are written.
+    kept = {key: value for key, value in raw.items() if key not in ("quantization_config", "auto_map")}
+    written = kept | {
         "num_hidden_layers": layer_count(decoder),
         "num_attention_heads": heads,
         "num_key_value_heads": _equal(decoder, "head", "key/value heads"),
@@ -179,11 +200,11 @@ def _write_companions(model: Model, folder: Path) -> None:
         if (model.folder / name).is_file():
             shutil.copyfile(model.folder / name, folder / name)
     if model.record is not None:
-        _write_json(folder / "pruning.json", model.record)
+        _write_json(folder / RECORD, model.record)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     text = json.dumps(value, indent=2)
     # Lists of numbers (kept indices run to thousands) on one line.
-    compact = re.sub(r"\[[\s\d,]+\]", lambda numbers: " ".join(numbers[0].split()), text)
+    compact = re.sub(r"\[\n[\s\d,]+\]", lambda numbers: " ".join(numbers[0].split()), text)
     path.write_text(compact + "\n", encoding="utf-8")

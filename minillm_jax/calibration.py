@@ -1,17 +1,22 @@
 """Text to windows of token ids."""
 
 import json
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
-from minillm_jax.errors import InputError
+from minillm_jax.errors import InputError, cause
 
 BLANK_LINE = "\n\n"
+FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".npy", ".csv")
+
+# A Hub data set may be endless; this much of it is read.
+HUB_CHARACTERS = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -22,12 +27,17 @@ class Calibration:
     source: str
     seed: int
 
+    def record(self) -> dict[str, Any]:
+        """Where the windows came from and their number and length, for pruning.json."""
+        samples, length = self.windows.shape
+        return {"source": self.source, "samples": samples, "length": length, "seed": self.seed}
+
 
 @dataclass(frozen=True)
 class Tokens:
     """Token ids of a whole text, and the number of documents it was joined from."""
 
-    ids: Int[np.ndarray, " tokens"]
+    ids: Integer[np.ndarray, " tokens"]
     source: str
     documents: int
 
@@ -37,7 +47,8 @@ def read_tokens(source: str | Path, tokenizer_folder: Path, vocabulary: int, bos
 
     Args:
       source: a text file, a .jsonl or .parquet file with a `text` field, a .npy file of token ids, or a Hub data set as
-        `owner/name`, optionally with `:split` (train by default).
+        `owner/name`, optionally with `/config` and `:split` (train by default), of which the first twenty million
+        characters are read.
       tokenizer_folder: the model folder whose tokenizer reads the text.
       vocabulary: number of token ids the model knows.
       bos: put the tokenizer's beginning-of-sequence token before the text.
@@ -46,7 +57,9 @@ def read_tokens(source: str | Path, tokenizer_folder: Path, vocabulary: int, bos
       InputError: the source is missing, empty, or of another form; an id lies outside the vocabulary.
     """
     path = Path(source).expanduser()
-    if path.suffix == ".npy" and path.is_file():
+    if path.suffix == ".npy" and os.path.isfile(path):  # noqa: PTH113  see read_documents
+        if bos:
+            raise InputError(f"{source}: --bos is for text; put the token into the array instead")
         tokens = Tokens(_read_ids(path), str(source), 1)
     else:
         documents = list(read_documents(source))
@@ -57,7 +70,7 @@ def read_tokens(source: str | Path, tokenizer_folder: Path, vocabulary: int, bos
     if tokens.ids.size and (tokens.ids.min() < 0 or tokens.ids.max() >= vocabulary):
         outside = tokens.ids[(tokens.ids < 0) | (tokens.ids >= vocabulary)][0]
         raise InputError(f"{source}: token id {outside} lies outside the model's vocabulary of {vocabulary}")
-    return tokens
+    return replace(tokens, ids=tokens.ids.astype(np.int32))
 
 
 def read_documents(source: str | Path) -> Iterator[str]:
@@ -67,7 +80,7 @@ def read_documents(source: str | Path) -> Iterator[str]:
       InputError: the source is missing or of another form.
     """
     path = Path(source).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110  Path.exists raises for a name that is too long
         yield from _hub_documents(str(source))
         return
     try:
@@ -77,11 +90,11 @@ def read_documents(source: str | Path) -> Iterator[str]:
             case ".parquet":
                 yield from _parquet_documents(path)
             case _:
-                yield path.read_text(encoding="utf-8")
+                yield path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise InputError(f"{path}: cannot be read ({cause(error)})") from error
 
 
 def tokenise(text: str, folder: Path, bos: bool = False) -> Int[np.ndarray, " tokens"]:
@@ -97,10 +110,12 @@ def tokenise(text: str, folder: Path, bos: bool = False) -> Int[np.ndarray, " to
     logging.set_verbosity_error()  # a whole text is longer than the context, and is meant to be
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     except Exception as error:  # tokenizers raise many kinds
-        cause = str(error).strip().splitlines()[0]
-        raise InputError(f"{folder}: no usable tokenizer ({cause}); give token ids as .npy instead") from error
+        raise InputError(f"{folder}: no usable tokenizer ({cause(error)}); give token ids as .npy instead") from error
+    try:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    except Exception as error:
+        raise InputError(f"the text cannot be tokenised by the tokenizer of {folder} ({cause(error)})") from error
     finally:
         logging.set_verbosity(verbosity)
     if bos:
@@ -128,8 +143,9 @@ def sample(tokens: Tokens, samples: int, length: int, seed: int) -> Int[np.ndarr
     """`samples` different windows of a text, drawn without replacement by a seed.
 
     Raises:
-      InputError: the text holds fewer windows than that.
+      InputError: the text holds fewer windows than that, or the seed is out of range.
     """
+    check_seed(seed)
     if samples < 1:
         raise InputError(f"--samples must be at least 1, found {samples}")
     windows = cut(tokens, length)
@@ -142,23 +158,35 @@ def sample(tokens: Tokens, samples: int, length: int, seed: int) -> Int[np.ndarr
     return windows[chosen]
 
 
-def _read_ids(path: Path) -> Int[np.ndarray, " tokens"]:
+def check_seed(seed: int) -> None:
+    """Whether a number is a seed: a 32-bit word, because a key takes no more and larger ones would repeat smaller ones.
+
+    Raises:
+      InputError: it is not.
+    """
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed must lie between 0 and 2^32 - 1, found {seed}")
+
+
+def _read_ids(path: Path) -> Integer[np.ndarray, " tokens"]:
     try:
         ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a NumPy array of token ids ({error})") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a NumPy array of token ids ({cause(error)})") from error
+    if not isinstance(ids, np.ndarray):
+        raise InputError(f"{path}: not a NumPy array of token ids but an archive of several arrays")
     if not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
         raise InputError(f"{path}: expected whole-number token ids, found {ids.dtype} of shape {ids.shape}")
-    return ids.reshape(-1).astype(np.int64)
+    return ids.reshape(-1)
 
 
 def _jsonl_documents(path: Path) -> Iterator[str]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}: line {number} is not JSON ({error})") from error
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}: line {number} is not JSON ({cause(error)})") from error
             yield _text_of(row, f"{path}: line {number}")
 
 
@@ -169,8 +197,8 @@ def _parquet_documents(path: Path) -> Iterator[str]:
         raise InputError(f"{path}: parquet needs the data extra: pip install 'minillm-jax[data]'") from error
     try:
         table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{path}: not a parquet file ({error})") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a whole parquet file ({cause(error)})") from error
     if "text" not in table.column_names:
         raise InputError(f"{path}: expected a column 'text', found {', '.join(table.column_names)}")
     for value in table.column("text").to_pylist():
@@ -186,7 +214,8 @@ def _text_of(row: Any, where: str) -> str:
 
 def _hub_documents(source: str) -> Iterator[str]:
     name, _, split = source.partition(":")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).suffix:
+    parts = name.split("/")
+    if not 2 <= len(parts) <= 3 or not all(parts) or name[0] in "./~" or Path(name).suffix in FILE_SUFFIXES:
         raise InputError(f"{source}: no such file; give a text, .jsonl, .parquet or .npy file, or a Hub data set")
     try:
         import datasets  # pyright: ignore[reportMissingImports]  # an extra
@@ -194,10 +223,16 @@ def _hub_documents(source: str) -> Iterator[str]:
         raise InputError(
             f"{source}: no such file, and Hub data sets need the data extra: pip install 'minillm-jax[data]'"
         ) from error
+    characters = 0
     try:
-        rows = datasets.load_dataset(name, split=split or "train", streaming=True)
+        config = parts[2] if len(parts) == 3 else None
+        for row in datasets.load_dataset("/".join(parts[:2]), config, split=split or "train", streaming=True):
+            document = _text_of(row, source)
+            yield document
+            characters += len(document)
+            if characters >= HUB_CHARACTERS:
+                return
+    except (InputError, GeneratorExit):
+        raise
     except Exception as error:  # the Hub client raises many kinds
-        cause = str(error).strip().splitlines()[0]
-        raise InputError(f"{source}: no such file, and the Hub could not provide it ({cause})") from error
-    for row in rows:
-        yield _text_of(row, source)
+        raise InputError(f"{source}: no such file, and the Hub could not provide it ({cause(error)})") from error

@@ -4,6 +4,7 @@ Commands import what they need when they run, so that `--help` answers at once.
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from minillm_jax.errors import InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from minillm_jax.pipeline import Job, Progress
+    from minillm_jax.pipeline import Job, StageProgress
 
 app = typer.Typer(
     help="Make a language model physically smaller with forward passes alone.",
@@ -153,7 +154,7 @@ def _show(as_json: bool, value: Callable[[], dict[str, Any]], table: Callable[[]
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator["Progress"]:
+def _progress(quiet: bool) -> Iterator["StageProgress"]:
     """A progress bar for each stage on standard error; none where it is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -176,10 +177,10 @@ def _progress(quiet: bool) -> Iterator["Progress"]:
 
 
 def _layer_range(text: str) -> tuple[int, int]:
-    first, colon, last = text.partition(":")
-    if not colon or not first.isdigit() or not last.isdigit():
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text, re.ASCII)
+    if found is None:
         raise InputError(f"--layers {text!r} is not a range; expected A:B, 4:30 for example")
-    return int(first), int(last)
+    return int(found[1]), int(found[2])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from typing import Any
 from minillm_jax.errors import InputError
 from minillm_jax.layers import ACTIVATIONS, ROPE_KINDS, Rope
 
+# No model is near it; a configuration that asks for more is broken, and would exhaust the memory before it is noticed.
+LARGEST_SIZE = 2**24
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -73,7 +76,7 @@ def parse(raw: Mapping[str, Any], where: str) -> tuple[DecoderConfig, Sizes]:
       InputError: the family, or something the configuration asks for, is not supported.
     """
     family = raw.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(f"{where}: model_type {family!r} is not supported; expected one of {', '.join(FAMILIES)}")
     try:
         config = FAMILIES[family](raw, where)
@@ -88,22 +91,23 @@ def _sizes(raw: Mapping[str, Any], where: str) -> Sizes:
     heads = raw["num_attention_heads"]
     kv_heads = raw.get("num_key_value_heads") or heads
     head_size = raw.get("head_dim") or raw["hidden_size"] // heads
-    layer = LayerSizes(N=heads, K=kv_heads, F=raw["intermediate_size"])
-    sizes = Sizes(raw["vocab_size"], raw["hidden_size"], head_size, (layer,) * raw["num_hidden_layers"])
-    numbers = (sizes.V, sizes.D, sizes.H, heads, kv_heads, layer.F, len(sizes.layers))
-    if any(not isinstance(n, int) or n < 1 for n in numbers):
-        raise InputError(f"{where}: every size must be a positive whole number, found {sizes}")
+    named = {key: raw[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    named |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_size}
+    for key, number in named.items():
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 < number <= LARGEST_SIZE:
+            raise InputError(f"{where}: {key} must be a whole number from 1 to {LARGEST_SIZE:,}, found {number!r}")
     if heads % kv_heads:
         raise InputError(f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     if head_size % 2:
         raise InputError(f"{where}: head_dim must be even for rotary positions, found {head_size}")
-    return sizes
+    layer = LayerSizes(N=heads, K=kv_heads, F=raw["intermediate_size"])
+    return Sizes(raw["vocab_size"], raw["hidden_size"], head_size, (layer,) * raw["num_hidden_layers"])
 
 
 def _llama(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     return DecoderConfig(
         family="llama",
-        norm_epsilon=raw["rms_norm_eps"],
+        norm_epsilon=_positive(raw, "rms_norm_eps", where),
         rope=_rope(raw["rope_parameters"], where),
         activation=_activation(raw["hidden_act"], where),
         tie_embeddings=bool(raw["tie_word_embeddings"]),
@@ -116,10 +120,10 @@ def _llama(raw: Mapping[str, Any], where: str) -> DecoderConfig:
 def _mistral(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     return DecoderConfig(
         family="mistral",
-        norm_epsilon=raw["rms_norm_eps"],
+        norm_epsilon=_positive(raw, "rms_norm_eps", where),
         rope=_rope(raw["rope_parameters"], where),
         activation=_activation(raw["hidden_act"], where),
-        sliding_window=raw["sliding_window"],
+        sliding_window=_window(raw["sliding_window"], where),
         tie_embeddings=bool(raw["tie_word_embeddings"]),
     )
 
@@ -133,19 +137,33 @@ def _activation(name: str, where: str) -> str:
     return name
 
 
+def _positive(values: Mapping[str, Any], key: str, where: str) -> float:
+    number = values[key]
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < float("inf"):
+        raise InputError(f"{where}: {key} must be a positive number, found {number!r}")
+    return float(number)
+
+
+def _window(window: int | None, where: str) -> int | None:
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise InputError(f"{where}: sliding_window must be null or at least 1, found {window!r}")
+    return window
+
+
 def _rope(parameters: Mapping[str, Any], where: str) -> Rope:
     kind = parameters.get("rope_type", "default")
     if kind not in ROPE_KINDS:
         raise InputError(f"{where}: rope_type {kind!r} is not supported; expected one of {', '.join(ROPE_KINDS)}")
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError(f"{where}: partial_rotary_factor {parameters['partial_rotary_factor']!r} is not supported")
+    theta = _positive(parameters, "rope_theta", where)
     if kind == "default":
-        return Rope(parameters["rope_theta"])
+        return Rope(theta)
+    factor = _positive(parameters, "factor", where)
     if kind == "linear":
-        return Rope(parameters["rope_theta"], kind, parameters["factor"])
-    return Rope(
-        parameters["rope_theta"],
-        kind,
-        parameters["factor"],
-        parameters["low_freq_factor"],
-        parameters["high_freq_factor"],
-        parameters["original_max_position_embeddings"],
-    )
+        return Rope(theta, kind, factor)
+    low, high = (_positive(parameters, key, where) for key in ("low_freq_factor", "high_freq_factor"))
+    if low >= high:
+        raise InputError(f"{where}: low_freq_factor {low:g} must be smaller than high_freq_factor {high:g}")
+    length = int(_positive(parameters, "original_max_position_embeddings", where))
+    return Rope(theta, kind, factor, low, high, length)

@@ -156,12 +156,12 @@ def apply_block(
             q, k = attention.q_norm(q, config.norm_epsilon), attention.k_norm(k, config.norm_epsilon)
         v = attention.v("BTD,DKH->BTKH", h)
         mixed = layers.attend(layers.rotate(q, angles), layers.rotate(k, angles), v, mask)
-        x = x + attention.o("BTNH,NHD->BTD", mixed)
+        x = x + attention.o("BTNH,NHD->BTD", mixed).astype(x.dtype)
     with jax.named_scope("mlp"):
         m = block.mlp_norm(x, config.norm_epsilon)
         gate = layers.ACTIVATIONS[config.activation](mlp.gate("BTD,DF->BTF", m))
         wide = gate * mlp.up("BTD,DF->BTF", m)
-        x = x + mlp.down("BTF,FD->BTD", wide)
+        x = x + mlp.down("BTF,FD->BTD", wide).astype(x.dtype)
     inputs = {"attention.q": h, "attention.k": h, "attention.v": h, "attention.o": mixed}
     return x, inputs | {"mlp.gate": m, "mlp.up": m, "mlp.down": wide}
 
@@ -212,8 +212,9 @@ def _scan_run(
 
 
 def embed(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The residual stream before the first layer."""
-    return jnp.take(decoder.embedding[...], tokens, axis=0)
+    """The residual stream before the first layer, in the common type of embedding and layers."""
+    dtype = jnp.promote_types(decoder.embedding.dtype, decoder.runs[0].attention.q.kernel.dtype)
+    return jnp.take(decoder.embedding[...], tokens, axis=0).astype(dtype)
 
 
 def positions(decoder: Decoder, length: int) -> tuple[Angles, Bool[Array, "T S"]]:
@@ -237,8 +238,8 @@ def final_hidden(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B
 def project_to_vocabulary(decoder: Decoder, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
     """Float32 logits of final hidden states."""
     if decoder.head is None:
-        return layers.einsum("...D,VD->...V", hidden, decoder.embedding[...]).astype(jnp.float32)
-    return decoder.head("...D,DV->...V", hidden).astype(jnp.float32)
+        return layers.einsum("...D,VD->...V", hidden, decoder.embedding[...], out=jnp.float32)
+    return layers.einsum("...D,DV->...V", hidden, decoder.head.kernel[...], out=jnp.float32)
 
 
 # --------------------------------------------------------------------------------------------- reading the tree

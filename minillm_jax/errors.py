@@ -7,3 +7,8 @@ class InputError(ValueError):
     The message is one sentence: what, where, expected and found, what to do. The command line prints it as it
     stands and exits with status 2; nothing has been written by then.
     """
+
+
+def cause(error: BaseException) -> str:
+    """What another library's exception says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -11,11 +11,12 @@ block carry a further leading axis L, because equal layers are stacked. Everythi
 table: the abstract decoder, slicing, scoring and the converter.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax import numpy as jnp
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Int, Shaped
 
 OUTER_AXES = {
     "embedding": "V D",
@@ -48,6 +49,9 @@ BLOCK_AXES = {
 GROUP_LETTERS = {"head": "KN", "channel": "F"}
 
 KINDS = tuple(GROUP_LETTERS)
+
+# Kind of group -> for each layer, the indices that stay, ascending; layers may keep different numbers.
+Kept = Mapping[str, Sequence[Int[np.ndarray, " _"]]]
 
 
 def matrices() -> dict[str, str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, DTypeLike, Float
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": jax.nn.silu}
 
@@ -31,12 +31,14 @@ class Rope:
 ROPE_KINDS = ("default", "linear", "llama3")
 
 
-def einsum(equation: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Matrix product in the operands' common type, accumulated in float32."""
+def einsum(
+    equation: str, x: Float[Array, "..."], y: Float[Array, "..."], out: DTypeLike | None = None
+) -> Float[Array, "..."]:
+    """Matrix product in the operands' common type, accumulated in float32, returned in that type or in `out`."""
     dtype = jnp.promote_types(x.dtype, y.dtype)
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     product = jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
-    return product.astype(dtype)
+    return product.astype(dtype if out is None else out)
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "... D"]:
@@ -92,7 +94,7 @@ def attend(
     """Grouped-query attention; consecutive query heads share a key/value head. Softmax in float32."""
     batch, length, heads, size = q.shape
     grouped = q.reshape(batch, length, k.shape[2], -1, size)  # [B, T, K, G, H]
-    scores = einsum("BTKGH,BSKH->BKGTS", grouped, k).astype(jnp.float32) * size**-0.5
+    scores = einsum("BTKGH,BSKH->BKGTS", grouped, k, out=jnp.float32) * size**-0.5
     # A finite floor instead of -inf keeps forward-mode derivatives free of inf - inf.
     scores = jnp.where(jnp.expand_dims(mask, (0, 1, 2)), scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)

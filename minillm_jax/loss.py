@@ -10,6 +10,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minillm_jax.decoder import Decoder, final_hidden, project_to_vocabulary
+from minillm_jax.errors import InputError
 
 # Logits alive at once, in elements: 32 MiB of float32, whatever the batch, the length and the vocabulary.
 LOGITS_AT_ONCE = 2**23
@@ -52,6 +53,10 @@ def batches(windows: Int[np.ndarray, "B T"], at_once: int = TOKENS_AT_ONCE) -> l
     return np.array_split(windows, -(-len(windows) // per_batch))
 
 
+# In nats; its exponential is still a number.
+LARGEST_LOSS = 700.0
+
+
 @dataclass(frozen=True)
 class Perplexity:
     """exp(total negative log likelihood / predictions) over non-overlapping windows."""
@@ -66,7 +71,13 @@ class Perplexity:
 def perplexity(
     decoder: Decoder, windows: Int[np.ndarray, "B T"], progress: Callable[[int, int], None] | None = None
 ) -> Perplexity:
-    """Perplexity over windows of token ids: T - 1 predictions a window, totals in float64."""
+    """Perplexity over windows of token ids: T - 1 predictions a window, totals in float64.
+
+    Raises:
+      InputError: windows of one token predict nothing; or the loss is not finite.
+    """
+    if windows.shape[1] < 2:
+        raise InputError(f"windows of {windows.shape[1]} tokens have nothing to predict; use at least 2")
     total, done = 0.0, 0
     for batch in batches(windows):
         total += float(np.sum(np.asarray(sequence_losses(decoder, jnp.asarray(batch))), dtype=np.float64))
@@ -76,4 +87,6 @@ def perplexity(
     count, length = windows.shape
     predictions = count * (length - 1)
     loss = total / predictions
+    if not loss < LARGEST_LOSS:
+        raise InputError(f"the model's loss on this text is {loss:g}: its weights are broken, or overflow their type")
     return Perplexity(exp(loss), predictions, length, count, loss)

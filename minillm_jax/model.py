@@ -13,12 +13,14 @@ class Model:
 
     Attributes:
       decoder: the weights, as a pytree that computes.
-      raw_config: config.json as it was read; writing changes only what pruning changed.
-      folder: where the model came from; tokenizer and generation settings are copied from here.
-      record: how it was pruned (what pruning.json will say), None for a dense model.
+      raw_config: config.json as it was read; writing updates sizes, types and rotary settings and keeps the rest.
+      folder: where the model lies; tokenizer and generation settings are copied from here.
+      name: what it was loaded by, a path or a Hub id.
+      record: how it was pruned (what pruning.json says), None for a dense model.
     """
 
     decoder: Decoder
     raw_config: dict[str, Any]
     folder: Path
+    name: str
     record: dict[str, Any] | None = None

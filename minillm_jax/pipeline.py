@@ -47,7 +47,7 @@ from minillm_jax.shrink.slicing import slice_groups
 RECORDED_PACKAGES = ("jax", "flax", "transformers", "numpy")
 
 # Called with a stage's name, how much of it is done, and how much there is.
-Progress = Callable[[str, int, int], None]
+StageProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,13 @@ class Scoring:
         _one_of("criterion", self.criterion, CRITERIA)
         _one_of("activation norm", self.activation_norm, ACTIVATION_NORMS)
         _one_of("distribution", self.spsa.distribution, directions.DISTRIBUTIONS)
-        if self.spsa.directions < 1 or self.spsa.at_once < 1:
-            raise InputError(f"the number of directions must be at least 1, found {self.spsa.directions}")
-        if not 0 < self.spsa.epsilon < float("inf"):
-            raise InputError(f"epsilon must be a positive number, found {self.spsa.epsilon:g}")
+        for number in (self.spsa.directions, self.spsa.at_once):
+            if number < 1:
+                raise InputError(f"the number of directions, and of those at once, must be at least 1, found {number}")
+        if not 0 < np.float32(self.spsa.epsilon) < np.inf:
+            raise InputError(f"epsilon must be a positive float32 number, found {self.spsa.epsilon:g}")
+        for seed in (self.seed, self.spsa.seed):
+            text.check_seed(seed)
         found = CRITERIA[self.criterion]
         within, across = self.within or found.within, self.across or found.across
         _one_of("reduction within a structure", within, criteria.WITHIN)
@@ -97,11 +100,13 @@ class Scores:
     Attributes:
       groups: the scores.
       settings: what they were made with, for the record.
+      calibration: what they were made on, for the record.
       projected_gradients: of each direction, when the criterion takes an estimated gradient.
     """
 
     groups: dict[str, list[np.ndarray]]
     settings: dict[str, Any]
+    calibration: dict[str, Any]
     projected_gradients: np.ndarray | None = None
 
 
@@ -123,7 +128,7 @@ def calibrate(model: Model, source: str | Path, samples: int = 10, length: int =
 
 
 def score(
-    model: Model, calibration: Calibration, scoring: Scoring | None = None, progress: Progress | None = None
+    model: Model, calibration: Calibration, scoring: Scoring | None = None, progress: StageProgress | None = None
 ) -> Scores:
     """Score every head (with its key/value group) and every MLP channel of every layer.
 
@@ -135,7 +140,7 @@ def score(
     decoder, projected = model.decoder, None
     settings = asdict(scoring) | asdict(criterion)
     if not criterion.factors:
-        return Scores(_random_scores(decoder, scoring.seed), settings)
+        return Scores(_random_scores(decoder, scoring.seed), settings, calibration.record())
     norms = None
     if "activation" in criterion.factors and scoring.activation_norm != "none":
         norms = activation_norms(decoder, calibration.windows, scoring.activation_norm)
@@ -151,7 +156,7 @@ def score(
             found[kind].extend(values)
         first += depth(run)
         _report(progress, "scores", first, layer_count(decoder))
-    return Scores(found, settings, projected)
+    return Scores(found, settings, calibration.record(), projected)
 
 
 def prune(model: Model, scores: Scores, ratio: float, layers: range | None = None) -> Model:
@@ -177,19 +182,20 @@ def prune(model: Model, scores: Scores, ratio: float, layers: range | None = Non
     kept = select_local(scores.groups, ratio, layers)
     pruned = slice_groups(decoder, kept)
     record = {
-        "ratio": ratio,
+        "ratio": float(ratio),
         "layers": None if layers is None else [layers.start, layers.stop],
         "scoring": scores.settings,
+        "calibration": scores.calibration,
         "parameters_before": parameter_count(decoder),
         "parameters_after": parameter_count(pruned),
         "kept": {kind: [indices.tolist() for indices in rows] for kind, rows in kept.items()},
         "groups_before": {kind: group_counts(decoder, kind) for kind in kept},
         "versions": {"minillm-jax": __version__} | {name: version(name) for name in RECORDED_PACKAGES},
-        "base_model": str(model.folder),
+        "base_model": model.name,
     }
     if model.record is not None:
         record["pruned_before"] = model.record
-    return Model(pruned, model.raw_config, model.folder, record)
+    return replace(model, decoder=pruned, record=record)
 
 
 def save(model: Model, output: str | Path, max_shard_size: str = writer.MAX_SHARD_SIZE) -> Path:
@@ -202,7 +208,7 @@ def save(model: Model, output: str | Path, max_shard_size: str = writer.MAX_SHAR
 
 
 def evaluate(
-    model: Model, source: str | Path, window: int = 128, bos: bool = False, progress: Progress | None = None
+    model: Model, source: str | Path, window: int = 128, bos: bool = False, progress: StageProgress | None = None
 ) -> loss.Perplexity:
     """Perplexity over the non-overlapping windows of a whole text, W - 1 predictions a window.
 
@@ -242,7 +248,7 @@ class Result:
     after: loss.Perplexity | None
 
 
-def run(job: Job, progress: Progress | None = None) -> Result:
+def run(job: Job, progress: StageProgress | None = None) -> Result:
     """Prune one model from folder to folder. Everything that can be checked early is checked before any work.
 
     Raises:
@@ -262,8 +268,7 @@ def run(job: Job, progress: Progress | None = None) -> Result:
     scores = score(model, calibration, job.scoring, progress)
     clock.lap("score")
     pruned = prune(model, scores, job.ratio, layers)
-    provenance = {"source": job.calibration, "samples": job.samples, "length": job.length, "seed": job.seed}
-    pruned = replace(pruned, record={**(pruned.record or {}), "calibration": provenance})
+    del model  # the dense weights
     clock.lap("prune")
     after = _evaluate_if(job, pruned, progress)
     clock.lap("evaluate")
@@ -368,12 +373,12 @@ class _Clock:
         self._last = now
 
 
-def _report(progress: Progress | None, stage: str, done: int, total: int) -> None:
+def _report(progress: StageProgress | None, stage: str, done: int, total: int) -> None:
     if progress is not None:
         progress(stage, done, total)
 
 
-def _evaluate_if(job: Job, model: Model, progress: Progress | None) -> loss.Perplexity | None:
+def _evaluate_if(job: Job, model: Model, progress: StageProgress | None) -> loss.Perplexity | None:
     return None if job.evaluation is None else evaluate(model, job.evaluation, job.window, progress=progress)
 
 

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from minillm_jax.loss import Perplexity
 from minillm_jax.pipeline import Result
@@ -27,7 +28,8 @@ def result_json(result: Result) -> dict[str, Any]:
 def result_table(result: Result) -> Table:
     """A pruning job as a table: sizes and perplexity before and after, seconds, where the result lies."""
     record = result.pruned.record or {}
-    table = Table(title=f"{result.job.model} pruned by {record['ratio']:.0%} with {result.job.scoring.criterion}")
+    title = f"{result.job.model} pruned by {100 * record['ratio']:g} % with {result.job.scoring.criterion}"
+    table = Table(title=Text(title))
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="left" if not heading else "right", overflow="fold")
     before, after = record["parameters_before"], record["parameters_after"]
@@ -41,7 +43,7 @@ def result_table(result: Result) -> Table:
         table.add_row("perplexity", before_text, after_text, f"× {ratio:.2f}")
     table.add_section()
     table.add_row("seconds", "", f"{sum(result.seconds.values()):.1f}", "")
-    table.caption = f"written to {result.job.output}"
+    table.caption = Text(f"written to {result.job.output}")
     return table
 
 
@@ -52,7 +54,7 @@ def perplexity_json(model: str, source: str, found: Perplexity) -> dict[str, Any
 
 def perplexity_table(model: str, source: str, found: Perplexity) -> Table:
     """An evaluation as a table."""
-    table = Table(title=f"{model} on {source}")
+    table = Table(title=Text(f"{model} on {source}"))
     for heading in ("perplexity", "loss (nats)", "predictions", "windows", "window"):
         table.add_column(heading, justify="right")
     table.add_row(

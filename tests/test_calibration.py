@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from minillm_jax import demo
+from minillm_jax import calibration, demo
 from minillm_jax.calibration import Tokens, cut, read_documents, read_tokens, sample, tokenise
 from minillm_jax.errors import InputError
 
@@ -87,8 +89,11 @@ def test_too_little_text_says_how_much_there_is() -> None:
         ("bad.jsonl", b'{"text": "a"}\n{', "line 2 is not JSON"),
         ("other.jsonl", b'{"body": "a"}', "line 1: expected an object with a string 'text'"),
         ("list.jsonl", b'["a"]', "line 1: expected an object with a string 'text'"),
-        ("bad.parquet", b"no parquet", "not a parquet file"),
+        ("bad.parquet", b"no parquet", "not a whole parquet file"),
         ("bad.npy", b"no array", "not a NumPy array of token ids"),
+        ("empty.npy", b"", "not a NumPy array of token ids"),
+        ("nested.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("surrogate.jsonl", b'{"text": "\\ud800"}', "the text cannot be tokenised"),
     ],
 )
 def test_bad_files_are_errors(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -112,8 +117,31 @@ def test_bad_arrays_are_errors(tmp_path: Path) -> None:
         read(tmp_path / "body.parquet")
 
 
+def test_unusual_but_right_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "separator.jsonl").write_text('{"text": "one\u2028two"}\n', encoding="utf-8-sig")
+    assert list(read_documents(tmp_path / "separator.jsonl")) == ["one\u2028two"]
+
+
+def test_arrays_of_other_kinds_and_bos_are_errors(tmp_path: Path) -> None:
+    with (tmp_path / "archive.npy").open("wb") as file:
+        np.savez(file, a=np.arange(3), b=np.arange(3))
+    with pytest.raises(InputError, match="an archive of several arrays"):
+        read(tmp_path / "archive.npy")
+    np.save(tmp_path / "ids.npy", np.array([1, 2**64 - 1], dtype=np.uint64))
+    with pytest.raises(InputError, match="token id 18446744073709551615 lies outside"):
+        read(tmp_path / "ids.npy")
+    with pytest.raises(InputError, match="--bos is for text"):
+        read(tmp_path / "ids.npy", bos=True)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_are_words_of_32_bits(seed: int) -> None:
+    with pytest.raises(InputError, match="--seed must lie between 0 and"):
+        sample(Tokens(np.arange(100, dtype=np.int32), "here", 1), 1, 16, seed)
+
+
 def test_missing_sources_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("nowhere.txt", "./a/b", "a/b/c", "plain"):
+    for name in ("nowhere.txt", "./a/b", "a/b/c/d", "plain", "owner/file.jsonl", "long" * 100):
         with pytest.raises(InputError, match="no such file"):
             list(read_documents(name))
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -124,14 +152,18 @@ def test_missing_sources_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hub_data_sets_stream_their_text(monkeypatch: pytest.MonkeyPatch) -> None:
     class Hub:
         @staticmethod
-        def load_dataset(name: str, split: str, streaming: bool) -> list[dict[str, str]]:
+        def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> Iterator[dict[str, str]]:
             if name == "owner/lost":
                 raise ConnectionError("offline")
-            return [{"text": f"{name} {split} {streaming}"}]
+            if name == "owner/endless":
+                return repeat({"text": "word " * 100})
+            return iter([{"text": f"{name} {config} {split} {streaming}"}])
 
     monkeypatch.setitem(sys.modules, "datasets", Hub)
-    assert list(read_documents("owner/name")) == ["owner/name train True"]
-    assert list(read_documents("owner/name:test")) == ["owner/name test True"]
+    assert list(read_documents("owner/name-v1.5")) == ["owner/name-v1.5 None train True"]
+    assert list(read_documents("owner/name/config:test")) == ["owner/name config test True"]
+    monkeypatch.setattr(calibration, "HUB_CHARACTERS", 1200)
+    assert len(list(read_documents("owner/endless"))) == 3
     with pytest.raises(InputError, match=r"the Hub could not provide it \(offline\)"):
         list(read_documents("owner/lost"))
 

@@ -78,6 +78,17 @@ def test_prune_and_eval_print_one_json_object(
     assert f"{found['perplexity']:.3f}" in capsys.readouterr().out
 
 
+def test_markup_in_a_path_is_printed_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = prune_options(text, Path("o[", "b]q"), criterion="wanda", ratio=0.125)
+    assert call(monkeypatch, ["prune", demo.FOLDER, *options]) == 0
+    table = capsys.readouterr().out
+    assert "o[/b]q" in table
+    assert "12.5 %" in table
+
+
 def test_eval_with_bos_and_dtype_changes_the_figure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: Path
 ) -> None:
@@ -157,6 +168,11 @@ def break_values(folder: Path) -> None:
         (break_nothing, {"output": "EXISTING"}, "the output folder already exists"),
         (break_nothing, {"layers": "one:two"}, "is not a range"),
         (break_nothing, {"layers": "1:3"}, "unequal numbers"),
+        (break_nothing, {"layers": "²:3"}, "is not a range"),
+        (break_nothing, {"seed": -1}, "--seed must lie between 0 and"),
+        (break_nothing, {"epsilon": 1e-50}, "epsilon must be a positive float32 number"),
+        (break_nothing, {"directions-at-once": 0}, "of those at once, must be at least 1, found 0"),
+        (break_nothing, {"output": "EMPTY/out"}, "no folder can be made there"),
         (break_nothing, {"criterion": "best"}, "unknown criterion 'best'"),
     ],
 )

@@ -178,6 +178,15 @@ def test_copy_of_a_tied_embedding_is_accepted_only_when_equal(tmp_path: Path) ->
 # ------------------------------------------------------------------------------------------------------ surprises
 
 
+SHARD = "model-00001-of-00001.safetensors"
+
+
+def only_shard(folder: Path) -> dict[str, str]:
+    """Turn the single file into a shard; returns the map that an index should hold."""
+    (folder / SINGLE).rename(folder / SHARD)
+    return dict.fromkeys(load_file(folder / SHARD), SHARD)
+
+
 def damage(change: str, folder: Path) -> None:
     match change:
         case "missing config":
@@ -221,20 +230,38 @@ def damage(change: str, folder: Path) -> None:
             edit_json(folder / "config.json", rope_parameters=rope)
         case "wrong type":
             edit_json(folder / "config.json", intermediate_size="wide")
+        case "family is a list":
+            edit_json(folder / "config.json", model_type=["llama"])
+        case "rope base is text":
+            edit_json(folder / "config.json", rope_parameters={"rope_type": "default", "rope_theta": "10000"})
+        case "rope factor is zero":
+            rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 0}
+            edit_json(folder / "config.json", rope_parameters=rope)
+        case "partial rotary":
+            rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+            edit_json(folder / "config.json", rope_parameters=rope)
+        case "endless layers":
+            edit_json(folder / "config.json", num_hidden_layers=10**13)
+        case "no layers":
+            edit_json(folder / "config.json", num_hidden_layers=0)
+        case "empty window":
+            edit_json(folder / "config.json", model_type="mistral", sliding_window=0)
         case "uneven heads":
             edit_json(folder / "config.json", num_key_value_heads=3)
         case "index leaves folder":
             (folder / SINGLE).unlink()
             (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "../../file.safetensors"}}))
         case "index without map":
+            (folder / SINGLE).unlink()
             (folder / INDEX).write_text("{}")
         case "index names missing shard":
+            (folder / SINGLE).unlink()
             (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "lost.safetensors"}}))
         case "index lies":
-            names = dict.fromkeys(load_file(folder / SINGLE), SINGLE)
-            (folder / INDEX).write_text(json.dumps({"weight_map": names | {"model.other": SINGLE}}))
+            names = only_shard(folder)
+            (folder / INDEX).write_text(json.dumps({"weight_map": names | {"model.other": SHARD}}))
         case "index forgets":
-            names = dict.fromkeys(load_file(folder / SINGLE), SINGLE)
+            names = only_shard(folder)
             names.pop("model.norm.weight")
             (folder / INDEX).write_text(json.dumps({"weight_map": names}))
 
@@ -260,12 +287,19 @@ DAMAGES = {
     "unknown activation": r"activation 'relu' is not supported",
     "unknown rope": r"rope_type 'dynamic' is not supported",
     "wrong type": r"config\.json: .*intermediate_size",
+    "family is a list": r"model_type \['llama'\] is not supported",
+    "rope base is text": r"config\.json: .*rope_theta|rope_theta must be a positive number, found '10000'",
+    "rope factor is zero": r"factor must be a positive number, found 0|config\.json: .*factor",
+    "partial rotary": r"partial_rotary_factor 0\.5 is not supported",
+    "endless layers": r"num_hidden_layers must be a whole number from 1 to",
+    "no layers": r"num_hidden_layers must be a whole number from 1 to .*, found 0",
+    "empty window": r"sliding_window must be null or at least 1, found 0",
     "uneven heads": r"num_attention_heads 8 is not a multiple of num_key_value_heads 3",
     "index leaves folder": r"shard '\.\./\.\./file\.safetensors' is not a plain file name",
     "index without map": r"expected an object weight_map",
     "index names missing shard": r"lost\.safetensors: the file is missing",
-    "index lies": r"tensor 'model\.other' is not in 'model\.safetensors'",
-    "index forgets": r"tensor 'model\.norm\.weight' of 'model\.safetensors' is not listed",
+    "index lies": r"tensor 'model\.other' is not in 'model-00001",
+    "index forgets": r"tensor 'model\.norm\.weight' of 'model-00001-of-00001\.safetensors' is not listed",
 }
 
 
@@ -277,8 +311,45 @@ def test_damaged_folder_is_one_clear_sentence(folder: Path, change: str) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_values_that_leave_the_type_asked_for_are_an_error(folder: Path) -> None:
+    rewrite(folder, lambda t: t["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 4), 1e9))
+    read_model(folder, dtype="bfloat16")
+    with pytest.raises(InputError, match="holds NaN or infinite values as float16"):
+        read_model(folder, dtype="float16")
+
+
+def test_types_may_differ_between_arrays(folder: Path) -> None:
+    """A float32 checkpoint whose embedding is bfloat16, and the other way round."""
+    tokens = jnp.zeros((1, 5), jnp.int32)
+    exact = read_model(folder).decoder(tokens)
+
+    def half(*names: str) -> Callable[[dict[str, np.ndarray]], None]:
+        return lambda t: t.update({n: x.astype(ml_dtypes.bfloat16) for n, x in t.items() if n.endswith(names)})
+
+    rewrite(folder, half("embed_tokens.weight"))
+    np.testing.assert_allclose(read_model(folder).decoder(tokens), exact, atol=0.1 * float(jnp.abs(exact).max()))
+    rewrite(folder, half("proj.weight"))
+    assert read_model(folder).decoder(tokens).dtype == jnp.float32
+
+
+def test_record_of_pruning_goes_along(folder: Path, tmp_path: Path) -> None:
+    record = {"ratio": 0.2, "kept": {"head": [[0, 1, 2]]}}
+    (folder / "pruning.json").write_text(json.dumps(record))
+    convert("to-flax", str(folder), str(tmp_path / "flax"))
+    convert("to-torch", str(tmp_path / "flax"), str(tmp_path / "torch"))
+    assert read_model(tmp_path / "torch").record == record
+
+
+def test_settings_of_other_weights_are_not_written(folder: Path, tmp_path: Path) -> None:
+    """A quantised model's or remote-code model's settings do not hold for the plain weights that are written."""
+    model = read_model(folder)
+    raw = model.raw_config | {"quantization_config": {"bits": 4}, "auto_map": {"AutoConfig": "code.Config"}}
+    written = stock_config(model.decoder, raw)
+    assert not written.keys() & {"quantization_config", "auto_map"}
+
+
 def test_unknown_places_are_errors(tmp_path: Path) -> None:
-    for name in ("./nowhere", str(tmp_path / "nowhere"), "a b c"):
+    for name in ("./nowhere", str(tmp_path / "nowhere"), "a b c", "", "long" * 100):
         with pytest.raises(InputError, match="no such folder"):
             read_model(name)
     with pytest.raises(InputError, match="the Hub could not provide it"):
@@ -293,6 +364,12 @@ def test_damaged_flax_checkpoint_is_an_error(folder: Path, tmp_path: Path) -> No
     edit_json(tmp_path / "flax" / "config.json", intermediate_size=40, tie_word_embeddings=True)
     with pytest.raises(InputError, match=r"'head\.kernel' has shape .* expects no such array"):
         read_model(tmp_path / "flax")
+    edit_json(tmp_path / "flax" / "config.json", tie_word_embeddings=False)
+    broken = read_model(tmp_path / "flax")
+    broken.decoder.embedding.set_value(broken.decoder.embedding[...].at[3, 4].set(jnp.nan))
+    write_flax(broken, tmp_path / "broken")
+    with pytest.raises(InputError, match="'embedding' holds NaN"):
+        read_model(tmp_path / "broken")
     shutil.rmtree(tmp_path / "flax" / FLAX_WEIGHTS)
     (tmp_path / "flax" / FLAX_WEIGHTS).mkdir()
     with pytest.raises(InputError, match="not a whole Orbax checkpoint"):
@@ -317,6 +394,24 @@ def test_output_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (tmp_path / "deeper" / "out" / "file").read_text() == "whole"
     with pytest.raises(InputError, match="already exists"), new_folder(tmp_path / "deeper" / "out"):
         pytest.fail("the block must not run")
+
+
+def test_places_where_no_folder_can_be_made_are_refused_early(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file" / "out", tmp_path / ("long" * 100), Path("/proc/no/out")):
+        with pytest.raises(InputError, match=r"no folder can be made there|cannot be written"), new_folder(output):
+            pytest.fail("the block must not run")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    def fill_the_disk() -> None:
+        with new_folder(tmp_path / "new" / "out"):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match=r"cannot be written .*No space left"):
+        fill_the_disk()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_existing_output_is_refused_before_reading(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from jax import numpy as jnp
 
 from convert.reader import read_model
 from convert.writer import write_stock
+from minillm_jax import layers
 from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.decoder import build, final_hidden, parameter_count, scan_layers
 from minillm_jax.layers import Rope
@@ -61,9 +62,9 @@ def difference(folder: Path, tokens: np.ndarray) -> float:
 def pruned_folder(folder: Path, output: Path, ratio: float, seed: int = 0) -> Path:
     model = read_model(folder)
     rng = np.random.default_rng(seed)
-    layers, run = len(jax.tree.leaves(model.decoder.runs)[0]), model.decoder.runs[0]
+    count, run = len(jax.tree.leaves(model.decoder.runs)[0]), model.decoder.runs[0]
     counts = {"head": run.attention.k.kernel.shape[2], "channel": run.mlp.down.kernel.shape[1]}
-    scores = {kind: [rng.random(n) for _ in range(layers)] for kind, n in counts.items()}
+    scores = {kind: [rng.random(n) for _ in range(count)] for kind, n in counts.items()}
     decoder = slice_groups(model.decoder, select_local(scores, ratio))
     write_stock(dataclasses.replace(model, decoder=decoder), output)
     return output
@@ -162,9 +163,9 @@ def test_scan_visits_layers_in_order_as_often_as_asked() -> None:
 
     for visits in (1, 2, 3):
         carry, (out,) = scan_layers(decoder.runs, step, jnp.int32(0), [10 * jnp.arange(3, dtype=jnp.int32)], visits)
-        layers = np.repeat(np.arange(3), visits)
+        expected = np.repeat(np.arange(3), visits)
         assert carry == 3 * visits
-        np.testing.assert_array_equal(out, np.stack([np.arange(3 * visits), layers, 10 * layers], axis=1))
+        np.testing.assert_array_equal(out, np.stack([np.arange(3 * visits), expected, 10 * expected], axis=1))
 
 
 def test_bfloat16_weights_stay_bfloat16_and_logits_are_float32() -> None:
@@ -175,6 +176,15 @@ def test_bfloat16_weights_stay_bfloat16_and_logits_are_float32() -> None:
     assert logits.dtype == jnp.float32
     exact = small_decoder()(tokens)
     assert np.abs(logits - exact).max() < 0.1 * np.abs(exact).max()
+
+
+def test_half_precision_scores_do_not_overflow() -> None:
+    """Products of queries and keys stay float32 until the softmax."""
+    q = jnp.full((1, 3, 2, 16), 100.0, jnp.float16)
+    k = jnp.full((1, 3, 1, 16), 100.0, jnp.float16)
+    mixed = layers.attend(q, k, jnp.ones_like(k), layers.causal_mask(3, None))
+    assert mixed.dtype == jnp.float16
+    np.testing.assert_allclose(mixed, 1.0)
 
 
 def test_seven_billion_parameters_by_shape_alone() -> None:

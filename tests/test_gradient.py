@@ -132,6 +132,11 @@ def test_estimate_reports_progress_and_is_deterministic() -> None:
     assert not np.allclose(first, estimate(decoder, windows, Spsa(5, at_once=2, seed=1)))
 
 
+def test_a_step_lost_in_rounding_is_an_error() -> None:
+    with pytest.raises(InputError, match="no direction changes the loss"):
+        estimate(small_decoder(), random_tokens(61, 2, 9), Spsa(1, 1e-30))
+
+
 def test_a_step_that_breaks_the_loss_is_an_error() -> None:
     decoder = small_decoder()
     with pytest.raises(InputError, match=r"not finite for a direction among 0\.\.0; use a smaller --epsilon"):

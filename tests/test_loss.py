@@ -12,6 +12,7 @@ from jax import numpy as jnp
 from convert.reader import read_model
 from minillm_jax import loss
 from minillm_jax.decoder import final_hidden
+from minillm_jax.errors import InputError
 from tests.helpers import hugging_face_folder, load_torch, random_tokens, small_decoder, torch_logits
 
 
@@ -47,6 +48,15 @@ def test_perplexity_does_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(loss, "batches", lambda _: parts)
     split = loss.perplexity(decoder, windows)
     assert split.loss == pytest.approx(whole.loss, rel=1e-6)
+
+
+def test_losses_that_are_no_numbers_are_errors() -> None:
+    decoder = small_decoder()
+    decoder.final_norm.scale.set_value(1e5 * decoder.final_norm.scale[...])
+    with pytest.raises(InputError, match="the model's loss on this text is"):
+        loss.perplexity(decoder, random_tokens(61, 2, 9))
+    with pytest.raises(InputError, match="windows of 1 tokens have nothing to predict"):
+        loss.perplexity(decoder, random_tokens(61, 2, 1))
 
 
 def test_batches_cover_all_windows_in_at_most_two_sizes() -> None:

@@ -25,7 +25,7 @@ FEW = Spsa(directions=2)
 
 
 def small_model() -> Model:
-    return Model(small_decoder(), {"model_type": "llama", "hidden_size": 16}, Path("nowhere"))
+    return Model(small_decoder(), {"model_type": "llama", "hidden_size": 16}, Path("nowhere"), "small")
 
 
 def windows(seed: int = 0) -> Calibration:
@@ -181,9 +181,12 @@ def test_pruning_twice_keeps_the_first_record_and_a_range_of_layers_prunes_only_
         (Scoring(within="median"), "unknown reduction within a structure 'median'"),
         (Scoring(across="first"), "unknown reduction across structures 'first'"),
         (Scoring(spsa=Spsa(distribution="cauchy")), "unknown distribution 'cauchy'"),
-        (Scoring(spsa=Spsa(directions=0)), "number of directions must be at least 1, found 0"),
-        (Scoring(spsa=Spsa(epsilon=0.0)), "epsilon must be a positive number, found 0"),
-        (Scoring(spsa=Spsa(epsilon=float("nan"))), "epsilon must be a positive number"),
+        (
+            Scoring(spsa=Spsa(directions=0)),
+            "the number of directions, and of those at once, must be at least 1, found 0",
+        ),
+        (Scoring(spsa=Spsa(epsilon=0.0)), "epsilon must be a positive float32 number, found 0"),
+        (Scoring(spsa=Spsa(epsilon=float("nan"))), "epsilon must be a positive float32 number"),
     ],
 )
 def test_settings_out_of_range_are_errors(scoring: Scoring, message: str) -> None:

@@ -40,7 +40,7 @@ def estimate(
     """The projected gradient of every direction, float64 [P], from 2 · P forward passes over the windows.
 
     Raises:
-      InputError: a loss is not finite.
+      InputError: a loss is not finite, or none changes.
     """
     found: list[np.ndarray] = []
     predictions = windows.shape[0] * (windows.shape[1] - 1)
@@ -68,4 +68,10 @@ def estimate(
             )
         if progress is not None:
             progress(last, settings.directions)
-    return np.concatenate(found)
+    projected = np.concatenate(found)
+    if not projected.any():
+        raise InputError(
+            f"no direction changes the loss at --epsilon {settings.epsilon:g}: the step is lost in rounding; "
+            "use a larger one"
+        )
+    return projected

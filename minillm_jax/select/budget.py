@@ -5,12 +5,10 @@ from decimal import Decimal
 from math import floor
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from minillm_jax.errors import InputError
-
-# Kind of group -> for each layer, the indices that stay, ascending.
-Kept = dict[str, list[Int[np.ndarray, " _"]]]
+from minillm_jax.groups import Kept
 
 
 def kept_count(count: int, ratio: float) -> int:
@@ -36,7 +34,7 @@ def select_local(
     """
     if not 0 < ratio < 1:
         raise InputError(f"the ratio must lie between 0 and 1, both excluded, found {ratio:g}")
-    kept: Kept = {}
+    kept: dict[str, list[np.ndarray]] = {}
     for kind, per_layer in scores.items():
         kept[kind] = []
         for layer, values in enumerate(per_layer):

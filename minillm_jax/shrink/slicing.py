@@ -1,6 +1,6 @@
 """The same take() for every structure of the table: groups are removed by slicing the pytree."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
 
@@ -12,15 +12,12 @@ from jaxtyping import Array, Int
 from minillm_jax import groups
 from minillm_jax.decoder import Block, Decoder, depth, group_count
 
-# Kind of group -> for each layer, the indices that stay; layers may keep different numbers.
-Kept = Mapping[str, Sequence[Int[np.ndarray, " _"]]]
 
-
-def slice_groups(decoder: Decoder, kept: Kept) -> Decoder:
+def slice_groups(decoder: Decoder, kept: groups.Kept) -> Decoder:
     """A decoder with only the kept groups of every layer; embeddings, norms and head are shared with the original.
 
-    Layers of a run that keep equal numbers are sliced together, so at most the dense and the sliced weights exist at
-    once; neighbouring runs that end up equal become one.
+    Layers of a run that keep equal numbers are sliced together, without a copy of each layer in between; neighbouring
+    runs that end up equal become one.
 
     Args:
       decoder: the model.
@@ -37,7 +34,7 @@ def slice_groups(decoder: Decoder, kept: Kept) -> Decoder:
     return Decoder(decoder.config, decoder.embedding[...], merged, decoder.final_norm, decoder.head)
 
 
-def _segments(kept: Kept, first: int, last: int) -> Iterator[tuple[int, int]]:
+def _segments(kept: groups.Kept, first: int, last: int) -> Iterator[tuple[int, int]]:
     """Ranges of consecutive layers that keep equal numbers of every kind."""
     for _, layers in groupby(range(first, last), lambda layer: [len(rows[layer]) for rows in kept.values()]):
         found = list(layers)
