@@ -1,6 +1,8 @@
 """Perplexity after pruning a real model, criterion by criterion, with the controls beside them.
 
-    python bench/criteria.py MODEL TEXT [--output bench/results/criteria.json]
+    python bench/criteria.py [MODEL TEXT] [--output bench/results/criteria.json]
+
+Without a model and a text, the bundled demo model on its held-out text.
 
 The text's documents are separated by <|endoftext|>, or are the whole file; they are joined by blank lines. For every
 seed other windows are drawn: the first 16 (`--samples`) calibrate, the next 96 (`--evaluation`) evaluate, and all
@@ -17,7 +19,7 @@ from environment import environment
 from rich.console import Console
 from rich.table import Table
 
-from minillm_jax import pipeline
+from minillm_jax import demo, pipeline
 from minillm_jax.calibration import Calibration, Tokens, sample, tokenise
 from minillm_jax.estimate.loop import Spsa
 from minillm_jax.loss import perplexity
@@ -70,8 +72,8 @@ def summary(rows: list[dict[str, Any]]) -> Table:
 def main() -> None:
     """Measure all seeds, print a line each and a summary, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("text", type=Path)
+    parser.add_argument("model", nargs="?", default=demo.FOLDER)
+    parser.add_argument("text", nargs="?", type=Path)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--evaluation", type=int, default=96)
@@ -81,14 +83,17 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, default=1e-3)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    if arguments.text is None and arguments.model != demo.FOLDER:
+        parser.error("a model needs a text")
     model = pipeline.load(arguments.model)
-    ids = tokenise(documents(arguments.text), model.folder)
-    tokens = Tokens(ids, arguments.text.name, 1)
+    text = demo.held_out_text() if arguments.text is None else documents(arguments.text)
+    name = "the demo's held-out text" if arguments.text is None else arguments.text.name
+    tokens = Tokens(tokenise(text, model.folder), name, 1)
     rows = [row for seed in range(arguments.seeds) for row in measure(model, tokens, seed, arguments)]
     Console().print(summary(rows))
     if arguments.output is not None:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-        settings |= {"model": model.folder.name, "text": arguments.text.name}
+        settings |= {"model": model.folder.name, "text": name}
         result = {"environment": environment(), "settings": settings, "rows": rows}
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
