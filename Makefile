@@ -15,7 +15,7 @@ test: $(VENV)/test-installed lint
 lint: $(VENV)/test-installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 $(VENV)/core-installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

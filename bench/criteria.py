@@ -24,7 +24,7 @@ from minillm_jax.calibration import Calibration, Tokens, sample, tokenise
 from minillm_jax.estimate.loop import Spsa
 from minillm_jax.loss import perplexity
 from minillm_jax.model import Model
-from minillm_jax.pipeline import Scoring
+from minillm_jax.scoring import Scoring, score
 
 CRITERIA = ("random", "magnitude", "noise", "fms", "wanda")
 
@@ -44,7 +44,7 @@ def measure(model: Model, tokens: Tokens, seed: int, arguments: argparse.Namespa
     rows = []
     for criterion in CRITERIA:
         spsa = Spsa(arguments.directions, arguments.epsilon, seed, at_once=4)
-        scores = pipeline.score(model, calibration, Scoring(criterion, spsa, seed=seed))
+        scores = score(model, calibration, Scoring(criterion, spsa, seed=seed))
         for ratio in arguments.ratios:
             pruned = pipeline.prune(model, scores, ratio)
             found = perplexity(pruned.decoder, held_out).perplexity

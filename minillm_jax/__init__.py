@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from minillm_jax.errors import InputError as InputError
     from minillm_jax.estimate.loop import Spsa as Spsa
     from minillm_jax.model import Model as Model
-    from minillm_jax.pipeline import Scores as Scores
-    from minillm_jax.pipeline import Scoring as Scoring
     from minillm_jax.pipeline import calibrate as calibrate
     from minillm_jax.pipeline import evaluate as evaluate
     from minillm_jax.pipeline import load as load
     from minillm_jax.pipeline import prune as prune
     from minillm_jax.pipeline import save as save
-    from minillm_jax.pipeline import score as score
+    from minillm_jax.scoring import Scores as Scores
+    from minillm_jax.scoring import Scoring as Scoring
+    from minillm_jax.scoring import score as score
 
 __version__ = "0.1.0"
 
@@ -33,15 +33,15 @@ _HOME = {
     "Calibration": "calibration",
     "InputError": "errors",
     "Model": "model",
-    "Scores": "pipeline",
-    "Scoring": "pipeline",
+    "Scores": "scoring",
+    "Scoring": "scoring",
     "Spsa": "estimate.loop",
     "calibrate": "pipeline",
     "evaluate": "pipeline",
     "load": "pipeline",
     "prune": "pipeline",
     "save": "pipeline",
-    "score": "pipeline",
+    "score": "scoring",
 }
 
 __all__ = [

@@ -4,6 +4,7 @@ Commands import what they need when they run, so that `--help` answers at once.
 """
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ from minillm_jax.errors import InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from minillm_jax.pipeline import Job, StageProgress
+    from minillm_jax.pipeline import Job
+    from minillm_jax.progress import StageProgress
 
 app = typer.Typer(
     help="Make a language model physically smaller with forward passes alone.",
@@ -34,6 +36,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 
 def main() -> None:
     """Entry point of `minillm-jax`: bad input is one sentence on standard error and exit status 2."""
+    # transformers otherwise advises to install PyTorch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         app()
     except InputError as error:
@@ -85,7 +89,8 @@ def prune(
 ) -> None:
     """Prune a model and write it as a Hugging Face folder."""
     from minillm_jax.estimate.loop import Spsa
-    from minillm_jax.pipeline import Job, Scoring
+    from minillm_jax.pipeline import Job
+    from minillm_jax.scoring import Scoring
 
     spsa = Spsa(directions, epsilon, seed, distribution, directions_at_once)
     scoring = Scoring(criterion, spsa, activation_norm, within, across, seed)
@@ -124,7 +129,8 @@ def demo(
     import tempfile
 
     from minillm_jax import demo as bundled
-    from minillm_jax.pipeline import Job, Scoring
+    from minillm_jax.pipeline import Job
+    from minillm_jax.scoring import Scoring
 
     with tempfile.TemporaryDirectory() as folder:
         training, held_out = Path(folder, "training.txt"), Path(folder, "held-out.txt")

@@ -1,6 +1,7 @@
 """Tables for people and JSON for programs, from result objects."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -28,7 +29,7 @@ def result_json(result: Result) -> dict[str, Any]:
 def result_table(result: Result) -> Table:
     """A pruning job as a table: sizes and perplexity before and after, seconds, where the result lies."""
     record = result.pruned.record or {}
-    title = f"{result.job.model} pruned by {100 * record['ratio']:g} % with {result.job.scoring.criterion}"
+    title = f"{Path(result.job.model).name} pruned by {100 * record['ratio']:g} % with {result.job.scoring.criterion}"
     table = Table(title=Text(title))
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="left" if not heading else "right", overflow="fold")

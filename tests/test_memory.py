@@ -11,7 +11,7 @@ from minillm_jax.decoder import Decoder, build, depth, kernels
 from minillm_jax.estimate import directions, gradient
 from minillm_jax.layers import Rope
 from minillm_jax.loss import sequence_losses
-from minillm_jax.pipeline import _score_structure
+from minillm_jax.scoring import _score_structure
 
 CONFIG = DecoderConfig("llama", 1e-5, Rope(10000.0))
 MEDIUM = build(CONFIG, Sizes(V=512, D=512, H=64, layers=(LayerSizes(N=8, K=8, F=1376),) * 8))

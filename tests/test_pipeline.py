@@ -17,7 +17,8 @@ from minillm_jax.estimate import directions
 from minillm_jax.estimate.loop import Spsa
 from minillm_jax.estimate.statistics import activation_norms
 from minillm_jax.model import Model
-from minillm_jax.pipeline import Job, Scoring, calibrate, evaluate, load, prune, run, save, score
+from minillm_jax.pipeline import Job, calibrate, evaluate, load, prune, run, save
+from minillm_jax.scoring import Scoring, score
 from minillm_jax.select.criteria import CRITERIA
 from tests.helpers import arrays_equal, load_torch, random_tokens, shared, small_decoder, torch_logits
 
