@@ -206,5 +206,5 @@ def _write_companions(model: Model, folder: Path) -> None:
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     text = json.dumps(value, indent=2)
     # Lists of numbers (kept indices run to thousands) on one line.
-    compact = re.sub(r"\[\n[\s\d,]+\]", lambda numbers: " ".join(numbers[0].split()), text)
+    compact = re.sub(r"\[\n[\s\d,.e+-]+\]", lambda numbers: " ".join(numbers[0].split()), text)
     path.write_text(compact + "\n", encoding="utf-8")

@@ -1,12 +1,12 @@
 """Structured pruning of language models with forward passes alone.
 
-import minillm_jax as mj
+>>> import minillm_jax as mj
 
-model = mj.load("path/or/hub-id")
-calibration = mj.calibrate(model, "text.txt")
-scores = mj.score(model, calibration, mj.Scoring("fms"))
-pruned = mj.prune(model, scores, ratio=0.2)
-mj.save(pruned, "pruned")
+>>> model = mj.load("path/or/hub-id")
+>>> calibration = mj.calibrate(model, "text.txt")
+>>> scores = mj.score(model, calibration, mj.Scoring("fms"))
+>>> pruned = mj.prune(model, scores, ratio=0.2)
+>>> mj.save(pruned, "pruned")
 """
 
 from importlib import import_module

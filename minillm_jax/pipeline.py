@@ -1,10 +1,10 @@
 """The job in one readable page: load, calibrate, score, prune, save.
 
-model = load("path/or/hub-id")
-calibration = calibrate(model, "text.txt")
-scores = score(model, calibration, Scoring("fms"))
-pruned = prune(model, scores, ratio=0.2)
-save(pruned, "pruned")
+>>> model = load("path/or/hub-id")
+>>> calibration = calibrate(model, "text.txt")
+>>> scores = score(model, calibration, Scoring("fms"))
+>>> pruned = prune(model, scores, ratio=0.2)
+>>> save(pruned, "pruned")
 """
 
 import time
@@ -75,6 +75,7 @@ def prune(model: Model, scores: Scores, ratio: float, layers: range | None = Non
         "layers": None if layers is None else [layers.start, layers.stop],
         "scoring": scores.settings,
         "calibration": scores.calibration,
+        "projected_gradients": None if scores.projected_gradients is None else scores.projected_gradients.tolist(),
         "parameters_before": parameter_count(decoder),
         "parameters_after": parameter_count(pruned),
         "kept": {kind: [indices.tolist() for indices in rows] for kind, rows in kept.items()},

@@ -1,5 +1,6 @@
 """Conversion both ways: round trips bit for bit, and an error for every surprise."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -338,6 +339,15 @@ def test_record_of_pruning_goes_along(folder: Path, tmp_path: Path) -> None:
     convert("to-flax", str(folder), str(tmp_path / "flax"))
     convert("to-torch", str(tmp_path / "flax"), str(tmp_path / "torch"))
     assert read_model(tmp_path / "torch").record == record
+
+
+def test_lists_of_numbers_stand_on_one_line_and_text_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    record = {"kept": [[0, 1], [2, 3]], "slopes": [-1.5e-07, 2.0], "note": "kept [1,  2]  of 3", "none": []}
+    write_stock(dataclasses.replace(read_model(folder), record=record), tmp_path / "out")
+    text = (tmp_path / "out" / "pruning.json").read_text()
+    assert json.loads(text) == record
+    assert "[ 2, 3 ]" in text
+    assert "[ -1.5e-07, 2.0 ]" in text
 
 
 def test_settings_of_other_weights_are_not_written(folder: Path, tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def test_five_lines_from_a_folder_to_a_folder(tmp_path: Path) -> None:
     assert record["parameters_after"] == sum(p.size for p in load_file_tensors(tmp_path / "out"))
     assert [len(row) for row in record["kept"]["channel"]] == group_counts(pruned.decoder, "channel")
     assert record["scoring"]["criterion"] == "fms"
+    assert record["projected_gradients"] == scores.projected_gradients.tolist()
     assert record["versions"].keys() >= {"minillm-jax", "jax"}
 
 
