@@ -136,7 +136,7 @@ def main() -> None:
     """Train and write; prints what the model card says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with new_folder(arguments.output.with_name(arguments.output.name + "-tokenizer")) as folder:

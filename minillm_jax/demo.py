@@ -5,21 +5,8 @@ from pydoc_data.topics import topics
 
 FOLDER = Path(__file__).parent / "demo_model"
 
-# About a tenth of the topics, chosen by name, from different parts of the manual. Never trained on.
-HELD_OUT = (
-    "calls",
-    "dict",
-    "identifiers",
-    "lists",
-    "objects",
-    "raise",
-    "return",
-    "slicings",
-    "truth",
-    "typesmapping",
-    "with",
-    "yield",
-)
+# A tenth of the topics, chosen by name from different parts of the manual. Never trained on.
+HELD_OUT = ("calls", "dict", "lists", "objects", "raise", "return", "slicings", "typesmapping")
 
 PARAGRAPH = "\n\n"
 
