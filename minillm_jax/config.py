@@ -5,7 +5,7 @@ off the arrays, so slicing cannot make a configuration lie. `Sizes` exists only 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minillm_jax.errors import InputError
@@ -118,14 +118,7 @@ def _llama(raw: Mapping[str, Any], where: str) -> DecoderConfig:
 
 
 def _mistral(raw: Mapping[str, Any], where: str) -> DecoderConfig:
-    return DecoderConfig(
-        family="mistral",
-        norm_epsilon=_positive(raw, "rms_norm_eps", where),
-        rope=_rope(raw["rope_parameters"], where),
-        activation=_activation(raw["hidden_act"], where),
-        sliding_window=_window(raw["sliding_window"], where),
-        tie_embeddings=bool(raw["tie_word_embeddings"]),
-    )
+    return replace(_llama(raw, where), family="mistral", sliding_window=_window(raw["sliding_window"], where))
 
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any], str], DecoderConfig]] = {"llama": _llama, "mistral": _mistral}
