@@ -24,9 +24,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLAX_WEIGHTS = "flax_weights"
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+RECORD = "pruning.json"
 
 # Everything of a model that is no weights: what is fetched from the Hub, and copied beside written weights.
-RECORD = "pruning.json"
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -200,7 +200,7 @@ def _read_flax(abstract: Decoder, folder: Path, dtype: np.dtype | None) -> Decod
         wanted = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place), stored
         )
-        arrays = _by_path(ocp.load(where, wanted))
+        arrays = dict(named_arrays(ocp.load(where, wanted)))
     except InputError:
         raise
     except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
@@ -213,15 +213,10 @@ def _read_flax(abstract: Decoder, folder: Path, dtype: np.dtype | None) -> Decod
 def _check_stored(abstract: Decoder, stored: Any, where: str) -> None:
     """Whether a checkpoint holds just the arrays that the configuration has a place for."""
     expected = {path: leaf.shape for path, leaf in named_arrays(abstract)}
-    found = {path: leaf.shape for path, leaf in _by_path(stored).items()}
+    found = {path: leaf.shape for path, leaf in named_arrays(stored)}
     for path in sorted(expected.keys() | found.keys()):
         if expected.get(path) != found.get(path):
             raise InputError(
                 f"{where}: array {path!r} has shape {found.get(path, 'none: it is missing')}, "
                 f"but the configuration expects {expected.get(path, 'no such array')}"
             )
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {groups.array_path(path): leaf for path, leaf in leaves}

@@ -175,8 +175,8 @@ def scan_layers(
 ) -> tuple[Any, list[Any]]:
     """Walk over all layers in order: `carry, out = step(carry, block, layer, extra)`.
 
-    The only loop over layers of the package. Each run is one `jax.lax.scan`, so compile time grows with the number of
-    runs, and what a step makes lives for one step only.
+    The only loop that carries a stream through the layers. Each run is one `jax.lax.scan`, so compile time grows with
+    the number of runs, and what a step makes lives for one step only.
 
     Args:
       runs: stacked blocks.
@@ -284,9 +284,9 @@ def replace_kernels(block: Block, new: Callable[[str, Array], Array]) -> Block:
     return jax.tree_util.tree_map_with_path(leaf, block)
 
 
-def named_arrays(decoder: Decoder) -> Iterator[tuple[str, Any]]:
-    """Every array with its dotted path (`runs.0.attention.q.kernel`)."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(decoder):
+def named_arrays(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Every array of a decoder, or of a tree with its structure, by its dotted path (`runs.0.attention.q.kernel`)."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield groups.array_path(path), leaf
 
 

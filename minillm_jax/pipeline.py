@@ -105,8 +105,7 @@ def evaluate(
     Raises:
       InputError: the source cannot be used, or is shorter than one window.
     """
-    windows = text.cut(_tokens(model, source, bos), window)
-    return loss.perplexity(model.decoder, windows, partial(tell, progress, "perplexity"))
+    return _perplexity(model, text.cut(_tokens(model, source, bos), window), progress)
 
 
 @dataclass(frozen=True)
@@ -152,15 +151,16 @@ def run(job: Job, progress: StageProgress | None = None) -> Result:
     layers = None if job.layers is None else range(*job.layers)
     _check_writable(model, job.ratio, layers)
     calibration = calibrate(model, job.calibration, job.samples, job.length, job.seed)
+    held_out = None if job.evaluation is None else text.cut(_tokens(model, job.evaluation), job.window)
     clock.lap("load")
-    before = _evaluate_if(job, model, progress)
+    before = None if held_out is None else _perplexity(model, held_out, progress)
     clock.lap("evaluate")
     scores = score(model, calibration, job.scoring, progress)
     clock.lap("score")
     pruned = prune(model, scores, job.ratio, layers)
     del model  # the dense weights
     clock.lap("prune")
-    after = _evaluate_if(job, pruned, progress)
+    after = None if held_out is None else _perplexity(pruned, held_out, progress)
     clock.lap("evaluate")
     save(pruned, job.output)
     clock.lap("save")
@@ -180,8 +180,8 @@ class _Clock:
         self._last = now
 
 
-def _evaluate_if(job: Job, model: Model, progress: StageProgress | None) -> loss.Perplexity | None:
-    return None if job.evaluation is None else evaluate(model, job.evaluation, job.window, progress=progress)
+def _perplexity(model: Model, windows: np.ndarray, progress: StageProgress | None) -> loss.Perplexity:
+    return loss.perplexity(model.decoder, windows, partial(tell, progress, "perplexity"))
 
 
 def _tokens(model: Model, source: str | Path, bos: bool = False) -> text.Tokens:

@@ -48,7 +48,7 @@ def _pair(decoder: Decoder, key: Array, tokens: Array, epsilon: Array, distribut
     x = embed(decoder, tokens).astype(jnp.float32)
 
     # Two visits to every layer, one for each side, and the streams change places in between: so one perturbed layer
-    # exists at a time. Perturbing both sides in one step held up to four layers' worth (measured by bench/memory.py).
+    # exists at a time. Perturbing both sides in one step held almost five layers' worth at the 7B shape (docs/LOG.md).
     def step(carry: tuple[Array, Array, Array], block: Block, layer: Array, extra: None) -> tuple[Any, None]:
         here, other, scale = carry
         there = directions.perturb(block, key, layer, scale, distribution)
