@@ -1,17 +1,22 @@
 """The engine that reads a family's table in both directions and fails on every surprise."""
 
+import math
+import os
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jax import numpy as jnp
 
-from convert.families import TABLES, FamilyTable, Rule
+from convert.families import TABLES, FamilyTable, Part, Rule
 from minillm_jax import groups
-from minillm_jax.decoder import Block, Decoder, depth, named_arrays
+from minillm_jax.decoder import Decoder, depth, hidden_size, named_arrays
 from minillm_jax.errors import InputError
+from minillm_jax.modules import Block
 
 
 @runtime_checkable
@@ -35,34 +40,61 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class Binding:
-    """A rule applied to a decoder: one stored tensor and the array (and layer of it) that it is."""
+    """A rule applied to a decoder: one stored tensor, and the arrays (and the layer of them) that it holds.
+
+    Attributes:
+      rule: the rule.
+      name: the stored name.
+      paths: our arrays, by their paths in the decoder.
+      index: the layer's place in its run, None outside the layers.
+      sizes: the size of every axis letter.
+    """
 
     rule: Rule
     name: str
-    path: str
+    paths: tuple[str, ...]
     index: int | None
     sizes: dict[str, int]
 
     def stored_shape(self) -> tuple[int, ...]:
-        """The stored tensor's shape: the letters of a word multiply."""
-        return tuple(int(np.prod([self.sizes[letter] for letter in word])) for word in self.rule.axes.split())
+        """The stored tensor's shape: the letters of a word multiply, and parts lie below each other."""
+        shapes = [self._part_shape(part) for part in self.rule.parts]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
-    def our_letters(self) -> str:
-        """Axis letters of our array, without the leading L."""
-        table = groups.BLOCK_AXES if self.index is not None else groups.OUTER_AXES
-        return groups.letters(table[self.rule.path])
+    def to_flax(self, tensor: np.ndarray) -> list[np.ndarray]:
+        """The parts of a stored tensor in our layout (views where it is not interleaved)."""
+        shapes = [self._part_shape(part) for part in self.rule.parts]
+        heads = self._heads()
+        split = tensor.reshape(heads, -1, *tensor.shape[1:])
+        ends = np.cumsum([shape[0] // heads for shape in shapes])[:-1]
+        pieces = np.split(split, ends, axis=1) if len(shapes) > 1 else [split]
+        return [self._ours(piece, part) for piece, part in zip(pieces, self.rule.parts, strict=True)]
 
-    def to_flax(self, tensor: np.ndarray) -> np.ndarray:
-        """A stored tensor in our layout (a view)."""
-        stored = groups.letters(self.rule.axes)
-        split = tensor.reshape([self.sizes[letter] for letter in stored])
-        return split.transpose([stored.index(letter) for letter in self.our_letters()])
+    def to_torch(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """Our arrays in the stored layout, C-contiguous: safetensors writes wrong data for anything else."""
+        if len(arrays) == 1 and _our_letters(self.rule.parts[0]) == groups.letters(self.rule.parts[0].axes):
+            return np.ascontiguousarray(arrays[0].reshape(self.stored_shape()))
+        stored = aligned_empty(self.stored_shape(), arrays[0].dtype)
+        for target, array in zip(self.to_flax(stored), arrays, strict=True):
+            copy_layout(target, array)
+        return stored
 
-    def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """Our array in the stored layout, C-contiguous: safetensors writes wrong data for anything else."""
-        ours = self.our_letters()
-        ordered = array.transpose([ours.index(letter) for letter in groups.letters(self.rule.axes)])
-        return np.ascontiguousarray(ordered.reshape(self.stored_shape()))
+    def _part_shape(self, part: Part) -> tuple[int, ...]:
+        return tuple(int(np.prod([self.sizes[letter] for letter in word])) for word in part.axes.split())
+
+    def _heads(self) -> int:
+        """How many times the parts of an interleaved tensor follow each other."""
+        return self.sizes[self.rule.parts[0].axes[0]] if self.rule.interleaved else 1
+
+    def _ours(self, piece: np.ndarray, part: Part) -> np.ndarray:
+        stored = groups.letters(part.axes)
+        split = piece.reshape([self.sizes[letter] for letter in stored])
+        return split.transpose([stored.index(letter) for letter in _our_letters(part)])
+
+
+def _our_letters(part: Part) -> str:
+    """Axis letters of our array, without the leading L."""
+    return groups.letters((groups.BLOCK_AXES | groups.OUTER_AXES)[part.path])
 
 
 def table_of(decoder: Decoder) -> FamilyTable:
@@ -72,23 +104,30 @@ def table_of(decoder: Decoder) -> FamilyTable:
 
 def bindings(decoder: Decoder) -> list[Binding]:
     """Every tensor that a decoder is stored as, in the order of the layers. The decoder may be abstract."""
-    table, config = table_of(decoder), decoder.config
-    vocabulary, size = decoder.embedding.shape
-    found = [
-        Binding(rule, rule.name, rule.path, None, {"V": vocabulary, "D": size})
-        for rule in table.outer
-        if config.has_array(rule.path)
-    ]
+    table = table_of(decoder)
+    found = list(_bind(table.outer, decoder, "", "", None, _outer_sizes(decoder)))
     layer = 0
     for position, run in enumerate(decoder.runs):
         sizes = _run_sizes(run)
         for index in range(depth(run)):
-            for rule in table.block:
-                if config.has_array(rule.path):
-                    name = rule.name.format(layer=layer)
-                    found.append(Binding(rule, name, f"runs.{position}.{rule.path}", index, sizes))
+            found += _bind(table.block, decoder, table.layer.format(layer=layer), f"runs.{position}.", index, sizes)
             layer += 1
     return found
+
+
+def _bind(
+    rules: Iterable[Rule], decoder: Decoder, prefix: str, parent: str, index: int | None, sizes: dict[str, int]
+) -> Iterator[Binding]:
+    for rule in rules:
+        if all(decoder.config.has_array(part.path) for part in rule.parts):
+            paths = tuple(parent + part.path for part in rule.parts)
+            yield Binding(rule, prefix + rule.name, paths, index, sizes)
+
+
+def _outer_sizes(decoder: Decoder) -> dict[str, int]:
+    vocabulary, width = decoder.embedding.shape
+    positions = 0 if decoder.position_embedding is None else decoder.position_embedding.shape[0]
+    return {"V": vocabulary, "E": width, "D": hidden_size(decoder), "M": positions}
 
 
 def _run_sizes(run: Block) -> dict[str, int]:
@@ -99,7 +138,7 @@ def _run_sizes(run: Block) -> dict[str, int]:
 def fill(abstract: Decoder, source: TensorSource, dtype: np.dtype | None = None) -> Decoder:
     """An abstract decoder filled with the tensors of a source, cast to `dtype` when one is given.
 
-    One stacked array is assembled at a time, from one tensor at a time.
+    Every tensor is read once; those that go into the same stacked arrays are read one after the other.
 
     Raises:
       InputError: a key is unknown, missing or there twice, a shape differs, a tensor is not finite or of another type
@@ -107,17 +146,27 @@ def fill(abstract: Decoder, source: TensorSource, dtype: np.dtype | None = None)
     """
     bound = bindings(abstract)
     stored = _match_names(bound, source, table_of(abstract))
-    by_path: dict[str, list[Binding]] = {}
+    shapes = {path: leaf.shape for path, leaf in named_arrays(abstract)}
+    together: dict[tuple[str, ...], list[Binding]] = {}
     for binding in bound:
-        by_path.setdefault(binding.path, []).append(binding)
-
-    def leaf(path: jax.tree_util.KeyPath, expected: jax.ShapeDtypeStruct) -> jax.Array:
-        pieces = by_path.pop(groups.array_path(path))
-        return _assemble(pieces, stored, source, expected.shape, dtype)
-
-    decoder = jax.tree_util.tree_map_with_path(leaf, abstract)
+        together.setdefault(binding.paths, []).append(binding)
+    arrays: dict[str, jax.Array] = {}
+    for paths, pieces in together.items():
+        whole = _assemble(pieces, stored, source, [shapes[path] for path in paths], dtype)
+        arrays |= dict(zip(paths, whole, strict=True))
+    decoder = fill_tree(abstract, arrays)
     _check_tied_copy(decoder, stored, source)
     return decoder
+
+
+def fill_tree(abstract: Decoder, arrays: Mapping[str, jax.Array]) -> Decoder:
+    """An abstract decoder with its arrays by path; the data of its layers it has already."""
+
+    def leaf(path: jax.tree_util.KeyPath, expected: Any) -> jax.Array:
+        name = groups.array_path(path)
+        return jnp.asarray(expected) if groups.is_data(name) else arrays[name]
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
 def _match_names(bound: list[Binding], source: TensorSource, table: FamilyTable) -> dict[str, str]:
@@ -135,7 +184,7 @@ def _match_names(bound: list[Binding], source: TensorSource, table: FamilyTable)
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise InputError(f"{source.where}: tensor {missing[0]!r} of shape {shape} is missing{more}; is it complete?")
     for name in sorted(stored.keys() - expected.keys()):
-        if name != table.tied_copy and not any(re.fullmatch(pattern, name) for pattern in table.harmless):
+        if name != table.head and not any(re.fullmatch(pattern, name) for pattern in table.harmless):
             shape = source.shape(stored[name])
             raise InputError(
                 f"{source.where}: unknown tensor {stored[name]!r} of shape {shape}; "
@@ -153,7 +202,9 @@ def _match_names(bound: list[Binding], source: TensorSource, table: FamilyTable)
 
 def _canonical(name: str, table: FamilyTable) -> str:
     """A stored name with the family's prefix, where a checkpoint of the bare decoder leaves it out."""
-    if name.startswith(table.prefix) or name == table.tied_copy:
+    if name in (table.head, table.head_elsewhere):
+        return table.head
+    if name.startswith(table.prefix):
         return name
     return table.prefix + name
 
@@ -162,41 +213,52 @@ def _assemble(
     pieces: list[Binding],
     stored: Mapping[str, str],
     source: TensorSource,
-    shape: tuple[int, ...],
+    shapes: Sequence[tuple[int, ...]],
     dtype: np.dtype | None,
-) -> jax.Array:
-    """One array of the tree from its tensors: a single one, or one for each layer of a run."""
-    whole: np.ndarray | None = None
+) -> list[jax.Array]:
+    """Arrays of the tree that are stored together, from their tensors: a single one, or one for each layer of a run.
+
+    On the CPU the device aliases the buffers that are filled here, so that the weights are there once.
+    """
+    whole: list[np.ndarray] = []
     for piece in pieces:
-        tensor = source.read(stored[piece.name])
-        tensor = finite(tensor, dtype, stored[piece.name], source.where)
-        if whole is None:
-            whole = np.empty(shape, tensor.dtype)
-        if tensor.dtype != whole.dtype:
+        name = stored[piece.name]
+        tensor = source.read(name)
+        found = dtype or tensor.dtype
+        whole = whole or [aligned_empty(shape, found) for shape in shapes]
+        if found != whole[0].dtype:
             raise InputError(
-                f"{source.where}: tensor {stored[piece.name]!r} is {tensor.dtype}, the same tensor of other layers "
-                f"{whole.dtype}; load it with one dtype (float32, bfloat16, float16)"
+                f"{source.where}: tensor {name!r} is {found}, the same tensor of other layers "
+                f"{whole[0].dtype}; load it with one dtype (float32, bfloat16, float16)"
             )
-        whole[... if piece.index is None else piece.index] = piece.to_flax(tensor)
-    return jax.device_put(whole)
+        for array, part in zip(whole, piece.to_flax(tensor), strict=True):
+            target = array if piece.index is None else array[piece.index]
+            copy_layout(target, part)
+            check_finite(target, name, source.where, "" if dtype is None else f" as {dtype}")
+        del tensor, part  # else they would stay beside the next tensor
+    return [jax.device_put(array) for array in whole]
 
 
-def finite(array: np.ndarray, dtype: np.dtype | None, name: str, where: str) -> np.ndarray:
-    """An array cast to `dtype` when one is given.
+def check_finite(array: np.ndarray, name: str, where: str, kind: str = "") -> None:
+    """Whether a contiguous array holds numbers only.
 
     Raises:
-      InputError: it holds NaN or infinite values, in itself or in that type.
+      InputError: it holds NaN or infinite values; `kind` says in which type.
     """
-    with np.errstate(over="ignore"):
-        found = array if dtype is None else array.astype(dtype)
-    if not np.isfinite(found).all():
-        kind = "" if found is array else f" as {found.dtype}"
-        raise InputError(f"{where}: tensor {name!r} holds NaN or infinite values{kind}")
-    return found
+    bits = as_integers(array).reshape(-1)
+    # NaN and infinity are the values with every bit of the exponent set, and infinity has no other bits.
+    exponent = as_integers(np.full((), np.inf, array.dtype))[()]
+
+    def check(start: int, stop: int) -> None:
+        for first in range(start, stop, CHUNK):
+            if (bits[first : min(first + CHUNK, stop)] & exponent).max() == exponent:
+                raise InputError(f"{where}: tensor {name!r} holds NaN or infinite values{kind}")
+
+    share_work(check, bits.size, array.nbytes)
 
 
 def _check_tied_copy(decoder: Decoder, stored: Mapping[str, str], source: TensorSource) -> None:
-    name = stored.get(table_of(decoder).tied_copy)
+    name = stored.get(table_of(decoder).head)
     if name is None or not decoder.config.tie_embeddings:
         return
     copy = source.read(name)
@@ -206,10 +268,125 @@ def _check_tied_copy(decoder: Decoder, stored: Mapping[str, str], source: Tensor
 
 
 def tensors(decoder: Decoder, wanted: Container[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """The stored tensors of a decoder whose names are wanted, one at a time, in the Hugging Face layout."""
+    """The stored tensors of a decoder whose names are wanted, one at a time, in the Hugging Face layout.
+
+    A tensor may be a view of the decoder's own memory, and is not to be changed.
+    """
     arrays = dict(named_arrays(decoder))
     for binding in bindings(decoder):
         if binding.name in wanted:
-            array = arrays[binding.path]
-            piece = array if binding.index is None else array[binding.index]
-            yield binding.name, binding.to_torch(np.asarray(piece))
+            yield binding.name, binding.to_torch([_on_host(arrays[path], binding.index) for path in binding.paths])
+
+
+def _on_host(array: jax.Array, index: int | None) -> np.ndarray:
+    """An array, or one layer of it; a view where the array is in the host's memory in one piece."""
+    if index is None:
+        return np.asarray(array)
+    if [device.platform for device in array.devices()] == ["cpu"]:
+        return np.asarray(array)[index]
+    return np.asarray(array[index])
+
+
+# ------------------------------------------------------------------------------------------------- moving memory
+
+ALIGNMENT = 64  # bytes; what JAX asks for to take an array on the CPU as it is
+TILE = 256  # rows and columns of what is transposed at once: it stays in a core's second-level cache
+CHUNK = 1 << 16  # values that are checked at once
+WORTH_SHARING = 1 << 22  # bytes for which threads are started
+WORKERS = min(8, os.cpu_count() or 1)
+
+
+def aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array of any values that `jax.device_put` takes on the CPU without copying it."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def as_integers(array: np.ndarray) -> np.ndarray:
+    """The bits of an array as unsigned numbers of the same width: NumPy moves and checks bfloat16 slowly."""
+    return array.view(f"u{array.itemsize}")
+
+
+def as_bytes(array: np.ndarray) -> np.ndarray:
+    """The bytes of a contiguous array."""
+    return array.reshape(-1).view(np.uint8)
+
+
+def copy_layout(target: np.ndarray, source: np.ndarray) -> None:
+    """`target[...] = source`, fast where one is stored transposed to the other.
+
+    Args:
+      target: any shape.
+      source: the same shape in another order of memory, and perhaps another type.
+    """
+    target, source = _merge_axes(target, source)
+    axis = int(np.argmax(target.shape)) if target.ndim else 0
+
+    def copy(start: int, stop: int) -> None:
+        part = (slice(None),) * axis + (slice(start, stop),)
+        _copy_part(target[part], source[part])
+
+    if target.ndim:
+        share_work(copy, target.shape[axis], target.nbytes, TILE)
+    else:
+        _assign(target, source)
+
+
+def _merge_axes(target: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two arrays of one shape without axes of size 1, and with neighbours as one axis where both allow it."""
+    target, source = target.squeeze(), source.squeeze()
+    shape = list(target.shape[:1])
+    for axis in range(1, target.ndim):
+        size = target.shape[axis]
+        if all(array.strides[axis - 1] == size * array.strides[axis] for array in (target, source)):
+            shape[-1] *= size
+        else:
+            shape.append(size)
+    return target.reshape(shape), source.reshape(shape)
+
+
+def _copy_part(target: np.ndarray, source: np.ndarray) -> None:
+    """Copy by tiles along the two axes whose neighbours lie side by side in the one array and in the other."""
+    along, across = (int(np.argmin(np.abs(array.strides))) for array in (target, source))
+    if along == across:
+        _assign(target, source)
+        return
+    target, source = (np.moveaxis(array, (along, across), (-1, -2)) for array in (target, source))
+    # Rows a power of two apart would fall on the same lines of the cache.
+    scratch = np.empty((TILE, TILE + ALIGNMENT // target.itemsize), target.dtype)
+    for place in np.ndindex(target.shape[:-2]):
+        for i in range(0, target.shape[-2], TILE):
+            for j in range(0, target.shape[-1], TILE):
+                window = (*place, slice(i, i + TILE), slice(j, j + TILE))
+                rows = source[window].T
+                tile = scratch[: rows.shape[0], : rows.shape[1]]
+                _assign(tile, rows)
+                _assign(target[window], tile.T)
+
+
+def _assign(target: np.ndarray, source: np.ndarray) -> None:
+    if target.dtype == source.dtype:
+        target, source = as_integers(target), as_integers(source)
+    with np.errstate(over="ignore"):  # values that leave the type are infinite, which is looked for afterwards
+        target[...] = source
+
+
+def share_work(work: Callable[[int, int], None], count: int, size: int, grain: int = 1) -> None:
+    """Call `work(start, stop)` for parts of `range(count)`, in threads when there is much to do.
+
+    Args:
+      work: something that NumPy or the system does, without Python's lock.
+      count: all there is.
+      size: its bytes.
+      grain: what `start` is a multiple of.
+    """
+    threads = min(WORKERS, size // WORTH_SHARING, -(-count // grain))
+    if threads < 2:
+        work(0, count)
+        return
+    step = -(-count // (threads * grain)) * grain
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work, start, min(start + step, count)) for start in range(0, count, step)]:
+            done.result()

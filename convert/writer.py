@@ -1,4 +1,4 @@
-"""Folders of weights out: stock Hugging Face folders and Flax checkpoints, whole or not at all."""
+"""Folders of weights out: Hugging Face folders and Flax checkpoints, whole or not at all."""
 
 import json
 import os
@@ -16,12 +16,14 @@ from flax import nnx
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
-from convert import rules
+from convert import formats, rules
 from convert.reader import COMPANIONS, CONFIG, FLAX_WEIGHTS, INDEX, RECORD
-from minillm_jax.decoder import Decoder, group_counts, layer_count, named_arrays
+from minillm_jax import groups
+from minillm_jax.config import Sizes
+from minillm_jax.decoder import Decoder, group_counts, named_arrays, sizes_of
 from minillm_jax.errors import InputError, cause
-from minillm_jax.layers import Rope
 from minillm_jax.model import Model
+from minillm_jax.shrink.padding import pad_groups
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -72,96 +74,71 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         raise
 
 
-def write_stock(model: Model, output: str | Path, max_shard_size: str = MAX_SHARD_SIZE) -> Path:
-    """Write a model as a Hugging Face folder that stock `transformers` loads without remote code.
+def write_model(
+    model: Model, output: str | Path, wanted: str | None = None, max_shard_size: str = MAX_SHARD_SIZE
+) -> str:
+    """Write a model as a folder that `transformers` loads, or as a Flax checkpoint.
+
+    Args:
+      model: the model.
+      output: folder to write, which must not exist.
+      wanted: `stock`, `per-layer`, `padded` or `flax`; by default what `formats.describe` chooses.
+      max_shard_size: of the weight files, `5GB` for example.
+
+    Returns:
+      The format that was written.
 
     Raises:
-      InputError: the output exists, or no stock class can hold the model's shapes.
+      InputError: the output exists, or the format cannot hold the model's shapes.
     """
-    config = stock_config(model.decoder, model.raw_config)
+    if wanted == formats.FLAX:
+        write_flax(model, output)
+        return formats.FLAX
+    described = formats.describe(model.decoder.config, sizes_of(model.decoder), model.raw_config, wanted)
+    decoder = model.decoder
+    if described.format == formats.PADDED:
+        decoder = pad_groups(decoder, described.sizes, _places(model, described.sizes))
     with new_folder(output) as scratch:
-        _write_json(scratch / CONFIG, config)
-        _write_shards(model.decoder, scratch, max_shard_size)
+        _write_json(scratch / CONFIG, described.config | _dtype_keys(decoder))
+        _write_shards(decoder, scratch, max_shard_size)
         _write_companions(model, scratch)
-    return Path(output).expanduser()
+        if described.format == formats.PER_LAYER:
+            code = f"{formats.REMOTE_CODE}.py"
+            shutil.copyfile(Path(__file__).with_name(code), scratch / code)
+    return described.format
 
 
 def write_flax(model: Model, output: str | Path) -> Path:
     """Write a model as a Flax checkpoint: config.json, tokenizer files, and the pytree by Orbax in `flax_weights`.
 
     Raises:
-      InputError: the output exists, or the configuration cannot express the model's shapes.
+      InputError: the output exists.
     """
     from orbax.checkpoint import v1 as ocp
 
-    config = stock_config(model.decoder, model.raw_config)
+    described = formats.describe(model.decoder.config, sizes_of(model.decoder), model.raw_config)
+    code = {"auto_map"}  # there are no PyTorch weights for it to load
+    config = {key: value for key, value in described.config.items() if key not in code}
     with new_folder(output) as scratch:
-        _write_json(scratch / CONFIG, config)
-        ocp.save(str((scratch / FLAX_WEIGHTS).resolve()), nnx.to_pure_dict(nnx.state(model.decoder)))
+        _write_json(scratch / CONFIG, config | _dtype_keys(model.decoder))
+        ocp.save(str((scratch / FLAX_WEIGHTS).resolve()), nnx.to_pure_dict(nnx.state(model.decoder, nnx.Param)))
         _write_companions(model, scratch)
     return Path(output).expanduser()
 
 
-def stock_config(decoder: Decoder, raw: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a decoder, from the one it was read with and the sizes of its arrays.
-
-    `LlamaConfig` refuses a head count that does not divide the hidden size; `MistralConfig` takes any, computes the
-    same, and names its parameters alike, so such a model is written as Mistral.
-
-    Raises:
-      InputError: layers have unequal sizes, or no stock class holds the shapes.
-    """
-    heads = decoder.runs[0].attention.q.kernel.shape[2]
-    head_size = decoder.runs[0].attention.q.kernel.shape[3]
-    size = decoder.embedding.shape[1]
-    # What holds for other weights than those that are written.
-    kept = {key: value for key, value in raw.items() if key not in ("quantization_config", "auto_map")}
-    written = kept | {
-        "num_hidden_layers": layer_count(decoder),
-        "num_attention_heads": heads,
-        "num_key_value_heads": _equal(decoder, "head", "key/value heads"),
-        "head_dim": head_size,
-        "intermediate_size": _equal(decoder, "channel", "MLP channels"),
-        **_rope_keys(decoder.config.rope),
-        **_dtype_keys(decoder),
-    }
-    if raw["model_type"] == "llama" and size % heads:
-        written = _as_mistral(written, decoder)
-    return written
-
-
-def _equal(decoder: Decoder, kind: str, words: str) -> int:
-    counts = group_counts(decoder, kind)
-    if len(set(counts)) > 1:
-        raise InputError(
-            f"the layers keep unequal numbers of {words} ({', '.join(map(str, counts))}), which no stock class "
-            "can hold; prune all layers by the same ratio (leave out --layers)"
-        )
-    return counts[0]
-
-
-def _as_mistral(config: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
-    if decoder.config.qkv_bias or decoder.config.output_bias or decoder.config.mlp_bias:
-        raise InputError(
-            f"{config['num_attention_heads']} heads do not divide the hidden size {config['hidden_size']}, and the "
-            "stock class that allows this has no biases; choose a ratio whose head count divides the hidden size"
-        )
-    llama_only = ("attention_bias", "mlp_bias", "pretraining_tp")
-    kept = {key: value for key, value in config.items() if key not in llama_only}
-    return kept | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
-
-
-def _rope_keys(rope: Rope) -> dict[str, Any]:
-    """Rotary settings under today's key and under those that older versions of transformers read."""
-    scaling: dict[str, Any] = {"rope_type": rope.kind}
-    if rope.kind != "default":
-        scaling["factor"] = rope.factor
-    if rope.kind == "llama3":
-        scaling["low_freq_factor"] = rope.low_freq_factor
-        scaling["high_freq_factor"] = rope.high_freq_factor
-        scaling["original_max_position_embeddings"] = rope.original_length
-    old = None if rope.kind == "default" else scaling | {"type": rope.kind}
-    return {"rope_parameters": scaling | {"rope_theta": rope.theta}, "rope_theta": rope.theta, "rope_scaling": old}
+def _places(model: Model, sizes: Sizes) -> dict[str, list[np.ndarray]]:
+    """Where each layer's groups stand among the padded ones: their original places where these are known."""
+    decoder, target = model.decoder, sizes.layers[0]
+    found = {kind: [np.arange(n) for n in group_counts(decoder, kind)] for kind in groups.KINDS}
+    if decoder.config.alibi_heads is not None:
+        layers = sizes_of(decoder).layers
+        return found | {"head": [np.asarray(formats.kept_heads(decoder.config, layer)) for layer in layers]}
+    record = model.record or {}
+    kept = [np.asarray(rows, np.int32) for rows in record.get("kept", {}).get("head", [])]
+    same = [len(rows) for rows in kept] == [len(rows) for rows in found["head"]]
+    if same and "pruned_before" not in record and all(rows[-1] < target.K for rows in kept):
+        found["head"] = kept
+    return found
 
 
 def _dtype_keys(decoder: Decoder) -> dict[str, str]:
@@ -179,7 +156,7 @@ class _Planned:
 def _write_shards(decoder: Decoder, folder: Path, max_shard_size: str) -> None:
     leaf_types = {name: leaf.dtype for name, leaf in named_arrays(decoder)}
     planned = {
-        binding.name: _Planned(int(np.prod(binding.stored_shape())) * leaf_types[binding.path].itemsize)
+        binding.name: _Planned(int(np.prod(binding.stored_shape())) * leaf_types[binding.paths[0]].itemsize)
         for binding in rules.bindings(decoder)
     }
     plan = split_state_dict_into_shards_factory(

@@ -5,76 +5,48 @@ scanned; a model pruned unequally is a longer list of such runs behind the same 
 arrays everywhere.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax import numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from minillm_jax import groups, layers
-from minillm_jax.config import DecoderConfig, Sizes
+from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
+from minillm_jax.errors import InputError
+from minillm_jax.modules import MLP, Angles, Attention, Block, Linear, Norm
 
-Angles = tuple[Float[Array, "T half"], Float[Array, "T half"]]
-
-
-class Linear(nnx.Module):
-    """x · kernel + bias, along the axes that the einsum equation names."""
-
-    def __init__(self, kernel: Any, bias: Any = None):
-        self.kernel = nnx.Param(kernel)
-        self.bias = None if bias is None else nnx.Param(bias)
-
-    def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The product along the equation's axes, plus the bias along its last ones."""
-        y = layers.einsum(equation, x, self.kernel[...])
-        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
-
-
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm with a learned scale."""
-
-    def __init__(self, scale: Any):
-        self.scale = nnx.Param(scale)
-
-    def __call__(self, x: Float[Array, "..."], epsilon: float) -> Float[Array, "..."]:
-        """The norm over the last axis."""
-        return layers.rms_norm(x, self.scale[...], epsilon)
-
-
-class Attention(nnx.Module):
-    """Projections of grouped-query attention; q and k norms act on each head."""
-
-    def __init__(self, q: Linear, k: Linear, v: Linear, o: Linear, q_norm: RMSNorm | None, k_norm: RMSNorm | None):
-        self.q, self.k, self.v, self.o = q, k, v, o
-        self.q_norm, self.k_norm = q_norm, k_norm
-
-
-class MLP(nnx.Module):
-    """Gated MLP: down(activation(gate(x)) * up(x))."""
-
-    def __init__(self, gate: Linear, up: Linear, down: Linear):
-        self.gate, self.up, self.down = gate, up, down
-
-
-class Block(nnx.Module):
-    """One layer, or a run of equal layers when its arrays carry a leading axis L."""
-
-    def __init__(self, attention_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: MLP):
-        self.attention_norm, self.attention = attention_norm, attention
-        self.mlp_norm, self.mlp = mlp_norm, mlp
+# The window of a layer that has none, in a model where others have one: no sequence fills it.
+NO_WINDOW = np.iinfo(np.int32).max
 
 
 class Decoder(nnx.Module):
-    """A causal language model as a pytree: `embedding` [V, D], `runs` of blocks, `final_norm`, `head` (None: tied)."""
+    """A causal language model as a pytree: the embedding [V, E] and what goes with it, runs of blocks, the head.
+
+    `head` is None where the embedding is tied; the other optional parts are None where the configuration has none.
+    """
 
     def __init__(
-        self, config: DecoderConfig, embedding: Any, runs: Sequence[Block], final_norm: RMSNorm, head: Linear | None
+        self,
+        config: DecoderConfig,
+        embedding: Any,
+        runs: Sequence[Block],
+        final_norm: Norm | None,
+        head: Linear | None,
+        position_embedding: Any = None,
+        embedding_norm: Norm | None = None,
+        project_in: Linear | None = None,
+        project_out: Linear | None = None,
     ):
         self.config = config
         self.embedding = nnx.Param(embedding)
+        self.position_embedding = None if position_embedding is None else nnx.Param(position_embedding)
+        self.project_in, self.project_out = project_in, project_out
+        self.embedding_norm = embedding_norm
         self.runs = nnx.List(runs)
         self.final_norm = final_norm
         self.head = head
@@ -84,50 +56,113 @@ class Decoder(nnx.Module):
         return project_to_vocabulary(self, final_hidden(self, tokens))
 
 
+def with_runs(decoder: Decoder, runs: Sequence[Block]) -> Decoder:
+    """A decoder with other layers; the rest is shared with the original."""
+    position = decoder.position_embedding
+    return Decoder(
+        decoder.config,
+        decoder.embedding[...],
+        runs,
+        decoder.final_norm,
+        decoder.head,
+        None if position is None else position[...],
+        decoder.embedding_norm,
+        decoder.project_in,
+        decoder.project_out,
+    )
+
+
 def build(config: DecoderConfig, sizes: Sizes, dtype: DTypeLike = jnp.float32) -> Decoder:
     """The decoder with `jax.ShapeDtypeStruct` leaves: what loading, initialising and restoring fill in.
+
+    Data of the layers (windows, slopes) follow from the sizes and are there already, as NumPy arrays.
 
     Example:
       >>> abstract = build(config, sizes)
       >>> decoder = initialise(abstract, jax.random.key(0))
     """
+    letters = {"V": sizes.V, "D": sizes.D, "H": sizes.H, "E": sizes.E or sizes.D, "M": sizes.M}
 
-    def leaf(path: str, axes: str, letters: dict[str, int], *stack: int) -> Any:
-        if not config.has_array(path):
-            return None
-        return jax.ShapeDtypeStruct((*stack, *groups.shape(axes, letters)), dtype)
+    def leaves(table: Mapping[str, str], letters: dict[str, int], *stack: int) -> dict[str, Any]:
+        return {
+            path: jax.ShapeDtypeStruct((*stack, *groups.shape(axes, letters)), dtype)
+            for path, axes in table.items()
+            if config.has_array(path)
+        }
 
-    outer = {p: leaf(p, axes, {"V": sizes.V, "D": sizes.D}) for p, axes in groups.OUTER_AXES.items()}
     runs = []
-    for layer, equal in groupby(sizes.layers):
-        letters = {"D": sizes.D, "H": sizes.H, "N": layer.N, "K": layer.K, "F": layer.F}
-        count = len(list(equal))
-        runs.append(_build_block({p: leaf(p, axes, letters, count) for p, axes in groups.BLOCK_AXES.items()}))
-    head = None if outer["head.kernel"] is None else Linear(outer["head.kernel"])
-    return Decoder(config, outer["embedding"], runs, RMSNorm(outer["final_norm.scale"]), head)
+    for (n, k, f), equal in groupby(sizes.layers, lambda layer: (layer.N, layer.K, layer.F)):
+        run = list(equal)
+        arrays = leaves(groups.BLOCK_AXES, letters | {"N": n, "K": k, "F": f}, len(run))
+        runs.append(_build_block(arrays | _layer_data(config, run)))
+    return assemble(config, leaves(groups.OUTER_AXES, letters), runs)
 
 
-def _build_block(leaves: dict[str, Any]) -> Block:
-    def linear(name: str) -> Linear:
-        return Linear(leaves[f"{name}.kernel"], leaves[f"{name}.bias"])
+def _layer_data(config: DecoderConfig, run: Sequence[LayerSizes]) -> dict[str, np.ndarray]:
+    """Windows and slopes of a run's layers, stacked, where the configuration has them."""
+    found: dict[str, np.ndarray] = {}
+    if config.windowed:
+        found["attention.window"] = np.asarray([layer.window or NO_WINDOW for layer in run], np.int32)
+    if config.alibi_heads is not None:
+        found["attention.slopes"] = np.asarray([layer.slopes for layer in run], np.float32)
+    return found
 
-    def norm(name: str) -> RMSNorm | None:
-        scale = leaves[f"{name}.scale"]
-        return None if scale is None else RMSNorm(scale)
 
-    q, k, v, o = (linear(f"attention.{name}") for name in "qkvo")
-    attention = Attention(q, k, v, o, norm("attention.q_norm"), norm("attention.k_norm"))
-    mlp = MLP(linear("mlp.gate"), linear("mlp.up"), linear("mlp.down"))
-    return Block(RMSNorm(leaves["attention_norm.scale"]), attention, RMSNorm(leaves["mlp_norm.scale"]), mlp)
+def assemble(config: DecoderConfig, outer: Mapping[str, Any], runs: Sequence[Block]) -> Decoder:
+    """A decoder from the arrays outside its layers, by the names of the table, and its runs."""
+    return Decoder(
+        config,
+        outer["embedding"],
+        runs,
+        _norm(outer, "final_norm") if config.final_norm else None,
+        _linear(outer, "head"),
+        outer.get("position_embedding"),
+        _norm(outer, "embedding_norm") if config.embedding_norm else None,
+        _linear(outer, "project_in"),
+        _linear(outer, "project_out"),
+    )
+
+
+def _linear(arrays: Mapping[str, Any], name: str) -> Any:
+    kernel = arrays.get(f"{name}.kernel")
+    return None if kernel is None else Linear(kernel, arrays.get(f"{name}.bias"))
+
+
+def _norm(arrays: Mapping[str, Any], name: str) -> Norm:
+    return Norm(arrays.get(f"{name}.scale"), arrays.get(f"{name}.bias"))
+
+
+def _build_block(arrays: Mapping[str, Any]) -> Block:
+    def optional_norm(name: str) -> Norm | None:
+        return _norm(arrays, name) if f"{name}.scale" in arrays else None
+
+    attention = Attention(
+        *(_linear(arrays, f"attention.{name}") for name in "qkvo"),
+        optional_norm("attention.q_norm"),
+        optional_norm("attention.k_norm"),
+        arrays.get("attention.window"),
+        arrays.get("attention.slopes"),
+    )
+    return Block(
+        _norm(arrays, "attention_norm"),
+        attention,
+        _norm(arrays, "mlp_norm"),
+        MLP(*(_linear(arrays, f"mlp.{name}") for name in ("gate", "up", "down"))),
+        optional_norm("attention_post_norm"),
+        optional_norm("mlp_post_norm"),
+    )
 
 
 def initialise(abstract: Decoder, key: Array, deviation: float = 0.02) -> Decoder:
-    """Random weights for an abstract decoder: normal matrices, unit norms, zero biases."""
+    """Random weights for an abstract decoder: normal matrices, norms that change nothing, zero biases."""
+    unit = 0.0 if abstract.config.norm == "rms_plus_one" else 1.0
 
-    def fill(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> Array:
+    def fill(path: jax.tree_util.KeyPath, leaf: Any) -> Array:
         name = groups.array_path(path)
+        if groups.is_data(name):
+            return jnp.asarray(leaf)
         if name.endswith(".scale"):
-            return jnp.ones(leaf.shape, leaf.dtype)
+            return jnp.full(leaf.shape, unit, leaf.dtype)
         if name.endswith(".bias"):
             return jnp.zeros(leaf.shape, leaf.dtype)
         keys.append(jax.random.fold_in(key, len(keys)))
@@ -141,29 +176,33 @@ def initialise(abstract: Decoder, key: Array, deviation: float = 0.02) -> Decode
 
 
 def apply_block(
-    block: Block, config: DecoderConfig, x: Float[Array, "B T D"], angles: Angles, mask: Bool[Array, "T S"]
+    block: Block, config: DecoderConfig, x: Float[Array, "B T D"], angles: Angles
 ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T ..."]]]:
     """One layer.
 
     Returns:
       The residual stream after it, and the input of every matrix by name (free under jit when it is not used).
     """
-    attention, mlp = block.attention, block.mlp
     with jax.named_scope("attention"):
-        h = block.attention_norm(x, config.norm_epsilon)
-        q, k = attention.q("BTD,DNH->BTNH", h), attention.k("BTD,DKH->BTKH", h)
-        if attention.q_norm is not None and attention.k_norm is not None:
-            q, k = attention.q_norm(q, config.norm_epsilon), attention.k_norm(k, config.norm_epsilon)
-        v = attention.v("BTD,DKH->BTKH", h)
-        mixed = layers.attend(layers.rotate(q, angles), layers.rotate(k, angles), v, mask)
-        x = x + attention.o("BTNH,NHD->BTD", mixed).astype(x.dtype)
+        h = x if config.norm_after else block.attention_norm(x, config)
+        update, mixed = block.attention(h, config, angles)
+        if block.attention_post_norm is not None:
+            update = block.attention_post_norm(update, config)
+        after = (h if config.residual_from_norm else x) + update.astype(x.dtype)
+        if config.norm_after:
+            after = block.attention_norm(after, config)
     with jax.named_scope("mlp"):
-        m = block.mlp_norm(x, config.norm_epsilon)
-        gate = layers.ACTIVATIONS[config.activation](mlp.gate("BTD,DF->BTF", m))
-        wide = gate * mlp.up("BTD,DF->BTF", m)
-        x = x + mlp.down("BTF,FD->BTD", wide).astype(x.dtype)
+        m = x if config.parallel else after
+        m = m if config.norm_after else block.mlp_norm(m, config)
+        update, wide = block.mlp(m, config)
+        if block.mlp_post_norm is not None:
+            update = block.mlp_post_norm(update, config)
+        x = (m if config.residual_from_norm else after) + update.astype(x.dtype)
+        if config.norm_after:
+            x = block.mlp_norm(x, config)
     inputs = {"attention.q": h, "attention.k": h, "attention.v": h, "attention.o": mixed}
-    return x, inputs | {"mlp.gate": m, "mlp.up": m, "mlp.down": wide}
+    inputs |= {"mlp.gate": m, "mlp.up": m, "mlp.down": wide}
+    return x, {name: inputs[name] for name in kernels(block)}
 
 
 def scan_layers(
@@ -212,34 +251,62 @@ def _scan_run(
 
 
 def embed(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The residual stream before the first layer, in the common type of embedding and layers."""
-    dtype = jnp.promote_types(decoder.embedding.dtype, decoder.runs[0].attention.q.kernel.dtype)
-    return jnp.take(decoder.embedding[...], tokens, axis=0).astype(dtype)
+    """The residual stream before the first layer, in the common type of embedding and layers.
 
-
-def positions(decoder: Decoder, length: int) -> tuple[Angles, Bool[Array, "T S"]]:
-    """What every layer shares for one sequence length: rotary angles and the attention mask."""
-    head_size = decoder.runs[0].attention.k.kernel.shape[-1]
+    Raises:
+      InputError: the model has learned positions, and fewer of them than T.
+    """
     config = decoder.config
-    return layers.rotary_angles(config.rope, head_size, length), layers.causal_mask(length, config.sliding_window)
+    dtype = jnp.promote_types(decoder.embedding.dtype, decoder.runs[0].attention.q.kernel.dtype)
+    x = jnp.take(decoder.embedding[...], tokens, axis=0).astype(dtype)
+    if config.embedding_scale is not None:
+        x = x * jnp.asarray(config.embedding_scale, decoder.embedding.dtype).astype(dtype)
+    if decoder.project_in is not None:
+        x = decoder.project_in("BTE,ED->BTD", x).astype(dtype)
+    if decoder.position_embedding is not None and config.position_offset is not None:
+        x = x + jnp.expand_dims(_learned_positions(decoder, config.position_offset, tokens.shape[1]), 0).astype(dtype)
+    return x if decoder.embedding_norm is None else decoder.embedding_norm(x, config)
 
 
-def final_hidden(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The residual stream after the last layer and the final norm."""
-    angles, mask = positions(decoder, tokens.shape[1])
+def _learned_positions(decoder: Decoder, offset: int, length: int) -> Float[Array, "T D"]:
+    known = decoder.position_embedding.shape[0] - offset
+    if length > known:
+        raise InputError(f"sequences of {length} tokens are too long: the model has learned {known} positions")
+    return decoder.position_embedding[offset : offset + length]
+
+
+def rotary_angles(decoder: Decoder, length: int) -> Angles:
+    """What every layer shares for one sequence length: rotary angles, or None."""
+    rope = decoder.config.rope
+    if rope is None:
+        return None
+    return layers.rotary_angles(rope, decoder.runs[0].attention.k.kernel.shape[-1], length)
+
+
+def final_hidden(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+    """The residual stream after the last layer, normed and projected as the head expects it."""
+    angles = rotary_angles(decoder, tokens.shape[1])
 
     def step(x: Array, block: Block, layer: Array, extra: None) -> tuple[Array, None]:
-        return apply_block(block, decoder.config, x, angles, mask)[0], None
+        return apply_block(block, decoder.config, x, angles)[0], None
 
     x, _ = scan_layers(decoder.runs, step, embed(decoder, tokens))
-    return decoder.final_norm(x, decoder.config.norm_epsilon)
+    return finish(decoder, x)
 
 
-def project_to_vocabulary(decoder: Decoder, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+def finish(decoder: Decoder, x: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
+    """The stream after the last layer as the head expects it: final norm and projection, where there are any."""
+    x = x if decoder.final_norm is None else decoder.final_norm(x, decoder.config)
+    return x if decoder.project_out is None else decoder.project_out("...D,DE->...E", x)
+
+
+def project_to_vocabulary(decoder: Decoder, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
     """Float32 logits of final hidden states."""
     if decoder.head is None:
-        return layers.einsum("...D,VD->...V", hidden, decoder.embedding[...], out=jnp.float32)
-    return layers.einsum("...D,DV->...V", hidden, decoder.head.kernel[...], out=jnp.float32)
+        logits = layers.einsum("...E,VE->...V", hidden, decoder.embedding[...], out=jnp.float32)
+    else:
+        logits = layers.einsum("...E,EV->...V", hidden, decoder.head.kernel[...], out=jnp.float32)
+    return layers.soft_cap(logits, decoder.config.logit_cap)
 
 
 # --------------------------------------------------------------------------------------------- reading the tree
@@ -247,12 +314,37 @@ def project_to_vocabulary(decoder: Decoder, hidden: Float[Array, "*batch D"]) ->
 
 def depth(run: Block) -> int:
     """Number of layers of a run."""
-    return run.attention_norm.scale.shape[0]
+    return run.attention.q.kernel.shape[0]
 
 
 def layer_count(decoder: Decoder) -> int:
     """Number of layers."""
     return sum(depth(run) for run in decoder.runs)
+
+
+def hidden_size(decoder: Decoder) -> int:
+    """Width D of the residual stream."""
+    return decoder.runs[0].attention.q.kernel.shape[1]
+
+
+def sizes_of(decoder: Decoder) -> Sizes:
+    """The sizes that `build` would make this decoder from, data of the layers included."""
+    vocabulary, width = decoder.embedding.shape
+    rows = 0 if decoder.position_embedding is None else decoder.position_embedding.shape[0]
+    head_size = decoder.runs[0].attention.q.kernel.shape[-1]
+    layers = tuple(layer for run in decoder.runs for layer in _layers_of(run))
+    return Sizes(vocabulary, hidden_size(decoder), head_size, layers, width, rows)
+
+
+def _layers_of(run: Block) -> Iterator[LayerSizes]:
+    attention = run.attention
+    heads, kv_heads = attention.q.kernel.shape[2], attention.k.kernel.shape[2]
+    for index in range(depth(run)):
+        window = None if attention.window is None else int(attention.window[index])
+        slopes = () if attention.slopes is None else tuple(float(slope) for slope in attention.slopes[index])
+        yield LayerSizes(
+            heads, kv_heads, run.mlp.down.kernel.shape[1], None if window == NO_WINDOW else window, slopes
+        )
 
 
 def group_count(block: Block, kind: str) -> int:
@@ -266,11 +358,13 @@ def group_counts(decoder: Decoder, kind: str) -> list[int]:
 
 
 def kernels(block: Block) -> dict[str, nnx.Param]:
-    """The matrices of a block by name, in the order of the table."""
+    """The matrices that a block has, by name, in the order of the table."""
     found = {}
     for name in groups.matrices():
         part, matrix = name.split(".")
-        found[name] = getattr(getattr(block, part), matrix).kernel
+        linear = getattr(getattr(block, part), matrix)
+        if linear is not None:
+            found[name] = linear.kernel
     return found
 
 
@@ -292,4 +386,4 @@ def named_arrays(tree: Any) -> Iterator[tuple[str, Any]]:
 
 def parameter_count(decoder: Decoder) -> int:
     """Number of parameters; tied embeddings count once."""
-    return sum(leaf.size for _, leaf in named_arrays(decoder))
+    return sum(leaf.size for path, leaf in named_arrays(decoder) if not groups.is_data(path))

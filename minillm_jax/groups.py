@@ -5,10 +5,13 @@ Letters, used for shapes everywhere in the package:
     B batch            T query length     S key length      V vocabulary
     D hidden size      N query heads      K key/value heads  G query heads of one key/value head (N = K * G)
     H head size        F MLP width        L layers           P directions
+    E embedding size, which is D but for models that project their embeddings (OPT-350m)
+    M learned positions
 
 A kernel is written `inputs outputs`: `"D NH"` is an array [D, N, H] that maps D to N heads of size H. Arrays of a
 block carry a further leading axis L, because equal layers are stacked. Everything that has to know a shape reads this
-table: the abstract decoder, slicing, scoring and the converter.
+table: the abstract decoder, slicing, scoring and the converter. A decoder has those arrays of it that its
+configuration asks for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,13 +22,20 @@ from jax import numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
 OUTER_AXES = {
-    "embedding": "V D",
+    "embedding": "V E",
+    "position_embedding": "M D",
+    "project_in.kernel": "E D",
+    "embedding_norm.scale": "D",
+    "embedding_norm.bias": "D",
     "final_norm.scale": "D",
-    "head.kernel": "D V",
+    "final_norm.bias": "D",
+    "project_out.kernel": "D E",
+    "head.kernel": "E V",
 }
 
 BLOCK_AXES = {
     "attention_norm.scale": "D",
+    "attention_norm.bias": "D",
     "attention.q.kernel": "D NH",
     "attention.q.bias": "NH",
     "attention.k.kernel": "D KH",
@@ -36,19 +46,29 @@ BLOCK_AXES = {
     "attention.k_norm.scale": "H",
     "attention.o.kernel": "NH D",
     "attention.o.bias": "D",
+    "attention.window": "",
+    "attention.slopes": "N",
+    "attention_post_norm.scale": "D",
     "mlp_norm.scale": "D",
+    "mlp_norm.bias": "D",
     "mlp.gate.kernel": "D F",
     "mlp.gate.bias": "F",
     "mlp.up.kernel": "D F",
     "mlp.up.bias": "F",
     "mlp.down.kernel": "F D",
     "mlp.down.bias": "D",
+    "mlp_post_norm.scale": "D",
 }
 
-# The letters a kind of group slices, the one that counts its groups first: query heads go with their key/value head.
-GROUP_LETTERS = {"head": "KN", "channel": "F"}
+# Data of a layer that follow from the configuration: sliced and scanned with it, but no parameters, and not stored.
+DATA = ("attention.window", "attention.slopes")
 
-KINDS = tuple(GROUP_LETTERS)
+# The letters a kind of group slices, the one that counts its groups first: query heads go with their key/value head,
+# and the embedding size with the hidden size it is (see `hidden_letters`).
+GROUP_LETTERS = {"head": "KN", "channel": "F", "hidden": "DE", "layer": "L"}
+
+# The kinds that are pruned inside each block; hidden dimensions and layers go through the whole model.
+KINDS = ("head", "channel")
 
 # Kind of group -> for each layer, the indices that stay, ascending; layers may keep different numbers.
 Kept = Mapping[str, Sequence[Int[np.ndarray, " _"]]]
@@ -86,6 +106,18 @@ def group_axis(axes: str, kind: str) -> int | None:
     return found[0] if found else None
 
 
+def axes_of(path: str) -> str:
+    """Axes of an array of a decoder by its path; those of a block (`runs.0.mlp.up.kernel`) begin with L."""
+    if path.startswith("runs."):
+        return f"L {BLOCK_AXES[path.split('.', 2)[2]]}"
+    return OUTER_AXES[path]
+
+
+def is_data(path: str) -> bool:
+    """Whether a path of a decoder names data of a layer, which are no parameters."""
+    return path.endswith(DATA)
+
+
 def split_groups(array: Shaped[Array, "..."], axes: str, kind: str, count: int) -> Shaped[Array, "count rest"]:
     """An array cut into the parts of its groups, [count, everything else]."""
     axis = group_axis(axes, kind)
@@ -104,6 +136,18 @@ def take_groups(
     grouped = array.reshape(*array.shape[:axis], count, width, *array.shape[axis + 1 :])
     taken = jnp.take(grouped, kept, axis=axis)
     return taken.reshape(*array.shape[:axis], kept.shape[0] * width, *array.shape[axis + 1 :])
+
+
+def put_groups(
+    array: Shaped[Array, "..."], axes: str, kind: str, places: Shaped[Array, "before"], before: int, after: int
+) -> Shaped[Array, "..."]:
+    """An array with its groups of a kind put in their places among `after` groups, the others zero."""
+    axis = group_axis(axes, kind)
+    assert axis is not None, f"{axes} has no axis of kind {kind}"
+    width = array.shape[axis] // before
+    grouped = jnp.moveaxis(array.reshape(*array.shape[:axis], before, width, *array.shape[axis + 1 :]), axis, 0)
+    put = jnp.zeros((after, *grouped.shape[1:]), array.dtype).at[places].set(grouped)
+    return jnp.moveaxis(put, 0, axis).reshape(*array.shape[:axis], after * width, *array.shape[axis + 1 :])
 
 
 def array_path(path: jax.tree_util.KeyPath) -> str:

@@ -1,4 +1,4 @@
-"""Norms, rotary positions, attention, activations: free functions over arrays (letters: see `groups`).
+"""Norms, rotary positions, ALiBi, attention, activations: free functions over arrays (letters: see `groups`).
 
 Dtype policy: matrix products run in the type their operands promote to and accumulate in float32; norms, softmax and
 rotary angles are float32 whatever that type is. float32 products ask for precision HIGHEST, because accelerators
@@ -7,18 +7,33 @@ otherwise round their operands to TF32 or bfloat16.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": jax.nn.silu}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+
+NORMS = ("rms", "rms_plus_one", "layer")
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions: base, and how low frequencies are stretched (`default`, `linear` or `llama3`)."""
+    """Rotary positions: base, how low frequencies are stretched, and which features turn.
+
+    Attributes:
+      theta: base of the frequencies.
+      kind: `default`, `linear` or `llama3`, with the settings of the last two below.
+      fraction: share of a head's features that turn, the first ones.
+      interleaved: feature 2i turns with 2i + 1, instead of i with i + half.
+    """
 
     theta: float
     kind: str = "default"
@@ -26,6 +41,8 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_length: int = 8192
+    fraction: float = 1.0
+    interleaved: bool = False
 
 
 ROPE_KINDS = ("default", "linear", "llama3")
@@ -41,17 +58,57 @@ def einsum(
     return product.astype(dtype if out is None else out)
 
 
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "... D"]:
-    """Root-mean-square norm over the last axis, in float32."""
+def norm(
+    x: Float[Array, "... D"],
+    scale: Float[Array, " D"] | None,
+    bias: Float[Array, " D"] | None,
+    kind: str,
+    epsilon: float,
+) -> Float[Array, "... D"]:
+    """Norm over the last axis, in float32.
+
+    Args:
+      x: what is normed.
+      scale: learned factors, or None.
+      bias: learned offsets, or None.
+      kind: `rms` (root mean square), `rms_plus_one` (the same, scaled by 1 + scale) or `layer` (mean and variance).
+      epsilon: added to the mean square or variance.
+    """
     x32 = x.astype(jnp.float32)
+    if kind == "layer":
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    # Rounded before the scale, as the reference implementation does: it is what bfloat16 checkpoints were trained with.
-    return normed.astype(x.dtype) * jnp.broadcast_to(scale, x.shape).astype(x.dtype)
+    if kind == "rms":
+        # Rounded before the scale, as the reference does: it is what bfloat16 checkpoints were trained with. The
+        # other two are scaled in float32.
+        normed = normed.astype(x.dtype)
+    if scale is not None:
+        factor = jnp.broadcast_to(scale, x.shape).astype(normed.dtype)
+        normed = normed * (1.0 + factor if kind == "rms_plus_one" else factor)
+    if bias is not None:
+        normed = normed + jnp.broadcast_to(bias, x.shape).astype(normed.dtype)
+    return normed.astype(x.dtype)
+
+
+def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """Values squeezed smoothly into (-cap, cap); unchanged without a cap (Gemma 2, arXiv 2408.00118)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """Slopes of the linear attention biases, float32 [N]: a geometric series from 2^(-8/n) for the largest power of two
+    n up to N, and every second one of the next series for the heads beyond (Press et al., arXiv 2108.12409).
+    """
+    whole = 2 ** (heads.bit_length() - 1)
+    first = 2.0 ** (-8.0 * np.arange(1, whole + 1) / whole)
+    between = 2.0 ** (-4.0 * np.arange(1, 2 * (heads - whole) + 1, 2) / whole)
+    return np.concatenate([first, between]).astype(np.float32)
 
 
 def rotary_frequencies(rope: Rope, head_size: int) -> np.ndarray:
-    """Angle per position of each rotated pair, float32 [H / 2]."""
-    frequencies = 1.0 / rope.theta ** (np.arange(0, head_size, 2, dtype=np.float64) / head_size)
+    """Angle per position of each rotated pair, float32 [half of the features that turn]."""
+    size = int(head_size * rope.fraction)
+    frequencies = 1.0 / rope.theta ** (np.arange(0, size, 2, dtype=np.float64) / size)
     if rope.kind == "linear":
         frequencies = frequencies / rope.factor
     elif rope.kind == "llama3":
@@ -70,15 +127,20 @@ def rotary_angles(rope: Rope, head_size: int, length: int) -> tuple[Float[Array,
 
 
 def rotate(
-    x: Float[Array, "B T N H"], angles: tuple[Float[Array, "T half"], Float[Array, "T half"]]
+    x: Float[Array, "B T N H"], angles: tuple[Float[Array, "T half"], Float[Array, "T half"]], interleaved: bool
 ) -> Float[Array, "B T N H"]:
-    """Rotary embedding in the half-split convention (feature i turns with feature i + H / 2)."""
-    cos, sin = (jnp.expand_dims(a, (0, 2)) for a in angles)  # [1, T, 1, H / 2]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    """Rotary embedding of the first 2 · half features; the rest pass. Half-split convention unless interleaved."""
+    cos, sin = (jnp.expand_dims(a, (0, 2)) for a in angles)  # [1, T, 1, half]
+    half = cos.shape[-1]
+    turned = x[..., : 2 * half].astype(jnp.float32)
+    pairs = turned.reshape(*x.shape[:-1], half, 2) if interleaved else turned.reshape(*x.shape[:-1], 2, half)
+    axis = -1 if interleaved else -2
+    first, second = (jnp.take(pairs, i, axis=axis) for i in (0, 1))
+    both = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=axis)
+    return jnp.concatenate([both.reshape(turned.shape).astype(x.dtype), x[..., 2 * half :]], axis=-1)
 
 
-def causal_mask(length: int, window: int | None) -> Bool[Array, "T S"]:
+def causal_mask(length: int, window: Int[Array, ""] | int | None) -> Bool[Array, "T S"]:
     """Which keys each query sees: itself and earlier ones, at most `window` of them when one is given."""
     distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
     seen = distance >= 0
@@ -90,11 +152,29 @@ def attend(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "T S"],
+    scale: float | None = None,
+    cap: float | None = None,
+    slopes: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention; consecutive query heads share a key/value head. Softmax in float32."""
+    """Grouped-query attention; consecutive query heads share a key/value head. Softmax in float32.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      mask: which keys each query sees.
+      scale: factor of the scores, H^-1/2 by default.
+      cap: soft cap of the scores.
+      slopes: of the linear biases (ALiBi); each key's score grows by slope · position, which the softmax sees only as
+        a penalty on distance.
+    """
     batch, length, heads, size = q.shape
     grouped = q.reshape(batch, length, k.shape[2], -1, size)  # [B, T, K, G, H]
-    scores = einsum("BTKGH,BSKH->BKGTS", grouped, k, out=jnp.float32) * size**-0.5
+    scores = einsum("BTKGH,BSKH->BKGTS", grouped, k, out=jnp.float32) * (size**-0.5 if scale is None else scale)
+    scores = soft_cap(scores, cap)
+    if slopes is not None:
+        bias = slopes[:, None] * jnp.arange(k.shape[1], dtype=jnp.float32)[None, :]  # [N, S]
+        scores = scores + jnp.expand_dims(bias.reshape(k.shape[2], -1, k.shape[1]), (0, 3))
     # A finite floor instead of -inf keeps forward-mode derivatives free of inf - inf.
     scores = jnp.where(jnp.expand_dims(mask, (0, 1, 2)), scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)

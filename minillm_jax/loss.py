@@ -20,7 +20,7 @@ TOKENS_AT_ONCE = 4096
 
 
 def token_losses(
-    decoder: Decoder, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"]
+    decoder: Decoder, hidden: Float[Array, "B T E"], tokens: Int[Array, "B T"]
 ) -> Float[Array, "B predictions"]:
     """Next-token cross entropy of every position but the last, float32 [B, T - 1], in nats.
 

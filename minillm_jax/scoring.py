@@ -12,12 +12,13 @@ from jaxtyping import Array, Float, Int
 
 from minillm_jax import groups
 from minillm_jax.calibration import Calibration, check_seed
-from minillm_jax.decoder import Block, Decoder, depth, group_count, group_counts, kernels, layer_count
+from minillm_jax.decoder import Decoder, depth, group_count, group_counts, kernels, layer_count
 from minillm_jax.errors import InputError
 from minillm_jax.estimate import directions, gradient
 from minillm_jax.estimate.loop import Spsa, estimate
 from minillm_jax.estimate.statistics import ACTIVATION_NORMS, activation_norms
 from minillm_jax.model import Model
+from minillm_jax.modules import Block
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.select import criteria
 from minillm_jax.select.criteria import CRITERIA, Criterion
@@ -145,6 +146,7 @@ def _score_run(
                 distribution=how,
             )
             for name in criteria.scored_matrices(criterion, kind)
+            if name in kernels(run)
         ]
         found[kind] = criteria.reduce_group(np.stack([np.asarray(part) for part in structures]), criterion.across)
     return found

@@ -11,23 +11,95 @@ import torch
 import transformers
 from jax import numpy as jnp
 
+from convert import modeling_pruned
+from minillm_jax import groups
 from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.decoder import Decoder, build, initialise
 from minillm_jax.layers import Rope
 
 SHARED = Path(__file__).parents[2] / "shared"
 
-SMALL = {
+LLAMA_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+_SIZES = {
     "vocab_size": 97,
     "hidden_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 8,
     "intermediate_size": 40,
     "max_position_embeddings": 512,
     "bos_token_id": 0,
     "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_GROUPED = _SIZES | {"num_key_value_heads": 4, "head_dim": 8}
+
+# A small configuration of every family.
+SMALL: dict[str, dict[str, Any]] = {
+    "llama": _GROUPED,
+    "mistral": _GROUPED | {"sliding_window": None},
+    "qwen2": _SIZES | {"num_key_value_heads": 4},
+    "qwen3": _GROUPED,
+    "gemma": _GROUPED,
+    "gemma2": _GROUPED | {"sliding_window": 13, "query_pre_attn_scalar": 20},
+    "opt": _SIZES | {"ffn_dim": 40},
+    "bloom": {"vocab_size": 97, "hidden_size": 48, "n_layer": 3, "n_head": 6, "bos_token_id": 0, "eos_token_id": 0},
+    "gpt_neox": _SIZES | {"num_attention_heads": 4},
+    "glm": _GROUPED,
+    "glm4": _GROUPED,
+    "phi3": _SIZES | {"num_key_value_heads": 4},
+}
+
+_SLIDING = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
+
+# Name -> family and what differs from its small configuration.
+CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in SMALL} | {
+    "llama, multi-head": ("llama", {"num_key_value_heads": 8}),
+    "llama, one key/value head": ("llama", {"num_key_value_heads": 1}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama, llama3 rope": ("llama", {"rope_parameters": LLAMA_ROPE}),
+    "llama, linear rope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral, sliding window": ("mistral", {"sliding_window": 17}),
+    "qwen2, some layers sliding": ("qwen2", _SLIDING),
+    "qwen3, biases, some layers sliding, tied": (
+        "qwen3",
+        _SLIDING | {"attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "gemma, biases, untied": ("gemma", {"attention_bias": True, "tie_word_embeddings": False}),
+    "gemma2, tight caps": ("gemma2", {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.5}),
+    "gemma2, no caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "opt, projected, post norm": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "opt, projected, pre norm, untied": ("opt", {"word_embed_proj_dim": 56, "tie_word_embeddings": False}),
+    "opt, no final norm": ("opt", {"_remove_final_layer_norm": True, "activation_function": "gelu"}),
+    "opt, no biases, plain norms": ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    "bloom, residual from norm": ("bloom", {"apply_residual_connection_post_layernorm": True, "n_head": 4}),
+    "bloom, untied": ("bloom", {"tie_word_embeddings": False, "n_head": 12}),
+    "gpt_neox, sequential": ("gpt_neox", {"use_parallel_residual": False, "hidden_act": "gelu_new"}),
+    "gpt_neox, full rotary, tied": (
+        "gpt_neox",
+        {
+            "rope_parameters": {"rope_theta": 1000.0, "partial_rotary_factor": 1.0, "rope_type": "default"},
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "glm, no biases": ("glm", {"attention_bias": False, "partial_rotary_factor": 0.75}),
+    "glm4, one key/value head": ("glm4", {"num_key_value_heads": 1}),
+    "phi3, sliding window, partial rotary": (
+        "phi3",
+        {"sliding_window": 19, "head_dim": 8, "partial_rotary_factor": 0.5},
+    ),
 }
 
 
@@ -41,13 +113,14 @@ def shared(path: str) -> Path:
 
 def torch_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
     """A PyTorch model with every parameter randomised, norms and biases included."""
-    config = transformers.AutoConfig.for_model(family, **SMALL | changes)
+    config = transformers.AutoConfig.for_model(family, **SMALL[family] | changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         for name, parameter in model.named_parameters():
             scale = 0.4 if parameter.ndim == 1 else 1.5 / parameter.shape[-1] ** 0.5
-            centre = 1.0 if "norm" in name else 0.0
+            is_norm = parameter.ndim == 1 and name.endswith("weight")
+            centre = 1.0 if is_norm and not family.startswith("gemma") else 0.0
             torch.nn.init.normal_(parameter, mean=centre, std=scale)
     return model
 
@@ -64,15 +137,27 @@ def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(np.asarray(tokens, dtype=np.int64))).logits.numpy()
 
 
-def load_torch(folder: Path) -> Any:
-    """A folder as stock transformers loads it, without remote code; every weight must be found in it."""
+def load_torch(folder: Path, remote_code: bool = False) -> Any:
+    """A folder as transformers loads it; every weight must be found in it.
+
+    Without remote code: the stock classes, and those of `convert.modeling_pruned` once they are registered.
+    """
+    if not remote_code:
+        modeling_pruned.register()
     model, found = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        folder, dtype=torch.float32, trust_remote_code=remote_code, output_loading_info=True
     )
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
     assert not found["mismatched_keys"]
     return model.eval()
+
+
+def load_stock(folder: Path) -> Any:
+    """A folder that must be loaded by a stock class."""
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    assert not model_type.startswith("pruned_")
+    return load_torch(folder)
 
 
 def random_tokens(vocabulary: int, *shape: int, seed: int = 0) -> np.ndarray:
@@ -87,7 +172,13 @@ def small_decoder(
     sizes = sizes or Sizes(V=61, D=16, H=4, layers=(LayerSizes(N=8, K=4, F=12),) * layers)
     decoder = initialise(build(config, sizes), jax.random.key(seed), deviation)
     keys = iter(jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(decoder))))
-    return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), decoder)
+
+    def shake(path: Any, leaf: jax.Array) -> jax.Array:
+        if groups.is_data(groups.array_path(path)):
+            return leaf
+        return leaf + 0.1 * jax.random.normal(next(keys), leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(shake, decoder)
 
 
 def arrays_equal(left: Any, right: Any) -> bool:

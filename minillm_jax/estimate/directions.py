@@ -9,7 +9,8 @@ from jax import numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from minillm_jax import groups
-from minillm_jax.decoder import Block, replace_kernels
+from minillm_jax.decoder import replace_kernels
+from minillm_jax.modules import Block
 
 # Named, because the default of `jax.random.key` is a setting of the process and would change the directions.
 IMPLEMENTATION = "threefry2x32"

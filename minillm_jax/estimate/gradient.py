@@ -17,9 +17,10 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from minillm_jax.decoder import Block, Decoder, apply_block, embed, positions, scan_layers
+from minillm_jax.decoder import Decoder, apply_block, embed, finish, rotary_angles, scan_layers
 from minillm_jax.estimate import directions
 from minillm_jax.loss import token_losses
+from minillm_jax.modules import Block
 
 
 @partial(jax.jit, static_argnames=("distribution", "at_once"))
@@ -44,7 +45,7 @@ def paired_losses(
 
 
 def _pair(decoder: Decoder, key: Array, tokens: Array, epsilon: Array, distribution: str) -> Float[Array, "2 B"]:
-    angles, mask = positions(decoder, tokens.shape[1])
+    angles = rotary_angles(decoder, tokens.shape[1])
     x = embed(decoder, tokens).astype(jnp.float32)
 
     # Two visits to every layer, one for each side, and the streams change places in between: so one perturbed layer
@@ -52,11 +53,11 @@ def _pair(decoder: Decoder, key: Array, tokens: Array, epsilon: Array, distribut
     def step(carry: tuple[Array, Array, Array], block: Block, layer: Array, extra: None) -> tuple[Any, None]:
         here, other, scale = carry
         there = directions.perturb(block, key, layer, scale, distribution)
-        moved = apply_block(there, decoder.config, here, angles, mask)[0]
+        moved = apply_block(there, decoder.config, here, angles)[0]
         return (other, moved, -scale), None
 
     (plus, minus, _), _ = scan_layers(decoder.runs, step, (x, x, epsilon), visits=2)
-    hidden = decoder.final_norm(jnp.stack([plus, minus]), decoder.config.norm_epsilon)
+    hidden = finish(decoder, jnp.stack([plus, minus]))
     losses = jax.lax.map(lambda one: token_losses(decoder, one, tokens), hidden)
     return jnp.sum(losses, axis=-1)
 

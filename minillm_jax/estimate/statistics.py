@@ -7,8 +7,9 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax.decoder import Block, Decoder, apply_block, embed, positions, scan_layers
+from minillm_jax.decoder import Decoder, apply_block, embed, rotary_angles, scan_layers
 from minillm_jax.loss import batches
+from minillm_jax.modules import Block
 
 ACTIVATION_NORMS = ("l2", "rms", "mean-abs", "none")
 
@@ -46,14 +47,14 @@ def _finish(sums: Array, norm: str, tokens: int) -> Array:
 @partial(jax.jit, static_argnames="squares")
 def _sums(decoder: Decoder, tokens: Int[Array, "B T"], squares: bool) -> RunStatistics:
     """Sum of squares (or of absolute values) of every input feature over batch and positions, float32."""
-    angles, mask = positions(decoder, tokens.shape[1])
+    angles = rotary_angles(decoder, tokens.shape[1])
 
     def total(x: Array) -> Array:
         x32 = x.astype(jnp.float32)
         return jnp.sum(jnp.square(x32) if squares else jnp.abs(x32), axis=(0, 1))
 
     def step(x: Array, block: Block, layer: Array, extra: None) -> tuple[Array, dict[str, Array]]:
-        x, inputs = apply_block(block, decoder.config, x, angles, mask)
+        x, inputs = apply_block(block, decoder.config, x, angles)
         return x, jax.tree.map(total, inputs)
 
     return scan_layers(decoder.runs, step, embed(decoder, tokens))[1]

@@ -1,6 +1,6 @@
 """The same take() for every structure of the table: groups are removed by slicing the pytree."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby
 
@@ -10,7 +10,8 @@ from jax import numpy as jnp
 from jaxtyping import Array, Int
 
 from minillm_jax import groups
-from minillm_jax.decoder import Block, Decoder, depth, group_count
+from minillm_jax.decoder import Decoder, depth, group_count, with_runs
+from minillm_jax.modules import Block
 
 
 def slice_groups(decoder: Decoder, kept: groups.Kept) -> Decoder:
@@ -30,8 +31,45 @@ def slice_groups(decoder: Decoder, kept: groups.Kept) -> Decoder:
             indices = {kind: jnp.asarray(np.stack(rows[start:stop])) for kind, rows in kept.items()}
             pieces.append(_take(run, indices, start - first, stop - first))
         first += depth(run)
-    merged = [_concatenate(list(equal)) for _, equal in groupby(pieces, _layer_shapes)]
-    return Decoder(decoder.config, decoder.embedding[...], merged, decoder.final_norm, decoder.head)
+    return with_runs(decoder, _merge(pieces))
+
+
+def slice_hidden(decoder: Decoder, kept: Int[np.ndarray, " kept"]) -> Decoder:
+    """A decoder with only the kept hidden dimensions, in every array that touches the residual stream.
+
+    This is not the same as setting them to zero: norms take their mean over what is left. The embedding size goes
+    with the hidden size, but for models that project between the two. What follows from the dense model's hidden
+    size and is not a matter of width (the scale of Gemma's embedding, the size of a head) stays.
+
+    Args:
+      decoder: the model.
+      kept: the hidden dimensions that stay, ascending.
+    """
+    sliced = "D" if decoder.config.embedding_projection else groups.GROUP_LETTERS["hidden"]
+
+    def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
+        letters = groups.letters(groups.axes_of(groups.array_path(path)))
+        axes = [axis for axis, letter in enumerate(letters) if letter in sliced]
+        return jnp.take(array, jnp.asarray(kept), axis=axes[0]) if axes else array
+
+    return jax.tree_util.tree_map_with_path(leaf, decoder)
+
+
+def slice_layers(decoder: Decoder, kept: Sequence[int]) -> Decoder:
+    """A decoder with only the kept layers, ascending; each with its own window and slopes."""
+    pieces: list[Block] = []
+    first = 0
+    for run in decoder.runs:
+        stay = np.asarray([layer - first for layer in kept if first <= layer < first + depth(run)], np.int32)
+        if stay.size:
+            pieces.append(jax.tree.map(lambda array, stay=stay: jnp.take(array, stay, axis=0), run))
+        first += depth(run)
+    return with_runs(decoder, _merge(pieces))
+
+
+def _merge(pieces: list[Block]) -> list[Block]:
+    """Neighbouring runs of equal layers as one."""
+    return [_concatenate(list(equal)) for _, equal in groupby(pieces, _layer_shapes)]
 
 
 def _segments(kept: groups.Kept, first: int, last: int) -> Iterator[tuple[int, int]]:

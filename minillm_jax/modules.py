@@ -1,0 +1,110 @@
+"""The parts of a decoder: plain pytrees of arrays that know how to compute their part (letters: see `groups`)."""
+
+from typing import Any
+
+from flax import nnx
+from jax import numpy as jnp
+from jaxtyping import Array, Float
+
+from minillm_jax import layers
+from minillm_jax.config import DecoderConfig
+
+# Cosine and sine of the rotary angles, or None where positions come in otherwise.
+Angles = tuple[Float[Array, "T half"], Float[Array, "T half"]] | None
+
+
+class LayerData(nnx.Variable):
+    """What a layer knows besides its weights: its sliding window, its heads' ALiBi slopes."""
+
+
+class Linear(nnx.Module):
+    """x · kernel + bias, along the axes that the einsum equation names."""
+
+    def __init__(self, kernel: Any, bias: Any = None):
+        self.kernel = nnx.Param(kernel)
+        self.bias = None if bias is None else nnx.Param(bias)
+
+    def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The product along the equation's axes, plus the bias along its last ones."""
+        y = layers.einsum(equation, x, self.kernel[...])
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
+
+
+class Norm(nnx.Module):
+    """A norm over the last axis; which kind, the configuration says."""
+
+    def __init__(self, scale: Any = None, bias: Any = None):
+        self.scale = None if scale is None else nnx.Param(scale)
+        self.bias = None if bias is None else nnx.Param(bias)
+
+    def __call__(self, x: Float[Array, "..."], config: DecoderConfig) -> Float[Array, "..."]:
+        """The norm over the last axis."""
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        return layers.norm(x, scale, bias, config.norm, config.norm_epsilon)
+
+
+class Attention(nnx.Module):
+    """Projections of grouped-query attention; q and k norms act on each head; window and slopes are data."""
+
+    def __init__(
+        self,
+        q: Linear,
+        k: Linear,
+        v: Linear,
+        o: Linear,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+        window: Any = None,
+        slopes: Any = None,
+    ):
+        self.q, self.k, self.v, self.o = q, k, v, o
+        self.q_norm, self.k_norm = q_norm, k_norm
+        self.window = None if window is None else LayerData(window)
+        self.slopes = None if slopes is None else LayerData(slopes)
+
+    def __call__(
+        self, h: Float[Array, "B T D"], config: DecoderConfig, angles: Angles
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T N H"]]:
+        """What attention adds to the stream, and the mixed values that went into the output projection."""
+        q, k, v = self.q("BTD,DNH->BTNH", h), self.k("BTD,DKH->BTKH", h), self.v("BTD,DKH->BTKH", h)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q, config), self.k_norm(k, config)
+        if angles is not None and config.rope is not None:
+            q, k = (layers.rotate(x, angles, config.rope.interleaved) for x in (q, k))
+        mask = layers.causal_mask(h.shape[1], None if self.window is None else self.window[...])
+        slopes = None if self.slopes is None else self.slopes[...]
+        mixed = layers.attend(q, k, v, mask, config.query_scale, config.attention_cap, slopes)
+        return self.o("BTNH,NHD->BTD", mixed), mixed
+
+
+class MLP(nnx.Module):
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate."""
+
+    def __init__(self, gate: Linear | None, up: Linear, down: Linear):
+        self.gate, self.up, self.down = gate, up, down
+
+    def __call__(
+        self, m: Float[Array, "B T D"], config: DecoderConfig
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T F"]]:
+        """What the MLP adds to the stream, and the wide activations that went into the down projection."""
+        activation = layers.ACTIVATIONS[config.activation]
+        wide = self.up("BTD,DF->BTF", m)
+        wide = activation(wide) if self.gate is None else activation(self.gate("BTD,DF->BTF", m)) * wide
+        return self.down("BTF,FD->BTD", wide), wide
+
+
+class Block(nnx.Module):
+    """One layer, or a run of equal layers when its arrays carry a leading axis L."""
+
+    def __init__(
+        self,
+        attention_norm: Norm,
+        attention: Attention,
+        mlp_norm: Norm,
+        mlp: MLP,
+        attention_post_norm: Norm | None = None,
+        mlp_post_norm: Norm | None = None,
+    ):
+        self.attention_norm, self.attention, self.attention_post_norm = attention_norm, attention, attention_post_norm
+        self.mlp_norm, self.mlp, self.mlp_post_norm = mlp_norm, mlp, mlp_post_norm
