@@ -19,26 +19,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("source", metavar=source)
         command.add_argument("output", metavar="OUT", help="folder to write; it must not exist")
         command.add_argument("--dtype", help="float32, bfloat16 or float16; the stored type by default")
-    chosen = parser.parse_args(arguments)
+        if name == "to-torch":
+            command.add_argument("--format", help="stock, per-layer or padded; by default what holds the shapes")
+            command.add_argument("--max-shard-size", default="5GB", help="of the weight files")
+    chosen = vars(parser.parse_args(arguments))
     try:
-        print(f"written to {convert(chosen.command, chosen.source, chosen.output, chosen.dtype)}")
+        print(f"written to {chosen['output']} ({convert(**chosen)})")
     except InputError as error:
         print(f"convert: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def convert(command: str, source: str, output: str, dtype: str | None = None) -> str:
-    """Read a model from `source` and write it as `to-flax` or `to-torch` to `output`.
+def convert(
+    command: str,
+    source: str,
+    output: str,
+    dtype: str | None = None,
+    format: str | None = None,  # noqa: A002  the name of the option
+    max_shard_size: str = "5GB",
+) -> str:
+    """Read a model from `source`, write it as `to-flax` or `to-torch` to `output`, and return the format.
 
     Raises:
-      InputError: the source cannot be read, or the output exists.
+      InputError: the source cannot be read, the output exists, or the format cannot hold the model.
     """
-    from convert import reader, writer
+    from convert import formats, reader, writer
 
     writer.check_new(output)
     model = reader.read_model(source, dtype)
-    write = writer.write_flax if command == "to-flax" else writer.write_stock
-    return str(write(model, output))
+    return writer.write_model(model, output, formats.FLAX if command == "to-flax" else format, max_shard_size)
 
 
 if __name__ == "__main__":

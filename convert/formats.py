@@ -147,6 +147,14 @@ def per_layer_config(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]
     }
 
 
+def renamed(config: DecoderConfig, written: str) -> dict[str, str]:
+    """Stored names that differ in a format: transformers renames some for its own classes only."""
+    table = TABLES[config.family]
+    if written != PER_LAYER or table.head_elsewhere is None:
+        return {}
+    return {table.head: table.head_elsewhere}
+
+
 def kept_heads(config: DecoderConfig, layer: LayerSizes) -> list[int]:
     """The original indices of a layer's heads, found by their ALiBi slopes, which are all different."""
     assert config.alibi_heads is not None, "only called for models with slopes"

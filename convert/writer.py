@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +100,7 @@ def write_model(
         decoder = pad_groups(decoder, described.sizes, _places(model, described.sizes))
     with new_folder(output) as scratch:
         _write_json(scratch / CONFIG, described.config | _dtype_keys(decoder))
-        _write_shards(decoder, scratch, max_shard_size)
+        _write_shards(decoder, scratch, max_shard_size, formats.renamed(decoder.config, described.format))
         _write_companions(model, scratch)
         if described.format == formats.PER_LAYER:
             code = f"{formats.REMOTE_CODE}.py"
@@ -153,7 +153,7 @@ class _Planned:
     bytes: int
 
 
-def _write_shards(decoder: Decoder, folder: Path, max_shard_size: str) -> None:
+def _write_shards(decoder: Decoder, folder: Path, max_shard_size: str, renamed: Mapping[str, str]) -> None:
     leaf_types = {name: leaf.dtype for name, leaf in named_arrays(decoder)}
     planned = {
         binding.name: _Planned(int(np.prod(binding.stored_shape())) * leaf_types[binding.paths[0]].itemsize)
@@ -166,10 +166,12 @@ def _write_shards(decoder: Decoder, folder: Path, max_shard_size: str) -> None:
         max_shard_size=max_shard_size,
     )
     for file, names in plan.filename_to_tensors.items():
-        save_file(dict(rules.tensors(decoder, set(names))), folder / file, metadata={"format": "pt"})
+        tensors = {renamed.get(name, name): tensor for name, tensor in rules.tensors(decoder, set(names))}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors makes its files readable by their owner alone
     if plan.is_sharded:
-        _write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+        weight_map = {renamed.get(name, name): file for name, file in plan.tensor_to_filename.items()}
+        _write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": weight_map})
 
 
 def _write_companions(model: Model, folder: Path) -> None:

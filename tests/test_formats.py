@@ -1,0 +1,162 @@
+"""Formats out: chosen by the shapes, exact in all of them, and read back like any other model."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from convert import formats
+from convert.reader import read_model
+from convert.writer import write_model
+from minillm_jax import groups
+from minillm_jax.decoder import Decoder, build, group_counts, hidden_size, layer_count, named_arrays, sizes_of
+from minillm_jax.errors import InputError
+from minillm_jax.model import Model
+from minillm_jax.shrink.slicing import slice_groups, slice_hidden, slice_layers
+from tests.helpers import (
+    CONFIGURATIONS,
+    SMALL,
+    hugging_face_folder,
+    load_stock,
+    load_torch,
+    logits_of,
+    random_tokens,
+    torch_logits,
+)
+
+TOKENS = random_tokens(97, 2, 40)
+
+
+def pruned(model: Model, seed: int = 0, equal: bool = False, kinds: tuple[str, ...] = groups.KINDS) -> Model:
+    """A model with random groups left of the kinds given: equally many in all layers, or different numbers."""
+    rng = np.random.default_rng(seed)
+    kept = {}
+    for kind in groups.KINDS:
+        counts = group_counts(model.decoder, kind)
+        stay = [max(1, counts[0] - 1 if equal else n - 1 - layer) for layer, n in enumerate(counts)]
+        stay = stay if kind in kinds else counts
+        kept[kind] = [np.sort(rng.choice(n, s, replace=False)) for n, s in zip(counts, stay, strict=True)]
+    return dataclasses.replace(model, decoder=slice_groups(model.decoder, kept))
+
+
+def logits(model: Model) -> np.ndarray:
+    return logits_of(model.decoder, TOKENS)
+
+
+def same_arrays(left: Decoder, right: Decoder) -> bool:
+    """Whether two decoders, of whatever family, hold the same arrays, bit for bit."""
+    ours, theirs = dict(named_arrays(left)), dict(named_arrays(right))
+    return ours.keys() == theirs.keys() and all(bool(jnp.array_equal(ours[path], theirs[path])) for path in ours)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of every family."""
+    root = tmp_path_factory.mktemp("dense")
+    return {family: hugging_face_folder(root / family, family) for family in SMALL}
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_unequal_layers_are_written_read_back_and_padded_exactly(
+    dense: dict[str, Path], tmp_path: Path, family: str
+) -> None:
+    model = pruned(read_model(dense[family]))
+    expected = logits(model)
+    assert write_model(model, tmp_path / "per-layer") == formats.PER_LAYER
+    assert np.abs(torch_logits(load_torch(tmp_path / "per-layer"), TOKENS) - expected).max() <= 1e-4
+    assert same_arrays(read_model(tmp_path / "per-layer").decoder, model.decoder)
+
+    assert write_model(model, tmp_path / "padded", "padded") == formats.PADDED
+    assert np.abs(torch_logits(load_stock(tmp_path / "padded"), TOKENS) - expected).max() <= 1e-4
+    assert np.abs(logits(read_model(tmp_path / "padded")) - expected).max() <= 1e-5
+
+    assert write_model(model, tmp_path / "flax", "flax") == formats.FLAX
+    back = read_model(tmp_path / "flax")
+    assert same_arrays(back.decoder, model.decoder)
+    # Pruned again, from there: the shapes go on from those of the pruned model.
+    again = pruned(back, seed=1)
+    write_model(again, tmp_path / "again")
+    assert np.abs(torch_logits(load_torch(tmp_path / "again"), TOKENS) - logits(again)).max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_equal_layers_are_stock_where_the_class_allows_it(tmp_path: Path, name: str) -> None:
+    family, changes = CONFIGURATIONS[name]
+    model = read_model(hugging_face_folder(tmp_path / "dense", family, **changes))
+    by_class = {"opt": "per-layer", "bloom": "per-layer", "gpt_neox": "per-layer", "gemma2": "per-layer"}
+    expected = "per-layer" if name == "llama, biases" else by_class.get(family, "stock")
+    if group_counts(model.decoder, "head")[0] == 1:
+        expected = "stock"  # the only head stays
+    assert write_model(pruned(model, equal=True), tmp_path / "out") == expected
+    assert write_model(model, tmp_path / "same") == "stock"
+    if family != "bloom":
+        assert write_model(pruned(model, equal=True, kinds=("channel",)), tmp_path / "channels") == "stock"
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_hidden_size_and_layers_are_written_too(dense: dict[str, Path], tmp_path: Path, family: str) -> None:
+    model = read_model(dense[family])
+    kept = np.sort(np.random.default_rng(0).choice(hidden_size(model.decoder), 36, replace=False))
+    fewer = slice_layers(slice_hidden(model.decoder, kept), [0, 2])
+    assert (hidden_size(fewer), layer_count(fewer)) == (36, 2)
+    model = dataclasses.replace(model, decoder=fewer)
+    write_model(model, tmp_path / "out")
+    assert np.abs(torch_logits(load_torch(tmp_path / "out"), TOKENS) - logits(model)).max() <= 1e-4
+    assert same_arrays(read_model(tmp_path / "out").decoder, fewer)
+
+
+def test_padded_heads_keep_their_place(dense: dict[str, Path], tmp_path: Path) -> None:
+    """By their slopes (BLOOM), by the record of the pruning (OPT)."""
+    kept = {"head": [np.array([1, 4])] * 3, "channel": [np.arange(192)] * 3}
+    model = read_model(dense["bloom"])
+    write_model(dataclasses.replace(model, decoder=slice_groups(model.decoder, kept)), tmp_path / "bloom", "padded")
+    kernel = read_model(tmp_path / "bloom").decoder.runs[0].attention.o.kernel[...]
+    assert [bool(kernel[0, head].any()) for head in range(6)] == [head in (1, 4) for head in range(6)]
+
+    model = read_model(dense["opt"])
+    kept = {"head": [np.array([1, 4]), np.array([0, 7]), np.array([6])], "channel": [np.arange(40)] * 3}
+    record = {"kept": {kind: [rows.tolist() for rows in per_layer] for kind, per_layer in kept.items()}}
+    sliced = dataclasses.replace(model, decoder=slice_groups(model.decoder, kept), record=record)
+    write_model(sliced, tmp_path / "opt", "padded")
+    kernel = read_model(tmp_path / "opt").decoder.runs[0].attention.o.kernel[...]
+    for layer, rows in enumerate(kept["head"]):
+        assert [bool(kernel[layer, head].any()) for head in range(8)] == [head in rows for head in range(8)]
+
+
+def test_forced_formats(dense: dict[str, Path], tmp_path: Path) -> None:
+    model = read_model(dense["llama"])
+    assert write_model(model, tmp_path / "forced", "per-layer") == "per-layer"
+    assert np.abs(torch_logits(load_torch(tmp_path / "forced"), TOKENS) - logits(model)).max() <= 1e-4
+    with pytest.raises(InputError, match=r"unequal numbers of .*use the format per-layer or padded"):
+        write_model(pruned(model), tmp_path / "stock", "stock")
+    with pytest.raises(InputError, match="unknown format 'zip'; expected one of stock, per-layer, padded, flax"):
+        write_model(model, tmp_path / "zip", "zip")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["forced"]
+
+
+def test_a_dense_model_is_written_as_it_was(dense: dict[str, Path], tmp_path: Path) -> None:
+    """A per-layer folder whose layers are equal again becomes stock again."""
+    for family in SMALL:
+        model = read_model(dense[family])
+        write_model(model, tmp_path / f"{family}-per-layer", "per-layer")
+        back = read_model(tmp_path / f"{family}-per-layer")
+        assert write_model(back, tmp_path / family) == "stock"
+        assert same_arrays(read_model(tmp_path / family).decoder, model.decoder)
+        config = json.loads((tmp_path / family / "config.json").read_text())
+        assert config["model_type"] == family
+        assert not config.keys() & {"auto_map", "per_layer_config", "alibi_heads"}
+
+
+def test_sizes_of_a_decoder_build_it_again(dense: dict[str, Path]) -> None:
+    for folder in dense.values():
+        decoder = pruned(read_model(folder)).decoder
+        built = build(decoder.config, sizes_of(decoder))
+        assert jax.tree.structure(built) == jax.tree.structure(decoder)
+        for (path, ours), (_, theirs) in zip(named_arrays(built), named_arrays(decoder), strict=True):
+            assert ours.shape == theirs.shape
+            if groups.is_data(path):
+                np.testing.assert_array_equal(ours, theirs)
