@@ -19,11 +19,11 @@ from jax import numpy as jnp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from convert.writer import new_folder, write_stock
+from convert.writer import new_folder, write_model
 from minillm_jax import demo
 from minillm_jax.calibration import Tokens, cut, tokenise
-from minillm_jax.config import parse
 from minillm_jax.decoder import Decoder, build, final_hidden, initialise, parameter_count
+from minillm_jax.families import parse
 from minillm_jax.loss import perplexity, token_losses
 from minillm_jax.model import Model
 
@@ -146,7 +146,7 @@ def main() -> None:
     split = len(ids) * 19 // 20
     check = cut(Tokens(ids[split:], "check", 1), 128)
     decoder = train(ids[:split], check, arguments.steps, arguments.seed)
-    write_stock(Model(decoder, CONFIG, folder, "the demo model"), arguments.output)
+    write_model(Model(decoder, CONFIG, folder, "the demo model"), arguments.output)
     held_out = tokenise(demo.held_out_text(), folder)
     found = perplexity(decoder, cut(Tokens(held_out, "held out", 1), 128))
     prompt = tokenise("The following identifiers are", folder).tolist()

@@ -47,7 +47,8 @@ def convert(
 
     writer.check_new(output)
     model = reader.read_model(source, dtype)
-    return writer.write_model(model, output, formats.FLAX if command == "to-flax" else format, max_shard_size)
+    wanted = formats.FLAX if command == "to-flax" else format
+    return writer.write_model(model, output, wanted, max_shard_size).format
 
 
 if __name__ == "__main__":

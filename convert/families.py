@@ -21,7 +21,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Rule:
-    """One stored tensor: its name (after the prefix of the layer, for a block), and the arrays of ours that it holds."""
+    """One stored tensor: its name (in a block after the prefix of the layer), and the arrays of ours that it holds."""
 
     name: str
     parts: tuple[Part, ...]
@@ -72,8 +72,8 @@ def linear(name: str, path: str, bias: bool = True) -> tuple[Rule, ...]:
 
 def fused(name: str, *paths: str, interleaved: bool = False) -> tuple[Rule, ...]:
     """Weight and bias of a `torch.nn.Linear` that holds several of our matrices."""
-    single = [linear(name, path) for path in paths]
-    return tuple(Rule(kind[0].name, tuple(rule.parts[0] for rule in kind), interleaved) for kind in zip(*single))
+    kinds = zip(*(linear(name, path) for path in paths), strict=True)  # the weights, the biases
+    return tuple(Rule(kind[0].name, tuple(rule.parts[0] for rule in kind), interleaved) for kind in kinds)
 
 
 def norm(name: str, path: str) -> tuple[Rule, ...]:

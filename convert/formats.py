@@ -1,8 +1,8 @@
 """Which format holds a decoder's shapes, and its config.json: from shapes alone, nothing is read or written here.
 
-    stock       the family's own class, no remote code
-    per-layer   layers of unequal size, or shapes the stock class refuses: `per_layer_config` and remote code
-    padded      zero-padded until a stock class holds it: equal, but less is saved
+stock       the family's own class, no remote code
+per-layer   layers of unequal size, or shapes the stock class refuses: `per_layer_config` and remote code
+padded      zero-padded until a stock class holds it: equal, but less is saved
 """
 
 from collections.abc import Mapping
@@ -130,7 +130,7 @@ def per_layer_config(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]
         globally[family.heads] = config.alibi_heads  # the slopes are those of this many heads
     changes = {}
     for number, layer in enumerate(sizes.layers):
-        own = {key: value for key, value in _counts(family, layer).items() if value != globally[key]}
+        own: dict[str, Any] = {key: value for key, value in _counts(family, layer).items() if value != globally[key]}
         if not _all_slopes(config, sizes):
             own["alibi_heads"] = kept_heads(config, layer)
         if own:

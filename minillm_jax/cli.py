@@ -82,12 +82,18 @@ def prune(
     within: Annotated[str | None, typer.Option(help="Reduction inside a structure: sum, mean, max, l2.")] = None,
     across: Annotated[str | None, typer.Option(help="Over a group's structures: max, sum, mean, prod, last.")] = None,
     layers: Annotated[str | None, typer.Option(metavar="A:B", help="Prune layers A to B - 1 only.")] = None,
+    round_heads_to: Annotated[int, typer.Option(help="Keep a multiple of this many key/value heads a layer.")] = 1,
+    round_width_to: Annotated[int, typer.Option(help="Keep a multiple of this many channels a layer: 64, 128.")] = 1,
+    format: Annotated[  # noqa: A002  the name of the option
+        str | None, typer.Option(help="stock, per-layer, padded or flax; by default what holds the shapes.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of the weight files.")] = "5GB",
     evaluate: Annotated[str | None, typer.Option(help="Text for the perplexity before and after.")] = None,
     window: Annotated[int, typer.Option(help="Tokens of an evaluation window.")] = 128,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Prune a model and write it as a Hugging Face folder."""
+    """Prune a model and write it as a folder that transformers loads."""
     from minillm_jax.estimate.loop import Spsa
     from minillm_jax.pipeline import Job
     from minillm_jax.scoring import Scoring
@@ -95,7 +101,24 @@ def prune(
     spsa = Spsa(directions, epsilon, seed, distribution, directions_at_once)
     scoring = Scoring(criterion, spsa, activation_norm, within, across, seed)
     span = None if layers is None else _layer_range(layers)
-    job = Job(model, calibration, output, ratio, samples, seq_len, seed, scoring, span, evaluate, window, dtype)
+    job = Job(
+        model,
+        calibration,
+        output,
+        ratio,
+        samples,
+        seq_len,
+        seed,
+        scoring,
+        span,
+        evaluate,
+        window,
+        dtype,
+        round_heads_to,
+        round_width_to,
+        format,
+        max_shard_size,
+    )
     _run(job, as_json)
 
 

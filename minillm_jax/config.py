@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from minillm_jax.layers import Rope
 
+
 @dataclass(frozen=True)
 class DecoderConfig:
     """How a decoder computes. Hashable, so that it is part of what `jax.jit` keys on.

@@ -136,18 +136,15 @@ def _build_block(arrays: Mapping[str, Any]) -> Block:
     def optional_norm(name: str) -> Norm | None:
         return _norm(arrays, name) if f"{name}.scale" in arrays else None
 
-    attention = Attention(
-        *(_linear(arrays, f"attention.{name}") for name in "qkvo"),
-        optional_norm("attention.q_norm"),
-        optional_norm("attention.k_norm"),
-        arrays.get("attention.window"),
-        arrays.get("attention.slopes"),
-    )
+    q, k, v, o = (_linear(arrays, f"attention.{name}") for name in "qkvo")
+    q_norm, k_norm = optional_norm("attention.q_norm"), optional_norm("attention.k_norm")
+    data = (arrays.get("attention.window"), arrays.get("attention.slopes"))
+    gate, up, down = (_linear(arrays, f"mlp.{name}") for name in ("gate", "up", "down"))
     return Block(
         _norm(arrays, "attention_norm"),
-        attention,
+        Attention(q, k, v, o, q_norm, k_norm, *data),
         _norm(arrays, "mlp_norm"),
-        MLP(*(_linear(arrays, f"mlp.{name}") for name in ("gate", "up", "down"))),
+        MLP(gate, up, down),
         optional_norm("attention_post_norm"),
         optional_norm("mlp_post_norm"),
     )
@@ -264,15 +261,14 @@ def embed(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     if decoder.project_in is not None:
         x = decoder.project_in("BTE,ED->BTD", x).astype(dtype)
     if decoder.position_embedding is not None and config.position_offset is not None:
-        x = x + jnp.expand_dims(_learned_positions(decoder, config.position_offset, tokens.shape[1]), 0).astype(dtype)
+        learned = decoder.position_embedding[config.position_offset :]
+        if tokens.shape[1] > learned.shape[0]:
+            raise InputError(
+                f"sequences of {tokens.shape[1]} tokens are too long: "
+                f"the model has {learned.shape[0]} learned positions"
+            )
+        x = x + jnp.expand_dims(learned[: tokens.shape[1]], 0).astype(dtype)
     return x if decoder.embedding_norm is None else decoder.embedding_norm(x, config)
-
-
-def _learned_positions(decoder: Decoder, offset: int, length: int) -> Float[Array, "T D"]:
-    known = decoder.position_embedding.shape[0] - offset
-    if length > known:
-        raise InputError(f"sequences of {length} tokens are too long: the model has learned {known} positions")
-    return decoder.position_embedding[offset : offset + length]
 
 
 def rotary_angles(decoder: Decoder, length: int) -> Angles:
@@ -342,9 +338,7 @@ def _layers_of(run: Block) -> Iterator[LayerSizes]:
     for index in range(depth(run)):
         window = None if attention.window is None else int(attention.window[index])
         slopes = () if attention.slopes is None else tuple(float(slope) for slope in attention.slopes[index])
-        yield LayerSizes(
-            heads, kv_heads, run.mlp.down.kernel.shape[1], None if window == NO_WINDOW else window, slopes
-        )
+        yield LayerSizes(heads, kv_heads, run.mlp.down.kernel.shape[1], None if window == NO_WINDOW else window, slopes)
 
 
 def group_count(block: Block, kind: str) -> int:

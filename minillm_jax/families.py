@@ -89,8 +89,7 @@ def _sizes(raw: Mapping[str, Any], config: DecoderConfig, where: str) -> Sizes:
     changes = _layer_changes(raw, raw[family.layers], where)
     windows = _windows(raw, family, where)
     layers = tuple(
-        _layer_sizes({**raw, **changes.get(layer, {})}, config, window, where)
-        for layer, window in enumerate(windows)
+        _layer_sizes({**raw, **changes.get(layer, {})}, config, window, where) for layer, window in enumerate(windows)
     )
     rows = 0 if config.position_offset is None else named["max_position_embeddings"] + config.position_offset
     width = named.get("word_embed_proj_dim")
@@ -120,7 +119,7 @@ def _slopes(raw: Mapping[str, Any], dense_heads: int, heads: int, where: str) ->
     return tuple(float(slope) for slope in alibi_slopes(dense_heads)[kept])
 
 
-def _layer_changes(raw: Mapping[str, Any], layers: int, where: str) -> dict[int, Mapping[str, Any]]:
+def _layer_changes(raw: Mapping[str, Any], layers: int, where: str) -> dict[int, dict[str, Any]]:
     """What single layers set for themselves: the sparse `per_layer_config` by layer number."""
     found = raw.get("per_layer_config") or {}
     try:
@@ -186,7 +185,7 @@ def _gemma(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     if raw.get("use_bidirectional_attention"):
         raise InputError(f"{where}: use_bidirectional_attention is not supported; only causal models are")
     return replace(
-        _llama(raw | {"hidden_act": raw.get("hidden_activation") or raw["hidden_act"]}, where),
+        _llama({**raw, "hidden_act": raw.get("hidden_activation") or raw["hidden_act"]}, where),
         family="gemma",
         norm="rms_plus_one",
         mlp_bias=False,

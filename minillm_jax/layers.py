@@ -96,8 +96,10 @@ def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
-    """Slopes of the linear attention biases, float32 [N]: a geometric series from 2^(-8/n) for the largest power of two
-    n up to N, and every second one of the next series for the heads beyond (Press et al., arXiv 2108.12409).
+    """Slopes of the linear attention biases, float32 [N] (Press et al., arXiv 2108.12409).
+
+    A geometric series from 2^(-8/n) for the largest power of two n up to N, and every second one of the next series
+    for the heads beyond.
     """
     whole = 2 ** (heads.bit_length() - 1)
     first = 2.0 ** (-8.0 * np.arange(1, whole + 1) / whole)

@@ -13,20 +13,19 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import jax
 import numpy as np
 
-from convert import reader, writer
+from convert import formats, reader, writer
 from minillm_jax import __version__, groups, loss
 from minillm_jax import calibration as text
 from minillm_jax.calibration import Calibration
-from minillm_jax.decoder import group_counts, layer_count, parameter_count
+from minillm_jax.decoder import Decoder, group_counts, layer_count, parameter_count, sizes_of
 from minillm_jax.errors import InputError
 from minillm_jax.model import Model
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.scoring import Scores, Scoring, score
-from minillm_jax.select.budget import select_local
-from minillm_jax.shrink.slicing import slice_groups
+from minillm_jax.select.budget import kept_count, select_local
+from minillm_jax.shrink.slicing import slice_groups, slice_sizes
 
 RECORDED_PACKAGES = ("jax", "flax", "transformers", "numpy")
 
@@ -48,7 +47,14 @@ def calibrate(model: Model, source: str | Path, samples: int = 10, length: int =
     return Calibration(windows, str(source), seed)
 
 
-def prune(model: Model, scores: Scores, ratio: float, layers: range | None = None) -> Model:
+def prune(
+    model: Model,
+    scores: Scores,
+    ratio: float,
+    layers: range | None = None,
+    round_heads_to: int = 1,
+    round_width_to: int = 1,
+) -> Model:
     """Remove the groups with the lowest scores, the same ratio in every layer and for every kind.
 
     In each layer floor(n · ratio + 1/2) of the n groups of a kind go; at least one stays.
@@ -58,6 +64,9 @@ def prune(model: Model, scores: Scores, ratio: float, layers: range | None = Non
       scores: one number for every group of it.
       ratio: share of the groups that goes, in (0, 1).
       layers: the layers to prune, `range(4, 30)` for example; all by default.
+      round_heads_to: keep a multiple of this many key/value heads in a pruned layer, rounding up, where there are as
+        many: tensor parallelism wants its degree.
+      round_width_to: the same for MLP channels: hardware wants 64 or 128.
 
     Raises:
       InputError: the ratio is outside (0, 1), the layers are not the model's, or the scores belong to another model.
@@ -68,10 +77,13 @@ def prune(model: Model, scores: Scores, ratio: float, layers: range | None = Non
         found, expected = [len(values) for values in per_layer], group_counts(decoder, kind)
         if found != expected:
             raise InputError(f"the scores are for {found} groups of kind {kind}, the model has {expected}")
-    kept = select_local(scores.groups, ratio, layers)
+    rounding = {"head": round_heads_to, "channel": round_width_to}
+    kept = select_local(scores.groups, ratio, layers, rounding)
     pruned = slice_groups(decoder, kept)
     record = {
         "ratio": float(ratio),
+        "rounded_to": rounding,
+        "groups_asked": _asked(decoder, ratio, layers),
         "layers": None if layers is None else [layers.start, layers.stop],
         "scoring": scores.settings,
         "calibration": scores.calibration,
@@ -88,13 +100,37 @@ def prune(model: Model, scores: Scores, ratio: float, layers: range | None = Non
     return replace(model, decoder=pruned, record=record)
 
 
-def save(model: Model, output: str | Path, max_shard_size: str = writer.MAX_SHARD_SIZE) -> Path:
-    """Write a Hugging Face folder that stock transformers loads, with `pruning.json` beside the weights.
+def _asked(decoder: Decoder, ratio: float, layers: range | None) -> dict[str, list[int]]:
+    """How many groups of every layer the ratio keeps, before rounding."""
+    counts = {kind: group_counts(decoder, kind) for kind in groups.KINDS}
+    return {
+        kind: [kept_count(n, ratio) if layers is None or layer in layers else n for layer, n in enumerate(row)]
+        for kind, row in counts.items()
+    }
+
+
+def save(
+    model: Model,
+    output: str | Path,
+    format: str | None = None,  # noqa: A002  the name of the option
+    max_shard_size: str = writer.MAX_SHARD_SIZE,
+) -> writer.Written:
+    """Write a folder that transformers loads, or a Flax checkpoint, with `pruning.json` beside the weights.
+
+    Args:
+      model: the model.
+      output: folder to write, which must not exist.
+      format: `stock`, `per-layer`, `padded` or `flax` (see `convert.formats`); by default `stock` where the family's
+        own class holds the shapes, else `per-layer`.
+      max_shard_size: of the weight files.
+
+    Returns:
+      The format that was written, and how many parameters the files hold.
 
     Raises:
-      InputError: the folder exists, or no stock class holds the shapes.
+      InputError: the folder exists, or the format cannot hold the shapes.
     """
-    return writer.write_stock(model, output, max_shard_size)
+    return writer.write_model(model, output, format, max_shard_size)
 
 
 def evaluate(
@@ -124,6 +160,10 @@ class Job:
     evaluation: str | None = None
     window: int = 128
     dtype: str | None = None
+    round_heads_to: int = 1
+    round_width_to: int = 1
+    format: str | None = None
+    max_shard_size: str = writer.MAX_SHARD_SIZE
 
 
 @dataclass(frozen=True)
@@ -132,6 +172,7 @@ class Result:
 
     job: Job
     pruned: Model
+    written: writer.Written
     seconds: dict[str, float]
     before: loss.Perplexity | None
     after: loss.Perplexity | None
@@ -145,11 +186,12 @@ def run(job: Job, progress: StageProgress | None = None) -> Result:
     """
     writer.check_new(job.output)
     job.scoring.resolve()
-    select_local({}, job.ratio)
+    select_local({}, job.ratio, round_to={"head": job.round_heads_to, "channel": job.round_width_to})
+    writer.check_shard_size(job.max_shard_size)
     clock = _Clock()
     model = load(job.model, job.dtype)
     layers = None if job.layers is None else range(*job.layers)
-    _check_writable(model, job.ratio, layers)
+    _check_writable(model, job, layers)
     calibration = calibrate(model, job.calibration, job.samples, job.length, job.seed)
     held_out = None if job.evaluation is None else text.cut(_tokens(model, job.evaluation), job.window)
     clock.lap("load")
@@ -157,14 +199,14 @@ def run(job: Job, progress: StageProgress | None = None) -> Result:
     clock.lap("evaluate")
     scores = score(model, calibration, job.scoring, progress)
     clock.lap("score")
-    pruned = prune(model, scores, job.ratio, layers)
+    pruned = prune(model, scores, job.ratio, layers, job.round_heads_to, job.round_width_to)
     del model  # the dense weights
     clock.lap("prune")
     after = None if held_out is None else _perplexity(pruned, held_out, progress)
     clock.lap("evaluate")
-    save(pruned, job.output)
+    written = save(pruned, job.output, job.format, job.max_shard_size)
     clock.lap("save")
-    return Result(job, pruned, clock.seconds, before, after)
+    return Result(job, pruned, written, clock.seconds, before, after)
 
 
 class _Clock:
@@ -195,10 +237,12 @@ def _check_layers(layers: range | None, count: int) -> None:
         )
 
 
-def _check_writable(model: Model, ratio: float, layers: range | None) -> None:
-    """Whether the pruned shapes can be saved, found out from the shapes alone."""
+def _check_writable(model: Model, job: Job, layers: range | None) -> None:
+    """Whether the pruned shapes can be saved in the format asked for, found out from the shapes alone."""
     decoder = model.decoder
     _check_layers(layers, layer_count(decoder))
     flat = {kind: [np.zeros(n) for n in group_counts(decoder, kind)] for kind in groups.KINDS}
-    kept = select_local(flat, ratio, layers)
-    writer.stock_config(jax.eval_shape(lambda dense: slice_groups(dense, kept), decoder), model.raw_config)
+    kept = select_local(flat, job.ratio, layers, {"head": job.round_heads_to, "channel": job.round_width_to})
+    if job.format != formats.FLAX:
+        sizes = slice_sizes(sizes_of(decoder), kept)
+        formats.describe(decoder.config, sizes, model.raw_config, job.format)

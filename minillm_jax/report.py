@@ -10,19 +10,29 @@ from rich.text import Text
 from minillm_jax.loss import Perplexity
 from minillm_jax.pipeline import Result
 
+# What a user should know of the format that was written.
+FORMAT_WORDS = {
+    "stock": "loads in stock transformers",
+    "per-layer": "loads in transformers with trust_remote_code=True (or convert.modeling_pruned)",
+    "padded": "loads in stock transformers; zero-padded, which saves less",
+    "flax": "an Orbax checkpoint",
+}
+
 
 def result_json(result: Result) -> dict[str, Any]:
     """A pruning job as one JSON object."""
     record = result.pruned.record or {}
     return {
         "output": result.job.output,
+        "format": result.written.format,
+        "parameters_stored": result.written.parameters,
         "parameters_before": record["parameters_before"],
         "parameters_after": record["parameters_after"],
         "perplexity_before": None if result.before is None else asdict(result.before),
         "perplexity_after": None if result.after is None else asdict(result.after),
         "groups": _groups(record),
         "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
-        "settings": {key: record[key] for key in ("ratio", "layers", "scoring", "calibration")},
+        "settings": {key: record[key] for key in ("ratio", "layers", "rounded_to", "scoring", "calibration")},
     }
 
 
@@ -35,16 +45,23 @@ def result_table(result: Result) -> Table:
         table.add_column(heading, justify="left" if not heading else "right", overflow="fold")
     before, after = record["parameters_before"], record["parameters_after"]
     table.add_row("parameters", f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
+    stored = result.written.parameters
+    if stored != after:
+        table.add_row(
+            "parameters in the files, with padding", f"{before:,}", f"{stored:,}", f"{stored / before - 1:+.1%}"
+        )
     for kind, words in (("head", "key/value heads a layer"), ("channel", "MLP channels a layer")):
         counts = _groups(record)[kind]
-        table.add_row(words, _span(counts["before"]), _span(counts["after"]), "")
+        rounded = counts["after"] != counts["asked"]
+        asked = f"asked {_span(counts['asked'])}" if rounded else ""
+        table.add_row(words, _span(counts["before"]), _span(counts["after"]), asked)
     if result.before is not None and result.after is not None:
         ratio = result.after.perplexity / result.before.perplexity
         before_text, after_text = f"{result.before.perplexity:.3f}", f"{result.after.perplexity:.3f}"
         table.add_row("perplexity", before_text, after_text, f"× {ratio:.2f}")
     table.add_section()
     table.add_row("seconds", "", f"{sum(result.seconds.values()):.1f}", "")
-    table.caption = Text(f"written to {result.job.output}")
+    table.caption = Text(f"written to {result.job.output}: {FORMAT_WORDS[result.written.format]}")
     return table
 
 
@@ -66,7 +83,11 @@ def perplexity_table(model: str, source: str, found: Perplexity) -> Table:
 
 def _groups(record: dict[str, Any]) -> dict[str, dict[str, list[int]]]:
     return {
-        kind: {"before": record["groups_before"][kind], "after": [len(indices) for indices in rows]}
+        kind: {
+            "before": record["groups_before"][kind],
+            "asked": record["groups_asked"][kind],
+            "after": [len(indices) for indices in rows],
+        }
         for kind, rows in record["kept"].items()
     }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,12 +15,14 @@ from convert.reader import read_model
 from convert.writer import write_model
 from minillm_jax import groups, layers
 from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
-from minillm_jax.decoder import build, final_hidden, group_counts, parameter_count, scan_layers
+from minillm_jax.decoder import NO_WINDOW, build, final_hidden, group_counts, parameter_count, scan_layers
+from minillm_jax.errors import InputError
 from minillm_jax.layers import Rope
 from minillm_jax.select.budget import select_local
 from minillm_jax.shrink.slicing import slice_groups
 from tests.helpers import (
     CONFIGURATIONS,
+    SMALL,
     arrays_equal,
     hugging_face_folder,
     load_torch,
@@ -32,6 +35,7 @@ from tests.helpers import (
 )
 
 TOLERANCE = 1e-4
+
 
 def difference(folder: Path, tokens: np.ndarray) -> float:
     """Largest difference of logits between this package and transformers, both reading the same folder."""
@@ -57,48 +61,121 @@ def test_logits_equal_transformers_before_and_after_pruning(tmp_path: Path, name
     assert difference(pruned, random_tokens(97, 2, 130)) <= TOLERANCE
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
-@given(
-    key_value_heads=st.integers(1, 4),
-    per_group=st.integers(1, 3),
-    half_head=st.integers(1, 8),
-    width=st.integers(1, 70),
-    length=st.integers(1, 300),
-    tied=st.booleans(),
-)
+@st.composite
+def any_sizes(draw: st.DrawFn, family: str) -> dict[str, Any]:
+    """A configuration of a family with sizes drawn at random."""
+    kv_heads, per_group, half = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 8))
+    layers, width = draw(st.integers(1, 3)), draw(st.integers(1, 70))
+    if family in ("opt", "bloom", "gpt_neox"):
+        # Even heads, of which gpt_neox turns a quarter of the features.
+        sizes = {"hidden_size": kv_heads * 2 * (half + 1), "num_attention_heads": kv_heads}
+    else:
+        heads = kv_heads * per_group
+        sizes = {"hidden_size": heads * 6, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+        sizes["head_dim"] = 4 * half  # glm turns half of the features
+    names = {"bloom": {"num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}}.get(family, {})
+    sizes |= {"num_hidden_layers": layers, "ffn_dim" if family == "opt" else "intermediate_size": width}
+    if family == "opt":
+        sizes["word_embed_proj_dim"] = draw(st.sampled_from([sizes["hidden_size"], 10]))
+        sizes["do_layer_norm_before"] = draw(st.booleans())
+    if family == "bloom":
+        del sizes["intermediate_size"]
+    if family in ("mistral", "phi3", "gemma2"):
+        sizes["sliding_window"] = draw(st.integers(1, 40))
+    sizes["tie_word_embeddings"] = draw(st.booleans())
+    return {names.get(key, key): value for key, value in sizes.items()}
+
+
+@pytest.mark.parametrize("family", SMALL)
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(data=st.data(), length=st.integers(1, 300))
 def test_logits_equal_transformers_for_any_sizes(
-    tmp_path_factory: pytest.TempPathFactory,
-    key_value_heads: int,
-    per_group: int,
-    half_head: int,
-    width: int,
-    length: int,
-    tied: bool,
+    tmp_path_factory: pytest.TempPathFactory, family: str, data: st.DataObject, length: int
 ) -> None:
-    changes = {
-        "hidden_size": key_value_heads * per_group * 6,
-        "num_attention_heads": key_value_heads * per_group,
-        "num_key_value_heads": key_value_heads,
-        "head_dim": 2 * half_head,
-        "intermediate_size": width,
-        "tie_word_embeddings": tied,
-    }
-    folder = hugging_face_folder(tmp_path_factory.mktemp("any") / "model", **changes)
+    folder = hugging_face_folder(tmp_path_factory.mktemp("any") / "model", family, **data.draw(any_sizes(family)))
     assert difference(folder, random_tokens(97, 1, length)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("dropped", ["input_layernorm.weight", "q_proj.bias", "down_proj.bias", "norm.weight"])
-def test_parity_notices_a_dropped_parameter(tmp_path: Path, dropped: str) -> None:
+DROPPED = [
+    ("llama, biases", "input_layernorm.weight"),
+    ("llama, biases", "q_proj.bias"),
+    ("llama, biases", "down_proj.bias"),
+    ("llama", "model.norm.weight"),
+    ("qwen2", "v_proj.bias"),
+    ("qwen3", "q_norm.weight"),
+    ("qwen3", "k_norm.weight"),
+    ("gemma", "post_attention_layernorm.weight"),
+    ("gemma2", "pre_feedforward_layernorm.weight"),
+    ("gemma2", "post_feedforward_layernorm.weight"),
+    ("opt", "embed_positions.weight"),
+    ("opt", "fc1.bias"),
+    ("opt", "self_attn_layer_norm.bias"),
+    ("opt, projected, post norm", "final_layer_norm.weight"),
+    ("opt, projected, post norm", "project_in.weight"),
+    ("bloom", "query_key_value.bias"),
+    ("bloom", "word_embeddings_layernorm.bias"),
+    ("bloom", "ln_f.bias"),
+    ("gpt_neox", "attention.dense.bias"),
+    ("gpt_neox", "post_attention_layernorm.bias"),
+    ("glm", "k_proj.bias"),
+    ("glm4", "post_self_attn_layernorm.weight"),
+    ("glm4", "post_mlp_layernorm.weight"),
+    ("phi3", "post_attention_layernorm.weight"),
+]
+
+
+@pytest.mark.parametrize(("name", "dropped"), DROPPED)
+def test_parity_notices_a_dropped_parameter(tmp_path: Path, name: str, dropped: str) -> None:
     """The randomised parameters matter: with one kind of them set to its trivial value, parity fails."""
-    twin = torch_model(attention_bias=True, mlp_bias=True)
+    family, changes = CONFIGURATIONS[name]
+    twin = torch_model(family, **changes)
     twin.save_pretrained(tmp_path / "model")
     tokens = random_tokens(97, 1, 20)
-    ours = np.asarray(read_model(tmp_path / "model").decoder(jnp.asarray(tokens)))
+    ours = logits_of(read_model(tmp_path / "model").decoder, tokens)
     assert np.abs(ours - torch_logits(twin, tokens)).max() <= TOLERANCE
-    for name, parameter in twin.named_parameters():
-        if name.endswith(dropped):
-            parameter.data.fill_(1.0 if "norm" in dropped else 0.0)
+    found = [parameter for name, parameter in twin.named_parameters() if name.endswith(dropped)]
+    assert found
+    for parameter in found:
+        is_norm = dropped.endswith("norm.weight") and not family.startswith("gemma")
+        parameter.data.fill_(1.0 if is_norm else 0.0)
     assert np.abs(ours - torch_logits(twin, tokens)).max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "trivial"),
+    [
+        ("bloom", "slopes", 0),
+        ("mistral, sliding window", "window", NO_WINDOW),
+        ("qwen2, some layers sliding", "window", NO_WINDOW),
+        ("gemma2", "window", NO_WINDOW),
+    ],
+)
+def test_parity_notices_dropped_data_of_the_layers(tmp_path: Path, name: str, path: str, trivial: int) -> None:
+    """ALiBi slopes and sliding windows, which are no parameters."""
+    family, changes = CONFIGURATIONS[name]
+    folder = hugging_face_folder(tmp_path / "model", family, **changes)
+    decoder, tokens = read_model(folder).decoder, random_tokens(97, 1, 40)
+    data = getattr(decoder.runs[0].attention, path)
+    data.set_value(jnp.full_like(data[...], trivial))
+    assert np.abs(logits_of(decoder, tokens) - torch_logits(load_torch(folder), tokens)).max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("change", ["rope", "attention_cap", "logit_cap", "query_scale", "embedding_scale"])
+def test_parity_notices_a_dropped_setting(tmp_path: Path, change: str) -> None:
+    """Gemma 2 has them all, at values that matter."""
+    family, changes = CONFIGURATIONS["gemma2, tight caps"]
+    folder = hugging_face_folder(tmp_path / "model", family, **changes)
+    decoder, tokens = read_model(folder).decoder, random_tokens(97, 1, 40)
+    decoder.config = dataclasses.replace(decoder.config, **{change: None})
+    assert np.abs(logits_of(decoder, tokens) - torch_logits(load_torch(folder), tokens)).max() > 100 * TOLERANCE
+
+
+def test_too_long_for_learned_positions_is_an_error(tmp_path: Path) -> None:
+    folder = hugging_face_folder(tmp_path / "model", "opt", max_position_embeddings=16)
+    decoder = read_model(folder).decoder
+    assert decoder(jnp.zeros((1, 16), jnp.int32)).shape == (1, 16, 97)
+    with pytest.raises(InputError, match="sequences of 17 tokens are too long: the model has 16 learned positions"):
+        decoder(jnp.zeros((1, 17), jnp.int32))
 
 
 def test_stories260k_equals_transformers_before_and_after_pruning(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import peft
 import pytest
+import torch
 from jax import numpy as jnp
 
 from convert import formats
@@ -16,6 +18,9 @@ from minillm_jax import groups
 from minillm_jax.decoder import Decoder, build, group_counts, hidden_size, layer_count, named_arrays, sizes_of
 from minillm_jax.errors import InputError
 from minillm_jax.model import Model
+from minillm_jax.pipeline import prune
+from minillm_jax.scoring import Scores
+from minillm_jax.select.budget import kept_count
 from minillm_jax.shrink.slicing import slice_groups, slice_hidden, slice_layers
 from tests.helpers import (
     CONFIGURATIONS,
@@ -66,15 +71,15 @@ def test_unequal_layers_are_written_read_back_and_padded_exactly(
 ) -> None:
     model = pruned(read_model(dense[family]))
     expected = logits(model)
-    assert write_model(model, tmp_path / "per-layer") == formats.PER_LAYER
+    assert write_model(model, tmp_path / "per-layer").format == formats.PER_LAYER
     assert np.abs(torch_logits(load_torch(tmp_path / "per-layer"), TOKENS) - expected).max() <= 1e-4
     assert same_arrays(read_model(tmp_path / "per-layer").decoder, model.decoder)
 
-    assert write_model(model, tmp_path / "padded", "padded") == formats.PADDED
+    assert write_model(model, tmp_path / "padded", "padded").format == formats.PADDED
     assert np.abs(torch_logits(load_stock(tmp_path / "padded"), TOKENS) - expected).max() <= 1e-4
     assert np.abs(logits(read_model(tmp_path / "padded")) - expected).max() <= 1e-5
 
-    assert write_model(model, tmp_path / "flax", "flax") == formats.FLAX
+    assert write_model(model, tmp_path / "flax", "flax").format == formats.FLAX
     back = read_model(tmp_path / "flax")
     assert same_arrays(back.decoder, model.decoder)
     # Pruned again, from there: the shapes go on from those of the pruned model.
@@ -91,10 +96,10 @@ def test_equal_layers_are_stock_where_the_class_allows_it(tmp_path: Path, name: 
     expected = "per-layer" if name == "llama, biases" else by_class.get(family, "stock")
     if group_counts(model.decoder, "head")[0] == 1:
         expected = "stock"  # the only head stays
-    assert write_model(pruned(model, equal=True), tmp_path / "out") == expected
-    assert write_model(model, tmp_path / "same") == "stock"
+    assert write_model(pruned(model, equal=True), tmp_path / "out").format == expected
+    assert write_model(model, tmp_path / "same").format == "stock"
     if family != "bloom":
-        assert write_model(pruned(model, equal=True, kinds=("channel",)), tmp_path / "channels") == "stock"
+        assert write_model(pruned(model, equal=True, kinds=("channel",)), tmp_path / "channels").format == "stock"
 
 
 @pytest.mark.parametrize("family", SMALL)
@@ -129,7 +134,7 @@ def test_padded_heads_keep_their_place(dense: dict[str, Path], tmp_path: Path) -
 
 def test_forced_formats(dense: dict[str, Path], tmp_path: Path) -> None:
     model = read_model(dense["llama"])
-    assert write_model(model, tmp_path / "forced", "per-layer") == "per-layer"
+    assert write_model(model, tmp_path / "forced", "per-layer").format == "per-layer"
     assert np.abs(torch_logits(load_torch(tmp_path / "forced"), TOKENS) - logits(model)).max() <= 1e-4
     with pytest.raises(InputError, match=r"unequal numbers of .*use the format per-layer or padded"):
         write_model(pruned(model), tmp_path / "stock", "stock")
@@ -144,7 +149,7 @@ def test_a_dense_model_is_written_as_it_was(dense: dict[str, Path], tmp_path: Pa
         model = read_model(dense[family])
         write_model(model, tmp_path / f"{family}-per-layer", "per-layer")
         back = read_model(tmp_path / f"{family}-per-layer")
-        assert write_model(back, tmp_path / family) == "stock"
+        assert write_model(back, tmp_path / family).format == "stock"
         assert same_arrays(read_model(tmp_path / family).decoder, model.decoder)
         config = json.loads((tmp_path / family / "config.json").read_text())
         assert config["model_type"] == family
@@ -160,3 +165,49 @@ def test_sizes_of_a_decoder_build_it_again(dense: dict[str, Path]) -> None:
             assert ours.shape == theirs.shape
             if groups.is_data(path):
                 np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers for it
+@pytest.mark.parametrize(("family", "form"), [("llama", "stock"), ("llama", "per-layer"), ("bloom", "padded")])
+def test_ten_steps_of_lora(dense: dict[str, Path], tmp_path: Path, family: str, form: str) -> None:
+    """PEFT tunes what was pruned: the loss falls, and the merged model is saved and loads again."""
+    model = pruned(read_model(dense[family]), equal=form == "stock")
+    assert write_model(model, tmp_path / "out", form).format == form
+    options = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    tuned = peft.get_peft_model(load_torch(tmp_path / "out"), options)
+    optimizer = torch.optim.AdamW((each for each in tuned.parameters() if each.requires_grad), lr=1e-2)
+    batch, losses = torch.from_numpy(TOKENS.astype(np.int64)), []
+    for _ in range(10):
+        losses.append(tuned(batch, labels=batch).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1
+    merged = tuned.merge_and_unload().eval()
+    merged.save_pretrained(tmp_path / "merged")
+    again = load_torch(tmp_path / "merged")
+    np.testing.assert_allclose(torch_logits(again, TOKENS), torch_logits(merged, TOKENS), atol=1e-5)
+    # And back into this package: recovered models can be pruned further.
+    np.testing.assert_allclose(logits(read_model(tmp_path / "merged")), torch_logits(merged, TOKENS), atol=1e-4)
+
+
+def test_sizes_are_rounded_for_the_hardware(tmp_path: Path) -> None:
+    """The record says what was asked and what was kept."""
+    model = read_model(hugging_face_folder(tmp_path / "dense", intermediate_size=300, num_key_value_heads=8))
+    scores = Scores(
+        {kind: [np.arange(n, dtype=float) for n in group_counts(model.decoder, kind)] for kind in groups.KINDS}, {}, {}
+    )
+    rounded = prune(model, scores, 0.4, range(1, 3), round_heads_to=4, round_width_to=64)
+    assert group_counts(rounded.decoder, "head") == [8, 8, 8]  # 5 asked, the next multiple of 4 is 8
+    assert group_counts(rounded.decoder, "channel") == [300, 192, 192]  # 180 asked
+    assert rounded.record is not None
+    assert rounded.record["groups_asked"] == {"head": [8, 5, 5], "channel": [300, 180, 180]}
+    assert rounded.record["rounded_to"] == {"head": 4, "channel": 64}
+
+
+@pytest.mark.parametrize(
+    ("count", "ratio", "multiple", "kept"),
+    [(300, 0.4, 64, 192), (300, 0.01, 64, 256), (40, 0.5, 64, 40), (8, 0.5, 4, 4), (8, 0.9, 4, 4), (6, 0.1, 4, 4)],
+)
+def test_kept_counts_are_rounded_up_where_there_are_as_many(count: int, ratio: float, multiple: int, kept: int) -> None:
+    assert kept_count(count, ratio, multiple) == kept

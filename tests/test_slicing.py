@@ -1,19 +1,32 @@
 """Slicing a group away equals zeroing it, in every array and in the logits."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import numpy as jnp
 
+from convert.reader import read_model
 from minillm_jax import groups
 from minillm_jax.config import LayerSizes, Sizes
-from minillm_jax.decoder import Decoder, group_counts, layer_count, named_arrays
-from minillm_jax.shrink.slicing import slice_groups
-from tests.helpers import arrays_equal, random_tokens, small_decoder
+from minillm_jax.decoder import Decoder, group_counts, layer_count, named_arrays, sizes_of
+from minillm_jax.shrink.slicing import slice_groups, slice_hidden, slice_layers, slice_sizes
+from tests.helpers import (
+    CONFIGURATIONS,
+    SMALL,
+    arrays_equal,
+    hugging_face_folder,
+    logits_of,
+    random_tokens,
+    small_decoder,
+    torch_logits,
+    torch_model,
+)
 
 BIASED = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
 
@@ -63,23 +76,46 @@ def test_slicing_equals_zeroing(
     sizes = Sizes(V=23, D=8, H=4, layers=(layer,) * layers)
     decoder = small_decoder(seed, sizes=sizes, tie_embeddings=tied, **BIASED)
     kept = random_kept(decoder, seed, equal)
-    tokens = jnp.asarray(random_tokens(23, 2, 7))
-    np.testing.assert_allclose(slice_groups(decoder, kept)(tokens), zeroed(decoder, kept)(tokens), atol=1e-5, rtol=1e-5)
+    tokens = random_tokens(23, 2, 7)
+    np.testing.assert_allclose(
+        logits_of(slice_groups(decoder, kept), tokens), logits_of(zeroed(decoder, kept), tokens), atol=1e-5, rtol=1e-5
+    )
 
 
-def test_every_array_is_cut_as_derived_by_hand() -> None:
-    """The table against plain NumPy indexing, array by array, biases and norms included."""
-    decoder = small_decoder(qk_norm=True, **BIASED)
+OTHERS = ["llama, biases", "opt, projected, post norm", "bloom, residual from norm", "gpt_neox, sequential"]
+
+
+@pytest.mark.parametrize("name", [*SMALL, *OTHERS])
+def test_slicing_equals_zeroing_in_every_family(tmp_path: Path, name: str) -> None:
+    family, changes = CONFIGURATIONS[name]
+    decoder = read_model(hugging_face_folder(tmp_path / "model", family, **changes)).decoder
+    kept = random_kept(decoder, seed=1, equal=False)
+    tokens = random_tokens(97, 2, 30)
+    sliced, reference = logits_of(slice_groups(decoder, kept), tokens), logits_of(zeroed(decoder, kept), tokens)
+    assert np.abs(sliced - reference).max() <= 1e-5 * max(1.0, np.abs(reference).max())
+
+
+@pytest.mark.parametrize(
+    "name", ["llama, biases", "qwen3", "gemma2", "opt", "bloom", "gpt_neox", "glm4", "phi3", "mistral, sliding window"]
+)
+def test_every_array_is_cut_as_derived_by_hand(tmp_path: Path, name: str) -> None:
+    """The table against plain NumPy indexing, array by array, biases, norms and data of the layers included."""
+    family, changes = CONFIGURATIONS[name]
+    decoder = read_model(hugging_face_folder(tmp_path / "model", family, **changes)).decoder
+    run = decoder.runs[0]
+    per_group = run.attention.q.kernel.shape[2] // run.attention.k.kernel.shape[2]
     kept = {"head": [np.array([0, 3])] * 3, "channel": [np.array([1, 4, 5, 11])] * 3}
-    heads, pairs, channels = [0, 3], [0, 1, 6, 7], [1, 4, 5, 11]
+    heads, channels = [0, 3], [1, 4, 5, 11]
+    queries = [head * per_group + i for head in heads for i in range(per_group)]
     by_hand = {
-        "attention.q.kernel": lambda a: a[:, :, pairs],
-        "attention.q.bias": lambda a: a[:, pairs],
+        "attention.q.kernel": lambda a: a[:, :, queries],
+        "attention.q.bias": lambda a: a[:, queries],
         "attention.k.kernel": lambda a: a[:, :, heads],
         "attention.k.bias": lambda a: a[:, heads],
         "attention.v.kernel": lambda a: a[:, :, heads],
         "attention.v.bias": lambda a: a[:, heads],
-        "attention.o.kernel": lambda a: a[:, pairs],
+        "attention.o.kernel": lambda a: a[:, queries],
+        "attention.slopes": lambda a: a[:, queries],
         "mlp.gate.kernel": lambda a: a[:, :, channels],
         "mlp.gate.bias": lambda a: a[:, channels],
         "mlp.up.kernel": lambda a: a[:, :, channels],
@@ -87,10 +123,59 @@ def test_every_array_is_cut_as_derived_by_hand() -> None:
         "mlp.down.kernel": lambda a: a[:, channels],
     }
     sliced = dict(named_arrays(slice_groups(decoder, kept)))
-    assert len(sliced) == len(dict(named_arrays(decoder))) == 3 + len(groups.BLOCK_AXES)
+    assert sliced.keys() == dict(named_arrays(decoder)).keys()
     for path, array in named_arrays(decoder):
         cut = by_hand.get(path.removeprefix("runs.0."), lambda a: a)
         np.testing.assert_array_equal(sliced[path], cut(np.asarray(array)), err_msg=path)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gemma2", "glm4"])
+def test_hidden_dimensions_are_sliced_as_in_torch(tmp_path: Path, family: str) -> None:
+    """A torch model of the smaller hidden size with sliced tensors: 64 is the size of no other axis here."""
+    dense = torch_model(family)
+    dense.save_pretrained(tmp_path / "model")
+    kept = np.sort(np.random.default_rng(0).choice(64, 48, replace=False))
+    smaller = torch_model(family, hidden_size=48)
+    state = dense.state_dict()
+    for name, tensor in state.items():
+        for axis in range(tensor.ndim):
+            if tensor.shape[axis] == 64:
+                state[name] = state[name].index_select(axis, torch.from_numpy(kept))
+    smaller.load_state_dict(state)
+    if family.startswith("gemma"):
+        smaller.model.embed_tokens.embed_scale.fill_(64**0.5)  # the dense model's, not that of 48
+    tokens = random_tokens(97, 2, 30)
+    decoder = slice_hidden(read_model(tmp_path / "model").decoder, kept)
+    assert np.abs(logits_of(decoder, tokens) - torch_logits(smaller, tokens)).max() <= 1e-4
+
+
+@pytest.mark.parametrize("family", ["gemma2", "bloom"])
+def test_layers_are_removed_with_their_windows_and_slopes(tmp_path: Path, family: str) -> None:
+    dense = torch_model(family)
+    dense.save_pretrained(tmp_path / "model")
+    decoder = slice_groups(
+        read_model(tmp_path / "model").decoder,
+        {"head": [np.arange(4)] * 3, "channel": [np.arange(n) for n in (40, 40, 39)]},
+    )
+    for stay in ([0, 1], [1, 2], [2], [0, 2], [0, 1, 2]):
+        fewer = slice_layers(decoder, stay)
+        assert layer_count(fewer) == len(stay)
+        for kind in groups.KINDS:
+            assert group_counts(fewer, kind) == [group_counts(decoder, kind)[layer] for layer in stay]
+    tokens = random_tokens(97, 2, 30)
+    del (dense.model.layers if family == "gemma2" else dense.transformer.h)[1]
+    whole = read_model(tmp_path / "model").decoder
+    dense.config.num_hidden_layers = 2
+    if family == "gemma2":
+        dense.config.layer_types = ["sliding_attention", "sliding_attention"]
+    assert np.abs(logits_of(slice_layers(whole, [0, 2]), tokens) - torch_logits(dense, tokens)).max() <= 1e-4
+
+
+def test_sliced_sizes_are_those_of_the_sliced_decoder(tmp_path: Path) -> None:
+    for family in ("llama", "bloom", "mistral"):
+        decoder = read_model(hugging_face_folder(tmp_path / family, family)).decoder
+        kept = random_kept(decoder, seed=2, equal=False)
+        assert slice_sizes(sizes_of(decoder), kept) == sizes_of(slice_groups(decoder, kept))
 
 
 def test_unequal_layers_become_runs_and_equal_neighbours_one_run() -> None:

@@ -1,6 +1,7 @@
 """The same take() for every structure of the table: groups are removed by slicing the pytree."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
@@ -10,6 +11,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Int
 
 from minillm_jax import groups
+from minillm_jax.config import Sizes
 from minillm_jax.decoder import Decoder, depth, group_count, with_runs
 from minillm_jax.modules import Block
 
@@ -32,6 +34,17 @@ def slice_groups(decoder: Decoder, kept: groups.Kept) -> Decoder:
             pieces.append(_take(run, indices, start - first, stop - first))
         first += depth(run)
     return with_runs(decoder, _merge(pieces))
+
+
+def slice_sizes(sizes: Sizes, kept: groups.Kept) -> Sizes:
+    """What `slice_groups` makes of a decoder's sizes."""
+    layers = []
+    for number, layer in enumerate(sizes.layers):
+        heads, per_group = kept["head"][number], layer.N // layer.K
+        slopes = tuple(layer.slopes[g * per_group + i] for g in heads for i in range(per_group) if layer.slopes)
+        counts = {"K": len(heads), "N": len(heads) * per_group, "F": len(kept["channel"][number])}
+        layers.append(replace(layer, slopes=slopes, **counts))
+    return replace(sizes, layers=tuple(layers))
 
 
 def slice_hidden(decoder: Decoder, kept: Int[np.ndarray, " kept"]) -> Decoder:
