@@ -8,10 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert import rules, sources
+from convert import memory, rules, sources
 from convert.sources import FLOATS, read_json
-from convert.sources import INDEX as INDEX
-from convert.sources import SINGLE as SINGLE
 from minillm_jax import families, groups
 from minillm_jax.decoder import Decoder, build, named_arrays
 from minillm_jax.errors import InputError, cause
@@ -118,7 +116,7 @@ def _read_flax(abstract: Decoder, folder: Path, dtype: np.dtype | None) -> Decod
     except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
         raise InputError(f"{folder}: not a whole Orbax checkpoint ({cause(error)})") from error
     for path, array in arrays.items():
-        rules.check_finite(np.asarray(array), path, where)
+        memory.check_finite(np.asarray(array), path, where)
     return rules.fill_tree(abstract, arrays)
 
 

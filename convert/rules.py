@@ -1,10 +1,7 @@
 """The engine that reads a family's table in both directions and fails on every surprise."""
 
-import math
-import os
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +9,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from convert import memory
 from convert.families import TABLES, FamilyTable, Part, Rule
 from minillm_jax import groups
 from minillm_jax.decoder import Decoder, depth, hidden_size, named_arrays
@@ -33,8 +31,8 @@ class TensorSource(Protocol):
         """Shape of a tensor, without reading it."""
         ...
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor."""
+    def read(self, name: str, allocate: memory.Allocate) -> np.ndarray:
+        """One tensor, in memory that `allocate` gives for its shape and type."""
         ...
 
 
@@ -61,6 +59,11 @@ class Binding:
         shapes = [self._part_shape(part) for part in self.rule.parts]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
+    def same_order(self) -> bool:
+        """Whether our array has the numbers of the stored tensor in the same order."""
+        first, *more = self.rule.parts
+        return not more and _our_letters(first) == groups.letters(first.axes)
+
     def to_flax(self, tensor: np.ndarray) -> list[np.ndarray]:
         """The parts of a stored tensor in our layout (views where it is not interleaved)."""
         shapes = [self._part_shape(part) for part in self.rule.parts]
@@ -72,11 +75,11 @@ class Binding:
 
     def to_torch(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         """Our arrays in the stored layout, C-contiguous: safetensors writes wrong data for anything else."""
-        if len(arrays) == 1 and _our_letters(self.rule.parts[0]) == groups.letters(self.rule.parts[0].axes):
+        if self.same_order():
             return np.ascontiguousarray(arrays[0].reshape(self.stored_shape()))
-        stored = aligned_empty(self.stored_shape(), arrays[0].dtype)
+        stored = memory.aligned_empty(self.stored_shape(), arrays[0].dtype)
         for target, array in zip(self.to_flax(stored), arrays, strict=True):
-            copy_layout(target, array)
+            memory.copy_layout(target, array)
         return stored
 
     def _part_shape(self, part: Part) -> tuple[int, ...]:
@@ -151,8 +154,9 @@ def fill(abstract: Decoder, source: TensorSource, dtype: np.dtype | None = None)
     for binding in bound:
         together.setdefault(binding.paths, []).append(binding)
     arrays: dict[str, jax.Array] = {}
+    scratch = memory.Scratch()
     for paths, pieces in together.items():
-        whole = _assemble(pieces, stored, source, [shapes[path] for path in paths], dtype)
+        whole = _assemble(pieces, stored, source, [shapes[path] for path in paths], dtype, scratch)
         arrays |= dict(zip(paths, whole, strict=True))
     decoder = fill_tree(abstract, arrays)
     _check_tied_copy(decoder, stored, source)
@@ -215,6 +219,7 @@ def _assemble(
     source: TensorSource,
     shapes: Sequence[tuple[int, ...]],
     dtype: np.dtype | None,
+    scratch: memory.Scratch,
 ) -> list[jax.Array]:
     """Arrays of the tree that are stored together, from their tensors: a single one, or one for each layer of a run.
 
@@ -223,9 +228,10 @@ def _assemble(
     whole: list[np.ndarray] = []
     for piece in pieces:
         name = stored[piece.name]
-        tensor = source.read(name)
+        as_stored = dtype is None and piece.index is None and piece.same_order()
+        tensor = source.read(name, memory.aligned_empty if as_stored else scratch.allocate)
         found = dtype or tensor.dtype
-        whole = whole or [aligned_empty(shape, found) for shape in shapes]
+        whole = whole or ([tensor] if as_stored else [memory.aligned_empty(shape, found) for shape in shapes])
         if found != whole[0].dtype:
             raise InputError(
                 f"{source.where}: tensor {name!r} is {found}, the same tensor of other layers "
@@ -233,35 +239,17 @@ def _assemble(
             )
         for array, part in zip(whole, piece.to_flax(tensor), strict=True):
             target = array if piece.index is None else array[piece.index]
-            copy_layout(target, part)
-            check_finite(target, name, source.where, "" if dtype is None else f" as {dtype}")
-        del tensor, part  # else they would stay beside the next tensor
-    return [jax.device_put(array) for array in whole]
-
-
-def check_finite(array: np.ndarray, name: str, where: str, kind: str = "") -> None:
-    """Whether a contiguous array holds numbers only.
-
-    Raises:
-      InputError: it holds NaN or infinite values; `kind` says in which type.
-    """
-    bits = as_integers(array).reshape(-1)
-    # NaN and infinity are the values with every bit of the exponent set, and infinity has no other bits.
-    exponent = as_integers(np.full((), np.inf, array.dtype))[()]
-
-    def check(start: int, stop: int) -> None:
-        for first in range(start, stop, CHUNK):
-            if (bits[first : min(first + CHUNK, stop)] & exponent).max() == exponent:
-                raise InputError(f"{where}: tensor {name!r} holds NaN or infinite values{kind}")
-
-    share_work(check, bits.size, array.nbytes)
+            if not as_stored:
+                memory.copy_layout(target, part)
+            memory.check_finite(target, name, source.where, "" if dtype is None else f" as {dtype}")
+    return [jax.device_put(array.reshape(shape)) for array, shape in zip(whole, shapes, strict=True)]
 
 
 def _check_tied_copy(decoder: Decoder, stored: Mapping[str, str], source: TensorSource) -> None:
     name = stored.get(table_of(decoder).head)
     if name is None or not decoder.config.tie_embeddings:
         return
-    copy = source.read(name)
+    copy = source.read(name, memory.aligned_empty)
     ours = np.asarray(decoder.embedding[...])
     if copy.shape != ours.shape or not np.array_equal(copy.astype(ours.dtype), ours):
         raise InputError(f"{source.where}: {name!r} differs from the embedding, but the configuration ties them")
@@ -285,108 +273,3 @@ def _on_host(array: jax.Array, index: int | None) -> np.ndarray:
     if [device.platform for device in array.devices()] == ["cpu"]:
         return np.asarray(array)[index]
     return np.asarray(array[index])
-
-
-# ------------------------------------------------------------------------------------------------- moving memory
-
-ALIGNMENT = 64  # bytes; what JAX asks for to take an array on the CPU as it is
-TILE = 256  # rows and columns of what is transposed at once: it stays in a core's second-level cache
-CHUNK = 1 << 16  # values that are checked at once
-WORTH_SHARING = 1 << 22  # bytes for which threads are started
-WORKERS = min(8, os.cpu_count() or 1)
-
-
-def aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An array of any values that `jax.device_put` takes on the CPU without copying it."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def as_integers(array: np.ndarray) -> np.ndarray:
-    """The bits of an array as unsigned numbers of the same width: NumPy moves and checks bfloat16 slowly."""
-    return array.view(f"u{array.itemsize}")
-
-
-def as_bytes(array: np.ndarray) -> np.ndarray:
-    """The bytes of a contiguous array."""
-    return array.reshape(-1).view(np.uint8)
-
-
-def copy_layout(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source`, fast where one is stored transposed to the other.
-
-    Args:
-      target: any shape.
-      source: the same shape in another order of memory, and perhaps another type.
-    """
-    target, source = _merge_axes(target, source)
-    axis = int(np.argmax(target.shape)) if target.ndim else 0
-
-    def copy(start: int, stop: int) -> None:
-        part = (slice(None),) * axis + (slice(start, stop),)
-        _copy_part(target[part], source[part])
-
-    if target.ndim:
-        share_work(copy, target.shape[axis], target.nbytes, TILE)
-    else:
-        _assign(target, source)
-
-
-def _merge_axes(target: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two arrays of one shape without axes of size 1, and with neighbours as one axis where both allow it."""
-    target, source = target.squeeze(), source.squeeze()
-    shape = list(target.shape[:1])
-    for axis in range(1, target.ndim):
-        size = target.shape[axis]
-        if all(array.strides[axis - 1] == size * array.strides[axis] for array in (target, source)):
-            shape[-1] *= size
-        else:
-            shape.append(size)
-    return target.reshape(shape), source.reshape(shape)
-
-
-def _copy_part(target: np.ndarray, source: np.ndarray) -> None:
-    """Copy by tiles along the two axes whose neighbours lie side by side in the one array and in the other."""
-    along, across = (int(np.argmin(np.abs(array.strides))) for array in (target, source))
-    if along == across:
-        _assign(target, source)
-        return
-    target, source = (np.moveaxis(array, (along, across), (-1, -2)) for array in (target, source))
-    # Rows a power of two apart would fall on the same lines of the cache.
-    scratch = np.empty((TILE, TILE + ALIGNMENT // target.itemsize), target.dtype)
-    for place in np.ndindex(target.shape[:-2]):
-        for i in range(0, target.shape[-2], TILE):
-            for j in range(0, target.shape[-1], TILE):
-                window = (*place, slice(i, i + TILE), slice(j, j + TILE))
-                rows = source[window].T
-                tile = scratch[: rows.shape[0], : rows.shape[1]]
-                _assign(tile, rows)
-                _assign(target[window], tile.T)
-
-
-def _assign(target: np.ndarray, source: np.ndarray) -> None:
-    if target.dtype == source.dtype:
-        target, source = as_integers(target), as_integers(source)
-    with np.errstate(over="ignore"):  # values that leave the type are infinite, which is looked for afterwards
-        target[...] = source
-
-
-def share_work(work: Callable[[int, int], None], count: int, size: int, grain: int = 1) -> None:
-    """Call `work(start, stop)` for parts of `range(count)`, in threads when there is much to do.
-
-    Args:
-      work: something that NumPy or the system does, without Python's lock.
-      count: all there is.
-      size: its bytes.
-      grain: what `start` is a multiple of.
-    """
-    threads = min(WORKERS, size // WORTH_SHARING, -(-count // grain))
-    if threads < 2:
-        work(0, count)
-        return
-    step = -(-count // (threads * grain)) * grain
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(work, start, min(start + step, count)) for start in range(0, count, step)]:
-            done.result()

@@ -17,10 +17,11 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
 from convert import formats, rules
-from convert.reader import COMPANIONS, CONFIG, FLAX_WEIGHTS, INDEX, RECORD
+from convert.reader import COMPANIONS, CONFIG, FLAX_WEIGHTS, RECORD
+from convert.sources import INDEX
 from minillm_jax import groups
 from minillm_jax.config import Sizes
-from minillm_jax.decoder import Decoder, group_counts, named_arrays, sizes_of
+from minillm_jax.decoder import Decoder, group_counts, named_arrays, parameter_count, sizes_of
 from minillm_jax.errors import InputError, cause
 from minillm_jax.model import Model
 from minillm_jax.shrink.padding import pad_groups
@@ -44,6 +45,18 @@ def check_new(output: str | Path) -> Path:
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise InputError(f"{path}: no folder can be made there; {above} is not a writable folder")
     return path
+
+
+def check_shard_size(size: str) -> None:
+    """Whether a shard size can be used.
+
+    Raises:
+      InputError: it is not written like `5GB`.
+    """
+    if not re.fullmatch(r"0*[1-9]\d{0,8}(\.\d+)?\s*[KMGT]B", size, re.ASCII | re.IGNORECASE):
+        raise InputError(
+            f"shard size {size!r} is not understood; expected a number and KB, MB, GB or TB, 5GB for example"
+        )
 
 
 @contextmanager
@@ -74,9 +87,17 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         raise
 
 
+@dataclass(frozen=True)
+class Written:
+    """What `write_model` wrote: the format, and how many parameters the files hold (padding included)."""
+
+    format: str
+    parameters: int
+
+
 def write_model(
     model: Model, output: str | Path, wanted: str | None = None, max_shard_size: str = MAX_SHARD_SIZE
-) -> str:
+) -> Written:
     """Write a model as a folder that `transformers` loads, or as a Flax checkpoint.
 
     Args:
@@ -85,15 +106,13 @@ def write_model(
       wanted: `stock`, `per-layer`, `padded` or `flax`; by default what `formats.describe` chooses.
       max_shard_size: of the weight files, `5GB` for example.
 
-    Returns:
-      The format that was written.
-
     Raises:
       InputError: the output exists, or the format cannot hold the model's shapes.
     """
+    check_shard_size(max_shard_size)
     if wanted == formats.FLAX:
         write_flax(model, output)
-        return formats.FLAX
+        return Written(formats.FLAX, parameter_count(model.decoder))
     described = formats.describe(model.decoder.config, sizes_of(model.decoder), model.raw_config, wanted)
     decoder = model.decoder
     if described.format == formats.PADDED:
@@ -105,7 +124,7 @@ def write_model(
         if described.format == formats.PER_LAYER:
             code = f"{formats.REMOTE_CODE}.py"
             shutil.copyfile(Path(__file__).with_name(code), scratch / code)
-    return described.format
+    return Written(described.format, parameter_count(decoder))
 
 
 def write_flax(model: Model, output: str | Path) -> Path:
@@ -129,7 +148,9 @@ def write_flax(model: Model, output: str | Path) -> Path:
 def _places(model: Model, sizes: Sizes) -> dict[str, list[np.ndarray]]:
     """Where each layer's groups stand among the padded ones: their original places where these are known."""
     decoder, target = model.decoder, sizes.layers[0]
-    found = {kind: [np.arange(n) for n in group_counts(decoder, kind)] for kind in groups.KINDS}
+    found: dict[str, list[np.ndarray]] = {
+        kind: [np.arange(n) for n in group_counts(decoder, kind)] for kind in groups.KINDS
+    }
     if decoder.config.alibi_heads is not None:
         layers = sizes_of(decoder).layers
         return found | {"head": [np.asarray(formats.kept_heads(decoder.config, layer)) for layer in layers]}
@@ -168,6 +189,7 @@ def _write_shards(decoder: Decoder, folder: Path, max_shard_size: str, renamed: 
     for file, names in plan.filename_to_tensors.items():
         tensors = {renamed.get(name, name): tensor for name, tensor in rules.tensors(decoder, set(names))}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        del tensors  # else this shard would stay beside the next
         (folder / file).chmod(0o644)  # safetensors makes its files readable by their owner alone
     if plan.is_sharded:
         weight_map = {renamed.get(name, name): file for name, file in plan.tensor_to_filename.items()}

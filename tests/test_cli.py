@@ -66,7 +66,7 @@ def test_prune_and_eval_print_one_json_object(
     assert call(monkeypatch, ["prune", demo.FOLDER, *options, "--evaluate", text, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["parameters_after"] < result["parameters_before"] == 964_000
-    assert result["groups"]["head"] == {"before": [5] * 4, "after": [4] * 4}
+    assert result["groups"]["head"] == {"before": [5] * 4, "asked": [4] * 4, "after": [4] * 4}
 
     assert call(monkeypatch, ["eval", tmp_path / "out", "--text", text, "--window", 128, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -160,7 +160,7 @@ def break_values(folder: Path) -> None:
         (break_shape, {}, "has shape (3,), but the configuration expects (160,)"),
         (break_names, {}, "unknown tensor 'model.surprise'"),
         (break_completeness, {}, "'model.norm.weight' of shape (160,) is missing"),
-        (break_family, {}, "model_type 'mixtral' is not supported"),
+        (break_family, {}, "model_type 'mixtral' (mixture of experts) is not supported"),
         (break_values, {}, "holds NaN or infinite values"),
         (break_nothing, {"ratio": 0}, "the ratio must lie between 0 and 1"),
         (break_nothing, {"ratio": 1.2}, "the ratio must lie between 0 and 1"),

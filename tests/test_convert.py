@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 from convert import formats
 from convert.__main__ import convert
 from convert.families import TABLES
-from convert.reader import FLAX_WEIGHTS, INDEX, SINGLE, read_model
+from convert.reader import FLAX_WEIGHTS, read_model
 from convert.rules import bindings
+from convert.sources import INDEX, SINGLE
 from convert.writer import new_folder, write_flax, write_model
 from minillm_jax import groups
 from minillm_jax.decoder import named_arrays, sizes_of
@@ -233,7 +234,7 @@ def damage(change: str, folder: Path) -> None:
             (folder / SINGLE).write_bytes(b"")
         case "no weights":
             (folder / SINGLE).unlink()
-        case "pickle":
+        case "no PyTorch file":
             (folder / SINGLE).rename(folder / "pytorch_model.bin")
         case "wrong shape":
             rewrite(folder, lambda t: t.update({"model.norm.weight": np.ones(63, np.float32)}))
@@ -304,7 +305,7 @@ DAMAGES = {
     "truncated": r"model\.safetensors: not a whole safetensors file",
     "empty file": r"model\.safetensors: not a whole safetensors file",
     "no weights": r"no weights; expected model\.safetensors",
-    "pickle": r"pytorch_model\.bin: not a whole PyTorch file of tensors",
+    "no PyTorch file": r"pytorch_model\.bin: not a whole PyTorch file of tensors",
     "wrong shape": r"'model\.norm\.weight' has shape \(63,\), but the configuration expects \(64,\)",
     "unknown key": r"unknown tensor 'model\.layers\.0\.extra\.weight' of shape \(2, 3\)",
     "missing key": r"'model\.layers\.2\.mlp\.up_proj\.weight' of shape \(40, 64\) is missing",

@@ -1,4 +1,4 @@
-"""Real, trained models of the three classes of format, pruned from folder to folder; need `shared` beside the checkout."""
+"""Real, trained models pruned from folder to folder, in both frameworks; need `shared` beside the checkout."""
 
 from pathlib import Path
 
