@@ -39,7 +39,7 @@ CHILD = """
 import gc, json, sys
 from pathlib import Path
 import jax, numpy as np
-from convert import reader, rules, writer
+from convert import memory, reader, writer
 from minillm_jax.decoder import named_arrays
 
 small, folder, scratch, shard = sys.argv[1:]

@@ -321,8 +321,8 @@ def test_pytorch_files_are_fetched_only_where_there_is_nothing_else(
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_layouts_are_copied_exactly(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "WORTH_SHARING", 1 << 10)
-    monkeypatch.setattr(rules, "WORKERS", 3)
+    monkeypatch.setattr(memory, "WORTH_SHARING", 1 << 10)
+    monkeypatch.setattr(memory, "WORKERS", 3)
     numbers = np.random.default_rng(0)
     for shape in [(), (7,), (1, 5), (300, 700), (3, 5, 7), (40, 64, 300), (2, 1, 600), (0, 4), (33, 3, 9, 65)]:
         for order in itertools.permutations(range(len(shape))):
@@ -356,7 +356,7 @@ def test_weights_on_the_cpu_are_the_memory_they_were_read_into(folder: Path, mon
         made.add(array.ctypes.data)
         return array
 
-    monkeypatch.setattr(rules, "aligned_empty", record)
+    monkeypatch.setattr(memory, "aligned_empty", record)
     decoder = read_model(folder).decoder
     pointers = {path: leaf.unsafe_buffer_pointer() for path, leaf in named_arrays(decoder)}
     assert set(pointers.values()) <= made
