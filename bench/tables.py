@@ -58,9 +58,23 @@ def pair_sentence() -> str:
     return f"{times['rademacher']:.2f} plain forwards with signs, {times['gaussian']:.2f} with Gaussian"
 
 
+def conversion_rows() -> list[str]:
+    """One row for each layout and type: gigabytes per second of the plain program and of ours, and their ratio."""
+    return [
+        f"| {row['family']} | {row['dtype']} | "
+        + " | ".join(
+            f"{row[f'plain_{kind}_gigabytes_per_second']:.1f} | {row[f'{kind}_gigabytes_per_second']:.1f} "
+            f"| {row[f'{kind}_ratio']:.2f}"
+            for kind in ("read", "write")
+        )
+        + " |"
+        for row in _rows("conversion.json")
+    ]
+
+
 def main() -> None:
     """Print everything that the README quotes."""
-    for line in [*quality_rows(), demo_sentence(), *memory_rows(), pair_sentence()]:
+    for line in [*quality_rows(), demo_sentence(), *memory_rows(), pair_sentence(), *conversion_rows()]:
         print(line)
 
 

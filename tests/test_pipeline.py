@@ -19,8 +19,18 @@ from minillm_jax.estimate.statistics import activation_norms
 from minillm_jax.model import Model
 from minillm_jax.pipeline import Job, calibrate, evaluate, load, prune, run, save
 from minillm_jax.scoring import Scoring, score
+from minillm_jax.select.budget import kept_count
 from minillm_jax.select.criteria import CRITERIA
-from tests.helpers import arrays_equal, load_torch, random_tokens, shared, small_decoder, torch_logits
+from tests.helpers import (
+    arrays_equal,
+    hugging_face_folder,
+    load_torch,
+    logits_of,
+    random_tokens,
+    shared,
+    small_decoder,
+    torch_logits,
+)
 
 FEW = Spsa(directions=2)
 
@@ -250,3 +260,21 @@ def test_stories260k_pruned_with_wanda_is_as_good_as_the_prototype(tmp_path: Pat
     assert dense < 6
     scores = score(model, Calibration(chosen[:16], "tinystories", 0), Scoring("wanda"))
     assert 2.0 <= evaluate(prune(model, scores, 0.2), held_out).perplexity / dense <= 2.6
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom", "gpt_neox", "gemma2", "glm4", "phi3"])
+def test_the_paper_s_recipe_in_every_kind_of_family(tmp_path: Path, family: str) -> None:
+    """SPSA, activation norms and scores of plain and fused MLPs, post norms, a parallel residual, ALiBi."""
+    folder = hugging_face_folder(tmp_path / "model", family)
+    np.save(tmp_path / "tokens.npy", random_tokens(97, 400))
+    spsa = Spsa(directions=2, distribution="rademacher")
+    job = Job(
+        str(folder), str(tmp_path / "tokens.npy"), str(tmp_path / "out"), 0.3, 4, 32, scoring=Scoring("fms", spsa)
+    )
+    result = run(job)
+    counts = {kind: [len(rows) for rows in kept] for kind, kept in (result.pruned.record or {})["kept"].items()}
+    expected = {kind: [kept_count(n, 0.3) for n in group_counts(load(folder).decoder, kind)] for kind in counts}
+    assert counts == expected
+    tokens = random_tokens(97, 2, 32)
+    difference = torch_logits(load_torch(tmp_path / "out"), tokens) - logits_of(result.pruned.decoder, tokens)
+    assert np.abs(difference).max() <= 1e-4

@@ -23,7 +23,8 @@ def tables() -> ModuleType:
 
 def test_every_figure_comes_from_a_committed_result(tables: ModuleType) -> None:
     quoted = [*tables.quality_rows(), tables.demo_sentence(), *tables.memory_rows(), tables.pair_sentence()]
-    assert len(quoted) == 5 + 1 + 4 + 1
+    quoted += tables.conversion_rows()
+    assert len(quoted) == 5 + 1 + 4 + 1 + 4
     for line in quoted:
         assert line in README, f"the README does not say {line!r}; run python bench/tables.py"
 

@@ -1,0 +1,87 @@
+"""Configurations: what a family asks for and is not there is an error that names it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from convert.reader import read_model
+from minillm_jax.errors import InputError
+from minillm_jax.families import FAMILIES, parse
+from tests.helpers import SMALL, edit_json, hugging_face_folder
+
+
+def raw(family: str, **changes: Any) -> dict[str, Any]:
+    """A configuration as transformers completes it, and then changed."""
+    return transformers.AutoConfig.for_model(family, **SMALL[family]).to_dict() | changes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_small_configurations_have_the_sizes_they_say(family: str) -> None:
+    config, sizes = parse(raw(family), "here")
+    assert config.family == family
+    assert (sizes.V, len(sizes.layers), sizes.E or sizes.D) == (97, 3, sizes.D)
+
+
+def rope(**changes: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0} | changes}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", {"model_type": "mixtral"}, r"'mixtral' \(mixture of experts\) is not supported"),
+        ("llama", {"model_type": "deepseek_v3"}, r"'deepseek_v3' \(multi-head latent attention\) is not supported"),
+        ("llama", {"model_type": "baichuan"}, r"'baichuan' \(its own remote code\) is not supported"),
+        ("llama", {"model_type": "pruned_mamba"}, "'pruned_mamba' is not supported"),
+        ("llama", {"hidden_act": "mish"}, "activation 'mish' is not supported"),
+        ("llama", rope(rope_type="yarn", factor=2.0), "rope_type 'yarn' is not supported"),
+        ("llama", rope(partial_rotary_factor=0.5), r"partial_rotary_factor 0\.5 is not supported for this family"),
+        ("phi3", rope(rope_type="longrope"), "rope_type 'longrope' is not supported"),
+        ("glm", rope(partial_rotary_factor=1.5), r"partial_rotary_factor 1\.5 is not supported"),
+        ("glm", rope(partial_rotary_factor=-1), "partial_rotary_factor must be a positive number, found -1"),
+        ("llama", {"head_dim": 9}, "head_dim must be even for rotary positions, found 9"),
+        ("gpt_neox", {"hidden_act": "relu6"}, "activation 'relu6' is not supported"),
+        ("opt", {"activation_function": "tanh"}, "activation 'tanh' is not supported"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+        ("gemma2", {"attn_logit_softcapping": -1.0}, r"attn_logit_softcapping must be a positive number, found -1\.0"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 3 layers"),
+        ("qwen2", {"layer_types": ["linear_attention"] * 3}, "layer type 'linear_attention' is not supported"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "asks for sliding attention, but there is no"),
+        ("mistral", {"sliding_window": 0}, "sliding_window must be null or at least 1, found 0"),
+        ("bloom", {"n_head": 0}, "n_head must be a whole number from 1 to"),
+        ("opt", {"ffn_dim": "wide"}, "ffn_dim must be a whole number from 1 to .*, found 'wide'"),
+        ("opt", {"word_embed_proj_dim": -4}, "word_embed_proj_dim must be a whole number from 1"),
+        ("opt", {"max_position_embeddings": None}, "max_position_embeddings must be a whole number from 1"),
+        ("phi3", {"num_key_value_heads": 3}, "num_attention_heads 8 is not a multiple of num_key_value_heads 3"),
+    ],
+)
+def test_what_is_not_supported_is_named(family: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse(raw(family, **changes), "here/config.json")
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "message"),
+    [
+        ("llama", ["no object"], "per_layer_config must map layer numbers to objects"),
+        ("llama", {"one": {}}, "per_layer_config must map layer numbers to objects"),
+        ("llama", {"0": 3}, "per_layer_config must map layer numbers to objects"),
+        ("llama", {"3": {}}, "per_layer_config names layer 3, but there are 3"),
+        ("llama", {"0": {"num_key_value_heads": 3}}, "8 is not a multiple of num_key_value_heads 3"),
+        ("llama", {"0": {"intermediate_size": 1.5}}, r"intermediate_size must be a whole number .*found 1\.5"),
+        ("bloom", {"0": {"alibi_heads": [0, 1]}}, r"alibi_heads must be 6 ascending numbers below 6, found \[0, 1\]"),
+        ("bloom", {"0": {"n_head": 2, "alibi_heads": [3, 1]}}, "alibi_heads must be 2 ascending numbers below 6"),
+        ("bloom", {"0": {"n_head": 1, "alibi_heads": [6]}}, "alibi_heads must be 1 ascending numbers below 6"),
+        ("bloom", {"0": {"n_head": 2, "alibi_heads": ["a", 1]}}, "alibi_heads|malformed"),
+        ("bloom", {"0": {"n_head": 2, "alibi_heads": 7}}, "alibi_heads|malformed"),
+    ],
+)
+def test_bad_layers_are_errors(tmp_path: Path, family: str, layers: Any, message: str) -> None:
+    folder = hugging_face_folder(tmp_path / "model", family)
+    heads = {"n_head": 6, "head_dim": 8} if family == "bloom" else {}
+    edit_json(folder / "config.json", model_type=f"pruned_{family}", per_layer_config=layers, **heads)
+    with pytest.raises(InputError, match=message) as caught:
+        read_model(folder)
+    assert "\n" not in str(caught.value)
