@@ -20,7 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("output", metavar="OUT", help="folder to write; it must not exist")
         command.add_argument("--dtype", help="float32, bfloat16 or float16; the stored type by default")
         if name == "to-torch":
-            command.add_argument("--format", help="stock, per-layer or padded; by default what holds the shapes")
+            command.add_argument(
+                "--format",
+                choices=("stock", "per-layer", "padded"),
+                help="stock, per-layer or padded; by default what holds the shapes",
+            )
             command.add_argument("--max-shard-size", default="5GB", help="of the weight files")
     chosen = vars(parser.parse_args(arguments))
     try:
@@ -46,6 +50,8 @@ def convert(
     from convert import formats, reader, writer
 
     writer.check_new(output)
+    formats.check_format(format)
+    writer.check_shard_size(max_shard_size)
     model = reader.read_model(source, dtype)
     wanted = formats.FLAX if command == "to-flax" else format
     return writer.write_model(model, output, wanted, max_shard_size).format

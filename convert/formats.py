@@ -46,8 +46,7 @@ def describe(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any], wanted
     Raises:
       InputError: the format is unknown, or cannot hold the shapes.
     """
-    if wanted is not None and wanted not in FORMATS:
-        raise InputError(f"unknown format {wanted!r}; expected one of {', '.join(FORMATS)}")
+    check_format(wanted)
     refused = stock_refuses(config, sizes)
     if wanted == STOCK and refused is not None:
         raise InputError(f"no stock class can hold this model: {refused}; use the format per-layer or padded")
@@ -57,6 +56,16 @@ def describe(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any], wanted
     if wanted == PER_LAYER or refused is not None:
         return Described(PER_LAYER, sizes, per_layer_config(config, sizes, raw))
     return Described(STOCK, sizes, stock_config(config, sizes, raw))
+
+
+def check_format(wanted: str | None) -> None:
+    """Whether there is such a format.
+
+    Raises:
+      InputError: there is not.
+    """
+    if wanted is not None and wanted not in FORMATS:
+        raise InputError(f"unknown format {wanted!r}; expected one of {', '.join(FORMATS)}")
 
 
 def stock_refuses(config: DecoderConfig, sizes: Sizes) -> str | None:
@@ -70,7 +79,8 @@ def stock_refuses(config: DecoderConfig, sizes: Sizes) -> str | None:
         if len(set(counts)) > 1:
             return f"the layers keep unequal numbers of {words} ({', '.join(map(str, counts))})"
     if table.stock_heads == "dense" and (first.N * sizes.H != sizes.D or not _all_slopes(config, sizes)):
-        return f"{table.stem} computes the head size as hidden size / heads, but {first.N} heads of {sizes.H} are kept"
+        kept = f"{first.N} heads of {sizes.H} are kept with a hidden size of {sizes.D}"
+        return f"{table.stem} computes the head size as hidden size / heads, but {kept}"
     if table.stock_heads == "divide" and sizes.D % first.N and not _fits_mistral(config):
         return f"{first.N} heads do not divide the hidden size {sizes.D}, which {table.stem} asks for"
     if not table.stock_width and first.F != 4 * sizes.D:
@@ -86,18 +96,25 @@ def padded_sizes(config: DecoderConfig, sizes: Sizes) -> Sizes:
     Raises:
       InputError: padding heads and channels is not enough.
     """
-    table = TABLES[config.family]
     per_group = sizes.layers[0].N // sizes.layers[0].K
-    width = max(layer.F for layer in sizes.layers) if table.stock_width else 4 * sizes.D
-    widest = max(layer.K for layer in sizes.layers)
-    for kv_heads in range(widest, max(widest, sizes.D) + 1):
-        heads = kv_heads * per_group
-        slopes = () if config.alibi_heads is None else tuple(map(float, alibi_slopes(config.alibi_heads)))
-        layers = tuple(LayerSizes(heads, kv_heads, width, layer.window, slopes) for layer in sizes.layers)
-        found = replace(sizes, layers=layers)
-        if stock_refuses(config, found) is None:
-            return found
-    raise InputError(f"padding cannot make a stock model of this: {stock_refuses(config, sizes)}")
+    width = max(layer.F for layer in sizes.layers) if TABLES[config.family].stock_width else 4 * sizes.D
+    kv_heads = _stock_heads(config, sizes, per_group, max(layer.K for layer in sizes.layers))
+    slopes = () if config.alibi_heads is None else tuple(map(float, alibi_slopes(config.alibi_heads)))
+    layers = (LayerSizes(kv_heads * per_group, kv_heads, width, layer.window, slopes) for layer in sizes.layers)
+    found = replace(sizes, layers=tuple(layers))
+    if (refused := stock_refuses(config, found)) is not None:
+        raise InputError(f"padding cannot make a stock model of this: {refused}")
+    return found
+
+
+def _stock_heads(config: DecoderConfig, sizes: Sizes, per_group: int, widest: int) -> int:
+    """The least number of key/value heads from `widest` on that the stock class takes, if any does."""
+    rule = TABLES[config.family].stock_heads
+    if rule == "dense":
+        return sizes.D // (sizes.H * per_group)
+    if rule == "any" or _fits_mistral(config):
+        return widest
+    return next((n for n in range(widest, sizes.D + 1) if sizes.D % (n * per_group) == 0), widest)
 
 
 def stock_config(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,7 +208,9 @@ def _rope_keys(rope: Rope, family: str) -> dict[str, Any]:
         scaling["low_freq_factor"] = rope.low_freq_factor
         scaling["high_freq_factor"] = rope.high_freq_factor
         scaling["original_max_position_embeddings"] = rope.original_length
-    old = None if rope.kind == "default" else scaling | {"type": rope.kind}
+    # Until transformers 4.42 `linear` had to have just these two keys.
+    linear = {"type": "linear", "factor": rope.factor}
+    old = {"default": None, "linear": linear}.get(rope.kind, scaling | {"type": rope.kind})
     keys = {"rope_parameters": scaling | {"rope_theta": rope.theta}, "rope_theta": rope.theta, "rope_scaling": old}
     if family in ("glm", "glm4", "phi3", "gpt_neox"):
         keys["rope_parameters"] |= {"partial_rotary_factor": rope.fraction}

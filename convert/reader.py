@@ -73,8 +73,9 @@ def locate(model: str | Path) -> Path:
 
     try:
         wanted = [CONFIG, RECORD, *COMPANIONS]
-        folder = Path(snapshot_download(name, allow_patterns=[*wanted, *sources.SAFETENSORS_FILES]))
-        if not sources.has_safetensors(folder):
+        weights = [*sources.SAFETENSORS_FILES, f"{FLAX_WEIGHTS}/*"]
+        folder = Path(snapshot_download(name, allow_patterns=[*wanted, *weights]))
+        if not sources.has_safetensors(folder) and not (folder / FLAX_WEIGHTS).is_dir():
             folder = Path(snapshot_download(name, allow_patterns=[*wanted, *sources.TORCH_FILES]))
         return folder
     except Exception as error:  # the Hub client raises many kinds: offline, unknown, gated, ...
@@ -86,12 +87,13 @@ def _complete(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     base = families.family_of(raw, str(folder / CONFIG))
+    families.check_layer_count(raw, str(folder / CONFIG))
     plain = {key: value for key, value in raw.items() if key not in ("auto_map", "per_layer_config")}
-    own: dict[str, Any] = {}
+    own = {"model_type": raw["model_type"], "per_layer_config": raw.get("per_layer_config")}
     try:
         if raw["model_type"] != base:
             # A stock class, asked for the defaults only, would refuse a hidden size that heads do not divide.
-            own = {"hidden_size": raw["hidden_size"], "per_layer_config": raw.get("per_layer_config")}
+            own["hidden_size"] = raw["hidden_size"]
             plain["hidden_size"] = raw[families.FAMILIES[base].heads] * raw["head_dim"]
         return AutoConfig.for_model(**plain | {"model_type": base}).to_dict() | own
     except Exception as error:  # validation raises many kinds

@@ -40,8 +40,8 @@ def check_new(output: str | Path) -> Path:
         if path.exists() or path.is_symlink():
             raise InputError(f"{path}: the output folder already exists; choose another or remove it first")
         above = next(parent for parent in path.parents if parent.exists())
-    except OSError as error:
-        raise InputError(f"{path}: no folder can be made there ({error.strerror})") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(path)!r}: no folder can be made there ({cause(error)})") from error
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise InputError(f"{path}: no folder can be made there; {above} is not a writable folder")
     return path
@@ -53,7 +53,7 @@ def check_shard_size(size: str) -> None:
     Raises:
       InputError: it is not written like `5GB`.
     """
-    if not re.fullmatch(r"0*[1-9]\d{0,8}(\.\d+)?\s*[KMGT]B", size, re.ASCII | re.IGNORECASE):
+    if not re.fullmatch(r"(?=[\d.]*[1-9])\d{1,9}(\.\d{1,9})?\s*[KMGT]B", size, re.ASCII | re.IGNORECASE):
         raise InputError(
             f"shard size {size!r} is not understood; expected a number and KB, MB, GB or TB, 5GB for example"
         )
@@ -154,12 +154,20 @@ def _places(model: Model, sizes: Sizes) -> dict[str, list[np.ndarray]]:
     if decoder.config.alibi_heads is not None:
         layers = sizes_of(decoder).layers
         return found | {"head": [np.asarray(formats.kept_heads(decoder.config, layer)) for layer in layers]}
-    record = model.record or {}
-    kept = [np.asarray(rows, np.int32) for rows in record.get("kept", {}).get("head", [])]
-    same = [len(rows) for rows in kept] == [len(rows) for rows in found["head"]]
-    if same and "pruned_before" not in record and all(rows[-1] < target.K for rows in kept):
-        found["head"] = kept
-    return found
+    recorded = _recorded_heads(model.record or {}, [len(rows) for rows in found["head"]], target.K)
+    return found | {"head": recorded or found["head"]}
+
+
+def _recorded_heads(record: dict[str, Any], counts: list[int], heads: int) -> list[np.ndarray] | None:
+    """The heads that a record says were kept, when it can be believed: the first pruning of a model of that shape."""
+    kept = record.get("kept")
+    rows = kept.get("head") if isinstance(kept, dict) and "pruned_before" not in record else None
+    if not isinstance(rows, list) or [len(row) if isinstance(row, list) else None for row in rows] != counts:
+        return None
+    for row in rows:
+        if not all(isinstance(head, int) and 0 <= head < heads for head in row) or sorted(set(row)) != row:
+            return None
+    return [np.asarray(row, np.int32) for row in rows]
 
 
 def _dtype_keys(decoder: Decoder) -> dict[str, str]:

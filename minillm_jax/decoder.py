@@ -35,6 +35,7 @@ class Decoder(nnx.Module):
         config: DecoderConfig,
         embedding: Any,
         runs: Sequence[Block],
+        *,
         final_norm: Norm | None,
         head: Linear | None,
         position_embedding: Any = None,
@@ -63,12 +64,12 @@ def with_runs(decoder: Decoder, runs: Sequence[Block]) -> Decoder:
         decoder.config,
         decoder.embedding[...],
         runs,
-        decoder.final_norm,
-        decoder.head,
-        None if position is None else position[...],
-        decoder.embedding_norm,
-        decoder.project_in,
-        decoder.project_out,
+        final_norm=decoder.final_norm,
+        head=decoder.head,
+        position_embedding=None if position is None else position[...],
+        embedding_norm=decoder.embedding_norm,
+        project_in=decoder.project_in,
+        project_out=decoder.project_out,
     )
 
 
@@ -114,12 +115,12 @@ def assemble(config: DecoderConfig, outer: Mapping[str, Any], runs: Sequence[Blo
         config,
         outer["embedding"],
         runs,
-        _norm(outer, "final_norm") if config.final_norm else None,
-        _linear(outer, "head"),
-        outer.get("position_embedding"),
-        _norm(outer, "embedding_norm") if config.embedding_norm else None,
-        _linear(outer, "project_in"),
-        _linear(outer, "project_out"),
+        final_norm=_norm(outer, "final_norm") if config.final_norm else None,
+        head=_linear(outer, "head"),
+        position_embedding=outer.get("position_embedding"),
+        embedding_norm=_norm(outer, "embedding_norm") if config.embedding_norm else None,
+        project_in=_linear(outer, "project_in"),
+        project_out=_linear(outer, "project_out"),
     )
 
 

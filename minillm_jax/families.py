@@ -10,6 +10,7 @@ from minillm_jax.layers import ROPE_KINDS, Rope, alibi_slopes, rotary_frequencie
 
 # No model is near it; a configuration that asks for more is broken, and would exhaust the memory before it is noticed.
 LARGEST_SIZE = 2**24
+MOST_LAYERS = 10_000
 
 # How a checkpoint with layers of unequal size names its family: `pruned_opt`.
 PRUNED = "pruned_"
@@ -63,16 +64,36 @@ def parse(raw: Mapping[str, Any], where: str) -> tuple[DecoderConfig, Sizes]:
       InputError: the family, or something the configuration asks for, is not supported.
     """
     family = family_of(raw, where)
+    check_layer_count(raw, where)
+    if raw.get("is_causal", True) is not True or raw.get("use_bidirectional_attention"):
+        raise InputError(f"{where}: only causal models are supported, but the configuration asks for another attention")
     try:
         config = FAMILIES[family].read(raw, where)
         sizes = _sizes(raw, config, where)
+    except InputError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
             f"{where}: the configuration is incomplete or malformed ({error!r}); is it a {family}?"
         ) from error
     if config.rope is not None and not 0 < len(rotary_frequencies(config.rope, sizes.H)) <= sizes.H // 2:
-        raise InputError(f"{where}: head_dim must be even for rotary positions, found {sizes.H}")
+        raise InputError(
+            f"{where}: heads of {sizes.H} features, of which {config.rope.fraction:g} turn, cannot be cut into pairs for "
+            "rotary positions; head_dim must be even and partial_rotary_factor leave at least one pair"
+        )
     return replace(config, windowed=any(layer.window is not None for layer in sizes.layers)), sizes
+
+
+def check_layer_count(raw: Mapping[str, Any], where: str) -> None:
+    """Whether a configuration, complete or not, asks for a number of layers that can be: before lists are made of it.
+
+    Raises:
+      InputError: it does not.
+    """
+    for key in {"num_hidden_layers", FAMILIES[family_of(raw, where)].layers} & raw.keys():
+        number = raw[key]
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 < number <= MOST_LAYERS:
+            raise InputError(f"{where}: {key} must be a whole number from 1 to {MOST_LAYERS:,}, found {number!r}")
 
 
 def _sizes(raw: Mapping[str, Any], config: DecoderConfig, where: str) -> Sizes:
@@ -86,7 +107,7 @@ def _sizes(raw: Mapping[str, Any], config: DecoderConfig, where: str) -> Sizes:
         _check_size(key, number, where)
     named["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw[family.heads]
     _check_size("head_dim", named["head_dim"], where)
-    changes = _layer_changes(raw, raw[family.layers], where)
+    changes = _layer_changes(raw, family, where)
     windows = _windows(raw, family, where)
     layers = tuple(
         _layer_sizes({**raw, **changes.get(layer, {})}, config, window, where) for layer, window in enumerate(windows)
@@ -112,23 +133,35 @@ def _layer_sizes(raw: Mapping[str, Any], config: DecoderConfig, window: int | No
 
 
 def _slopes(raw: Mapping[str, Any], dense_heads: int, heads: int, where: str) -> tuple[float, ...]:
-    kept = raw.get("alibi_heads") or list(range(heads))
-    ordered = sorted(set(kept))
-    if ordered != list(kept) or len(kept) != heads or not 0 <= ordered[0] <= ordered[-1] < dense_heads:
+    """The ALiBi slopes of a layer's heads; a layer that has lost heads must say which it has."""
+    kept = raw["alibi_heads"] if "alibi_heads" in raw and _is_pruned(raw) else list(range(dense_heads))
+    whole = isinstance(kept, list) and all(isinstance(head, int) and not isinstance(head, bool) for head in kept)
+    if not whole or sorted(set(kept)) != kept or len(kept) != heads or not 0 <= kept[0] <= kept[-1] < dense_heads:
         raise InputError(f"{where}: alibi_heads must be {heads} ascending numbers below {dense_heads}, found {kept!r}")
     return tuple(float(slope) for slope in alibi_slopes(dense_heads)[kept])
 
 
-def _layer_changes(raw: Mapping[str, Any], layers: int, where: str) -> dict[int, dict[str, Any]]:
+def _is_pruned(raw: Mapping[str, Any]) -> bool:
+    return str(raw["model_type"]).startswith(PRUNED)
+
+
+def _layer_changes(raw: Mapping[str, Any], family: Family, where: str) -> dict[int, dict[str, Any]]:
     """What single layers set for themselves: the sparse `per_layer_config` by layer number."""
     found = raw.get("per_layer_config") or {}
+    if found and not _is_pruned(raw):
+        raise InputError(f"{where}: per_layer_config is supported for model types {PRUNED}... only")
     try:
         changes = {int(layer): dict(values) for layer, values in found.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{where}: per_layer_config must map layer numbers to objects, found {found!r}") from error
-    for layer in changes:
-        if not 0 <= layer < layers:
-            raise InputError(f"{where}: per_layer_config names layer {layer}, but there are {layers}")
+    own = {family.heads, "num_attention_heads", family.kv_heads, family.width, "alibi_heads"}
+    for layer, values in changes.items():
+        if not 0 <= layer < raw[family.layers]:
+            raise InputError(f"{where}: per_layer_config names layer {layer}, but there are {raw[family.layers]}")
+        for key in values.keys() - own:
+            raise InputError(
+                f"{where}: per_layer_config of layer {layer} sets {key!r}, which is one for all layers here"
+            )
     return changes
 
 
@@ -136,8 +169,8 @@ def _windows(raw: Mapping[str, Any], family: Family, where: str) -> tuple[int | 
     """The sliding window of every layer."""
     count = raw[family.layers]
     window = raw.get("sliding_window") if family.windows != "none" else None
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-        raise InputError(f"{where}: sliding_window must be null or at least 1, found {window!r}")
+    if window is not None:
+        _check_size("sliding_window", window, where)
     if family.windows != "layer_types":
         return (window,) * count
     kinds = raw["layer_types"]
@@ -182,20 +215,19 @@ def _qwen3(raw: Mapping[str, Any], where: str) -> DecoderConfig:
 
 
 def _gemma(raw: Mapping[str, Any], where: str) -> DecoderConfig:
-    if raw.get("use_bidirectional_attention"):
-        raise InputError(f"{where}: use_bidirectional_attention is not supported; only causal models are")
+    scale = _positive(raw, "embedding_scale", where) if _is_pruned(raw) and "embedding_scale" in raw else None
     return replace(
-        _llama({**raw, "hidden_act": raw.get("hidden_activation") or raw["hidden_act"]}, where),
+        _llama(raw, where),
         family="gemma",
         norm="rms_plus_one",
         mlp_bias=False,
-        embedding_scale=float(raw.get("embedding_scale") or raw["hidden_size"] ** 0.5),
+        embedding_scale=scale or raw["hidden_size"] ** 0.5,
     )
 
 
 def _gemma2(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     return replace(
-        _gemma(raw, where),
+        _gemma({**raw, "hidden_act": raw["hidden_activation"]}, where),
         family="gemma2",
         post_norms=True,
         query_scale=_positive(raw, "query_pre_attn_scalar", where) ** -0.5,

@@ -64,7 +64,7 @@ BLOCK_AXES = {
 DATA = ("attention.window", "attention.slopes")
 
 # The letters a kind of group slices, the one that counts its groups first: query heads go with their key/value head,
-# and the embedding size with the hidden size it is (see `hidden_letters`).
+# and the embedding size with the hidden size that it is (but for models that project the one to the other).
 GROUP_LETTERS = {"head": "KN", "channel": "F", "hidden": "DE", "layer": "L"}
 
 # The kinds that are pruned inside each block; hidden dimensions and layers go through the whole model.
@@ -78,11 +78,6 @@ def matrices() -> dict[str, str]:
     """Name of every block matrix (`attention.q`, ...) and its axes (`D NH`), in the order of the forward pass."""
     suffix = ".kernel"
     return {path.removesuffix(suffix): axes for path, axes in BLOCK_AXES.items() if path.endswith(suffix)}
-
-
-def input_rank(axes: str) -> int:
-    """Number of input axes of a kernel: 1 for `"D NH"`, 2 for `"NH D"`."""
-    return len(axes.split()[0])
 
 
 def letters(axes: str) -> str:

@@ -21,8 +21,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
 }
 
-NORMS = ("rms", "rms_plus_one", "layer")
-
 
 @dataclass(frozen=True)
 class Rope:

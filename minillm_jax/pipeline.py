@@ -187,6 +187,7 @@ def run(job: Job, progress: StageProgress | None = None) -> Result:
     writer.check_new(job.output)
     job.scoring.resolve()
     select_local({}, job.ratio, round_to={"head": job.round_heads_to, "channel": job.round_width_to})
+    formats.check_format(job.format)
     writer.check_shard_size(job.max_shard_size)
     clock = _Clock()
     model = load(job.model, job.dtype)

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import jax
 import numpy as np
 import peft
@@ -13,7 +16,7 @@ from jax import numpy as jnp
 
 from convert import formats
 from convert.reader import read_model
-from convert.writer import write_model
+from convert.writer import check_shard_size, write_model
 from minillm_jax import groups
 from minillm_jax.decoder import Decoder, build, group_counts, hidden_size, layer_count, named_arrays, sizes_of
 from minillm_jax.errors import InputError
@@ -25,6 +28,7 @@ from minillm_jax.shrink.slicing import slice_groups, slice_hidden, slice_layers
 from tests.helpers import (
     CONFIGURATIONS,
     SMALL,
+    edit_json,
     hugging_face_folder,
     load_stock,
     load_torch,
@@ -130,6 +134,57 @@ def test_padded_heads_keep_their_place(dense: dict[str, Path], tmp_path: Path) -
     kernel = read_model(tmp_path / "opt").decoder.runs[0].attention.o.kernel[...]
     for layer, rows in enumerate(kept["head"]):
         assert [bool(kernel[layer, head].any()) for head in range(8)] == [head in rows for head in range(8)]
+
+
+@pytest.mark.parametrize("kept", [None, [], {"head": 5}, {"head": [[0], [0, 0], ["a"]]}, {"head": [[5], [1, 0], [9]]}])
+def test_a_damaged_record_does_not_move_heads(dense: dict[str, Path], tmp_path: Path, kept: Any) -> None:
+    model = read_model(dense["opt"])
+    counts = {"head": [np.arange(1), np.arange(2), np.arange(1)], "channel": [np.arange(40)] * 3}
+    sliced = dataclasses.replace(model, decoder=slice_groups(model.decoder, counts), record={"kept": kept})
+    write_model(sliced, tmp_path / "out", "padded")
+    np.testing.assert_allclose(logits(read_model(tmp_path / "out")), logits(sliced), atol=1e-5)
+
+
+def test_old_keys_of_linear_positions_are_what_old_versions_accept(tmp_path: Path) -> None:
+    """Until transformers 4.42 they had to be exactly two."""
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    write_model(read_model(hugging_face_folder(tmp_path / "model", rope_parameters=rope)), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_scaling"] == {"type": "linear", "factor": 4.0}
+    assert config["rope_parameters"] == rope
+    edit_json(tmp_path / "out" / "config.json", rope_parameters=None)
+    assert read_model(tmp_path / "out").decoder.config.rope == read_model(tmp_path / "model").decoder.config.rope
+
+
+@pytest.mark.parametrize("size", ["0GB", "GB", "5", "-1GB", "0.0MB", "five GB", "1e3MB"])
+def test_shard_sizes_that_are_none(size: str) -> None:
+    with pytest.raises(InputError, match="is not understood"):
+        check_shard_size(size)
+
+
+@pytest.mark.parametrize("size", ["5GB", "0.5GB", "100 mb", "1.25TB"])
+def test_shard_sizes(size: str) -> None:
+    check_shard_size(size)
+
+
+def test_a_flax_repository_is_fetched_whole(
+    dense: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the Hub that copies what the patterns ask for."""
+    for form in ("flax", "per-layer"):
+        write_model(read_model(dense["llama"]), tmp_path / form, form)
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        repository, fetched = tmp_path / name.split("/")[1], tmp_path / "fetched" / name
+        paths = [str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()]
+        for path in huggingface_hub.utils.filter_repo_objects(paths, allow_patterns=allow_patterns):
+            (fetched / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(repository / path, fetched / path)
+        return str(fetched)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    for form in ("flax", "per-layer"):
+        assert same_arrays(read_model(f"owner/{form}").decoder, read_model(dense["llama"]).decoder)
 
 
 def test_forced_formats(dense: dict[str, Path], tmp_path: Path) -> None:

@@ -2,10 +2,18 @@
 
 import importlib.util
 import re
+import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
+
+from convert.reader import read_model
+from convert.writer import write_model
+from minillm_jax.families import FAMILIES
+from tests.helpers import CONFIGURATIONS, hugging_face_folder
 
 ROOT = Path(__file__).parents[1]
 README = " ".join((ROOT / "README.md").read_text().split())
@@ -44,6 +52,29 @@ def test_every_module_stands_in_the_tree() -> None:
         for path in (ROOT / package).rglob("*.py"):
             if not path.name.startswith("__"):
                 assert path.name in README, path
+
+
+def test_flax_checkpoints_load_as_the_readme_says(tmp_path: Path) -> None:
+    """The three lines for other JAX programs, as they stand there."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (lines,) = (block for block in blocks if "orbax" in block)
+    write_model(read_model(hugging_face_folder(tmp_path / "model")), tmp_path / "flax-folder", "flax")
+    found: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Orbax would rather be told the sharding
+        exec(lines.replace("/absolute/path/to", str(tmp_path)), found)
+    kernel = found["weights"]["runs"]["0"]["attention"]["q"]["kernel"]
+    assert kernel.shape == (3, 64, 8, 10)  # L D N H
+    np.testing.assert_array_equal(kernel, read_model(tmp_path / "model").decoder.runs[0].attention.q.kernel[...])
+
+
+def test_counts_in_words_are_true() -> None:
+    assert f"for all twelve families in {len(CONFIGURATIONS)} configurations" in README
+    assert len(FAMILIES) == 12
+    lines = len((ROOT / "convert" / "modeling_pruned.py").read_text().splitlines())
+    assert f"the {round(lines, -1)} lines of `modeling_pruned.py`" in README
+    for family in FAMILIES:
+        assert f"`{family}`" in README
 
 
 def test_options_of_prune_are_documented() -> None:
