@@ -78,8 +78,8 @@ def parse(raw: Mapping[str, Any], where: str) -> tuple[DecoderConfig, Sizes]:
         ) from error
     if config.rope is not None and not 0 < len(rotary_frequencies(config.rope, sizes.H)) <= sizes.H // 2:
         raise InputError(
-            f"{where}: heads of {sizes.H} features, of which {config.rope.fraction:g} turn, cannot be cut into pairs for "
-            "rotary positions; head_dim must be even and partial_rotary_factor leave at least one pair"
+            f"{where}: heads of {sizes.H} features, of which {config.rope.fraction:g} turn, cannot be cut into pairs; "
+            "head_dim must be even and partial_rotary_factor leave at least one pair"
         )
     return replace(config, windowed=any(layer.window is not None for layer in sizes.layers)), sizes
 

@@ -1,6 +1,6 @@
 """The opposite of slicing: groups of zeros in the places where groups were, so that all layers are equally large."""
 
-from collections.abc import Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Int
 
 from minillm_jax import groups
-from minillm_jax.config import LayerSizes, Sizes
+from minillm_jax.config import Sizes
 from minillm_jax.decoder import Decoder, build, depth, group_count, named_arrays, with_runs
 from minillm_jax.modules import Block
 
@@ -28,24 +28,23 @@ def pad_groups(decoder: Decoder, sizes: Sizes, places: dict[str, list[Int[np.nda
     pieces: list[Block] = []
     for run in decoder.runs:
         last = first + depth(run)
-        pieces.append(_pad(run, target, {kind: rows[first:last] for kind, rows in places.items()}))
+        indices = {kind: jnp.asarray(np.stack(rows[first:last])) for kind, rows in places.items()}
+        pieces.append(_pad(run, indices, (("head", target.K), ("channel", target.F))))
         first = last
     whole = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pieces)
     return _with_data(with_runs(decoder, [whole]), sizes)
 
 
-def _pad(run: Block, target: LayerSizes, places: dict[str, Sequence[Int[np.ndarray, " _"]]]) -> Block:
-    counts = {"head": target.K, "channel": target.F}
-    before = {kind: group_count(run, kind) for kind in counts}
-    indices = {kind: jnp.asarray(np.stack(rows)) for kind, rows in places.items()}
+@partial(jax.jit, static_argnames="counts")
+def _pad(run: Block, places: dict[str, Int[Array, "L _"]], counts: tuple[tuple[str, int], ...]) -> Block:
+    """One run of equal layers, with `counts` groups of every kind."""
 
     def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
         axes = groups.BLOCK_AXES[groups.array_path(path)]
-        for kind, rows in indices.items():
+        for kind, after in counts:
             if groups.group_axis(axes, kind) is not None:
-                array = jax.vmap(
-                    lambda a, i, kind=kind: groups.put_groups(a, axes, kind, i, before[kind], counts[kind])
-                )(array, rows)
+                sizes = {"axes": axes, "kind": kind, "before": group_count(run, kind), "after": after}
+                array = jax.vmap(partial(groups.put_groups, **sizes))(array, places=places[kind])
         return array
 
     return jax.tree_util.tree_map_with_path(leaf, run)
