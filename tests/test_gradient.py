@@ -8,7 +8,7 @@ import pytest
 from jax import numpy as jnp
 
 from minillm_jax.config import LayerSizes, Sizes
-from minillm_jax.decoder import Decoder, kernels
+from minillm_jax.decoder import Decoder, kernels, with_runs
 from minillm_jax.errors import InputError
 from minillm_jax.estimate import directions, gradient, loop
 from minillm_jax.estimate.loop import Spsa, estimate
@@ -29,7 +29,7 @@ def moved(decoder: Decoder, key: jax.Array, scale: jax.Array, distribution: str)
         for i in range(layers)
     ]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
-    return Decoder(decoder.config, decoder.embedding[...], [stacked], decoder.final_norm, decoder.head)
+    return with_runs(decoder, [stacked])
 
 
 @pytest.mark.parametrize("distribution", directions.DISTRIBUTIONS)
