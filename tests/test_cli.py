@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main as convert_main
 from minillm_jax import __version__, cli, demo
-from tests.helpers import edit_json, load_torch
+from tests.helpers import edit_json, load_stock, load_torch
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,27 @@ def test_prune_with_all_options_of_the_contract(
         "at_once": 1,
     }
     assert record["calibration"] == {"source": str(text), "samples": 2, "length": 32, "seed": 3}
+
+
+def test_the_table_says_what_was_asked_and_what_padding_costs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
+) -> None:
+    options = prune_options(text, tmp_path / "out", criterion="wanda", layers="1:3", format="padded")
+    assert call(monkeypatch, ["prune", demo.FOLDER, *options, "--round-width-to", 64]) == 0
+    table = " ".join(capsys.readouterr().out.split())
+    for words in ("asked", "with padding", "zero-padded, which saves less"):
+        assert words in table
+    weights = load_stock(tmp_path / "out").state_dict()
+    assert {tensor.shape[0] for name, tensor in weights.items() if "up_proj" in name} == {
+        weights["model.layers.0.mlp.up_proj.weight"].shape[0]
+    }
+    options = prune_options(text, tmp_path / "per-layer", criterion="wanda", layers="1:3")
+    assert call(monkeypatch, ["prune", demo.FOLDER, *options, "--max-shard-size", "1MB", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["format"] == "per-layer"
+    assert result["parameters_stored"] == result["parameters_after"]
+    assert len(list((tmp_path / "per-layer").glob("model-*.safetensors"))) > 1
+    load_torch(tmp_path / "per-layer")
 
 
 def test_prune_and_eval_print_one_json_object(
@@ -211,6 +232,14 @@ def test_convert_says_where_the_result_lies_and_fails_with_status_2(
         convert_main(["to-flax", str(demo.FOLDER), str(tmp_path / "flax")])
     assert ended.value.code == 2
     assert "already exists" in capsys.readouterr().err
+    convert_main(["to-torch", str(tmp_path / "flax"), str(tmp_path / "torch"), "--format", "per-layer"])
+    assert "(per-layer)" in capsys.readouterr().out
+    load_torch(tmp_path / "torch")
+    for wrong in (["--format", "flax"], ["--max-shard-size", "big"]):
+        with pytest.raises(SystemExit) as ended:
+            convert_main(["to-torch", str(tmp_path / "flax"), str(tmp_path / "other"), *wrong])
+        assert ended.value.code == 2
+        assert not (tmp_path / "other").exists()
 
 
 def test_help_and_version_import_neither_jax_nor_transformers_nor_torch() -> None:

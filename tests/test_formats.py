@@ -27,6 +27,7 @@ from minillm_jax.select.budget import kept_count
 from minillm_jax.shrink.slicing import slice_groups, slice_hidden, slice_layers
 from tests.helpers import (
     CONFIGURATIONS,
+    LLAMA_ROPE,
     SMALL,
     edit_json,
     hugging_face_folder,
@@ -154,6 +155,25 @@ def test_old_keys_of_linear_positions_are_what_old_versions_accept(tmp_path: Pat
     assert config["rope_parameters"] == rope
     edit_json(tmp_path / "out" / "config.json", rope_parameters=None)
     assert read_model(tmp_path / "out").decoder.config.rope == read_model(tmp_path / "model").decoder.config.rope
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}),
+        ("glm", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.75}}),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}),
+        ("gemma2", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+        ("qwen3", {"rope_parameters": LLAMA_ROPE}),
+    ],
+)
+def test_old_keys_alone_say_the_same(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
+    """What older transformers and llama.cpp read, in the stock and in the per-layer format."""
+    model = read_model(hugging_face_folder(tmp_path / "model", family, **changes))
+    for form in ("stock", "per-layer"):
+        write_model(model, tmp_path / form, form)
+        edit_json(tmp_path / form / "config.json", rope_parameters=None)
+        assert read_model(tmp_path / form).decoder.config == model.decoder.config
 
 
 @pytest.mark.parametrize("size", ["0GB", "GB", "5", "-1GB", "0.0MB", "five GB", "1e3MB"])
