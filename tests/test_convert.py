@@ -325,7 +325,7 @@ DAMAGES = {
     "partial rotary": r"partial_rotary_factor 0\.5 is not supported for this family",
     "endless layers": r"num_hidden_layers must be a whole number from 1 to",
     "no layers": r"num_hidden_layers must be a whole number from 1 to .*, found 0",
-    "empty window": r"sliding_window must be null or at least 1, found 0",
+    "empty window": r"sliding_window must be a whole number from 1 to .*, found 0",
     "uneven heads": r"num_attention_heads 8 is not a multiple of num_key_value_heads 3",
     "index leaves folder": r"shard '\.\./\.\./file\.safetensors' is not a plain file name",
     "index without map": r"expected an object weight_map",
