@@ -18,6 +18,7 @@ from jax import numpy as jnp
 from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.decoder import Decoder, build, depth, parameter_count
 from minillm_jax.estimate import directions, gradient
+from minillm_jax.estimate.spaces import Weights
 from minillm_jax.layers import Rope
 from minillm_jax.loss import sequence_losses
 
@@ -47,7 +48,7 @@ def measure(name: str, batch: int, length: int, count: int, at_once: int, distri
     keys = jax.eval_shape(lambda: directions.direction_keys(0, 0, count))
     epsilon = jax.ShapeDtypeStruct((), jnp.float32)
     forward = account(sequence_losses.lower(abstract, tokens).compile())
-    lowered = gradient.paired_losses.lower(abstract, keys, tokens, epsilon, distribution, at_once)
+    lowered = gradient.paired_losses.lower(abstract, keys, tokens, epsilon, Weights(distribution), at_once)
     pair = account(lowered.compile())
     return {
         "shape": name,

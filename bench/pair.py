@@ -20,6 +20,7 @@ from memory import CONFIG, SHAPES
 
 from minillm_jax.decoder import build, initialise
 from minillm_jax.estimate import directions, gradient
+from minillm_jax.estimate.spaces import Weights
 from minillm_jax.loss import sequence_losses
 
 
@@ -41,7 +42,9 @@ def main() -> None:
     keys, epsilon = directions.direction_keys(0, 0, 1), jnp.float32(1e-3)
     programs: dict[str, Callable[[], jax.Array]] = {"forward": lambda: sequence_losses(decoder, tokens)}
     for name in directions.DISTRIBUTIONS:
-        programs[f"pair, {name}"] = lambda name=name: gradient.paired_losses(decoder, keys, tokens, epsilon, name)
+        space = Weights(name)
+        space = Weights(name)
+        programs[f"pair, {name}"] = lambda space=space: gradient.paired_losses(decoder, keys, tokens, epsilon, space)
     times: dict[str, list[float]] = {name: [] for name in programs}
     for program in programs.values():
         seconds(program)  # compiles

@@ -69,7 +69,7 @@ def prune(
     ],
     output: Annotated[str, typer.Option(help="Folder to write; it must not exist.")],
     criterion: Annotated[
-        str, typer.Option(help="fms, wanda, magnitude, random, or noise (the control of fms).")
+        str, typer.Option(help="fms, wanda, magnitude, gate, random, or noise (the control of fms).")
     ] = "fms",
     samples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 10,
     seq_len: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 128,
@@ -77,6 +77,10 @@ def prune(
     directions: Annotated[int, typer.Option(help="Random directions of the gradient estimate.")] = 16,
     epsilon: Annotated[float, typer.Option(help="Step along a direction.")] = 1e-3,
     distribution: Annotated[str, typer.Option(help="Of the directions: gaussian or rademacher.")] = "gaussian",
+    space: Annotated[
+        str | None, typer.Option(help="Of the directions: weights or low-rank for fms, gates for gate.")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Of low-rank directions.")] = 1,
     directions_at_once: Annotated[int, typer.Option(help="Directions vmapped into one pass: faster, more memory.")] = 1,
     activation_norm: Annotated[str, typer.Option(help="l2, rms, mean-abs or none.")] = "l2",
     within: Annotated[str | None, typer.Option(help="Reduction inside a structure: sum, mean, max, l2.")] = None,
@@ -98,7 +102,7 @@ def prune(
     from minillm_jax.pipeline import Job
     from minillm_jax.scoring import Scoring
 
-    spsa = Spsa(directions, epsilon, seed, distribution, directions_at_once)
+    spsa = Spsa(directions, epsilon, seed, distribution, directions_at_once, space, rank)
     scoring = Scoring(criterion, spsa, activation_norm, within, across, seed)
     span = None if layers is None else _layer_range(layers)
     job = Job(

@@ -16,6 +16,7 @@ from minillm_jax.decoder import Decoder, depth, group_count, group_counts, kerne
 from minillm_jax.errors import InputError
 from minillm_jax.estimate import directions, gradient
 from minillm_jax.estimate.loop import Spsa, estimate
+from minillm_jax.estimate.spaces import SPACES
 from minillm_jax.estimate.statistics import ACTIVATION_NORMS, activation_norms
 from minillm_jax.model import Model
 from minillm_jax.modules import Block
@@ -29,8 +30,8 @@ class Scoring:
     """How groups are scored; what is not said is the paper's.
 
     Attributes:
-      criterion: fms, wanda, magnitude, random, or noise (fms with ĝ replaced by noise: the control).
-      spsa: the gradient estimate, used by fms.
+      criterion: fms, wanda, magnitude, gate, random, or noise (fms with ĝ replaced by noise: the control).
+      spsa: the gradient estimate, used by fms and, in the space of gates, by gate.
       activation_norm: l2, rms, mean-abs or none.
       within: reduction inside a structure (sum, mean, max, l2); the criterion's own by default.
       across: reduction over the structures of a group (max, sum, mean, prod, last); the criterion's own by default.
@@ -44,6 +45,11 @@ class Scoring:
     across: str | None = None
     seed: int = 0
 
+    def directions(self) -> Spsa:
+        """The gradient estimate in the space that the criterion takes, where none is said."""
+        fitting = "gates" if self.criterion == "gate" else "weights"
+        return replace(self.spsa, space=self.spsa.space or fitting)
+
     def resolve(self) -> Criterion:
         """The criterion with its reductions.
 
@@ -53,9 +59,16 @@ class Scoring:
         _one_of("criterion", self.criterion, CRITERIA)
         _one_of("activation norm", self.activation_norm, ACTIVATION_NORMS)
         _one_of("distribution", self.spsa.distribution, directions.DISTRIBUTIONS)
-        for number in (self.spsa.directions, self.spsa.at_once):
+        space = self.directions().space
+        _one_of("space of directions", str(space), SPACES)
+        if self.criterion in ("gate", "fms") and (self.criterion == "gate") != (space == "gates"):
+            fitting = "gates" if self.criterion == "gate" else "weights or low-rank"
+            raise InputError(f"the criterion {self.criterion} takes directions in the space {fitting}")
+        for number in (self.spsa.directions, self.spsa.at_once, self.spsa.rank):
             if number < 1:
-                raise InputError(f"the number of directions, and of those at once, must be at least 1, found {number}")
+                raise InputError(
+                    f"the number of directions, of those at once, and their rank must be at least 1, found {number}"
+                )
         if not 0 < np.float32(self.spsa.epsilon) < np.inf:
             raise InputError(f"epsilon must be a positive float32 number, found {self.spsa.epsilon:g}")
         for seed in (self.seed, self.spsa.seed):
@@ -94,6 +107,7 @@ def score(
     """
     scoring = scoring or Scoring()
     criterion = scoring.resolve()
+    scoring = replace(scoring, spsa=scoring.directions())
     decoder, projected = model.decoder, None
     settings = asdict(scoring) | asdict(criterion)
     if not criterion.factors:
@@ -102,18 +116,37 @@ def score(
     if "activation" in criterion.factors and scoring.activation_norm != "none":
         norms = activation_norms(decoder, calibration.windows, scoring.activation_norm)
         tell(progress, "activations", 1, 1)
-    if "gradient" in criterion.factors:
+    if {"gradient", "gate"} & set(criterion.factors):
         projected = estimate(decoder, calibration.windows, scoring.spsa, partial(tell, progress, "directions"))
+    if "gate" in criterion.factors:
+        assert projected is not None, "estimated above"
+        found = _gate_scores(decoder, projected, scoring.spsa)
+        return Scores(found, settings, calibration.record(), projected)
     slopes = _slopes(criterion, scoring, projected)
     found: dict[str, list[np.ndarray]] = {kind: [] for kind in groups.KINDS}
     first = 0
     for position, run in enumerate(decoder.runs):
         norms_of_run = None if norms is None else norms[position]
-        for kind, values in _score_run(run, first, norms_of_run, slopes, criterion, scoring.spsa.distribution).items():
+        for kind, values in _score_run(run, first, norms_of_run, slopes, criterion, scoring.spsa.make_space()).items():
             found[kind].extend(values)
         first += depth(run)
         tell(progress, "scores", first, layer_count(decoder))
     return Scores(found, settings, calibration.record(), projected)
+
+
+def _gate_scores(decoder: Decoder, projected: np.ndarray, spsa: Spsa) -> dict[str, list[np.ndarray]]:
+    """|∂L/∂gate| of every group, float64: to first order how much the loss changes when the group goes."""
+    keys = directions.direction_keys(spsa.seed, 0, len(projected))
+    found: dict[str, list[np.ndarray]] = {kind: [] for kind in groups.KINDS}
+    first = 0
+    for run in decoder.runs:
+        layers = jnp.arange(first, first + depth(run), dtype=jnp.int32)
+        counts = tuple((kind, group_count(run, kind)) for kind in groups.KINDS)
+        slopes = gradient.rebuild_gates(layers, keys, jnp.asarray(projected, jnp.float32), counts, spsa.make_space())
+        for kind, rows in slopes.items():
+            found[kind].extend(np.abs(np.asarray(rows, dtype=np.float64)))
+        first += depth(run)
+    return found
 
 
 def _slopes(criterion: Criterion, scoring: Scoring, projected: np.ndarray | None) -> dict[str, Array]:
@@ -127,7 +160,7 @@ def _slopes(criterion: Criterion, scoring: Scoring, projected: np.ndarray | None
 
 
 def _score_run(
-    run: Block, first: int, norms: dict[str, Array] | None, slopes: dict[str, Array], criterion: Criterion, how: str
+    run: Block, first: int, norms: dict[str, Array] | None, slopes: dict[str, Array], criterion: Criterion, space: Any
 ) -> dict[str, np.ndarray]:
     """The scores of one run of equal layers that begins at layer `first`: kind -> [L, groups]."""
     layers = jnp.arange(first, first + depth(run), dtype=jnp.int32)
@@ -143,7 +176,7 @@ def _score_run(
                 kind=kind,
                 count=group_count(run, kind),
                 within=criterion.within,
-                distribution=how,
+                space=space,
             )
             for name in criteria.scored_matrices(criterion, kind)
             if name in kernels(run)
@@ -152,7 +185,7 @@ def _score_run(
     return found
 
 
-@partial(jax.jit, static_argnames=("name", "kind", "count", "within", "distribution"))
+@partial(jax.jit, static_argnames=("name", "kind", "count", "within", "space"))
 def _score_structure(
     kernels: Float[Array, "L ..."],
     norms: Float[Array, "L ..."] | None,
@@ -163,7 +196,7 @@ def _score_structure(
     kind: str,
     count: int,
     within: str,
-    distribution: str,
+    space: Any,
 ) -> Float[Array, "L groups"]:
     """The score of each group's part in one matrix, for every layer of a run.
 
@@ -175,8 +208,7 @@ def _score_structure(
         kernel, norm, layer = layer_of
         slope = None
         if "keys" in slopes:
-            args = (name, kernel.shape, layer, slopes["keys"], slopes["projected"], distribution)
-            slope = gradient.rebuild(*args)
+            slope = gradient.rebuild(name, kernel.shape, layer, slopes["keys"], slopes["projected"], space)
         elif "noise" in slopes:
             slope = directions.draw(slopes["noise"], layer, name, kernel.shape, "gaussian")
         values = criteria.importance(kernel, norm, slope)

@@ -55,6 +55,8 @@ def test_prune_with_all_options_of_the_contract(
         "seed": 3,
         "distribution": "gaussian",
         "at_once": 1,
+        "space": "weights",
+        "rank": 1,
     }
     assert record["calibration"] == {"source": str(text), "samples": 2, "length": 32, "seed": 3}
 
@@ -195,7 +197,7 @@ def break_values(folder: Path) -> None:
         (break_nothing, {"layers": "²:3"}, "is not a range"),
         (break_nothing, {"seed": -1}, "--seed must lie between 0 and"),
         (break_nothing, {"epsilon": 1e-50}, "epsilon must be a positive float32 number"),
-        (break_nothing, {"directions-at-once": 0}, "of those at once, must be at least 1, found 0"),
+        (break_nothing, {"directions-at-once": 0}, "of those at once, and their rank must be at least 1, found 0"),
         (break_nothing, {"output": "EMPTY/out"}, "no folder can be made there"),
         (break_nothing, {"criterion": "best"}, "unknown criterion 'best'"),
     ],

@@ -12,6 +12,7 @@ from minillm_jax.decoder import Decoder, kernels, with_runs
 from minillm_jax.errors import InputError
 from minillm_jax.estimate import directions, gradient, loop
 from minillm_jax.estimate.loop import Spsa, estimate
+from minillm_jax.estimate.spaces import Weights
 from minillm_jax.loss import batches, sequence_losses
 from tests.helpers import random_tokens, small_decoder
 
@@ -36,7 +37,7 @@ def moved(decoder: Decoder, key: jax.Array, scale: jax.Array, distribution: str)
 def test_paired_loss_equals_two_separate_losses(distribution: str) -> None:
     decoder, tokens = small_decoder(), jnp.asarray(random_tokens(61, 3, 17))
     keys = directions.direction_keys(0, 0, 2)
-    pairs = gradient.paired_losses(decoder, keys, tokens, jnp.float32(0.01), distribution)
+    pairs = gradient.paired_losses(decoder, keys, tokens, jnp.float32(0.01), Weights(distribution))
     assert pairs.shape == (2, 2, 3)
     assert pairs.dtype == jnp.float32
     for number, key in enumerate(keys):
@@ -50,7 +51,7 @@ def test_paired_loss_equals_two_separate_losses(distribution: str) -> None:
 def test_rebuilt_gradient_equals_the_materialised_mean(distribution: str) -> None:
     keys, projected = directions.direction_keys(5, 0, 6), jnp.asarray([0.3, -1.2, 2.0, 0.01, -0.5, 0.7], jnp.float32)
     shape, layer = (16, 8, 4), jnp.int32(2)
-    rebuilt = jax.jit(partial(gradient.rebuild, "attention.q", shape, distribution=distribution))(
+    rebuilt = jax.jit(partial(gradient.rebuild, "attention.q", shape, space=Weights(distribution)))(
         layer=layer, keys=keys, projected=projected
     )
     drawn = [np.asarray(directions.draw(key, layer, "attention.q", shape, distribution), np.float64) for key in keys]
@@ -80,7 +81,9 @@ def flat_estimate(decoder: Decoder, projected: np.ndarray, settings: Spsa) -> np
 def _every_layer(
     name: str, shape: tuple, distribution: str, layers: jax.Array, keys: jax.Array, projected: jax.Array
 ) -> jax.Array:
-    return jax.lax.map(lambda layer: gradient.rebuild(name, shape, layer, keys, projected, distribution), layers)
+    return jax.lax.map(
+        lambda layer: gradient.rebuild(name, shape, layer, keys, projected, Weights(distribution)), layers
+    )
 
 
 def cosine(left: np.ndarray, right: np.ndarray) -> float:

@@ -9,6 +9,7 @@ from jax import numpy as jnp
 from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.decoder import Decoder, build, depth, kernels
 from minillm_jax.estimate import directions, gradient
+from minillm_jax.estimate.spaces import Weights
 from minillm_jax.layers import Rope
 from minillm_jax.loss import sequence_losses
 from minillm_jax.scoring import _score_structure
@@ -33,7 +34,7 @@ def layer_bytes(decoder: Decoder) -> float:
 def pair(decoder: Decoder, distribution: str) -> tuple[int, int]:
     keys = jax.eval_shape(lambda: directions.direction_keys(0, 0, 16))
     epsilon = jax.ShapeDtypeStruct((), jnp.float32)
-    return account(gradient.paired_losses.lower(decoder, keys, TOKENS, epsilon, distribution))
+    return account(gradient.paired_losses.lower(decoder, keys, TOKENS, epsilon, Weights(distribution)))
 
 
 @pytest.mark.parametrize("distribution", directions.DISTRIBUTIONS)
@@ -55,7 +56,7 @@ def test_scoring_seven_billion_parameters_takes_about_one_layer(name: str) -> No
     kernel = kernels(LARGE.runs[0])[name].get_value()
     slopes = jax.eval_shape(lambda: {"keys": directions.direction_keys(0, 0, 16), "projected": jnp.zeros(16)})
     norms = jax.ShapeDtypeStruct(kernel.shape[:2], jnp.float32)
-    static = {"name": name, "kind": "channel", "count": 11008, "within": "sum", "distribution": "gaussian"}
+    static = {"name": name, "kind": "channel", "count": 11008, "within": "sum", "space": Weights()}
     lowered = _score_structure.lower(kernel, norms, jax.ShapeDtypeStruct((32,), jnp.int32), slopes, **static)
     assert account(lowered)[1] <= layer_bytes(LARGE)
 

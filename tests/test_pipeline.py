@@ -188,14 +188,14 @@ def test_pruning_twice_keeps_the_first_record_and_a_range_of_layers_prunes_only_
 @pytest.mark.parametrize(
     ("scoring", "message"),
     [
-        (Scoring("best"), "unknown criterion 'best'; expected one of fms, noise, wanda, magnitude, random"),
+        (Scoring("best"), "unknown criterion 'best'; expected one of fms, noise, wanda, magnitude, gate, random"),
         (Scoring(activation_norm="l7"), "unknown activation norm 'l7'"),
         (Scoring(within="median"), "unknown reduction within a structure 'median'"),
         (Scoring(across="first"), "unknown reduction across structures 'first'"),
         (Scoring(spsa=Spsa(distribution="cauchy")), "unknown distribution 'cauchy'"),
         (
             Scoring(spsa=Spsa(directions=0)),
-            "the number of directions, and of those at once, must be at least 1, found 0",
+            "the number of directions, of those at once, and their rank must be at least 1, found 0",
         ),
         (Scoring(spsa=Spsa(epsilon=0.0)), "epsilon must be a positive float32 number, found 0"),
         (Scoring(spsa=Spsa(epsilon=float("nan"))), "epsilon must be a positive float32 number"),

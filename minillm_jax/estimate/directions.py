@@ -38,6 +38,16 @@ def direction_keys(seed: int, first: int, last: int) -> Key[Array, " P"]:
     return jax.vmap(jax.random.fold_in, (None, 0))(stream_key(seed, "direction"), numbers)
 
 
+def part_key(key: Key[Array, ""], layer: Int[Array, ""], name: str) -> Key[Array, ""]:
+    """The key of a direction's part that belongs to one matrix of one layer."""
+    return jax.random.fold_in(jax.random.fold_in(key, layer), _ORDINAL[name])
+
+
+def sample(key: Key[Array, ""], shape: tuple[int, ...], distribution: str) -> Float[Array, "..."]:
+    """A small array of entries of zero mean and unit variance, float32, from a key of its own."""
+    return _signs(key, shape) if distribution == "rademacher" else jax.random.normal(key, shape, jnp.float32)
+
+
 def add(
     target: Float[Array, "..."],
     scale: Float[Array, ""],
@@ -59,7 +69,7 @@ def add(
       distribution: of the entries of z, zero mean and unit variance: `gaussian`, or `rademacher` (signs, as in Spall
         1992), 32 of them from one random word.
     """
-    key = jax.random.fold_in(jax.random.fold_in(key, layer), _ORDINAL[name])
+    key = part_key(key, layer, name)
     if distribution == "rademacher":
         return target + scale * _signs(key, target.shape)
     axis = groups.letters(groups.matrices()[name]).index("D")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jax import numpy as jnp
@@ -9,7 +10,7 @@ from jaxtyping import Float, Int
 
 from minillm_jax.decoder import Decoder
 from minillm_jax.errors import InputError
-from minillm_jax.estimate import directions, gradient
+from minillm_jax.estimate import directions, gradient, spaces
 from minillm_jax.loss import TOKENS_AT_ONCE, batches
 
 Progress = Callable[[int, int], None]
@@ -17,7 +18,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Spsa:
-    """Settings of the SPSA estimate over all block weights.
+    """Settings of the SPSA estimate.
 
     Attributes:
       directions: number n of random directions.
@@ -25,6 +26,9 @@ class Spsa:
       seed: decides the directions, bit for bit.
       distribution: `gaussian` or `rademacher`.
       at_once: directions vmapped into one forward pass; changes speed and memory, not the directions.
+      space: what a direction moves: `weights` (all block matrices, as the paper), `low-rank` or `gates`; None leaves
+        it to the criterion, and is `weights` where there is none.
+      rank: of low-rank directions.
     """
 
     directions: int = 16
@@ -32,6 +36,12 @@ class Spsa:
     seed: int = 0
     distribution: str = "gaussian"
     at_once: int = 1
+    space: str | None = None
+    rank: int = 1
+
+    def make_space(self) -> Any:
+        """The space of the directions."""
+        return spaces.make(self.space or "weights", self.distribution, self.rank)
 
 
 def estimate(
@@ -54,7 +64,7 @@ def estimate(
                     keys,
                     jnp.asarray(batch),
                     jnp.float32(settings.epsilon),
-                    settings.distribution,
+                    settings.make_space(),
                     settings.at_once,
                 )
             )

@@ -28,7 +28,8 @@ class Criterion:
 
     Attributes:
       factors: of `magnitude` |W|, `activation` (the norm of the input feature), `gradient` |ĝ|, and `noise`, which puts
-        fresh noise in the place of ĝ; empty for scores drawn at random.
+        fresh noise in the place of ĝ; or `gate` alone, |∂L/∂gate| of a factor on the whole group, whose matrices are
+        not looked at; empty for scores drawn at random.
       within: reduction over the weights of a structure.
       across: reduction over the structures of a group, in the order of the forward pass.
       outputs_only: score only the output projections (attention.o, mlp.down), as Wanda-sp does.
@@ -45,6 +46,7 @@ CRITERIA = {
     "noise": Criterion(("magnitude", "activation", "noise")),
     "wanda": Criterion(("magnitude", "activation"), outputs_only=True),
     "magnitude": Criterion(("magnitude",), within="l2"),
+    "gate": Criterion(("gate",)),
     "random": Criterion(()),
 }
 
