@@ -12,9 +12,8 @@ from jax import numpy as jnp
 from convert import memory
 from convert.families import TABLES, FamilyTable, Part, Rule
 from minillm_jax import groups
-from minillm_jax.decoder import Decoder, depth, hidden_size, named_arrays
+from minillm_jax.decoder import Decoder, depth, named_arrays, outer_letters, run_letters
 from minillm_jax.errors import InputError
-from minillm_jax.modules import Block
 
 
 @runtime_checkable
@@ -108,10 +107,10 @@ def table_of(decoder: Decoder) -> FamilyTable:
 def bindings(decoder: Decoder) -> list[Binding]:
     """Every tensor that a decoder is stored as, in the order of the layers. The decoder may be abstract."""
     table = table_of(decoder)
-    found = list(_bind(table.outer, decoder, "", "", None, _outer_sizes(decoder)))
+    found = list(_bind(table.outer, decoder, "", "", None, outer_letters(decoder)))
     layer = 0
     for position, run in enumerate(decoder.runs):
-        sizes = _run_sizes(run)
+        sizes = run_letters(run)
         for index in range(depth(run)):
             found += _bind(table.block, decoder, table.layer.format(layer=layer), f"runs.{position}.", index, sizes)
             layer += 1
@@ -125,17 +124,6 @@ def _bind(
         if all(decoder.config.has_array(part.path) for part in rule.parts):
             paths = tuple(parent + part.path for part in rule.parts)
             yield Binding(rule, prefix + rule.name, paths, index, sizes)
-
-
-def _outer_sizes(decoder: Decoder) -> dict[str, int]:
-    vocabulary, width = decoder.embedding.shape
-    positions = 0 if decoder.position_embedding is None else decoder.position_embedding.shape[0]
-    return {"V": vocabulary, "E": width, "D": hidden_size(decoder), "M": positions}
-
-
-def _run_sizes(run: Block) -> dict[str, int]:
-    d, n, h = run.attention.q.kernel.shape[1:]
-    return {"D": d, "N": n, "H": h, "K": run.attention.k.kernel.shape[2], "F": run.mlp.down.kernel.shape[1]}
 
 
 def fill(abstract: Decoder, source: TensorSource, dtype: np.dtype | None = None) -> Decoder:

@@ -324,22 +324,33 @@ def hidden_size(decoder: Decoder) -> int:
     return decoder.runs[0].attention.q.kernel.shape[1]
 
 
+def outer_letters(decoder: Decoder) -> dict[str, int]:
+    """The size of every axis letter outside the layers."""
+    vocabulary, width = decoder.embedding.shape
+    positions = 0 if decoder.position_embedding is None else decoder.position_embedding.shape[0]
+    return {"V": vocabulary, "E": width, "D": hidden_size(decoder), "M": positions}
+
+
+def run_letters(run: Block) -> dict[str, int]:
+    """The size of every axis letter of a run's layers."""
+    d, n, h = run.attention.q.kernel.shape[1:]
+    return {"D": d, "N": n, "H": h, "K": run.attention.k.kernel.shape[2], "F": run.mlp.down.kernel.shape[1]}
+
+
 def sizes_of(decoder: Decoder) -> Sizes:
     """The sizes that `build` would make this decoder from, data of the layers included."""
-    vocabulary, width = decoder.embedding.shape
-    rows = 0 if decoder.position_embedding is None else decoder.position_embedding.shape[0]
-    head_size = decoder.runs[0].attention.q.kernel.shape[-1]
+    outer, head_size = outer_letters(decoder), run_letters(decoder.runs[0])["H"]
     layers = tuple(layer for run in decoder.runs for layer in _layers_of(run))
-    return Sizes(vocabulary, hidden_size(decoder), head_size, layers, width, rows)
+    return Sizes(outer["V"], outer["D"], head_size, layers, outer["E"], outer["M"])
 
 
 def _layers_of(run: Block) -> Iterator[LayerSizes]:
-    attention = run.attention
-    heads, kv_heads = attention.q.kernel.shape[2], attention.k.kernel.shape[2]
+    attention, letters = run.attention, run_letters(run)
     for index in range(depth(run)):
         window = None if attention.window is None else int(attention.window[index])
         slopes = () if attention.slopes is None else tuple(float(slope) for slope in attention.slopes[index])
-        yield LayerSizes(heads, kv_heads, run.mlp.down.kernel.shape[1], None if window == NO_WINDOW else window, slopes)
+        own = None if window == NO_WINDOW else window
+        yield LayerSizes(letters["N"], letters["K"], letters["F"], own, slopes)
 
 
 def group_count(block: Block, kind: str) -> int:

@@ -98,7 +98,7 @@ def check_layer_count(raw: Mapping[str, Any], where: str) -> None:
 
 def _sizes(raw: Mapping[str, Any], config: DecoderConfig, where: str) -> Sizes:
     family = FAMILIES[config.family]
-    named = {key: raw[key] for key in ("vocab_size", "hidden_size", family.heads, family.layers)}
+    named = {key: raw[key] for key in ("vocab_size", "hidden_size", family.heads)}
     if config.position_offset is not None:
         named["max_position_embeddings"] = raw["max_position_embeddings"]
     if config.embedding_projection:
