@@ -21,7 +21,7 @@ from rich.table import Table
 
 from minillm_jax import demo, pipeline
 from minillm_jax.calibration import Calibration, Tokens, sample, tokenise
-from minillm_jax.estimate.loop import Spsa
+from minillm_jax.estimate.settings import Estimation
 from minillm_jax.loss import perplexity
 from minillm_jax.model import Model
 from minillm_jax.scoring import Scoring, score
@@ -43,8 +43,8 @@ def measure(model: Model, tokens: Tokens, seed: int, arguments: argparse.Namespa
     dense = perplexity(model.decoder, held_out).perplexity
     rows = []
     for criterion in CRITERIA:
-        spsa = Spsa(arguments.directions, arguments.epsilon, seed, at_once=4)
-        scores = score(model, calibration, Scoring(criterion, spsa, seed=seed))
+        estimation = Estimation(directions=arguments.directions, epsilon=arguments.epsilon, seed=seed)
+        scores = score(model, calibration, Scoring(criterion, estimation, seed=seed))
         for ratio in arguments.ratios:
             pruned = pipeline.prune(model, scores, ratio)
             found = perplexity(pruned.decoder, held_out).perplexity

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from minillm_jax.calibration import Calibration as Calibration
     from minillm_jax.errors import InputError as InputError
-    from minillm_jax.estimate.loop import Spsa as Spsa
+    from minillm_jax.estimate.settings import Estimation as Estimation
     from minillm_jax.model import Model as Model
     from minillm_jax.pipeline import calibrate as calibrate
     from minillm_jax.pipeline import evaluate as evaluate
@@ -31,11 +31,11 @@ __version__ = "0.1.0"
 # Resolved on first use: `import minillm_jax.config`, or the help of a command, must not import JAX and transformers.
 _HOME = {
     "Calibration": "calibration",
+    "Estimation": "estimate.settings",
     "InputError": "errors",
     "Model": "model",
     "Scores": "scoring",
     "Scoring": "scoring",
-    "Spsa": "estimate.loop",
     "calibrate": "pipeline",
     "evaluate": "pipeline",
     "load": "pipeline",
@@ -46,11 +46,11 @@ _HOME = {
 
 __all__ = [
     "Calibration",
+    "Estimation",
     "InputError",
     "Model",
     "Scores",
     "Scoring",
-    "Spsa",
     "calibrate",
     "evaluate",
     "load",

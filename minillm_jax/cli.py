@@ -74,14 +74,29 @@ def prune(
     samples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 10,
     seq_len: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 128,
     seed: Annotated[int, typer.Option(help="Decides windows, directions, noise and random scores.")] = 0,
-    directions: Annotated[int, typer.Option(help="Random directions of the gradient estimate.")] = 16,
-    epsilon: Annotated[float, typer.Option(help="Step along a direction.")] = 1e-3,
-    distribution: Annotated[str, typer.Option(help="Of the directions: gaussian or rademacher.")] = "gaussian",
+    difference: Annotated[
+        str, typer.Option(help="How the slope is taken: spsa (two steps), jvp (exact, forward mode), exact (backward).")
+    ] = "spsa",
     space: Annotated[
         str | None, typer.Option(help="Of the directions: weights or low-rank for fms, gates for gate.")
     ] = None,
+    directions: Annotated[int, typer.Option(help="Random directions of the gradient estimate.")] = 16,
+    epsilon: Annotated[str, typer.Option(help="Step of spsa along a direction, or auto.")] = "1e-3",
+    distribution: Annotated[str, typer.Option(help="Of the directions: gaussian, rademacher or sphere.")] = "gaussian",
     rank: Annotated[int, typer.Option(help="Of low-rank directions.")] = 1,
-    directions_at_once: Annotated[int, typer.Option(help="Directions vmapped into one pass: faster, more memory.")] = 1,
+    per_sequence: Annotated[
+        bool, typer.Option("--per-sequence", help="A direction of its own for every window (gates).")
+    ] = False,
+    directions_per_step: Annotated[
+        int | None, typer.Option(help="Directions vmapped into one pass; by the memory when not given.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="For the estimate besides the model: 2GB, 500MB.")] = None,
+    rng: Annotated[str, typer.Option(help="threefry2x32, or threefry4x32 (other directions, made faster).")] = (
+        "threefry2x32"
+    ),
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Folder to save the estimate in, and to go on from after an interruption.")
+    ] = None,
     activation_norm: Annotated[str, typer.Option(help="l2, rms, mean-abs or none.")] = "l2",
     within: Annotated[str | None, typer.Option(help="Reduction inside a structure: sum, mean, max, l2.")] = None,
     across: Annotated[str | None, typer.Option(help="Over a group's structures: max, sum, mean, prod, last.")] = None,
@@ -98,12 +113,24 @@ def prune(
     as_json: JsonOption = False,
 ) -> None:
     """Prune a model and write it as a folder that transformers loads."""
-    from minillm_jax.estimate.loop import Spsa
+    from minillm_jax.estimate.settings import Estimation
     from minillm_jax.pipeline import Job
     from minillm_jax.scoring import Scoring
 
-    spsa = Spsa(directions, epsilon, seed, distribution, directions_at_once, space, rank)
-    scoring = Scoring(criterion, spsa, activation_norm, within, across, seed)
+    estimation = Estimation(
+        difference,
+        space,
+        directions,
+        _epsilon(epsilon),
+        seed,
+        distribution,
+        rank,
+        per_sequence,
+        directions_per_step,
+        _bytes(memory),
+        rng,
+    )
+    scoring = Scoring(criterion, estimation, activation_norm, within, across, seed)
     span = None if layers is None else _layer_range(layers)
     job = Job(
         model,
@@ -122,6 +149,7 @@ def prune(
         round_width_to=round_width_to,
         format=format,
         max_shard_size=max_shard_size,
+        checkpoint=checkpoint,
     )
     _run(job, as_json)
 
@@ -207,6 +235,25 @@ def _progress(quiet: bool) -> Iterator["StageProgress"]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield update
+
+
+def _epsilon(text: str) -> float | None:
+    """A number, or None for `auto`."""
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--epsilon {text!r} is not a number; expected 1e-3 for example, or auto") from None
+
+
+def _bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,9})([kMGT]?)B", text, re.ASCII)
+    if found is None:
+        raise InputError(f"--memory {text!r} is not a size; expected 2GB or 500MB, for example")
+    return int(found[1]) * 1000 ** " kMGT".index(found[2] or " ")
 
 
 def _layer_range(text: str) -> tuple[int, int]:

@@ -87,7 +87,7 @@ def prune(
         "layers": None if layers is None else [layers.start, layers.stop],
         "scoring": scores.settings,
         "calibration": scores.calibration,
-        "projected_gradients": None if scores.projected_gradients is None else scores.projected_gradients.tolist(),
+        "estimate": None if scores.estimate is None else scores.estimate.record(),
         "parameters_before": parameter_count(decoder),
         "parameters_after": parameter_count(pruned),
         "kept": {kind: [indices.tolist() for indices in rows] for kind, rows in kept.items()},
@@ -164,6 +164,7 @@ class Job:
     round_width_to: int = 1
     format: str | None = None
     max_shard_size: str = writer.MAX_SHARD_SIZE
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def run(job: Job, progress: StageProgress | None = None) -> Result:
     clock.lap("load")
     before = None if held_out is None else _perplexity(model, held_out, progress)
     clock.lap("evaluate")
-    scores = score(model, calibration, job.scoring, progress)
+    scores = score(model, calibration, job.scoring, progress, job.checkpoint)
     clock.lap("score")
     pruned = prune(model, scores, job.ratio, layers, job.round_heads_to, job.round_width_to)
     del model  # the dense weights

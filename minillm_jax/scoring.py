@@ -1,8 +1,8 @@
 """Scores of all groups: where what the forward passes tell and the criteria meet."""
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,10 +13,11 @@ from jaxtyping import Array, Float, Int
 from minillm_jax import groups
 from minillm_jax.calibration import Calibration, check_seed
 from minillm_jax.decoder import Decoder, depth, group_count, group_counts, kernels, layer_count
-from minillm_jax.errors import InputError
-from minillm_jax.estimate import directions, gradient
-from minillm_jax.estimate.loop import Spsa, estimate
-from minillm_jax.estimate.spaces import SPACES
+from minillm_jax.errors import InputError, one_of
+from minillm_jax.estimate import directions
+from minillm_jax.estimate.loop import Estimate, estimate, gate_slopes
+from minillm_jax.estimate.rebuild import rebuild
+from minillm_jax.estimate.settings import Estimation
 from minillm_jax.estimate.statistics import ACTIVATION_NORMS, activation_norms
 from minillm_jax.model import Model
 from minillm_jax.modules import Block
@@ -30,8 +31,8 @@ class Scoring:
     """How groups are scored; what is not said is the paper's.
 
     Attributes:
-      criterion: fms, wanda, magnitude, gate, random, or noise (fms with ĝ replaced by noise: the control).
-      spsa: the gradient estimate, used by fms and, in the space of gates, by gate.
+      criterion: fms, wanda, magnitude, gate, gate-square, random, or noise (fms with ĝ replaced by noise: the control).
+      estimation: of the gradient, used by fms and, in the space of gates, by gate.
       activation_norm: l2, rms, mean-abs or none.
       within: reduction inside a structure (sum, mean, max, l2); the criterion's own by default.
       across: reduction over the structures of a group (max, sum, mean, prod, last); the criterion's own by default.
@@ -39,45 +40,35 @@ class Scoring:
     """
 
     criterion: str = "fms"
-    spsa: Spsa = field(default_factory=Spsa)
+    estimation: Estimation = field(default_factory=Estimation)
     activation_norm: str = "l2"
     within: str | None = None
     across: str | None = None
     seed: int = 0
 
-    def directions(self) -> Spsa:
-        """The gradient estimate in the space that the criterion takes, where none is said."""
-        fitting = "gates" if self.criterion == "gate" else "weights"
-        return replace(self.spsa, space=self.spsa.space or fitting)
-
-    def resolve(self) -> Criterion:
-        """The criterion with its reductions.
+    def resolve(self) -> tuple[Criterion, Estimation]:
+        """The criterion with its reductions, and the estimate in the space that it takes.
 
         Raises:
-          InputError: a name is unknown or a number out of its range.
+          InputError: a name is unknown, a number out of its range, or two settings do not go together.
         """
-        _one_of("criterion", self.criterion, CRITERIA)
-        _one_of("activation norm", self.activation_norm, ACTIVATION_NORMS)
-        _one_of("distribution", self.spsa.distribution, directions.DISTRIBUTIONS)
-        space = self.directions().space
-        _one_of("space of directions", str(space), SPACES)
-        if self.criterion in ("gate", "fms") and (self.criterion == "gate") != (space == "gates"):
-            fitting = "gates" if self.criterion == "gate" else "weights or low-rank"
-            raise InputError(f"the criterion {self.criterion} takes directions in the space {fitting}")
-        for number in (self.spsa.directions, self.spsa.at_once, self.spsa.rank):
-            if number < 1:
-                raise InputError(
-                    f"the number of directions, of those at once, and their rank must be at least 1, found {number}"
-                )
-        if not 0 < np.float32(self.spsa.epsilon) < np.inf:
-            raise InputError(f"epsilon must be a positive float32 number, found {self.spsa.epsilon:g}")
-        for seed in (self.seed, self.spsa.seed):
-            check_seed(seed)
+        one_of("criterion", self.criterion, CRITERIA)
+        one_of("activation norm", self.activation_norm, ACTIVATION_NORMS)
+        check_seed(self.seed)
         found = CRITERIA[self.criterion]
         within, across = self.within or found.within, self.across or found.across
-        _one_of("reduction within a structure", within, criteria.WITHIN)
-        _one_of("reduction across structures", across, criteria.ACROSS)
-        return replace(found, within=within, across=across)
+        one_of("reduction within a structure", within, criteria.WITHIN)
+        one_of("reduction across structures", across, criteria.ACROSS)
+        return replace(found, within=within, across=across), self._estimation(found)
+
+    def _estimation(self, criterion: Criterion) -> Estimation:
+        by_gates = criterion.by_gates
+        fitting = "gates" if by_gates else "weights"
+        resolved = replace(self.estimation, space=self.estimation.space or fitting).resolve()
+        if criterion.estimates and by_gates != (resolved.space == "gates"):
+            known = "gates" if by_gates else "weights or low-rank"
+            raise InputError(f"the criterion {self.criterion} takes directions in the space {known}")
+        return resolved
 
 
 @dataclass(frozen=True)
@@ -88,79 +79,103 @@ class Scores:
       groups: the scores.
       settings: what they were made with, for the record.
       calibration: what they were made on, for the record.
-      projected_gradients: of each direction, when the criterion takes an estimated gradient.
+      estimate: of the gradient, when the criterion takes one.
     """
 
     groups: dict[str, list[np.ndarray]]
     settings: dict[str, Any]
     calibration: dict[str, Any]
-    projected_gradients: np.ndarray | None = None
+    estimate: Estimate | None = None
 
 
 def score(
-    model: Model, calibration: Calibration, scoring: Scoring | None = None, progress: StageProgress | None = None
+    model: Model,
+    calibration: Calibration,
+    scoring: Scoring | None = None,
+    progress: StageProgress | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Scores:
     """Score every head (with its key/value group) and every MLP channel of every layer.
+
+    Args:
+      model: the dense model.
+      calibration: windows to run it on.
+      scoring: the criterion and its settings.
+      progress: told how far each stage is.
+      checkpoint: folder from which an interrupted estimate of the gradient goes on (see `estimate.loop`).
 
     Raises:
       InputError: a setting is out of its range, or the estimate is not finite.
     """
     scoring = scoring or Scoring()
-    criterion = scoring.resolve()
-    scoring = replace(scoring, spsa=scoring.directions())
-    decoder, projected = model.decoder, None
-    settings = asdict(scoring) | asdict(criterion)
+    criterion, estimation = scoring.resolve()
+    decoder, found = model.decoder, None
+    settings = asdict(replace(scoring, estimation=estimation)) | asdict(criterion)
     if not criterion.factors:
         return Scores(_random_scores(decoder, scoring.seed), settings, calibration.record())
     norms = None
     if "activation" in criterion.factors and scoring.activation_norm != "none":
         norms = activation_norms(decoder, calibration.windows, scoring.activation_norm)
         tell(progress, "activations", 1, 1)
-    if {"gradient", "gate"} & set(criterion.factors):
-        projected = estimate(decoder, calibration.windows, scoring.spsa, partial(tell, progress, "directions"))
-    if "gate" in criterion.factors:
-        assert projected is not None, "estimated above"
-        found = _gate_scores(decoder, projected, scoring.spsa)
-        return Scores(found, settings, calibration.record(), projected)
-    slopes = _slopes(criterion, scoring, projected)
+    if criterion.estimates:
+        found = estimate(decoder, calibration.windows, estimation, partial(tell, progress, "directions"), checkpoint)
+        settings["estimation"] = asdict(found.settings)
+    if found is not None and criterion.by_gates:
+        return Scores(_gate_scores(decoder, found, criterion), settings, calibration.record(), found)
+    scores = _score_matrices(decoder, norms, _slopes(decoder, criterion, scoring, found), criterion, progress)
+    return Scores(scores, settings, calibration.record(), found)
+
+
+def _gate_scores(decoder: Decoder, found: Estimate, criterion: Criterion) -> dict[str, list[np.ndarray]]:
+    runs = gate_slopes(decoder, found)
+    return {
+        kind: [criteria.gate_importance(layer, criterion) for run in runs for layer in np.asarray(run[kind])]
+        for kind in groups.KINDS
+    }
+
+
+@dataclass(frozen=True)
+class _Slopes:
+    """What ĝ of a matrix is made from: keys and projected gradients, the key of the noise, or the exact gradient."""
+
+    traced: dict[str, Any]
+    exact: list[dict[str, Array]] | None
+    space: Any
+
+
+def _slopes(decoder: Decoder, criterion: Criterion, scoring: Scoring, found: Estimate | None) -> _Slopes:
+    if "noise" in criterion.factors:
+        return _Slopes({"noise": directions.stream_key(scoring.seed, "noise")}, None, None)
+    if found is None or found.projected is None:
+        return _Slopes({}, None if found is None else found.exact, None)
+    drawn = found.settings.draw(decoder, 0, len(found.projected))
+    projected = jnp.asarray(found.projected.sum(axis=1), jnp.float32)
+    return _Slopes({"directions": drawn, "projected": projected}, None, found.settings.make_space())
+
+
+def _score_matrices(
+    decoder: Decoder,
+    norms: list[dict[str, Array]] | None,
+    slopes: _Slopes,
+    criterion: Criterion,
+    progress: StageProgress | None,
+) -> dict[str, list[np.ndarray]]:
     found: dict[str, list[np.ndarray]] = {kind: [] for kind in groups.KINDS}
     first = 0
     for position, run in enumerate(decoder.runs):
-        norms_of_run = None if norms is None else norms[position]
-        for kind, values in _score_run(run, first, norms_of_run, slopes, criterion, scoring.spsa.make_space()).items():
+        own = {
+            "norms": None if norms is None else norms[position],
+            "exact": None if slopes.exact is None else slopes.exact[position],
+        }
+        for kind, values in _score_run(run, first, own, slopes, criterion).items():
             found[kind].extend(values)
         first += depth(run)
         tell(progress, "scores", first, layer_count(decoder))
-    return Scores(found, settings, calibration.record(), projected)
-
-
-def _gate_scores(decoder: Decoder, projected: np.ndarray, spsa: Spsa) -> dict[str, list[np.ndarray]]:
-    """|∂L/∂gate| of every group, float64: to first order how much the loss changes when the group goes."""
-    keys = directions.direction_keys(spsa.seed, 0, len(projected))
-    found: dict[str, list[np.ndarray]] = {kind: [] for kind in groups.KINDS}
-    first = 0
-    for run in decoder.runs:
-        layers = jnp.arange(first, first + depth(run), dtype=jnp.int32)
-        counts = tuple((kind, group_count(run, kind)) for kind in groups.KINDS)
-        slopes = gradient.rebuild_gates(layers, keys, jnp.asarray(projected, jnp.float32), counts, spsa.make_space())
-        for kind, rows in slopes.items():
-            found[kind].extend(np.abs(np.asarray(rows, dtype=np.float64)))
-        first += depth(run)
     return found
 
 
-def _slopes(criterion: Criterion, scoring: Scoring, projected: np.ndarray | None) -> dict[str, Array]:
-    """What ĝ is made from inside the scan: keys and projected gradients, or the key of the noise."""
-    if projected is not None:
-        keys = directions.direction_keys(scoring.spsa.seed, 0, len(projected))
-        return {"keys": keys, "projected": jnp.asarray(projected, jnp.float32)}
-    if "noise" in criterion.factors:
-        return {"noise": directions.stream_key(scoring.seed, "noise")}
-    return {}
-
-
 def _score_run(
-    run: Block, first: int, norms: dict[str, Array] | None, slopes: dict[str, Array], criterion: Criterion, space: Any
+    run: Block, first: int, own: dict[str, dict[str, Array] | None], slopes: _Slopes, criterion: Criterion
 ) -> dict[str, np.ndarray]:
     """The scores of one run of equal layers that begins at layer `first`: kind -> [L, groups]."""
     layers = jnp.arange(first, first + depth(run), dtype=jnp.int32)
@@ -169,14 +184,14 @@ def _score_run(
         structures = [
             _score_structure(
                 kernels(run)[name][...],
-                None if norms is None else norms[name],
+                *(None if values is None else values[name] for values in (own["norms"], own["exact"])),
                 layers,
-                slopes,
+                slopes.traced,
                 name=name,
                 kind=kind,
                 count=group_count(run, kind),
                 within=criterion.within,
-                space=space,
+                space=slopes.space,
             )
             for name in criteria.scored_matrices(criterion, kind)
             if name in kernels(run)
@@ -189,8 +204,9 @@ def _score_run(
 def _score_structure(
     kernels: Float[Array, "L ..."],
     norms: Float[Array, "L ..."] | None,
+    exact: Float[Array, "L ..."] | None,
     layers: Int[Array, " L"],
-    slopes: dict[str, Array],
+    slopes: dict[str, Any],
     *,
     name: str,
     kind: str,
@@ -204,18 +220,17 @@ def _score_structure(
     few times that of one matrix.
     """
 
-    def one(layer_of: tuple[Array, Array | None, Array]) -> Array:
-        kernel, norm, layer = layer_of
-        slope = None
-        if "keys" in slopes:
-            slope = gradient.rebuild(name, kernel.shape, layer, slopes["keys"], slopes["projected"], space)
+    def one(layer_of: tuple[Array, Array | None, Array | None, Array]) -> Array:
+        kernel, norm, slope, layer = layer_of
+        if "directions" in slopes:
+            slope = rebuild(name, kernel.shape, layer, slopes["directions"], slopes["projected"], space)
         elif "noise" in slopes:
             slope = directions.draw(slopes["noise"], layer, name, kernel.shape, "gaussian")
         values = criteria.importance(kernel, norm, slope)
         axes = groups.matrices()[name]
         return criteria.reduce_structure(values, axes, kind, count, within)
 
-    return jax.lax.map(one, (kernels, norms, layers))
+    return jax.lax.map(one, (kernels, norms, exact, layers))
 
 
 def _random_scores(decoder: Decoder, seed: int) -> dict[str, list[np.ndarray]]:
@@ -224,8 +239,3 @@ def _random_scores(decoder: Decoder, seed: int) -> dict[str, list[np.ndarray]]:
         kind: [criteria.random_scores(key, layer, kind, n) for layer, n in enumerate(group_counts(decoder, kind))]
         for kind in groups.KINDS
     }
-
-
-def _one_of(what: str, name: str, known: Iterable[str]) -> None:
-    if name not in known:
-        raise InputError(f"unknown {what} {name!r}; expected one of {', '.join(known)}")

@@ -15,7 +15,11 @@ from convert import modeling_pruned
 from minillm_jax import groups
 from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.decoder import Decoder, build, initialise
+from minillm_jax.estimate.directions import Directions
+from minillm_jax.estimate.gradient import paired_losses
+from minillm_jax.estimate.spaces import Weights, finite
 from minillm_jax.layers import Rope
+from minillm_jax.modules import Block
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -187,6 +191,20 @@ def small_decoder(
         return leaf + 0.1 * jax.random.normal(next(keys), leaf.shape)
 
     return jax.tree_util.tree_map_with_path(shake, decoder)
+
+
+def perturb(block: Block, key: jax.Array, layer: jax.Array, scale: jax.Array, distribution: str) -> Block:
+    """One layer moved along a direction over its weights."""
+    return Weights(distribution).moved(block, key, layer, finite(scale), jnp.zeros(1, jnp.int32))
+
+
+def pairs_of(
+    decoder: Decoder, keys: jax.Array, tokens: jax.Array, epsilon: float, space: Any, per_step: int = 1
+) -> Any:
+    """The paired losses along some directions, [P, 2, B]."""
+    stacked, windows = Directions.plain(keys).stacked(per_step), jnp.arange(len(tokens), dtype=jnp.int32)
+    found = paired_losses(decoder, stacked, tokens, windows, jnp.float32(epsilon), space)
+    return found.reshape(-1, *found.shape[2:])
 
 
 def arrays_equal(left: Any, right: Any) -> bool:

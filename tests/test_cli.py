@@ -49,15 +49,21 @@ def test_prune_with_all_options_of_the_contract(
     load_torch(tmp_path / "out")
     record = json.loads((tmp_path / "out" / "pruning.json").read_text())
     assert record["ratio"] == 0.2
-    assert record["scoring"]["spsa"] == {
+    assert record["scoring"]["estimation"] == {
+        "difference": "spsa",
+        "space": "weights",
         "directions": 2,
         "epsilon": 1e-3,
         "seed": 3,
         "distribution": "gaussian",
-        "at_once": 1,
-        "space": "weights",
         "rank": 1,
+        "per_sequence": False,
+        "per_step": None,
+        "memory": None,
+        "rng": "threefry2x32",
     }
+    assert len(record["estimate"]["projected_gradients"]) == 2
+    assert record["estimate"]["step"]["loss"] > 0
     assert record["calibration"] == {"source": str(text), "samples": 2, "length": 32, "seed": 3}
 
 

@@ -8,7 +8,7 @@ from jax import numpy as jnp
 from minillm_jax import groups
 from minillm_jax.decoder import kernels, scan_layers
 from minillm_jax.estimate import directions
-from tests.helpers import small_decoder
+from tests.helpers import perturb, small_decoder
 
 SHAPES = {"attention.q": (48, 8, 4), "attention.o": (8, 4, 48), "mlp.down": (37, 48)}
 
@@ -90,7 +90,7 @@ def test_perturb_moves_every_matrix_and_nothing_else(distribution: str) -> None:
     key = directions.direction_keys(0, 0, 1)[0]
 
     def step(carry: None, block: object, layer: jax.Array, extra: None) -> tuple[None, tuple]:
-        return None, (block, directions.perturb(block, key, layer, jnp.float32(0.5), distribution))
+        return None, (block, perturb(block, key, layer, jnp.float32(0.5), distribution))
 
     _, ((before, after),) = jax.jit(lambda runs: scan_layers(runs, step, None))(decoder.runs)
     moved, jitted = kernels(after), jax.jit(directions.draw, static_argnums=(2, 3, 4))
@@ -107,7 +107,7 @@ def test_perturb_moves_every_matrix_and_nothing_else(distribution: str) -> None:
 def test_perturbed_bfloat16_weights_are_not_rounded_back() -> None:
     decoder = jax.tree.map(lambda leaf: leaf[0].astype(jnp.bfloat16), small_decoder().runs[0])
     key = directions.direction_keys(0, 0, 1)[0]
-    moved = directions.perturb(decoder, key, jnp.int32(0), jnp.float32(1e-4), "rademacher")
+    moved = perturb(decoder, key, jnp.int32(0), jnp.float32(1e-4), "rademacher")
     for name, kernel in kernels(moved).items():
         assert kernel.dtype == jnp.float32
         step = jnp.abs(kernel[...] - kernels(decoder)[name][...].astype(jnp.float32))

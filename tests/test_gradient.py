@@ -1,5 +1,6 @@
 """SPSA: the paired loss, the projected gradient, and what their mean approaches."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,11 +11,14 @@ from jax import numpy as jnp
 from minillm_jax.config import LayerSizes, Sizes
 from minillm_jax.decoder import Decoder, kernels, with_runs
 from minillm_jax.errors import InputError
-from minillm_jax.estimate import directions, gradient, loop
-from minillm_jax.estimate.loop import Spsa, estimate
+from minillm_jax.estimate import chunks, directions
+from minillm_jax.estimate.directions import Directions
+from minillm_jax.estimate.loop import estimate
+from minillm_jax.estimate.rebuild import rebuild
+from minillm_jax.estimate.settings import Estimation
 from minillm_jax.estimate.spaces import Weights
-from minillm_jax.loss import batches, sequence_losses
-from tests.helpers import random_tokens, small_decoder
+from minillm_jax.loss import sequence_losses
+from tests.helpers import pairs_of, perturb, random_tokens, small_decoder
 
 # About 400 weights, so that a few thousand directions span them several times over.
 TINY = Sizes(V=11, D=4, H=2, layers=(LayerSizes(N=2, K=1, F=5),) * 3)
@@ -26,8 +30,7 @@ def moved(decoder: Decoder, key: jax.Array, scale: jax.Array, distribution: str)
     run = decoder.runs[0]
     layers = run.attention_norm.scale.shape[0]
     blocks = [
-        directions.perturb(jax.tree.map(lambda a, i=i: a[i], run), key, jnp.int32(i), scale, distribution)
-        for i in range(layers)
+        perturb(jax.tree.map(lambda a, i=i: a[i], run), key, jnp.int32(i), scale, distribution) for i in range(layers)
     ]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
     return with_runs(decoder, [stacked])
@@ -37,7 +40,7 @@ def moved(decoder: Decoder, key: jax.Array, scale: jax.Array, distribution: str)
 def test_paired_loss_equals_two_separate_losses(distribution: str) -> None:
     decoder, tokens = small_decoder(), jnp.asarray(random_tokens(61, 3, 17))
     keys = directions.direction_keys(0, 0, 2)
-    pairs = gradient.paired_losses(decoder, keys, tokens, jnp.float32(0.01), Weights(distribution))
+    pairs = pairs_of(decoder, keys, tokens, 0.01, Weights(distribution))
     assert pairs.shape == (2, 2, 3)
     assert pairs.dtype == jnp.float32
     for number, key in enumerate(keys):
@@ -51,8 +54,8 @@ def test_paired_loss_equals_two_separate_losses(distribution: str) -> None:
 def test_rebuilt_gradient_equals_the_materialised_mean(distribution: str) -> None:
     keys, projected = directions.direction_keys(5, 0, 6), jnp.asarray([0.3, -1.2, 2.0, 0.01, -0.5, 0.7], jnp.float32)
     shape, layer = (16, 8, 4), jnp.int32(2)
-    rebuilt = jax.jit(partial(gradient.rebuild, "attention.q", shape, space=Weights(distribution)))(
-        layer=layer, keys=keys, projected=projected
+    rebuilt = jax.jit(partial(rebuild, "attention.q", shape, space=Weights(distribution)))(
+        layer=layer, directions=Directions.plain(keys), projected=projected
     )
     drawn = [np.asarray(directions.draw(key, layer, "attention.q", shape, distribution), np.float64) for key in keys]
     expected = np.mean([c * z for c, z in zip(np.asarray(projected, np.float64), drawn, strict=True)], axis=0)
@@ -66,24 +69,21 @@ def flat_gradient(decoder: Decoder, tokens: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(k[...], np.float64).ravel() for k in kernels(slopes.runs[0]).values()])
 
 
-def flat_estimate(decoder: Decoder, projected: np.ndarray, settings: Spsa) -> np.ndarray:
+def flat_estimate(decoder: Decoder, projected: np.ndarray, settings: Estimation) -> np.ndarray:
     """ĝ over all block matrices, in the order of `flat_gradient`."""
-    keys = directions.direction_keys(settings.seed, 0, len(projected))
-    slopes = jnp.asarray(projected, jnp.float32)
+    drawn, slopes = settings.draw(decoder, 0, len(projected)), jnp.asarray(projected, jnp.float32)
     found = []
     for name, kernel in kernels(decoder.runs[0]).items():
         layers = jnp.arange(kernel.shape[0], dtype=jnp.int32)
-        found.append(_every_layer(name, kernel.shape[1:], settings.distribution, layers, keys, slopes))
+        found.append(_every_layer(name, kernel.shape[1:], settings.distribution, layers, drawn, slopes))
     return np.concatenate([np.asarray(part, np.float64).ravel() for part in found])
 
 
 @partial(jax.jit, static_argnames=("name", "shape", "distribution"))
 def _every_layer(
-    name: str, shape: tuple, distribution: str, layers: jax.Array, keys: jax.Array, projected: jax.Array
+    name: str, shape: tuple, distribution: str, layers: jax.Array, drawn: Directions, projected: jax.Array
 ) -> jax.Array:
-    return jax.lax.map(
-        lambda layer: gradient.rebuild(name, shape, layer, keys, projected, Weights(distribution)), layers
-    )
+    return jax.lax.map(lambda layer: rebuild(name, shape, layer, drawn, projected, Weights(distribution)), layers)
 
 
 def cosine(left: np.ndarray, right: np.ndarray) -> float:
@@ -95,8 +95,8 @@ def test_spsa_approaches_the_true_gradient_as_theory_says(distribution: str) -> 
     """Cosine with the true gradient: about sqrt(n / (n + d)) for n directions in d dimensions."""
     decoder, tokens = small_decoder(sizes=TINY, deviation=0.5), jnp.asarray(random_tokens(11, 4, 9))
     true = flat_gradient(decoder, tokens)
-    settings = Spsa(4096, 1e-3, 0, distribution, at_once=64)
-    projected = estimate(decoder, np.asarray(tokens), settings)
+    settings = Estimation(directions=4096, epsilon=1e-3, distribution=distribution, per_step=64)
+    projected = one_column(decoder, np.asarray(tokens), settings)
     for count in (16, 256, 4096):
         expected = (count / (count + len(true))) ** 0.5
         assert cosine(flat_estimate(decoder, projected[:count], settings), true) == pytest.approx(expected, abs=0.12)
@@ -104,43 +104,74 @@ def test_spsa_approaches_the_true_gradient_as_theory_says(distribution: str) -> 
     assert np.linalg.norm(whole) == pytest.approx(np.linalg.norm(true), rel=0.15)
 
 
-def test_projected_gradient_is_the_directional_derivative() -> None:
+def one_column(decoder: Decoder, windows: np.ndarray, settings: Estimation) -> np.ndarray:
+    """The projected gradients of an estimate whose directions all sequences share."""
+    projected = estimate(decoder, windows, settings).projected
+    assert projected is not None
+    assert projected.dtype == np.float64
+    return projected.sum(axis=1)
+
+
+@pytest.mark.parametrize("distribution", directions.DISTRIBUTIONS)
+@pytest.mark.parametrize(("difference", "tolerance"), [("spsa", 0.02), ("jvp", 1e-5)])
+def test_projected_gradient_is_the_directional_derivative(difference: str, tolerance: float, distribution: str) -> None:
     decoder, tokens = small_decoder(sizes=TINY, deviation=0.5), random_tokens(11, 4, 9)
-    settings = Spsa(8, 3e-4)
-    projected = estimate(decoder, tokens, settings)
+    settings = Estimation(difference, directions=8, epsilon=3e-4, distribution=distribution)
+    projected = one_column(decoder, tokens, settings)
     true = flat_gradient(decoder, jnp.asarray(tokens))
     for number in range(8):
         one_hot = np.where(np.arange(8) == number, 8.0, 0.0)  # rebuilds 8 / 8 times the direction
         direction = flat_estimate(decoder, one_hot, settings)
-        assert projected[number] == pytest.approx(true @ direction, rel=0.02, abs=0.02)
+        assert projected[number] == pytest.approx(true @ direction, rel=tolerance, abs=tolerance)
 
 
+def test_a_direction_on_the_sphere_has_length_root_d() -> None:
+    decoder, settings = small_decoder(sizes=TINY), Estimation(directions=4, distribution="sphere")
+    for number in range(4):
+        one_hot = np.where(np.arange(4) == number, 4.0, 0.0)
+        direction = flat_estimate(decoder, one_hot, settings)
+        assert np.sum(np.square(direction)) == pytest.approx(direction.size, rel=1e-5)
+    assert not np.allclose(settings.draw(decoder, 0, 4).factors, 1.0, atol=1e-3)
+
+
+@pytest.mark.parametrize("difference", ["spsa", "jvp"])
 @pytest.mark.parametrize("distribution", directions.DISTRIBUTIONS)
-def test_chunks_and_batches_do_not_change_the_estimate(monkeypatch: pytest.MonkeyPatch, distribution: str) -> None:
+def test_chunks_and_batches_do_not_change_the_estimate(
+    monkeypatch: pytest.MonkeyPatch, distribution: str, difference: str
+) -> None:
     decoder, windows = small_decoder(), random_tokens(61, 7, 16)
-    whole = estimate(decoder, windows, Spsa(5, 1e-2, 0, distribution))
-    for at_once in (2, 8):
-        chunked = estimate(decoder, windows, Spsa(5, 1e-2, 0, distribution, at_once))
-        np.testing.assert_allclose(chunked, whole, rtol=1e-3, atol=1e-4)
-    monkeypatch.setattr(loop, "TOKENS_AT_ONCE", 48)
-    assert len(batches(windows, 48)) == 3
-    np.testing.assert_allclose(estimate(decoder, windows, Spsa(5, 1e-2, 0, distribution)), whole, rtol=1e-3, atol=1e-4)
+    settings = Estimation(difference, directions=5, epsilon=1e-2, distribution=distribution)
+    # Losses agree to 1e-6 relative, projected gradients to that over 2ε.
+    tolerance = 1e-6 * np.log(61) / 2e-2 if difference == "spsa" else 1e-5
+    whole = one_column(decoder, windows, settings)
+    for per_step in (1, 2, 8):
+        chunked = one_column(decoder, windows, replace(settings, per_step=per_step))
+        np.testing.assert_allclose(chunked, whole, rtol=1e-5, atol=tolerance)
+    monkeypatch.setattr(chunks, "TOKENS_AT_ONCE", 48)
+    assert chunks.plan(decoder, 16, settings.resolve()).tokens < 3 * 16 + 1
+    np.testing.assert_allclose(one_column(decoder, windows, settings), whole, rtol=1e-5, atol=tolerance)
+    monkeypatch.setattr(chunks, "WORK_PER_CALL", 1.0)
+    assert chunks.plan(decoder, 16, settings.resolve()).chunks == 1
+    np.testing.assert_allclose(one_column(decoder, windows, settings), whole, rtol=1e-5, atol=tolerance)
 
 
-def test_estimate_reports_progress_and_is_deterministic() -> None:
+def test_estimate_reports_progress_and_is_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "WORK_PER_CALL", 1.0)
     decoder, windows, seen = small_decoder(), random_tokens(61, 2, 9), []
-    first = estimate(decoder, windows, Spsa(5, at_once=2), lambda done, total: seen.append((done, total)))
+    settings = Estimation(directions=5, per_step=2)
+    first = estimate(decoder, windows, settings, lambda done, total: seen.append((done, total))).projected
     assert seen == [(2, 5), (4, 5), (5, 5)]
-    np.testing.assert_array_equal(first, estimate(decoder, windows, Spsa(5, at_once=2)))
-    assert not np.allclose(first, estimate(decoder, windows, Spsa(5, at_once=2, seed=1)))
+    assert first is not None
+    np.testing.assert_array_equal(first.sum(axis=1), one_column(decoder, windows, settings))
+    assert not np.allclose(first.sum(axis=1), one_column(decoder, windows, replace(settings, seed=1)))
+    assert not np.allclose(first.sum(axis=1), one_column(decoder, windows, replace(settings, rng="threefry4x32")))
 
 
 def test_a_step_lost_in_rounding_is_an_error() -> None:
-    with pytest.raises(InputError, match="no direction changes the loss"):
-        estimate(small_decoder(), random_tokens(61, 2, 9), Spsa(1, 1e-30))
+    with pytest.raises(InputError, match=r"no direction changes the loss at --epsilon 1e-30"):
+        estimate(small_decoder(), random_tokens(61, 2, 9), Estimation(directions=1, epsilon=1e-30))
 
 
 def test_a_step_that_breaks_the_loss_is_an_error() -> None:
-    decoder = small_decoder()
-    with pytest.raises(InputError, match=r"not finite for a direction among 0\.\.0; use a smaller --epsilon"):
-        estimate(decoder, random_tokens(61, 2, 9), Spsa(1, 1e38))
+    with pytest.raises(InputError, match=r"not finite at --epsilon 1e\+38; use a smaller one"):
+        estimate(small_decoder(), random_tokens(61, 2, 9), Estimation(directions=1, epsilon=1e38))

@@ -14,11 +14,11 @@ from minillm_jax.calibration import Calibration
 from minillm_jax.decoder import group_counts, kernels
 from minillm_jax.errors import InputError
 from minillm_jax.estimate import directions
-from minillm_jax.estimate.loop import Spsa
+from minillm_jax.estimate.settings import Estimation
 from minillm_jax.estimate.statistics import activation_norms
 from minillm_jax.model import Model
 from minillm_jax.pipeline import Job, calibrate, evaluate, load, prune, run, save
-from minillm_jax.scoring import Scoring, score
+from minillm_jax.scoring import Scores, Scoring, score
 from minillm_jax.select.budget import kept_count
 from minillm_jax.select.criteria import CRITERIA
 from tests.helpers import (
@@ -32,7 +32,7 @@ from tests.helpers import (
     torch_logits,
 )
 
-FEW = Spsa(directions=2)
+FEW = Estimation(directions=2)
 
 
 def small_model() -> Model:
@@ -102,10 +102,16 @@ def by_hand(model: Model, calibration: Calibration, criterion: str, slopes: dict
     return [head, np.max(channel, axis=0)]
 
 
+def projected_of(scores: Scores) -> np.ndarray:
+    assert scores.estimate is not None
+    assert scores.estimate.projected is not None
+    return scores.estimate.projected.sum(axis=1)
+
+
 @pytest.mark.parametrize("criterion", ["fms", "noise", "wanda"])
 def test_scores_equal_those_written_out_by_hand(criterion: str) -> None:
-    model, calibration, spsa = small_model(), windows(), Spsa(directions=3, epsilon=1e-2, seed=4)
-    scores = score(model, calibration, Scoring(criterion, spsa, seed=9))
+    model, calibration, estimation = small_model(), windows(), Estimation(directions=3, epsilon=1e-2, seed=4)
+    scores = score(model, calibration, Scoring(criterion, estimation, seed=9))
     slopes: dict[str, np.ndarray] = {}
     draw = jax.jit(directions.draw, static_argnums=(2, 3, 4))
     for name, kernel in kernels(model.decoder.runs[0]).items():
@@ -114,7 +120,7 @@ def test_scores_equal_those_written_out_by_hand(criterion: str) -> None:
             keys = directions.direction_keys(4, 0, 3)
             drawn = [[draw(k, jnp.int32(i), name, kernel.shape[1:], "gaussian") for i in layers] for k in keys]
             slopes[name] = np.mean(
-                [c * np.asarray(z, np.float64) for c, z in zip(scores.projected_gradients, drawn, strict=True)], axis=0
+                [c * np.asarray(z, np.float64) for c, z in zip(projected_of(scores), drawn, strict=True)], axis=0
             )
         if criterion == "noise":
             key = directions.stream_key(9, "noise")
@@ -142,7 +148,7 @@ def test_every_criterion_scores_every_group_and_is_deterministic(criterion: str)
         assert [len(row) for row in first.groups[kind]] == [counts] * 3
         np.testing.assert_array_equal(first.groups[kind], again.groups[kind])
         assert np.unique(first.groups[kind]).size == 3 * counts
-    changed = score(model, windows(1), Scoring(criterion, Spsa(directions=2, seed=1), seed=1))
+    changed = score(model, windows(1), Scoring(criterion, Estimation(directions=2, seed=1), seed=1))
     same = np.array_equal(first.groups["channel"], changed.groups["channel"])
     assert same == (criterion == "magnitude")
 
@@ -164,12 +170,13 @@ def test_activation_norms_and_reductions_are_options() -> None:
 def test_one_rademacher_direction_is_wanda_over_all_structures() -> None:
     """With one direction of signs |ĝ| is one constant, so fms ranks as its other two factors do (docs/LOG.md)."""
     model, calibration = small_model(), windows()
-    one = score(model, calibration, Scoring("fms", Spsa(1, distribution="rademacher")))
-    assert one.projected_gradients is not None
-    constant = abs(one.projected_gradients[0])
+    one = score(model, calibration, Scoring("fms", Estimation(directions=1, distribution="rademacher")))
+    constant = abs(projected_of(one)[0])
     (norms,) = activation_norms(model.decoder, calibration.windows)
     up = np.abs(np.asarray(model.decoder.runs[0].mlp.up.kernel[...])) * np.asarray(norms["mlp.up"])[:, :, None]
-    ratio = np.asarray(score(model, calibration, Scoring("fms", Spsa(1, distribution="rademacher"))).groups["channel"])
+    ratio = np.asarray(
+        score(model, calibration, Scoring("fms", Estimation(directions=1, distribution="rademacher"))).groups["channel"]
+    )
     assert (ratio / constant >= up.sum(axis=1) * (1 - 1e-4)).all()
 
 
@@ -188,17 +195,20 @@ def test_pruning_twice_keeps_the_first_record_and_a_range_of_layers_prunes_only_
 @pytest.mark.parametrize(
     ("scoring", "message"),
     [
-        (Scoring("best"), "unknown criterion 'best'; expected one of fms, noise, wanda, magnitude, gate, random"),
+        (
+            Scoring("best"),
+            "unknown criterion 'best'; expected one of fms, noise, wanda, magnitude, gate, gate-square, random",
+        ),
         (Scoring(activation_norm="l7"), "unknown activation norm 'l7'"),
         (Scoring(within="median"), "unknown reduction within a structure 'median'"),
         (Scoring(across="first"), "unknown reduction across structures 'first'"),
-        (Scoring(spsa=Spsa(distribution="cauchy")), "unknown distribution 'cauchy'"),
+        (Scoring(estimation=Estimation(distribution="cauchy")), "unknown distribution 'cauchy'"),
         (
-            Scoring(spsa=Spsa(directions=0)),
-            "the number of directions, of those at once, and their rank must be at least 1, found 0",
+            Scoring(estimation=Estimation(directions=0)),
+            "the number of directions must be at least 1, found 0",
         ),
-        (Scoring(spsa=Spsa(epsilon=0.0)), "epsilon must be a positive float32 number, found 0"),
-        (Scoring(spsa=Spsa(epsilon=float("nan"))), "epsilon must be a positive float32 number"),
+        (Scoring(estimation=Estimation(epsilon=0.0)), "epsilon must be a positive float32 number, found 0"),
+        (Scoring(estimation=Estimation(epsilon=float("nan"))), "epsilon must be a positive float32 number"),
     ],
 )
 def test_settings_out_of_range_are_errors(scoring: Scoring, message: str) -> None:
@@ -267,9 +277,9 @@ def test_the_paper_s_recipe_in_every_kind_of_family(tmp_path: Path, family: str)
     """SPSA, activation norms and scores of plain and fused MLPs, post norms, a parallel residual, ALiBi."""
     folder = hugging_face_folder(tmp_path / "model", family)
     np.save(tmp_path / "tokens.npy", random_tokens(97, 400))
-    spsa = Spsa(directions=2, distribution="rademacher")
+    estimation = Estimation(directions=2, distribution="rademacher")
     job = Job(
-        str(folder), str(tmp_path / "tokens.npy"), str(tmp_path / "out"), 0.3, 4, 32, scoring=Scoring("fms", spsa)
+        str(folder), str(tmp_path / "tokens.npy"), str(tmp_path / "out"), 0.3, 4, 32, scoring=Scoring("fms", estimation)
     )
     result = run(job)
     counts = {kind: [len(rows) for rows in kept] for kind, kept in (result.pruned.record or {})["kept"].items()}

@@ -1,6 +1,8 @@
 """Directions in other spaces than the weights: the same losses as a model that is really moved."""
 
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,14 +10,17 @@ import pytest
 from jax import numpy as jnp
 
 from convert.reader import read_model
-from minillm_jax.decoder import Decoder, final_hidden, group_count, kernels, with_runs
+from minillm_jax.decoder import Decoder, depth, final_hidden, group_count, kernels, with_runs
 from minillm_jax.errors import InputError
-from minillm_jax.estimate import directions, gradient
-from minillm_jax.estimate.loop import Spsa, estimate
-from minillm_jax.estimate.spaces import GATED, Gates, LowRank
+from minillm_jax.estimate import directions
+from minillm_jax.estimate.exact import gate_gradients, weight_gradients
+from minillm_jax.estimate.gradient import directional_derivatives
+from minillm_jax.estimate.loop import estimate, gate_slopes
+from minillm_jax.estimate.settings import Estimation
+from minillm_jax.estimate.spaces import GATED, Gates, LowRank, Weights
 from minillm_jax.loss import sequence_losses
 from minillm_jax.scoring import Scoring
-from tests.helpers import CONFIGURATIONS, hugging_face_folder, random_tokens, small_decoder
+from tests.helpers import CONFIGURATIONS, hugging_face_folder, pairs_of, random_tokens, small_decoder
 
 SPACES = [LowRank(1), LowRank(3, "rademacher"), Gates(), Gates("rademacher")]
 
@@ -34,8 +39,11 @@ def moved(decoder: Decoder, key: jax.Array, scale: float, space: LowRank | Gates
                 if isinstance(space, LowRank):
                     layers.append(space.add(kernel[index], jnp.float32(scale), key, number, name))
                     continue
-                gates = {GATED[kind]: 1 + scale * z for kind, z in space.draw(key, number, counts).items()}
-                factor = gates.get(name, jnp.ones(1))
+                gates = {
+                    GATED[kind]: 1 + scale * z
+                    for kind, z in space.draw(key, number, counts, jnp.zeros(1, jnp.int32)).items()
+                }
+                factor = gates.get(name, jnp.ones((1, 1)))[0]
                 rows = jnp.repeat(factor, kernel.shape[1] // factor.shape[0])
                 layers.append(kernel[index] * rows.reshape(-1, *(1,) * (kernel.ndim - 2)))
             kernel.set_value(jnp.stack(layers))
@@ -45,11 +53,11 @@ def moved(decoder: Decoder, key: jax.Array, scale: float, space: LowRank | Gates
 
 
 @pytest.mark.parametrize("space", SPACES, ids=str)
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_paired_losses_are_those_of_moved_models(space: LowRank | Gates, at_once: int) -> None:
+@pytest.mark.parametrize("per_step", [1, 3])
+def test_paired_losses_are_those_of_moved_models(space: LowRank | Gates, per_step: int) -> None:
     decoder, tokens = small_decoder(), jnp.asarray(random_tokens(61, 2, 13))
     keys = directions.direction_keys(0, 0, 3)
-    pairs = gradient.paired_losses(decoder, keys, tokens, jnp.float32(0.05), space, at_once)
+    pairs = pairs_of(decoder, keys, tokens, 0.05, space, per_step)
     for number, key in enumerate(keys):
         for side, scale in enumerate((0.05, -0.05)):
             separate = sequence_losses(moved(decoder, key, scale, space), tokens)
@@ -63,7 +71,7 @@ def test_every_kind_of_family(tmp_path_factory: pytest.TempPathFactory, name: st
     family, changes = CONFIGURATIONS[name]
     decoder = read_model(hugging_face_folder(tmp_path_factory.mktemp("family") / "model", family, **changes)).decoder
     tokens, keys = jnp.asarray(random_tokens(97, 2, 13)), directions.direction_keys(1, 0, 1)
-    pairs = gradient.paired_losses(decoder, keys, tokens, jnp.float32(0.02), space)
+    pairs = pairs_of(decoder, keys, tokens, 0.02, space)
     for side, scale in enumerate((0.02, -0.02)):
         separate = sequence_losses(moved(decoder, keys[0], scale, space), tokens)
         np.testing.assert_allclose(pairs[0, side], separate, rtol=1e-5)
@@ -78,51 +86,114 @@ def test_low_rank_directions_have_unit_variance() -> None:
         assert np.linalg.matrix_rank(np.asarray(drawn[0]).reshape(16, 32)) == rank
 
 
-def exact_gates(decoder: Decoder, tokens: jax.Array) -> dict[str, np.ndarray]:
-    """The derivative of the mean loss by every gate: that by a kernel, times the kernel, summed over the group."""
-    predictions = tokens.shape[0] * (tokens.shape[1] - 1)
-    slopes = jax.grad(lambda d: jnp.sum(sequence_losses(d, tokens)) / predictions)(decoder)
-    found = {}
-    for kind, name in GATED.items():
-        product = np.asarray(kernels(decoder.runs[0])[name][...] * kernels(slopes.runs[0])[name][...])
-        count = group_count(decoder.runs[0], kind)
-        found[kind] = product.reshape(product.shape[0], count, -1).sum(-1)
+def by_hand(decoder: Decoder, tokens: jax.Array) -> list[dict[str, np.ndarray]]:
+    """The derivative of the summed loss by every gate: that by a kernel, times the kernel, summed over the group."""
+    slopes = jax.grad(lambda d: jnp.sum(sequence_losses(d, tokens)), allow_int=True)(decoder)
+    found = []
+    for run, slope in zip(decoder.runs, slopes.runs, strict=True):
+        own = {}
+        for kind, name in GATED.items():
+            product = np.asarray(kernels(run)[name][...] * kernels(slope)[name][...])
+            own[kind] = product.reshape(product.shape[0], group_count(run, kind), -1).sum(-1)
+        found.append(own)
     return found
 
 
+FAMILIES = ["bloom", "gemma2", "opt, projected, post norm", "glm4", "phi3", "gpt_neox", "mistral"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_forward_and_reverse_mode_agree_in_every_kind_of_family(
+    tmp_path_factory: pytest.TempPathFactory, name: str
+) -> None:
+    """The exact gradient against plain autodiff, and the directional derivatives against the exact gradient."""
+    family, changes = CONFIGURATIONS[name]
+    decoder = read_model(hugging_face_folder(tmp_path_factory.mktemp("family") / "model", family, **changes)).decoder
+    tokens = jnp.asarray(random_tokens(97, 2, 13))
+    gates = gate_gradients(decoder, tokens)
+    for found, expected in zip(gates, by_hand(decoder, tokens), strict=True):
+        for kind, values in expected.items():
+            np.testing.assert_allclose(np.asarray(found[kind]).sum(1), values, rtol=1e-3, atol=1e-3)
+    weights = weight_gradients(decoder, tokens)
+    key, windows = directions.direction_keys(1, 0, 1), jnp.arange(2, dtype=jnp.int32)
+    stacked = directions.Directions.plain(key).stacked(1)
+    for space in (Weights(), LowRank(2), Gates()):
+        slope = float(jnp.sum(directional_derivatives(decoder, stacked, tokens, windows, space)))
+        assert slope == pytest.approx(along(decoder, key[0], space, weights, gates), rel=2e-4, abs=2e-3)
+
+
+def along(decoder: Decoder, key: jax.Array, space: Any, weights: list, gates: list) -> float:
+    """The exact gradient times a direction."""
+    total, layer = 0.0, 0
+    for run, by_weight, by_gate in zip(decoder.runs, weights, gates, strict=True):
+        counts = {kind: group_count(run, kind) for kind in GATED}
+        for index in range(depth(run)):
+            number = jnp.int32(layer + index)
+            if isinstance(space, Gates):
+                drawn = space.draw(key, number, counts, jnp.zeros(1, jnp.int32))
+                total += sum(float(jnp.sum(z * by_gate[kind][index])) for kind, z in drawn.items())
+                continue
+            for name, slope in by_weight.items():
+                z = space.add(jnp.zeros(slope.shape[1:]), jnp.float32(1), key, number, name)
+                total += float(jnp.sum(z * slope[index]))
+        layer += depth(run)
+    return total
+
+
+@pytest.mark.parametrize("difference", ["spsa", "jvp"])
 @pytest.mark.parametrize("distribution", directions.DISTRIBUTIONS)
-def test_gates_approach_their_exact_derivatives(distribution: str) -> None:
+def test_gates_approach_their_exact_derivatives(distribution: str, difference: str) -> None:
     """Cosine √(n / (n + d)), as theory says of n directions in d dimensions; here d is 48."""
     decoder, windows = small_decoder(), random_tokens(61, 4, 16)
-    exact = exact_gates(decoder, jnp.asarray(windows))
-    flat = np.concatenate([values.ravel() for values in exact.values()])
-    settings = Spsa(1024, 1e-3, 0, distribution, at_once=64, space="gates")
-    projected = estimate(decoder, windows, settings)
-    keys = directions.direction_keys(0, 0, 1024)
+    true = flat(gate_slopes(decoder, estimate(decoder, windows, Estimation("exact", "gates"))))
+    settings = Estimation(difference, "gates", 1024, distribution=distribution, per_step=64)
+    whole = estimate(decoder, windows, settings)
+    assert whole.projected is not None
     for n in (16, 256, 1024):
-        counts = tuple((kind, values.shape[1]) for kind, values in exact.items())
-        layers = jnp.arange(3, dtype=jnp.int32)
-        slopes = jnp.asarray(projected[:n], jnp.float32)
-        found = gradient.rebuild_gates(layers, keys[:n], slopes, counts, settings.make_space())
-        estimated = np.concatenate([np.asarray(found[kind]).ravel() for kind in exact])
-        cosine = estimated @ flat / np.linalg.norm(estimated) / np.linalg.norm(flat)
-        assert cosine == pytest.approx(np.sqrt(n / (n + flat.size)), abs=0.15)
+        estimated = flat(gate_slopes(decoder, replace(whole, projected=whole.projected[:n])))
+        cosine = estimated @ true / np.linalg.norm(estimated) / np.linalg.norm(true)
+        assert cosine == pytest.approx(np.sqrt(n / (n + true.size)), abs=0.15)
+
+
+def flat(runs: list[dict[str, jax.Array]]) -> np.ndarray:
+    """∂L/∂gate of all gates, summed over the sequences."""
+    return np.concatenate([np.asarray(values).sum(axis=1).ravel() for run in runs for values in run.values()])
+
+
+def test_every_sequence_may_follow_a_direction_of_its_own() -> None:
+    """The loss of one sequence alone along its own direction, and the mean over them, whatever the split."""
+    decoder, windows = small_decoder(), random_tokens(61, 3, 16)
+    settings = Estimation("jvp", "gates", 2048, per_sequence=True, per_step=64)
+    found = estimate(decoder, windows, settings)
+    assert found.projected is not None
+    assert found.projected.shape == (2048, 3)
+    space, counts = Gates(per_sequence=True), {kind: group_count(decoder.runs[0], kind) for kind in GATED}
+    exact = gate_gradients(decoder, jnp.asarray(windows))[0]
+    key = settings.draw(decoder, 5, 6).keys[0]
+    for window in range(3):
+        number = jnp.asarray([window], jnp.int32)
+        drawn = [space.draw(key, jnp.int32(layer), counts, number) for layer in range(3)]
+        slope = sum(float(jnp.sum(drawn[i][kind][0] * exact[kind][i, window])) for i in range(3) for kind in GATED)
+        assert found.projected[5, window] * 3 * 15 == pytest.approx(slope, rel=1e-3, abs=1e-3)
+    split = estimate(decoder, windows, replace(settings, directions=4, per_step=1)).projected
+    np.testing.assert_allclose(split, found.projected[:4], rtol=1e-4, atol=1e-5)
+    true = flat(gate_slopes(decoder, estimate(decoder, windows, Estimation("exact", "gates"))))
+    estimated = flat(gate_slopes(decoder, found))
+    assert estimated @ true / np.linalg.norm(estimated) / np.linalg.norm(true) > 0.9
 
 
 def test_gates_of_one_change_nothing() -> None:
     decoder, tokens = small_decoder(), jnp.asarray(random_tokens(61, 2, 9))
-    pairs = gradient.paired_losses(decoder, directions.direction_keys(0, 0, 1), tokens, jnp.float32(0.0), Gates())
+    pairs = pairs_of(decoder, directions.direction_keys(0, 0, 1), tokens, 0.0, Gates())
     np.testing.assert_allclose(pairs[0, 0], sequence_losses(decoder, tokens), rtol=1e-6)
     assert final_hidden(decoder, tokens).shape == (2, 9, 16)
 
 
 def test_criterion_and_space_must_fit() -> None:
     with pytest.raises(InputError, match="the criterion gate takes directions in the space gates"):
-        Scoring("gate", Spsa(space="weights")).resolve()
+        Scoring("gate", Estimation(space="weights")).resolve()
     with pytest.raises(InputError, match="the criterion fms takes directions in the space weights or low-rank"):
-        Scoring("fms", Spsa(space="gates")).resolve()
-    with pytest.raises(InputError, match="unknown space of directions 'heads'"):
-        Scoring("fms", Spsa(space="heads")).resolve()
-    assert Scoring("gate").directions().space == "gates"
-    assert Scoring("fms").directions().space == "weights"
-    Scoring("fms", Spsa(space="low-rank", rank=2)).resolve()
+        Scoring("fms", Estimation(space="gates")).resolve()
+    assert Scoring("gate").resolve()[1].space == "gates"
+    assert Scoring("fms").resolve()[1].space == "weights"
+    Scoring("fms", Estimation(space="low-rank", rank=2)).resolve()

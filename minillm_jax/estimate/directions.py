@@ -4,22 +4,25 @@ A direction is never stored. The entries of one matrix depend on the seed, the n
 the matrix's place in the table of axes, and on nothing else: not on batches, chunks, runs or devices.
 """
 
+from typing import NamedTuple
+
 import jax
 from jax import numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from minillm_jax import groups
-from minillm_jax.decoder import replace_kernels
-from minillm_jax.modules import Block
 
-# Named, because the default of `jax.random.key` is a setting of the process and would change the directions.
-IMPLEMENTATION = "threefry2x32"
+# Named, because the default of `jax.random.key` is a setting of the process and would change the directions. Both are
+# the same bits whatever is vmapped and however arrays are sharded; JAX's `rbg` and `philox4x32` are not, or not yet.
+IMPLEMENTATIONS = ("threefry2x32", "threefry4x32")
+IMPLEMENTATION = IMPLEMENTATIONS[0]
 
 # Upper limit; the number of parts of a matrix is the largest divisor of its hidden dimension up to it. A constant of
 # the definition: another number makes other directions.
 GAUSSIAN_PARTS = 16
 
-DISTRIBUTIONS = ("gaussian", "rademacher")
+# `sphere` draws Gaussian entries; the whole direction is then scaled to the length √d (see `spaces.lengths`).
+DISTRIBUTIONS = ("gaussian", "rademacher", "sphere")
 
 _ORDINAL = {name: ordinal for ordinal, name in enumerate(groups.matrices())}
 
@@ -27,15 +30,40 @@ _ORDINAL = {name: ordinal for ordinal, name in enumerate(groups.matrices())}
 _STREAMS = {"direction": 0, "noise": 1, "random": 2}
 
 
-def stream_key(seed: int, stream: str) -> Key[Array, ""]:
+class Directions(NamedTuple):
+    """Some directions: their keys, and factors on their entries that give them the length they should have."""
+
+    keys: Key[Array, "*P"]
+    factors: Float[Array, "*P"]
+
+    @classmethod
+    def plain(cls, keys: Key[Array, "*P"]) -> "Directions":
+        """Directions as they are drawn."""
+        return cls(keys, jnp.ones(keys.shape, jnp.float32))
+
+    def stacked(self, per_step: int) -> "Directions":
+        """Cut into chunks of directions that share a pass, [P] -> [P / per_step, per_step]."""
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, per_step), self)
+
+
+def stream_key(seed: int, stream: str, implementation: str = IMPLEMENTATION) -> Key[Array, ""]:
     """The key of one of the package's independent random streams: `direction`, `noise` or `random`."""
-    return jax.random.fold_in(jax.random.key(seed, impl=IMPLEMENTATION), _STREAMS[stream])
+    return jax.random.fold_in(jax.random.key(seed, impl=implementation), _STREAMS[stream])
 
 
-def direction_keys(seed: int, first: int, last: int) -> Key[Array, " P"]:
+def direction_keys(seed: int, first: int, last: int, implementation: str = IMPLEMENTATION) -> Key[Array, " P"]:
     """The keys of directions first, ..., last - 1."""
     numbers = jnp.arange(first, last, dtype=jnp.uint32)
-    return jax.vmap(jax.random.fold_in, (None, 0))(stream_key(seed, "direction"), numbers)
+    return jax.vmap(jax.random.fold_in, (None, 0))(stream_key(seed, "direction", implementation), numbers)
+
+
+def has_implementation(name: str) -> bool:
+    """Whether this version of JAX makes random numbers in that way."""
+    try:
+        jax.random.key(0, impl=name)
+    except ValueError:
+        return False
+    return True
 
 
 def part_key(key: Key[Array, ""], layer: Int[Array, ""], name: str) -> Key[Array, ""]:
@@ -66,8 +94,8 @@ def add(
       key: key of the direction.
       layer: index of the layer in the whole model.
       name: the matrix, as the table of groups calls it (`attention.q`).
-      distribution: of the entries of z, zero mean and unit variance: `gaussian`, or `rademacher` (signs, as in Spall
-        1992), 32 of them from one random word.
+      distribution: of the entries of z, zero mean and unit variance: `gaussian` (as for `sphere`), or `rademacher`
+        (signs, as in Spall 1992), 32 of them from one random word.
     """
     key = part_key(key, layer, name)
     if distribution == "rademacher":
@@ -107,15 +135,3 @@ def _signs(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
     bits = (words[..., None] >> places) & jnp.uint32(1)
     flat = bits.reshape(*shape[:-1], -1)[..., : shape[-1]]
     return 1.0 - 2.0 * flat.astype(jnp.float32)
-
-
-def perturb(block: Block, key: Key[Array, ""], layer: Array, scale: Array, distribution: str) -> Block:
-    """One layer moved along a direction: every matrix W becomes W + scale · z, in float32.
-
-    The sum is float32 whatever the weights are stored as: rounding W + εz to bfloat16 would lose most of z.
-    """
-
-    def moved(name: str, kernel: Array) -> Array:
-        return add(kernel.astype(jnp.float32), scale, key, layer, name, distribution)
-
-    return replace_kernels(block, moved)

@@ -1,132 +1,137 @@
-"""How the slope is taken: SPSA, the paired losses of two opposite steps along a direction.
+"""How the slope is taken: the change of the loss along a direction, from forward passes.
 
-Spall (1992), simultaneous perturbation stochastic approximation; MINI-LLM (2024), step 1:
+Simultaneous perturbation (Spall 1992; MINI-LLM 2024, step 1):
 
     ĝ = mean over n directions of [L(W + εz) - L(W - εz)] / (2ε) · z
 
-The bracket over 2ε is the projected gradient, one number for each direction. The list of them is all that is kept;
-ĝ is rebuilt from the keys, one layer at a time.
+The factor of z is the projected gradient, one number for each direction. `spsa` takes it from the paired losses of two
+opposite steps, `jvp` is what it tends to when ε goes to zero: the directional derivative in forward mode, exact, with
+several directions sharing everything that does not depend on them. The list of projected gradients is all that is
+kept; `rebuild` makes ĝ from it and the keys, one layer at a time. The reference by reverse mode is in `exact`.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jax import numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from minillm_jax.decoder import Decoder, apply_block, embed, finish, rotary_angles, scan_layers
-from minillm_jax.estimate.spaces import Gates, LowRank, Space, Weights
+from minillm_jax.estimate import spaces
+from minillm_jax.estimate.directions import Directions
+from minillm_jax.estimate.spaces import Space
 from minillm_jax.loss import token_losses
 from minillm_jax.modules import Angles, Block
 
+DIFFERENCES = ("spsa", "jvp", "exact")
 
-@partial(jax.jit, static_argnames=("space", "at_once"))
+
+@partial(jax.jit, static_argnames="space")
 def paired_losses(
     decoder: Decoder,
-    keys: Key[Array, " P"],
+    directions: Directions,
     tokens: Int[Array, "B T"],
+    windows: Int[Array, " B"],
     epsilon: Float[Array, ""],
     space: Space,
-    at_once: int = 1,
-) -> Float[Array, "P 2 B"]:
+) -> Float[Array, "chunks P 2 B"]:
     """Summed cross entropy of every sequence at ε and at -ε along every direction of a space, float32.
 
     Both passes walk the layers together and make each layer's direction when they meet it, so the extra memory is at
-    most a perturbed layer for each of the `at_once` directions that are vmapped, never a perturbed model.
+    most a perturbed layer for each of the P directions of a chunk, which are vmapped, never a perturbed model.
+
+    Args:
+      decoder: the model.
+      directions: keys and factors, [chunks, P]; the chunks are scanned.
+      tokens: the batch.
+      windows: number of every sequence in the calibration set (see `spaces.Gates`).
+      epsilon: length of the step.
+      space: of the directions.
     """
     pair = _pair_in_turn if space.copies else _pair_together
+    angles, x = rotary_angles(decoder, tokens.shape[1]), embed(decoder, tokens).astype(jnp.float32)
 
-    def one(key: Array) -> Array:
-        angles = rotary_angles(decoder, tokens.shape[1])
-        hidden = finish(decoder, pair(decoder, key, tokens, epsilon, space, angles))
-        losses = jax.lax.map(lambda side: token_losses(decoder, side, tokens), hidden)
-        return jnp.sum(losses, axis=-1)
+    def one(directions: Directions) -> Array:
+        moved = partial(space.moved, key=directions.keys, windows=windows)
+        hidden = finish(decoder, pair(decoder, moved, x, epsilon * directions.factors, angles))
+        return jax.lax.map(lambda side: jnp.sum(token_losses(decoder, side, tokens), axis=-1), hidden)
 
-    return jax.lax.map(one, keys, batch_size=at_once if at_once > 1 else None)
+    return jax.lax.map(lambda chunk: _each(one, chunk), directions)
 
 
-def _pair_in_turn(
-    decoder: Decoder, key: Array, tokens: Array, epsilon: Array, space: Space, angles: Angles
-) -> Float[Array, "2 B T D"]:
+def _each(one: Any, chunk: Directions) -> Array:
+    """A chunk's directions side by side; one alone without an axis of its own, which would cost it time."""
+    if chunk.factors.shape[0] == 1:
+        return one(jax.tree.map(lambda leaf: leaf[0], chunk))[None]
+    return jax.vmap(one)(chunk)
+
+
+def _pair_in_turn(decoder: Decoder, moved: Any, x: Array, scale: Array, angles: Angles) -> Float[Array, "2 B T D"]:
     """Both streams after the last layer, where a moved layer is a copy.
 
     Two visits to every layer, one for each side, and the streams change places in between: so one perturbed layer
     exists at a time. Perturbing both sides in one step held almost five layers' worth at the 7B shape (docs/LOG.md).
     """
-    x = embed(decoder, tokens).astype(jnp.float32)
 
     def step(carry: tuple[Array, Array, Array], block: Block, layer: Array, extra: None) -> tuple[Any, None]:
         here, other, scale = carry
-        moved = apply_block(space.moved(block, key, layer, scale), decoder.config, here, angles)[0]
-        return (other, moved, -scale), None
+        there = moved(block, layer=layer, step=spaces.finite(scale))
+        return (other, apply_block(there, decoder.config, here, angles)[0], -scale), None
 
-    (plus, minus, _), _ = scan_layers(decoder.runs, step, (x, x, epsilon), visits=2)
+    (plus, minus, _), _ = scan_layers(decoder.runs, step, (x, x, scale), visits=2)
     return jnp.stack([plus, minus])
 
 
-def _pair_together(
-    decoder: Decoder, key: Array, tokens: Array, epsilon: Array, space: Space, angles: Angles
-) -> Float[Array, "2 B T D"]:
+def _pair_together(decoder: Decoder, moved: Any, x: Array, scale: Array, angles: Angles) -> Float[Array, "2 B T D"]:
     """Both streams after the last layer, where they share its weights: one product with both."""
-    x = embed(decoder, tokens).astype(jnp.float32)
-    scales = jnp.stack([epsilon, -epsilon])
+    scales = jnp.stack([scale, -scale])
 
     def step(streams: Array, block: Block, layer: Array, extra: None) -> tuple[Array, None]:
         def one(stream: Array, scale: Array) -> Array:
-            return apply_block(space.moved(block, key, layer, scale), decoder.config, stream, angles)[0]
+            there = moved(block, layer=layer, step=spaces.finite(scale))
+            return apply_block(there, decoder.config, stream, angles)[0]
 
         return jax.vmap(one)(streams, scales), None
 
     return scan_layers(decoder.runs, step, jnp.stack([x, x]))[0]
 
 
-def rebuild(
-    name: str,
-    shape: tuple[int, ...],
-    layer: Array,
-    keys: Key[Array, " P"],
-    projected: Float[Array, " P"],
-    space: Weights | LowRank,
-) -> Float[Array, "..."]:
-    """ĝ of one matrix of one layer, the mean over directions of projected gradient times direction, float32."""
+@partial(jax.jit, static_argnames="space")
+def directional_derivatives(
+    decoder: Decoder, directions: Directions, tokens: Int[Array, "B T"], windows: Int[Array, " B"], space: Space
+) -> Float[Array, "chunks P B"]:
+    """The derivative of every sequence's summed cross entropy along every direction of a space, float32.
 
-    def add(total: Array, one: tuple[Array, Array]) -> tuple[Array, None]:
-        key, slope = one
-        return space.add(total, slope, key, layer, name), None
+    Forward mode inside the layer scan: the stream of the model as it is goes through once a chunk, with the tangents of
+    the chunk's directions beside it. Nothing is subtracted, so bfloat16 weights and streams stay bfloat16.
 
-    total, _ = jax.lax.scan(add, jnp.zeros(shape, jnp.float32), (keys, projected))
-    return total / projected.shape[0]
-
-
-@partial(jax.jit, static_argnames=("counts", "space"))
-def rebuild_gates(
-    layers: Int[Array, " L"],
-    keys: Key[Array, " P"],
-    projected: Float[Array, " P"],
-    counts: tuple[tuple[str, int], ...],
-    space: Gates,
-) -> dict[str, Float[Array, "L groups"]]:
-    """ĝ of the gates of equal layers: for each kind, the derivative of the loss by the factor of every group."""
-
-    def one_layer(layer: Array) -> dict[str, Array]:
-        def add(total: dict[str, Array], one: tuple[Array, Array]) -> tuple[dict[str, Array], None]:
-            key, slope = one
-            return jax.tree.map(lambda t, z: t + slope * z, total, space.draw(key, layer, dict(counts))), None
-
-        start = {kind: jnp.zeros(count, jnp.float32) for kind, count in counts}
-        total, _ = jax.lax.scan(add, start, (keys, projected))
-        return jax.tree.map(lambda t: t / projected.shape[0], total)
-
-    return jax.lax.map(one_layer, layers)
-
-
-def projected_gradients(losses: Sequence[Float[np.ndarray, "P 2 _"]], predictions: int, epsilon: float) -> np.ndarray:
-    """[L(W + εz) - L(W - εz)] / (2ε) of every direction from the losses of all batches; sums in float64, [P].
-
-    L is the mean over all predictions, whatever the split into batches.
+    The arguments are those of `paired_losses`.
     """
-    totals = np.concatenate(losses, axis=-1).astype(np.float64).sum(axis=-1)  # [P, 2]
-    return (totals[:, 0] - totals[:, 1]) / predictions / (2 * epsilon)
+    angles, x = rotary_angles(decoder, tokens.shape[1]), embed(decoder, tokens)
+
+    def chunk(directions: Directions) -> Array:
+        def step(carry: tuple[Array, Array], block: Block, layer: Array, extra: None) -> tuple[Any, None]:
+            def one(key: Array, tangent: Array) -> tuple[Array, Array]:
+                def layer_at(scale: Array, x: Array) -> Array:
+                    moved = space.moved(block, key, layer, spaces.derivative(scale), windows)
+                    return apply_block(moved, decoder.config, x, angles)[0]
+
+                return jax.jvp(layer_at, (jnp.float32(0), x), (jnp.float32(1), tangent))
+
+            x, tangents = carry
+            return jax.vmap(one, out_axes=(None, 0))(directions.keys, tangents), None
+
+        start = jnp.zeros((directions.factors.shape[0], *x.shape), x.dtype)
+        last, tangents = scan_layers(decoder.runs, step, (x, start))[0]
+        slopes = jax.vmap(partial(_derivative_of_losses, decoder, tokens, last), out_axes=(None, 0))(tangents)[1]
+        return slopes * directions.factors[:, None]
+
+    return jax.lax.map(chunk, directions)
+
+
+def _derivative_of_losses(decoder: Decoder, tokens: Array, x: Array, tangent: Array) -> tuple[Array, Array]:
+    def losses(x: Array) -> Array:
+        return jnp.sum(token_losses(decoder, finish(decoder, x), tokens), axis=-1)
+
+    return jax.jvp(losses, (x,), (tangent,))

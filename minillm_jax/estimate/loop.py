@@ -1,87 +1,193 @@
 """The host's loop around the compiled estimate: chunks of directions, batches of windows, progress."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax import numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from minillm_jax.decoder import Decoder
 from minillm_jax.errors import InputError
-from minillm_jax.estimate import directions, gradient, spaces
-from minillm_jax.loss import TOKENS_AT_ONCE, batches
+from minillm_jax.estimate import gradient, rebuild, spaces
+from minillm_jax.estimate.chunks import Plan, plan
+from minillm_jax.estimate.directions import Directions
+from minillm_jax.estimate.exact import RunGradients, gate_gradients, weight_gradients
+from minillm_jax.estimate.resume import Checkpoint, identity
+from minillm_jax.estimate.settings import Estimation
+from minillm_jax.estimate.step import StepReport, choose_epsilon
+from minillm_jax.loss import batches, sequence_losses
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Spsa:
-    """Settings of the SPSA estimate.
+class Estimate:
+    """What the passes over the calibration windows tell of the gradient.
 
     Attributes:
-      directions: number n of random directions.
-      epsilon: length ε of the step along each.
-      seed: decides the directions, bit for bit.
-      distribution: `gaussian` or `rademacher`.
-      at_once: directions vmapped into one forward pass; changes speed and memory, not the directions.
-      space: what a direction moves: `weights` (all block matrices, as the paper), `low-rank` or `gates`; None leaves
-        it to the criterion, and is `weights` where there is none.
-      rank: of low-rank directions.
+      settings: what it was made with; ε as it was chosen.
+      projected: the projected gradient of the mean loss along every direction, as the part of it that comes from each
+        sequence, float64 [P, B]; None for the exact gradient.
+      step: how the finite step fared; None where there was none.
+      exact: the gradient of the mean loss by weights ([L, ...], float32) or gates ([L, B, groups], by each sequence's
+        own), for each run; None for an estimate.
     """
 
-    directions: int = 16
-    epsilon: float = 1e-3
-    seed: int = 0
-    distribution: str = "gaussian"
-    at_once: int = 1
-    space: str | None = None
-    rank: int = 1
+    settings: Estimation
+    projected: Float[np.ndarray, "P B"] | None = None
+    step: StepReport | None = None
+    exact: RunGradients | None = None
 
-    def make_space(self) -> Any:
-        """The space of the directions."""
-        return spaces.make(self.space or "weights", self.distribution, self.rank)
+    def record(self) -> dict[str, Any]:
+        """What a JSON file should say of it."""
+        projected = None if self.projected is None else self.projected.tolist()
+        if self.projected is not None and not self.settings.per_sequence:
+            projected = self.projected.sum(axis=1).tolist()
+        return {
+            "projected_gradients": projected,
+            "step": None if self.step is None else asdict(self.step) | {"advice": self.step.advice()},
+        }
 
 
 def estimate(
-    decoder: Decoder, windows: Int[np.ndarray, "B T"], settings: Spsa, progress: Progress | None = None
-) -> Float[np.ndarray, " P"]:
-    """The projected gradient of every direction, float64 [P], from 2 · P forward passes over the windows.
+    decoder: Decoder,
+    windows: Int[np.ndarray, "B T"],
+    settings: Estimation | None = None,
+    progress: Progress | None = None,
+    checkpoint: str | Path | None = None,
+) -> Estimate:
+    """The gradient of the mean next-token loss over calibration windows, as far as the settings ask for it.
+
+    `spsa` takes 2 · P + 1 forward passes over the windows for P directions, `jvp` P with tangents (which share the pass
+    itself), `exact` one forward and one backward.
+
+    Args:
+      decoder: the model.
+      windows: calibration windows.
+      settings: what is asked for.
+      progress: told the number of directions (of windows, for `exact`) that are done, and of all.
+      checkpoint: folder to save the estimate in while it is made, and to go on from if it was interrupted.
 
     Raises:
-      InputError: a loss is not finite, or none changes.
+      InputError: a setting is out of its range, a loss is not finite, no direction changes it, or the checkpoint is of
+        another estimate.
     """
-    found: list[np.ndarray] = []
+    settings = (settings or Estimation()).resolve()
+    if settings.difference == "exact":
+        if checkpoint is not None:
+            raise InputError("the exact gradient is one pass and cannot be resumed; leave out --checkpoint")
+        return _exact(decoder, windows, settings, progress)
+    if settings.difference == "spsa" and settings.epsilon is None:
+        settings = replace(settings, epsilon=choose_epsilon(decoder, windows, settings))
+    dense = np.concatenate([np.asarray(sequence_losses(decoder, jnp.asarray(b))) for b in batches(windows)])
+    if checkpoint is None:
+        found = _measure(decoder, windows, settings, progress, None)
+    else:
+        with Checkpoint(checkpoint, identity(settings, windows, dense)) as saved:
+            found = _measure(decoder, windows, settings, progress, saved)
+    _check(found, settings)
     predictions = windows.shape[0] * (windows.shape[1] - 1)
-    for first in range(0, settings.directions, settings.at_once):
-        last = min(first + settings.at_once, settings.directions)
-        keys = directions.direction_keys(settings.seed, first, last)
-        losses = [
-            np.asarray(
-                gradient.paired_losses(
-                    decoder,
-                    keys,
-                    jnp.asarray(batch),
-                    jnp.float32(settings.epsilon),
-                    settings.make_space(),
-                    settings.at_once,
-                )
-            )
-            for batch in batches(windows, max(1, TOKENS_AT_ONCE // settings.at_once))
-        ]
-        found.append(gradient.projected_gradients(losses, predictions, settings.epsilon))
-        if not np.isfinite(found[-1]).all():
-            raise InputError(
-                f"the loss at W ± εz is not finite for a direction among {first}..{last - 1}; "
-                f"use a smaller --epsilon than {settings.epsilon:g}"
-            )
+    if settings.difference == "jvp":
+        return Estimate(settings, found / predictions)
+    slopes = (found[:, 0] - found[:, 1]) / (2 * settings.step())
+    report = StepReport.of(found.sum(-1) / predictions, float(dense.sum(dtype=np.float64)) / predictions)
+    return Estimate(settings, slopes / predictions, report)
+
+
+def _check(found: np.ndarray, settings: Estimation) -> None:
+    step = "" if settings.difference == "jvp" else f" at --epsilon {settings.step():g}"
+    if not np.isfinite(found).all():
+        raise InputError(f"the loss along a direction is not finite{step}; use a smaller one, or --difference jvp")
+    if not (found if settings.difference == "jvp" else found[:, 0] - found[:, 1]).any():
+        raise InputError(f"no direction changes the loss{step}: is the step lost in rounding? use a larger one")
+
+
+def _measure(
+    decoder: Decoder,
+    windows: np.ndarray,
+    settings: Estimation,
+    progress: Progress | None,
+    checkpoint: Checkpoint | None,
+) -> Float[np.ndarray, "P *sides B"]:
+    """Losses at both ends of every direction, or slopes along it, of every sequence, float64."""
+    chunks, found = (None, None) if checkpoint is None else checkpoint.load()
+    chunks = chunks or plan(decoder, windows.shape[1], settings)
+    for first in range(0 if found is None else len(found), settings.directions, chunks.per_call):
+        last = min(first + chunks.per_call, settings.directions)
+        part = measure_call(decoder, windows, settings, chunks, first, last)
+        found = part if found is None else np.concatenate([found, part])
+        if checkpoint is not None:
+            checkpoint.save(chunks, found, last == settings.directions)
         if progress is not None:
             progress(last, settings.directions)
-    projected = np.concatenate(found)
-    if not projected.any():
-        raise InputError(
-            f"no direction changes the loss at --epsilon {settings.epsilon:g}: the step is lost in rounding; "
-            "use a larger one"
-        )
-    return projected
+    assert found is not None, "there is at least one direction"
+    return found
+
+
+def measure_call(
+    decoder: Decoder, windows: np.ndarray, settings: Estimation, chunks: Plan, first: int, last: int
+) -> Float[np.ndarray, "P *sides B"]:
+    """As `_measure`, for directions first, ..., last - 1, in one call of the compiled program for each batch.
+
+    The last call of an estimate is filled up with directions that are thrown away, so that all calls have one shape and
+    the program is compiled once.
+    """
+    stacked = settings.draw(decoder, first, first + chunks.per_call).stacked(chunks.per_step)
+    parts = [
+        np.asarray(_run(decoder, stacked, tokens, numbers, settings), np.float64)
+        for tokens, numbers in numbered_batches(windows, chunks.tokens)
+    ]
+    whole = np.concatenate(parts, axis=-1)
+    return whole.reshape(chunks.per_call, *whole.shape[2:])[: last - first]
+
+
+def numbered_batches(windows: np.ndarray, at_once: int) -> Iterator[tuple[Array, Array]]:
+    """Batches of at most so many tokens, each with the numbers of its windows."""
+    first = 0
+    for batch in batches(windows, at_once):
+        yield jnp.asarray(batch), jnp.arange(first, first + len(batch), dtype=jnp.int32)
+        first += len(batch)
+
+
+def _run(decoder: Decoder, stacked: Directions, tokens: Array, numbers: Array, settings: Estimation) -> Array:
+    space = settings.make_space()
+    if settings.difference == "jvp":
+        return gradient.directional_derivatives(decoder, stacked, tokens, numbers, space)
+    return gradient.paired_losses(decoder, stacked, tokens, numbers, jnp.float32(settings.step()), space)
+
+
+def _exact(decoder: Decoder, windows: np.ndarray, settings: Estimation, progress: Progress | None) -> Estimate:
+    """By weights: summed over the batches, float32. By gates: each sequence's own."""
+    predictions = windows.shape[0] * (windows.shape[1] - 1)
+    total: RunGradients | None = None
+    done = 0
+    for batch in batches(windows):
+        by_gates = settings.space == "gates"
+        part = (gate_gradients if by_gates else weight_gradients)(decoder, jnp.asarray(batch))
+        part = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / predictions, part)
+        total = part if total is None else jax.tree.map(_beside if by_gates else jnp.add, total, part)
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(windows))
+    return Estimate(settings, exact=total)
+
+
+def _beside(left: Float[Array, "L B groups"], right: Float[Array, "L C groups"]) -> Float[Array, "L _ groups"]:
+    return jnp.concatenate([left, right], axis=1)
+
+
+def gate_slopes(decoder: Decoder, found: Estimate) -> list[dict[str, Float[Array, "L B groups"]]]:
+    """Each sequence's part of ∂L/∂gate of every group, estimated or exact, for each run: kind -> [L, B, groups]."""
+    if found.exact is not None:
+        return found.exact
+    assert found.projected is not None, "an estimate has projected gradients"
+    directions = found.settings.draw(decoder, 0, len(found.projected))
+    slopes, space = jnp.asarray(found.projected, jnp.float32), found.settings.make_space()
+    return [
+        rebuild.rebuild_gates(layers, directions, slopes, counts, space)
+        for layers, counts in spaces.gate_counts(decoder)
+    ]

@@ -28,8 +28,9 @@ class Criterion:
 
     Attributes:
       factors: of `magnitude` |W|, `activation` (the norm of the input feature), `gradient` |ĝ|, and `noise`, which puts
-        fresh noise in the place of ĝ; or `gate` alone, |∂L/∂gate| of a factor on the whole group, whose matrices are
-        not looked at; empty for scores drawn at random.
+        fresh noise in the place of ĝ; or alone, from the derivative by a factor on the whole group (its matrices are
+        not looked at), `gate`, |∂L/∂gate|, or `gate-square`, the sum of the squares of each sequence's part of it;
+        empty for scores drawn at random.
       within: reduction over the weights of a structure.
       across: reduction over the structures of a group, in the order of the forward pass.
       outputs_only: score only the output projections (attention.o, mlp.down), as Wanda-sp does.
@@ -40,6 +41,16 @@ class Criterion:
     across: str = "max"
     outputs_only: bool = False
 
+    @property
+    def estimates(self) -> bool:
+        """Whether it takes a gradient."""
+        return self.by_gates or "gradient" in self.factors
+
+    @property
+    def by_gates(self) -> bool:
+        """Whether it takes the gradient by gates."""
+        return bool({"gate", "gate-square"} & set(self.factors))
+
 
 CRITERIA = {
     "fms": Criterion(("magnitude", "activation", "gradient")),
@@ -47,6 +58,7 @@ CRITERIA = {
     "wanda": Criterion(("magnitude", "activation"), outputs_only=True),
     "magnitude": Criterion(("magnitude",), within="l2"),
     "gate": Criterion(("gate",)),
+    "gate-square": Criterion(("gate-square",)),
     "random": Criterion(()),
 }
 
@@ -68,6 +80,16 @@ def importance(
         outputs = (1,) * (found.ndim - norm.ndim)
         found = found * jnp.broadcast_to(norm.reshape(*norm.shape, *outputs), found.shape)
     return found if slope is None else found * jnp.abs(slope)
+
+
+def gate_importance(slopes: Float[np.ndarray, "B groups"], criterion: Criterion) -> Float[np.ndarray, " groups"]:
+    """From each sequence's part of ∂L/∂gate, float64.
+
+    `gate`: to first order, how much the loss changes when the group goes, in either direction. `gate-square`: to second
+    order where the first vanishes, with the empirical Fisher information for the curvature.
+    """
+    slopes = np.asarray(slopes, np.float64)
+    return np.square(slopes).sum(axis=0) if "gate-square" in criterion.factors else np.abs(slopes.sum(axis=0))
 
 
 def reduce_structure(
