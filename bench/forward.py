@@ -116,16 +116,17 @@ def compile_seconds(name: str, depth: int, dtype: str, batch: int, length: int) 
 
 
 def compile_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row for every depth; the depths take turns, and the first round, which imports, does not count."""
+    """One row for every depth; the depths take turns, after a first run that imports and does not count."""
     name, dtype = arguments.presets[0], arguments.dtype or "float32"
     batch, length = arguments.batches[0], arguments.lengths[0]
     times: dict[int, list[tuple[float, float]]] = {depth: [] for depth in arguments.depths}
-    for _ in range(arguments.compile_rounds + 1):
+    compile_seconds(name, arguments.depths[0], dtype, batch, length)
+    for _ in range(arguments.compile_rounds):
         for depth, found in times.items():
             found.append(compile_seconds(name, depth, dtype, batch, length))
-    total = {depth: median(sum(both) for both in found[1:]) for depth, found in times.items()}
+    total = {depth: median(sum(both) for both in found) for depth, found in times.items()}
     for depth, found in times.items():
-        lower, compile_ = (median(column) for column in zip(*found[1:], strict=True))
+        lower, compile_ = (median(column) for column in zip(*found, strict=True))
         yield {
             "kind": "compile",
             "model": name,
@@ -159,7 +160,10 @@ def parse_arguments() -> argparse.Namespace:
         arguments.presets = [] if arguments.models and not arguments.depths else ["25M"]
     if arguments.depths and not arguments.presets:
         parser.error("--depths needs a preset")
-    if min(arguments.lengths) < 2 or min([*arguments.batches, *arguments.depths, arguments.rounds]) < 1:
+    if (
+        min(arguments.lengths) < 2
+        or min([*arguments.batches, *arguments.depths, arguments.rounds, arguments.compile_rounds]) < 1
+    ):
         parser.error("lengths are at least 2, batches, depths and rounds at least 1")
     if arguments.product is None:
         arguments.product = 2048 if jax.devices()[0].platform == "cpu" else 8192
