@@ -25,7 +25,7 @@ the loss of so many layers of the first preset's shape, caches emptied before ea
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,12 +46,12 @@ from minillm_jax.loss import sequence_losses
 DTYPES = ("float32", "bfloat16")
 
 
-def decoders(arguments: argparse.Namespace) -> Iterator[tuple[str, Decoder]]:
-    """Every model that was asked for, one at a time."""
+def makers(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Decoder]]]:
+    """Every model that was asked for, to be made when the one before it is gone."""
     for name in arguments.presets:
-        yield name, random_decoder(name, arguments.dtype or "float32")
+        yield name, partial(random_decoder, name, arguments.dtype or "float32")
     for folder in arguments.models:
-        yield folder.name, jax.device_put(read_model(folder, arguments.dtype).decoder)
+        yield folder.name, lambda folder=folder: jax.device_put(read_model(folder, arguments.dtype).decoder)
 
 
 def compiled_bytes(compiled: Any) -> int:
@@ -88,18 +88,23 @@ def measure(decoder: Decoder, batch: int, length: int, arguments: argparse.Names
 
 
 def forward_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row for every model, batch and length; a case that does not fit the device says so."""
-    for name, decoder in decoders(arguments):
-        for length in arguments.lengths:
-            for batch in arguments.batches:
-                row = {"kind": "forward", "model": name, "parameters": parameter_count(decoder)}
-                row |= {"layers": layer_count(decoder), "batch": batch, "length": length}
-                try:
-                    yield row | measure(decoder, batch, length, arguments)
-                except jax.errors.JaxRuntimeError as error:
-                    if "RESOURCE_EXHAUSTED" not in str(error):
-                        raise
-                    yield row | {"error": "out of memory"}
+    """One row for every model, batch and length."""
+    for name, make in makers(arguments):
+        yield from model_rows(name, make(), arguments)
+
+
+def model_rows(name: str, decoder: Decoder, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row for every batch and length; a case that does not fit the device says so."""
+    for length in arguments.lengths:
+        for batch in arguments.batches:
+            row = {"kind": "forward", "model": name, "parameters": parameter_count(decoder)}
+            row |= {"layers": layer_count(decoder), "batch": batch, "length": length}
+            try:
+                yield row | measure(decoder, batch, length, arguments)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                yield row | {"error": "out of memory"}
 
 
 def compile_seconds(name: str, depth: int, dtype: str, batch: int, length: int) -> tuple[float, float]:
