@@ -14,19 +14,12 @@ from typing import Any
 import jax
 from environment import environment
 from jax import numpy as jnp
+from shapes import CONFIG, SHAPES
 
-from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.decoder import Decoder, build, depth, parameter_count
 from minillm_jax.estimate import directions, gradient
 from minillm_jax.estimate.spaces import Weights
-from minillm_jax.layers import Rope
 from minillm_jax.loss import sequence_losses
-
-CONFIG = DecoderConfig("llama", 1e-5, Rope(10000.0))
-SHAPES = {
-    "25M": Sizes(V=512, D=512, H=64, layers=(LayerSizes(N=8, K=8, F=1376),) * 8),
-    "7B": Sizes(V=32000, D=4096, H=128, layers=(LayerSizes(N=32, K=32, F=11008),) * 32),
-}
 
 
 def layer_bytes(decoder: Decoder) -> int:
@@ -70,7 +63,7 @@ def main() -> None:
     """Print a line for each shape, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", default=["25M", "7B"], choices=list(SHAPES))
     parser.add_argument("--distributions", nargs="+", default=list(directions.DISTRIBUTIONS))
     arguments = parser.parse_args()
     rows = []

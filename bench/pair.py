@@ -8,27 +8,16 @@ all of them; the median over rounds is reported.
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
-import jax
 from environment import environment
 from jax import numpy as jnp
-from memory import CONFIG, SHAPES
+from shapes import SHAPES, random_decoder, random_tokens
+from timing import Program, medians, take_turns
 
-from minillm_jax.decoder import build, initialise
 from minillm_jax.estimate import directions, gradient
 from minillm_jax.estimate.spaces import Weights
 from minillm_jax.loss import sequence_losses
-
-
-def seconds(program: Callable[[], jax.Array]) -> float:
-    """One timed run."""
-    started = time.perf_counter()
-    program().block_until_ready()
-    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -37,24 +26,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    decoder = initialise(build(CONFIG, SHAPES["25M"]), jax.random.key(0))
-    tokens = jax.random.randint(jax.random.key(1), (8, 128), 0, SHAPES["25M"].V)
+    decoder = random_decoder("25M")
+    tokens = random_tokens(SHAPES["25M"].V, batch=8, length=128)
     keys, epsilon = directions.direction_keys(0, 0, 1), jnp.float32(1e-3)
-    programs: dict[str, Callable[[], jax.Array]] = {"forward": lambda: sequence_losses(decoder, tokens)}
+    programs: dict[str, Program] = {"forward": lambda: sequence_losses(decoder, tokens)}
     for name in directions.DISTRIBUTIONS:
         space = Weights(name)
-        space = Weights(name)
         programs[f"pair, {name}"] = lambda space=space: gradient.paired_losses(decoder, keys, tokens, epsilon, space)
-    times: dict[str, list[float]] = {name: [] for name in programs}
-    for program in programs.values():
-        seconds(program)  # compiles
-    for _ in range(arguments.rounds):
-        for name, program in programs.items():
-            times[name].append(seconds(program))
-    forward = median(times["forward"])
+    times = medians(take_turns(programs, arguments.rounds))
     rows = [
-        {"program": name, "milliseconds": round(1e3 * median(all_), 1), "forwards": round(median(all_) / forward, 3)}
-        for name, all_ in times.items()
+        {"program": name, "milliseconds": round(1e3 * time, 1), "forwards": round(time / times["forward"], 3)}
+        for name, time in times.items()
     ]
     for row in rows:
         print(json.dumps(row))

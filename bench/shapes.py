@@ -1,0 +1,37 @@
+"""The LLaMA-like shapes that the benches measure, with random weights: no module of its own to run.
+
+tiny    for tests
+25M     25 million parameters in its layers, a small vocabulary: what two CPU cores can repeat many times
+125M    the width and depth of GPT-2 small, as a LLaMA with its vocabulary
+1B      TinyLlama 1.1B (arXiv 2401.02385): 32 query heads share 4 key/value heads
+7B      LLaMA 7B (arXiv 2302.13971)
+"""
+
+from functools import partial
+
+import jax
+from jax import numpy as jnp
+from jaxtyping import DTypeLike
+
+from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
+from minillm_jax.decoder import Decoder, build, initialise
+from minillm_jax.layers import Rope
+
+CONFIG = DecoderConfig("llama", 1e-5, Rope(10000.0))
+SHAPES = {
+    "tiny": Sizes(V=96, D=64, H=16, layers=(LayerSizes(N=4, K=2, F=160),) * 2),
+    "25M": Sizes(V=512, D=512, H=64, layers=(LayerSizes(N=8, K=8, F=1376),) * 8),
+    "125M": Sizes(V=32000, D=768, H=64, layers=(LayerSizes(N=12, K=12, F=2048),) * 12),
+    "1B": Sizes(V=32000, D=2048, H=64, layers=(LayerSizes(N=32, K=4, F=5632),) * 22),
+    "7B": Sizes(V=32000, D=4096, H=128, layers=(LayerSizes(N=32, K=32, F=11008),) * 32),
+}
+
+
+def random_decoder(name: str, dtype: DTypeLike = jnp.float32, seed: int = 0) -> Decoder:
+    """A shape with random weights, made on the device and as one program, so that no float32 twin is left behind."""
+    return jax.jit(partial(initialise, build(CONFIG, SHAPES[name], dtype)))(jax.random.key(seed))
+
+
+def random_tokens(vocabulary: int, batch: int, length: int, seed: int = 1) -> jax.Array:
+    """Token ids, int32 [B, T]."""
+    return jax.random.randint(jax.random.key(seed), (batch, length), 0, vocabulary)

@@ -1,0 +1,187 @@
+"""The benches run and count right; no test here asserts a time."""
+
+import copy
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+import pytest
+import torch
+from jax import numpy as jnp
+
+from convert.reader import read_model
+from minillm_jax.config import LayerSizes, Sizes
+from minillm_jax.decoder import Decoder, apply_block, build, finish, project_to_vocabulary, rotary_angles
+from minillm_jax.loss import sequence_losses
+from minillm_jax.modules import Block
+
+ROOT = Path(__file__).parents[1]
+EPSILON = 1e-3
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Callable[[str], ModuleType]]:
+    """Modules of `bench` by name; they find each other there, as when one of them is run."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "bench")
+        yield importlib.import_module
+    torch.set_num_threads(threads)
+
+
+def test_flops_are_those_the_compiler_counts(bench: Callable[[str], ModuleType]) -> None:
+    """One block outside of any scan, and the head; what the formula leaves out is a few percent at this size."""
+    batch, length = 2, 96
+    config = bench("shapes").CONFIG
+    decoder = build(config, Sizes(V=4096, D=256, H=32, layers=(LayerSizes(N=8, K=4, F=704),)))
+    block = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), decoder.runs[0])
+    flops = bench("flops").loss_flops(decoder, batch, length)
+
+    def one_block(block: Block, x: jax.Array) -> jax.Array:
+        return apply_block(block, config, x, rotary_angles(decoder, length))[0]
+
+    def head(decoder: Decoder, x: jax.Array) -> jax.Array:
+        return project_to_vocabulary(decoder, finish(decoder, x))
+
+    def counted(function: Callable[..., jax.Array], weights: object, length: int) -> float:
+        x = jax.ShapeDtypeStruct((batch, length, 256), jnp.float32)
+        return jax.jit(function).lower(weights, x).compile().cost_analysis()["flops"]
+
+    assert counted(one_block, block, length) == pytest.approx(flops.blocks + flops.attention, rel=0.03)
+    assert counted(head, decoder, length - 1) == pytest.approx(flops.head, rel=0.03)
+    assert flops.total == flops.blocks + flops.attention + flops.head
+
+
+def test_flops_add_up_over_layers_and_need_no_weights(bench: Callable[[str], ModuleType]) -> None:
+    config = bench("shapes").CONFIG
+    wide, narrow = LayerSizes(N=4, K=2, F=24), LayerSizes(N=2, K=1, F=8)
+
+    def flops(*layers: LayerSizes) -> tuple[int, int, int]:
+        found = bench("flops").loss_flops(build(config, Sizes(V=61, D=16, H=4, layers=layers)), 3, 10)
+        return found.blocks, found.attention, found.head
+
+    blocks, attention, head = flops(wide, wide, narrow)
+    assert head == 2 * 3 * 9 * 61 * 16
+    assert (blocks, attention) == tuple(2 * a + b for a, b in zip(flops(wide)[:2], flops(narrow)[:2], strict=True))
+    assert flops(narrow)[:2] == (2 * 3 * 10 * (16 * 4 * (2 + 1 + 1 + 2) + 3 * 16 * 8), 4 * 3 * 100 * 2 * 4)
+
+
+def test_peaks_are_by_device_and_type(bench: Callable[[str], ModuleType]) -> None:
+    class H100:
+        device_kind = "NVIDIA H100 80GB HBM3"
+
+    flops = bench("flops")
+    assert flops.known_peak(H100(), jnp.bfloat16) == 989e12
+    assert flops.known_peak(H100(), jnp.float32) == 67e12
+    assert flops.known_peak(jax.devices("cpu")[0], jnp.float32) is None
+
+
+def test_programs_take_turns(bench: Callable[[str], ModuleType]) -> None:
+    calls: list[str] = []
+    timing = bench("timing")
+    times = timing.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
+    assert "".join(calls) == "abababab"
+    assert {name: len(all_) for name, all_ in times.items()} == {"a": 3, "b": 3}
+    assert timing.medians({"a": [3.0, 1.0, 2.0]}) == {"a": 2.0}
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """A bench as a user runs it, but for quick compilation."""
+    quickly = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=quickly, capture_output=True, text=True, check=False)
+
+
+def test_forward_bench_writes_what_it_prints(tmp_path: Path) -> None:
+    output = tmp_path / "forward.json"
+    command = [sys.executable, "bench/forward.py", "--presets", "tiny", "--models", "minillm_jax/demo_model"]
+    command += ["--batches", "2", "--lengths", "16", "--depths", "1", "3", "--rounds", "2"]
+    command += ["--compile-rounds", "1", "--product", "64", "--output", str(output)]
+    done = _run(command)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(output.read_text())
+    assert [json.loads(line) for line in done.stdout.splitlines()] == written["rows"]
+    assert {"device", "versions", "commit"} <= set(written["environment"])
+    compiled, forward = ([row for row in written["rows"] if row["kind"] == kind] for kind in ("compile", "forward"))
+    assert [row["layers"] for row in compiled] == [1, 3]
+    assert compiled[0]["ratio"] == 1.0
+    assert [(row["model"], row["batch"]) for row in forward] == [("tiny", 2), ("demo_model", 2)]
+    for row in forward:
+        seconds = row["milliseconds"] / 1e3
+        assert row["tokens_per_second"] == pytest.approx(row["batch"] * 16 / seconds, rel=0.05)
+        assert row["mfu"] == pytest.approx(row["model_flops"] / seconds / row["peak"], rel=0.05, abs=1e-4)
+        assert row["compiled_bytes"] > 4 * row["parameters"]
+
+
+def test_forward_bench_refuses_what_it_cannot_measure() -> None:
+    command = [sys.executable, "bench/forward.py", "--lengths", "1"]
+    done = _run(command)
+    assert done.returncode == 2
+    assert "lengths are at least 2" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- PyTorch
+
+
+def test_torch_computes_the_same_loss(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    """The programs that are compared are the same function of the same arrays."""
+    reference = bench("torch_pair")
+    model, tokens = reference.llama("tiny"), reference.random_tokens("tiny", 3, 20)
+    model.save_pretrained(tmp_path)
+    decoder = read_model(tmp_path).decoder
+    assert sum(matrix.numel() for matrix in reference.block_matrices(model)) == sum(
+        kernel.size for kernel in jax.tree.leaves(decoder.runs) if kernel.ndim > 2
+    )
+    ours = np.asarray(sequence_losses(decoder, jnp.asarray(tokens.numpy(), jnp.int32))).sum() / (3 * 19)
+    assert reference.forward_program(model, tokens)() == pytest.approx(ours, rel=1e-5)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_torch_pair_is_two_losses_and_leaves_the_weights(bench: Callable[[str], ModuleType], distribution: str) -> None:
+    reference = bench("torch_pair")
+    model, tokens = reference.llama("tiny"), reference.random_tokens("tiny", 3, 20)
+    original = copy.deepcopy(model)
+    plus, minus = reference.pair_program(model, tokens, EPSILON, 5, distribution)()
+    for before, after in zip(original.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-7)
+    directions = [torch.zeros_like(matrix) for matrix in reference.block_matrices(original)]
+    reference.perturber(directions, distribution)(1.0, 5)
+    for scale, loss in ((EPSILON, plus), (-EPSILON, minus)):
+        moved = copy.deepcopy(original)
+        for matrix, z in zip(reference.block_matrices(moved), directions, strict=True):
+            matrix.add_(z, alpha=scale)
+        assert reference.mean_loss(moved, tokens).item() == pytest.approx(loss, rel=1e-6)
+    _, gradients = reference.gradient_program(original, tokens)()
+    slope = sum(float((g * z).sum()) for g, z in zip(gradients, directions, strict=True))
+    assert (plus - minus) / (2 * EPSILON) == pytest.approx(slope, rel=0.02)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_torch_directions_are_independent_and_of_unit_variance(
+    bench: Callable[[str], ModuleType], distribution: str
+) -> None:
+    """Every bit of a word counts, sizes that fill no word too, and no two matrices or seeds share their entries."""
+    perturber = bench("torch_pair").perturber
+    matrices = [torch.zeros(64, 64), torch.zeros(64, 64), torch.zeros(7, 13)]
+    move = perturber(matrices, distribution)
+    columns = []
+    for seed in range(60):
+        for matrix in matrices:
+            matrix.zero_()
+        move(1.0, seed)
+        columns += [matrix.clone() for matrix in matrices[:2]]
+        assert matrices[2].abs().min() > 0
+    drawn = torch.stack(columns)  # [120, 64, 64]
+    assert drawn.mean(dim=(0, 1)).abs().max() < 5 * (120 * 64) ** -0.5
+    assert drawn.var() == pytest.approx(1.0, abs=0.02)
+    flat = drawn.flatten(1)
+    overlaps = (flat @ flat.T) / flat.shape[1] - torch.diag((flat**2).mean(1))
+    assert overlaps.abs().max() < 6 * flat.shape[1] ** -0.5
+    if distribution == "rademacher":
+        assert set(flat.unique().tolist()) == {-1.0, 1.0}
