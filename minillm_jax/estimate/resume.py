@@ -5,7 +5,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -41,7 +41,7 @@ class Checkpoint:
         except (OSError, ValueError) as error:
             raise InputError(f"{self.folder}: cannot hold a checkpoint ({cause(error)})") from error
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoint":
         return self
 
     def __exit__(
