@@ -18,21 +18,16 @@ import numpy as np
 from environment import environment
 from rich.console import Console
 from rich.table import Table
+from texts import add_arguments, load
 
-from minillm_jax import demo, pipeline
-from minillm_jax.calibration import Calibration, Tokens, sample, tokenise
+from minillm_jax import pipeline
+from minillm_jax.calibration import Calibration, Tokens, sample
 from minillm_jax.estimate.settings import Estimation
 from minillm_jax.loss import perplexity
 from minillm_jax.model import Model
 from minillm_jax.scoring import Scoring, score
 
 CRITERIA = ("random", "magnitude", "noise", "fms", "wanda")
-
-
-def documents(path: Path) -> str:
-    """The documents of a text file, joined by blank lines."""
-    parts = path.read_text(encoding="utf-8").split("<|endoftext|>")
-    return "\n\n".join(part.strip() for part in parts)
 
 
 def measure(model: Model, tokens: Tokens, seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -72,8 +67,7 @@ def summary(rows: list[dict[str, Any]]) -> Table:
 def main() -> None:
     """Measure all seeds, print a line each and a summary, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default=demo.FOLDER)
-    parser.add_argument("text", nargs="?", type=Path)
+    add_arguments(parser)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--evaluation", type=int, default=96)
@@ -83,17 +77,12 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, default=1e-3)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    if arguments.text is None and arguments.model != demo.FOLDER:
-        parser.error("a model needs a text")
-    model = pipeline.load(arguments.model)
-    text = demo.held_out_text() if arguments.text is None else documents(arguments.text)
-    name = "the demo's held-out text" if arguments.text is None else arguments.text.name
-    tokens = Tokens(tokenise(text, model.folder), name, 1)
+    model, tokens = load(parser, arguments)
     rows = [row for seed in range(arguments.seeds) for row in measure(model, tokens, seed, arguments)]
     Console().print(summary(rows))
     if arguments.output is not None:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-        settings |= {"model": model.folder.name, "text": name}
+        settings |= {"model": model.folder.name, "text": tokens.source}
         result = {"environment": environment(), "settings": settings, "rows": rows}
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 

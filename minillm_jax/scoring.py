@@ -109,19 +109,37 @@ def score(
     """
     scoring = scoring or Scoring()
     criterion, estimation = scoring.resolve()
-    decoder, found = model.decoder, None
-    settings = asdict(replace(scoring, estimation=estimation)) | asdict(criterion)
+    found = None
+    if criterion.estimates:
+        told = partial(tell, progress, "directions")
+        found = estimate(model.decoder, calibration.windows, estimation, told, checkpoint)
+    return scores_from(model, calibration, scoring, found, progress)
+
+
+def scores_from(
+    model: Model,
+    calibration: Calibration,
+    scoring: Scoring,
+    found: Estimate | None,
+    progress: StageProgress | None = None,
+) -> Scores:
+    """The scores that follow from an estimate of the gradient, None for criteria that take none.
+
+    Raises:
+      InputError: a setting is out of its range.
+    """
+    criterion, estimation = scoring.resolve()
+    decoder = model.decoder
+    used = estimation if found is None else found.settings
+    settings = asdict(replace(scoring, estimation=used)) | asdict(criterion)
     if not criterion.factors:
         return Scores(_random_scores(decoder, scoring.seed), settings, calibration.record())
+    if found is not None and criterion.by_gates:
+        return Scores(_gate_scores(decoder, found, criterion), settings, calibration.record(), found)
     norms = None
     if "activation" in criterion.factors and scoring.activation_norm != "none":
         norms = activation_norms(decoder, calibration.windows, scoring.activation_norm)
         tell(progress, "activations", 1, 1)
-    if criterion.estimates:
-        found = estimate(decoder, calibration.windows, estimation, partial(tell, progress, "directions"), checkpoint)
-        settings["estimation"] = asdict(found.settings)
-    if found is not None and criterion.by_gates:
-        return Scores(_gate_scores(decoder, found, criterion), settings, calibration.record(), found)
     scores = _score_matrices(decoder, norms, _slopes(decoder, criterion, scoring, found), criterion, progress)
     return Scores(scores, settings, calibration.record(), found)
 
