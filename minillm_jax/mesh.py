@@ -96,27 +96,37 @@ def shardings(decoder: Decoder, mesh: Mesh) -> dict[str, NamedSharding]:
     sizes = [run_letters(run) for run in decoder.runs]
 
     def one(path: str) -> NamedSharding:
+        if groups.is_data(path):  # a few numbers, which every host reads
+            return NamedSharding(mesh, PartitionSpec())
         letters = sizes[int(path.split(".")[1])] if path.startswith("runs.") else outer_letters(decoder)
-        return NamedSharding(mesh, spec(path, letters, mesh.shape[MODEL]))
+        return NamedSharding(mesh, spec(groups.axes_of(path), letters, mesh.shape[MODEL]))
 
     return {path: one(path) for path, _ in named_arrays(decoder)}
 
 
-def spec(path: str, sizes: Mapping[str, int], devices: int) -> PartitionSpec:
-    """Which axis of the array at a path is cut over so many devices of `model`: at most one is.
+def spec(axes: str, sizes: Mapping[str, int], devices: int) -> PartitionSpec:
+    """Which axis of an array is cut over so many devices of `model`: at most one is.
 
     Args:
-      path: of the array in its decoder.
-      sizes: of every axis letter there.
+      axes: of the array, as the table writes them.
+      sizes: of every axis letter.
       devices: of the axis `model`.
     """
-    if groups.is_data(path):  # a few numbers, which every host reads
-        return PartitionSpec()
 
     def cut(letter: str) -> str | None:
         return MODEL if letter in SHARDED and sizes[SHARDED[letter]] % devices == 0 else None
 
-    return PartitionSpec(*(cut(letter) for letter in groups.letters(groups.axes_of(path))))
+    return PartitionSpec(*(cut(letter) for letter in groups.letters(axes)))
+
+
+def constrain(
+    array: Shaped[Array, "..."], name: str, sizes: Mapping[str, int], mesh: Mesh | None
+) -> Shaped[Array, "..."]:
+    """Inside a compiled program: one layer's array, by its name in the layer, lies where the rules say."""
+    if mesh is None:
+        return array
+    where = PartitionSpec() if groups.is_data(name) else spec(groups.BLOCK_AXES[name], sizes, mesh.shape[MODEL])
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, where))
 
 
 # ---------------------------------------------------------------------------------------------------- there and back

@@ -45,7 +45,7 @@ def test_perplexity_does_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) 
     assert seen == [(7, 7)]
     parts = loss.batches(windows, 25)
     assert len(parts) == 4
-    monkeypatch.setattr(loss, "batches", lambda _: parts)
+    monkeypatch.setattr(loss, "batches", lambda _, devices: parts)
     split = loss.perplexity(decoder, windows)
     assert split.loss == pytest.approx(whole.loss, rel=1e-6)
 
