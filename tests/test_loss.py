@@ -67,3 +67,7 @@ def test_batches_cover_all_windows_in_at_most_two_sizes() -> None:
             np.testing.assert_array_equal(np.concatenate(parts), windows)
             assert len({len(part) for part in parts}) <= 2
             assert max(len(part) for part in parts) * 4 <= max(at_once, 4)
+            shared = loss.batches(windows, at_once, devices=3)
+            np.testing.assert_array_equal(np.concatenate(shared), windows)
+            assert all(len(part) % 3 == 0 for part in shared[:-1])
+            assert max(len(part) for part in shared) * 4 <= 3 * max(at_once, 4)
