@@ -2,17 +2,20 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from convert import memory, rules, sources
 from convert.sources import FLOATS, read_json
 from minillm_jax import families, groups
 from minillm_jax.decoder import Decoder, build, named_arrays
 from minillm_jax.errors import InputError, cause
+from minillm_jax.mesh import parts, shardings
 from minillm_jax.model import Model
 
 CONFIG = "config.json"
@@ -33,12 +36,13 @@ COMPANIONS = (
 )
 
 
-def read_model(model: str | Path, dtype: str | None = None) -> Model:
+def read_model(model: str | Path, dtype: str | None = None, mesh: Mesh | None = None) -> Model:
     """Load a model from a local folder or a Hub id.
 
     Args:
       model: a Hugging Face folder, a folder written by `python -m convert to-flax`, or `owner/name` on the Hub.
       dtype: float32, bfloat16 or float16; the stored type by default.
+      mesh: the devices that get the weights, each its own part only; one device by default.
 
     Raises:
       InputError: the folder, its configuration or its weights cannot be used.
@@ -50,10 +54,11 @@ def read_model(model: str | Path, dtype: str | None = None) -> Model:
     config, sizes = families.parse(_complete(raw, folder), str(folder / CONFIG))
     abstract = build(config, sizes)
     numpy_dtype = None if dtype is None else np.dtype(dtype)
+    places = {} if mesh is None else shardings(abstract, mesh)
     if (folder / FLAX_WEIGHTS).is_dir():
-        decoder = _read_flax(abstract, folder / FLAX_WEIGHTS, numpy_dtype)
+        decoder = _read_flax(abstract, folder / FLAX_WEIGHTS, numpy_dtype, places)
     else:
-        decoder = rules.fill(abstract, sources.open_folder(folder), numpy_dtype)
+        decoder = rules.fill(abstract, sources.open_folder(folder), numpy_dtype, places)
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else None
     return Model(decoder, raw, folder, str(model), record)
 
@@ -100,7 +105,7 @@ def _complete(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / CONFIG}: transformers rejects the configuration ({cause(error)})") from error
 
 
-def _read_flax(abstract: Decoder, folder: Path, dtype: np.dtype | None) -> Decoder:
+def _read_flax(abstract: Decoder, folder: Path, dtype: np.dtype | None, places: Mapping[str, NamedSharding]) -> Decoder:
     """An abstract decoder filled from an Orbax checkpoint, in the types stored there unless one is asked for."""
     from orbax.checkpoint import v1 as ocp
 
@@ -108,18 +113,22 @@ def _read_flax(abstract: Decoder, folder: Path, dtype: np.dtype | None) -> Decod
     try:
         stored = ocp.metadata(where).metadata
         _check_stored(abstract, stored, where)
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        wanted = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place), stored
-        )
+        single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+        def want(path: jax.tree_util.KeyPath, leaf: Any) -> jax.ShapeDtypeStruct:
+            place = places.get(groups.array_path(path), single)
+            return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place)
+
+        wanted = jax.tree_util.tree_map_with_path(want, stored)
         arrays = dict(named_arrays(ocp.load(where, wanted)))
     except InputError:
         raise
     except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
         raise InputError(f"{folder}: not a whole Orbax checkpoint ({cause(error)})") from error
     for path, array in arrays.items():
-        memory.check_finite(np.asarray(array), path, where)
-    return rules.fill_tree(abstract, arrays)
+        for _, part in parts(array):
+            memory.check_finite(part, path, where)
+    return rules.fill_tree(abstract, arrays, places)
 
 
 def _check_stored(abstract: Decoder, stored: Any, where: str) -> None:

@@ -8,10 +8,11 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 from jax import numpy as jnp
+from jax.sharding import NamedSharding
 
 from convert import memory
 from convert.families import TABLES, FamilyTable, Part, Rule
-from minillm_jax import groups
+from minillm_jax import groups, mesh
 from minillm_jax.decoder import Decoder, depth, named_arrays, outer_letters, run_letters
 from minillm_jax.errors import InputError
 
@@ -126,10 +127,16 @@ def _bind(
             yield Binding(rule, prefix + rule.name, paths, index, sizes)
 
 
-def fill(abstract: Decoder, source: TensorSource, dtype: np.dtype | None = None) -> Decoder:
+def fill(
+    abstract: Decoder,
+    source: TensorSource,
+    dtype: np.dtype | None = None,
+    places: Mapping[str, NamedSharding] | None = None,
+) -> Decoder:
     """An abstract decoder filled with the tensors of a source, cast to `dtype` when one is given.
 
-    Every tensor is read once; those that go into the same stacked arrays are read one after the other.
+    Every tensor is read once; those that go into the same stacked arrays are read one after the other. A stacked array
+    is put together in the host's memory, and goes from there into the shards that `places` says, by its path.
 
     Raises:
       InputError: a key is unknown, missing or there twice, a shape differs, a tensor is not finite or of another type
@@ -143,20 +150,24 @@ def fill(abstract: Decoder, source: TensorSource, dtype: np.dtype | None = None)
         together.setdefault(binding.paths, []).append(binding)
     arrays: dict[str, jax.Array] = {}
     scratch = memory.Scratch()
+    places = places or {}
     for paths, pieces in together.items():
         whole = _assemble(pieces, stored, source, [shapes[path] for path in paths], dtype, scratch)
-        arrays |= dict(zip(paths, whole, strict=True))
-    decoder = fill_tree(abstract, arrays)
+        arrays |= {path: mesh.place(whole.pop(0), places.get(path)) for path in paths}  # one copy goes as another comes
+    decoder = fill_tree(abstract, arrays, places)
     _check_tied_copy(decoder, stored, source)
     return decoder
 
 
-def fill_tree(abstract: Decoder, arrays: Mapping[str, jax.Array]) -> Decoder:
-    """An abstract decoder with its arrays by path; the data of its layers it has already."""
+def fill_tree(
+    abstract: Decoder, arrays: Mapping[str, jax.Array], places: Mapping[str, NamedSharding] | None = None
+) -> Decoder:
+    """An abstract decoder with its arrays by path; the data of its layers it has already, and they are placed here."""
+    data_places = places or {}
 
     def leaf(path: jax.tree_util.KeyPath, expected: Any) -> jax.Array:
         name = groups.array_path(path)
-        return jnp.asarray(expected) if groups.is_data(name) else arrays[name]
+        return mesh.place(jnp.asarray(expected), data_places.get(name)) if groups.is_data(name) else arrays[name]
 
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
@@ -208,7 +219,7 @@ def _assemble(
     shapes: Sequence[tuple[int, ...]],
     dtype: np.dtype | None,
     scratch: memory.Scratch,
-) -> list[jax.Array]:
+) -> list[np.ndarray]:
     """Arrays of the tree that are stored together, from their tensors: a single one, or one for each layer of a run.
 
     On the CPU the device aliases the buffers that are filled here, so that the weights are there once.
@@ -230,7 +241,7 @@ def _assemble(
             if not as_stored:
                 memory.copy_layout(target, part)
             memory.check_finite(target, name, source.where, "" if dtype is None else f" as {dtype}")
-    return [jax.device_put(array.reshape(shape)) for array, shape in zip(whole, shapes, strict=True)]
+    return [array.reshape(shape) for array, shape in zip(whole, shapes, strict=True)]
 
 
 def _check_tied_copy(decoder: Decoder, stored: Mapping[str, str], source: TensorSource) -> None:
@@ -238,15 +249,18 @@ def _check_tied_copy(decoder: Decoder, stored: Mapping[str, str], source: Tensor
     if name is None or not decoder.config.tie_embeddings:
         return
     copy = source.read(name, memory.aligned_empty)
-    ours = np.asarray(decoder.embedding[...])
-    if copy.shape != ours.shape or not np.array_equal(copy.astype(ours.dtype), ours):
+    ours = decoder.embedding[...]
+    if copy.shape != ours.shape or not all(
+        np.array_equal(copy[index].astype(ours.dtype), part) for index, part in mesh.parts(ours)
+    ):
         raise InputError(f"{source.where}: {name!r} differs from the embedding, but the configuration ties them")
 
 
 def tensors(decoder: Decoder, wanted: Container[str]) -> Iterator[tuple[str, np.ndarray]]:
     """The stored tensors of a decoder whose names are wanted, one at a time, in the Hugging Face layout.
 
-    A tensor may be a view of the decoder's own memory, and is not to be changed.
+    A tensor may be a view of the decoder's own memory, and is not to be changed. In several processes all of them have
+    to ask for the same tensors, since each holds a part.
     """
     arrays = dict(named_arrays(decoder))
     for binding in bindings(decoder):
@@ -257,7 +271,7 @@ def tensors(decoder: Decoder, wanted: Container[str]) -> Iterator[tuple[str, np.
 def _on_host(array: jax.Array, index: int | None) -> np.ndarray:
     """An array, or one layer of it; a view where the array is in the host's memory in one piece."""
     if index is None:
-        return np.asarray(array)
+        return mesh.gather(array)
     if [device.platform for device in array.devices()] == ["cpu"]:
         return np.asarray(array)[index]
-    return np.asarray(array[index])
+    return mesh.gather(array[index])

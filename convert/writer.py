@@ -7,19 +7,19 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
-from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
 from convert import formats, rules
 from convert.reader import COMPANIONS, CONFIG, FLAX_WEIGHTS, RECORD
 from convert.sources import INDEX
-from minillm_jax import groups
+from minillm_jax import groups, mesh
 from minillm_jax.config import Sizes
 from minillm_jax.decoder import Decoder, group_counts, named_arrays, parameter_count, sizes_of
 from minillm_jax.errors import InputError, cause
@@ -30,12 +30,17 @@ MAX_SHARD_SIZE = "5GB"
 
 
 def check_new(output: str | Path) -> Path:
-    """The path of an output folder that does not exist yet.
+    """The path of an output folder that does not exist yet. Process 0 looks for all, since it alone writes.
 
     Raises:
       InputError: something is there already, or no folder can be made there.
     """
     path = Path(output).expanduser().absolute()
+    mesh.decide(lambda: _check_free(path))
+    return path
+
+
+def _check_free(path: Path) -> None:
     try:
         if path.exists() or path.is_symlink():
             raise InputError(f"{path}: the output folder already exists; choose another or remove it first")
@@ -44,7 +49,6 @@ def check_new(output: str | Path) -> Path:
         raise InputError(f"{str(path)!r}: no folder can be made there ({cause(error)})") from error
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise InputError(f"{path}: no folder can be made there; {above} is not a writable folder")
-    return path
 
 
 def check_shard_size(size: str) -> None:
@@ -66,7 +70,8 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     Raises:
       InputError: `output` exists or cannot be written, a full disk included.
     """
-    path = check_new(output)
+    path = Path(output).expanduser().absolute()
+    _check_free(path)
     made = [parent for parent in path.parents if not parent.exists()]
     scratch = None
     try:
@@ -74,7 +79,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", dir=path.parent))
         yield scratch
         scratch.chmod(0o755)
-        check_new(path)
+        _check_free(path)
         scratch.rename(path)
     except BaseException as error:
         if scratch is not None:
@@ -117,6 +122,17 @@ def write_model(
     decoder = model.decoder
     if described.format == formats.PADDED:
         decoder = pad_groups(decoder, described.sizes, _places(model, described.sizes))
+    check_new(output)
+    if mesh.is_writer():
+        _write_folder(replace(model, decoder=decoder), Path(output), described, max_shard_size)
+    else:
+        _give_tensors(decoder, max_shard_size)
+    mesh.wait()
+    return Written(described.format, parameter_count(decoder))
+
+
+def _write_folder(model: Model, output: Path, described: formats.Described, max_shard_size: str) -> None:
+    decoder = model.decoder
     with new_folder(output) as scratch:
         _write_json(scratch / CONFIG, described.config | _dtype_keys(decoder))
         _write_shards(decoder, scratch, max_shard_size, formats.renamed(decoder.config, described.format))
@@ -124,25 +140,36 @@ def write_model(
         if described.format == formats.PER_LAYER:
             code = f"{formats.REMOTE_CODE}.py"
             shutil.copyfile(Path(__file__).with_name(code), scratch / code)
-    return Written(described.format, parameter_count(decoder))
 
 
 def write_flax(model: Model, output: str | Path) -> Path:
     """Write a model as a Flax checkpoint: config.json, tokenizer files, and the pytree by Orbax in `flax_weights`.
 
+    In several processes each writes its shards, on a file system that all of them see.
+
     Raises:
       InputError: the output exists.
     """
-    from orbax.checkpoint import v1 as ocp
-
     described = formats.describe(model.decoder.config, sizes_of(model.decoder), model.raw_config)
     code = {"auto_map"}  # there are no PyTorch weights for it to load
     config = {key: value for key, value in described.config.items() if key not in code}
-    with new_folder(output) as scratch:
-        _write_json(scratch / CONFIG, config | _dtype_keys(model.decoder))
-        ocp.save(str((scratch / FLAX_WEIGHTS).resolve()), nnx.to_pure_dict(nnx.state(model.decoder, nnx.Param)))
-        _write_companions(model, scratch)
+    check_new(output)
+    if mesh.is_writer():
+        with new_folder(output) as scratch:
+            _write_json(scratch / CONFIG, config | _dtype_keys(model.decoder))
+            _write_orbax(model.decoder, str((scratch / FLAX_WEIGHTS).resolve()))
+            _write_companions(model, scratch)
+    else:
+        _write_orbax(model.decoder, "")
+    mesh.wait()
     return Path(output).expanduser()
+
+
+def _write_orbax(decoder: Decoder, path: str) -> None:
+    """The weights by Orbax, at the path that process 0 gives."""
+    from orbax.checkpoint import v1 as ocp
+
+    ocp.save(mesh.agree(path), nnx.to_pure_dict(nnx.state(decoder, nnx.Param)))
 
 
 def _places(model: Model, sizes: Sizes) -> dict[str, list[np.ndarray]]:
@@ -182,18 +209,30 @@ class _Planned:
     bytes: int
 
 
-def _write_shards(decoder: Decoder, folder: Path, max_shard_size: str, renamed: Mapping[str, str]) -> None:
+def _plan(decoder: Decoder, max_shard_size: str) -> StateDictSplit:
+    """Which file each tensor goes to."""
     leaf_types = {name: leaf.dtype for name, leaf in named_arrays(decoder)}
     planned = {
         binding.name: _Planned(int(np.prod(binding.stored_shape())) * leaf_types[binding.paths[0]].itemsize)
         for binding in rules.bindings(decoder)
     }
-    plan = split_state_dict_into_shards_factory(
+    return split_state_dict_into_shards_factory(
         planned,
         get_storage_size=lambda tensor: tensor.bytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
+
+
+def _give_tensors(decoder: Decoder, max_shard_size: str) -> None:
+    """What the other processes do while process 0 writes: they give their parts of every tensor, in the same order."""
+    for names in _plan(decoder, max_shard_size).filename_to_tensors.values():
+        for _ in rules.tensors(decoder, set(names)):
+            pass
+
+
+def _write_shards(decoder: Decoder, folder: Path, max_shard_size: str, renamed: Mapping[str, str]) -> None:
+    plan = _plan(decoder, max_shard_size)
     for file, names in plan.filename_to_tensors.items():
         tensors = {renamed.get(name, name): tensor for name, tensor in rules.tensors(decoder, set(names))}
         save_file(tensors, folder / file, metadata={"format": "pt"})

@@ -123,14 +123,19 @@ def split_groups(array: Shaped[Array, "..."], axes: str, kind: str, count: int) 
 def take_groups(
     array: Shaped[Array, "..."], axes: str, kind: str, kept: Shaped[Array, "kept"], count: int
 ) -> Shaped[Array, "..."]:
-    """An array with only the kept groups of a kind; unchanged when the kind has no axis in it."""
+    """An array with only the kept groups of a kind; unchanged when the kind has no axis in it.
+
+    Its bits are taken as whole numbers: devices that share the axis put the result together by summing what they have
+    and zeros, and a sum of floats would lose the sign of a negative zero.
+    """
     axis = group_axis(axes, kind)
     if axis is None:
         return array
     width = array.shape[axis] // count
-    grouped = array.reshape(*array.shape[:axis], count, width, *array.shape[axis + 1 :])
-    taken = jnp.take(grouped, kept, axis=axis)
-    return taken.reshape(*array.shape[:axis], kept.shape[0] * width, *array.shape[axis + 1 :])
+    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
+    grouped = bits.reshape(*array.shape[:axis], count, width, *array.shape[axis + 1 :])
+    taken = jnp.take(grouped, kept, axis=axis).reshape(*array.shape[:axis], -1, *array.shape[axis + 1 :])
+    return jax.lax.bitcast_convert_type(taken, array.dtype)
 
 
 def put_groups(

@@ -11,8 +11,10 @@ from jaxtyping import Array, Float, Int
 
 from minillm_jax.decoder import Decoder, final_hidden, project_to_vocabulary
 from minillm_jax.errors import InputError
+from minillm_jax.mesh import data_size, gather, of, shard_batch
 
-# Logits alive at once, in elements: 32 MiB of float32, whatever the batch, the length and the vocabulary.
+# Logits alive at once, in elements: 32 MiB of float32, whatever the length and the vocabulary; more only where those of
+# one position of all sequences are more.
 LOGITS_AT_ONCE = 2**23
 
 # Tokens of one forward pass when nothing else is asked for.
@@ -25,8 +27,9 @@ def token_losses(
     """Next-token cross entropy of every position but the last, float32 [B, T - 1], in nats.
 
     The logits of a few positions exist at a time, never a [B, T, V] array; in reverse mode they are computed again.
+    A position is taken from all sequences together: they may lie on different devices, and none has to leave its own.
     """
-    batch, length, size = hidden.shape
+    batch, length, _ = hidden.shape
 
     @jax.checkpoint
     def one(state_and_target: tuple[Array, Array]) -> Array:
@@ -34,11 +37,10 @@ def token_losses(
         logits = project_to_vocabulary(decoder, state)  # [V]
         return jax.nn.logsumexp(logits) - jnp.take(logits, target)
 
-    states = hidden[:, :-1].reshape(-1, size)
-    targets = tokens[:, 1:].reshape(-1)
-    chunk = max(1, LOGITS_AT_ONCE // decoder.embedding.shape[0])
-    losses = jax.lax.map(one, (states, targets), batch_size=min(chunk, states.shape[0]))
-    return losses.reshape(batch, length - 1)
+    states, targets = jnp.moveaxis(hidden[:, :-1], 1, 0), tokens[:, 1:].T
+    chunk = max(1, LOGITS_AT_ONCE // (batch * decoder.embedding.shape[0]))
+    losses = jax.lax.map(jax.vmap(one), (states, targets), batch_size=min(chunk, length - 1))
+    return losses.T
 
 
 @jax.jit
@@ -47,10 +49,21 @@ def sequence_losses(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array,
     return jnp.sum(token_losses(decoder, final_hidden(decoder, tokens), tokens), axis=1)
 
 
-def batches(windows: Int[np.ndarray, "B T"], at_once: int = TOKENS_AT_ONCE) -> list[Int[np.ndarray, "b T"]]:
-    """Windows cut into batches of at most that many tokens (at least one window), of at most two sizes."""
-    per_batch = max(1, at_once // windows.shape[1])
-    return np.array_split(windows, -(-len(windows) // per_batch))
+def batches(
+    windows: Int[np.ndarray, "B T"], at_once: int = TOKENS_AT_ONCE, devices: int = 1
+) -> list[Int[np.ndarray, "b T"]]:
+    """Windows cut into batches, in order, of at most two sizes besides a last one that does not divide.
+
+    Args:
+      windows: all of them.
+      at_once: tokens of a batch on each device, at least one window.
+      devices: how many share a batch; sizes are multiples of it, and what is left over comes last.
+    """
+    count, length = windows.shape
+    whole = count - count % devices
+    per_batch = devices * max(1, at_once // length)
+    even = np.array_split(windows[:whole].reshape(-1, devices, length), max(1, -(-whole // per_batch)))
+    return [batch for batch in (*(part.reshape(-1, length) for part in even), windows[whole:]) if len(batch)]
 
 
 # In nats; its exponential is still a number.
@@ -78,9 +91,9 @@ def perplexity(
     """
     if windows.shape[1] < 2:
         raise InputError(f"windows of {windows.shape[1]} tokens have nothing to predict; use at least 2")
-    total, done = 0.0, 0
-    for batch in batches(windows):
-        total += float(np.sum(np.asarray(sequence_losses(decoder, jnp.asarray(batch))), dtype=np.float64))
+    total, done, mesh = 0.0, 0, of(decoder)
+    for batch in batches(windows, devices=data_size(mesh)):
+        total += float(np.sum(gather(sequence_losses(decoder, shard_batch(batch, mesh))), dtype=np.float64))
         done += len(batch)
         if progress is not None:
             progress(done, len(windows))

@@ -45,7 +45,7 @@ def test_perplexity_does_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) 
     assert seen == [(7, 7)]
     parts = loss.batches(windows, 25)
     assert len(parts) == 4
-    monkeypatch.setattr(loss, "batches", lambda _: parts)
+    monkeypatch.setattr(loss, "batches", lambda _, devices: parts)
     split = loss.perplexity(decoder, windows)
     assert split.loss == pytest.approx(whole.loss, rel=1e-6)
 
@@ -67,3 +67,7 @@ def test_batches_cover_all_windows_in_at_most_two_sizes() -> None:
             np.testing.assert_array_equal(np.concatenate(parts), windows)
             assert len({len(part) for part in parts}) <= 2
             assert max(len(part) for part in parts) * 4 <= max(at_once, 4)
+            shared = loss.batches(windows, at_once, devices=3)
+            np.testing.assert_array_equal(np.concatenate(shared), windows)
+            assert all(len(part) % 3 == 0 for part in shared[:-1])
+            assert max(len(part) for part in shared) * 4 <= 3 * max(at_once, 4)

@@ -8,11 +8,13 @@ from itertools import groupby
 import jax
 import numpy as np
 from jax import numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from minillm_jax import groups
 from minillm_jax.config import Sizes
-from minillm_jax.decoder import Decoder, depth, group_count, with_runs
+from minillm_jax.decoder import Decoder, depth, group_count, run_letters, with_runs
+from minillm_jax.mesh import constrain, of
 from minillm_jax.modules import Block
 
 
@@ -31,7 +33,7 @@ def slice_groups(decoder: Decoder, kept: groups.Kept) -> Decoder:
     for run in decoder.runs:
         for start, stop in _segments(kept, first, first + depth(run)):
             indices = {kind: jnp.asarray(np.stack(rows[start:stop])) for kind, rows in kept.items()}
-            pieces.append(_take(run, indices, start - first, stop - first))
+            pieces.append(_take(run, indices, start - first, stop - first, of(decoder)))
         first += depth(run)
     return with_runs(decoder, _merge(pieces))
 
@@ -92,16 +94,22 @@ def _segments(kept: groups.Kept, first: int, last: int) -> Iterator[tuple[int, i
         yield found[0], found[-1] + 1
 
 
-@partial(jax.jit, static_argnames=("start", "stop"))
-def _take(run: Block, kept: dict[str, Int[Array, "L kept"]], start: int, stop: int) -> Block:
+@partial(jax.jit, static_argnames=("start", "stop", "mesh"))
+def _take(run: Block, kept: dict[str, Int[Array, "L kept"]], start: int, stop: int, mesh: Mesh | None = None) -> Block:
+    """Layer by layer, since a device may not hold a whole stacked array: what it lacks passes through it here."""
     counts = {kind: group_count(run, kind) for kind in kept}
+    sizes = run_letters(run) | {groups.GROUP_LETTERS[kind][0]: rows.shape[1] for kind, rows in kept.items()}
 
     def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
-        axes, array = groups.BLOCK_AXES[groups.array_path(path)], array[start:stop]
-        for kind, indices in kept.items():
-            one_layer = partial(groups.take_groups, axes=axes, kind=kind, count=counts[kind])
-            array = jax.vmap(lambda a, i, take=one_layer: take(a, kept=i))(array, indices)
-        return array
+        name = groups.array_path(path)
+
+        def one_layer(of_layer: tuple[Array, dict[str, Array]]) -> Array:
+            taken, indices = of_layer
+            for kind, rows in indices.items():
+                taken = groups.take_groups(taken, groups.BLOCK_AXES[name], kind, rows, counts[kind])
+            return constrain(taken, name, sizes, mesh)
+
+        return jax.lax.map(one_layer, (array[start:stop], kept))
 
     return jax.tree_util.tree_map_with_path(leaf, run)
 

@@ -1,0 +1,276 @@
+"""Many devices: what of a decoder and of a batch lies where, and the processes of several hosts.
+
+A mesh has two axes. Over `data` go sequences or directions, over `model` go weights: query heads with their key/value
+heads, channels, the vocabulary. JAX's compiler does the rest; nothing else in the package knows of devices. A decoder
+carries its mesh in its arrays (`of`), so nobody has to hand it on.
+
+What does not divide by its axis is replicated: every device holds all of it.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, Key, Shaped
+
+from minillm_jax import groups
+from minillm_jax.decoder import Decoder, named_arrays, outer_letters, run_letters
+from minillm_jax.errors import InputError, cause
+
+DATA, MODEL = "data", "model"
+
+# The letters that are cut over `model`. Query heads go with their key/value head, or attention would have to fetch it.
+SHARDED = {"V": "V", "F": "F", "K": "K", "N": "K"}
+
+# Bytes of what one process tells the others: a path or a sentence.
+LONGEST = 8192
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """How many devices share the batch or the directions, and how many share the weights."""
+
+    data: int = 1
+    model: int = 1
+
+    @property
+    def size(self) -> int:
+        """Number of devices."""
+        return self.data * self.model
+
+
+def parse_mesh(text: str | None) -> MeshShape | None:
+    """The shape that `data=2,model=4` stands for; an axis left out is 1. None for None and for `auto`: one device.
+
+    Raises:
+      InputError: it is not written like that.
+    """
+    if text is None or text == "auto":
+        return None
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(rf"({DATA}|{MODEL})=([1-9]\d{{0,5}})", part.strip(), re.ASCII)
+        if match is None or match[1] in found:
+            raise InputError(
+                f"mesh {text!r} is not understood at {part!r}; expected {DATA}=A,{MODEL}=B with numbers of devices, "
+                f"{DATA}=2,{MODEL}=4 for example, or auto for a single device"
+            )
+        found[match[1]] = int(match[2])
+    return MeshShape(**found)
+
+
+def make(shape: MeshShape | None) -> Mesh | None:
+    """The mesh of that shape over the devices of all processes; None for one device.
+
+    Raises:
+      InputError: there are fewer devices, or several processes and devices that would be left out.
+    """
+    processes, devices = jax.process_count(), jax.device_count()
+    if shape is None and processes == 1:
+        return None
+    asked = 1 if shape is None else shape.size
+    if shape is None or asked > devices or (processes > 1 and asked < devices):
+        raise InputError(
+            f"the mesh is for {asked} devices, but there are {devices} in {processes} processes; "
+            f"--mesh {DATA}={devices} would take all of them"
+        )
+    return jax.make_mesh((shape.data, shape.model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
+
+
+def of(decoder: Decoder) -> Mesh | None:
+    """The mesh that a decoder's arrays lie on, None for one device."""
+    sharding = getattr(decoder.embedding[...], "sharding", None)
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None
+
+
+# ------------------------------------------------------------------------------------------------------- the rules
+
+
+def shardings(decoder: Decoder, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where each array of a decoder goes, by its path. The decoder may be abstract."""
+    sizes = [run_letters(run) for run in decoder.runs]
+
+    def one(path: str) -> NamedSharding:
+        if groups.is_data(path):  # a few numbers, which every host reads
+            return NamedSharding(mesh, PartitionSpec())
+        letters = sizes[int(path.split(".")[1])] if path.startswith("runs.") else outer_letters(decoder)
+        return NamedSharding(mesh, spec(groups.axes_of(path), letters, mesh.shape[MODEL]))
+
+    return {path: one(path) for path, _ in named_arrays(decoder)}
+
+
+def spec(axes: str, sizes: Mapping[str, int], devices: int) -> PartitionSpec:
+    """Which axis of an array is cut over so many devices of `model`: at most one is.
+
+    Args:
+      axes: of the array, as the table writes them.
+      sizes: of every axis letter.
+      devices: of the axis `model`.
+    """
+
+    def cut(letter: str) -> str | None:
+        return MODEL if letter in SHARDED and sizes[SHARDED[letter]] % devices == 0 else None
+
+    return PartitionSpec(*(cut(letter) for letter in groups.letters(axes)))
+
+
+def constrain(
+    array: Shaped[Array, "..."], name: str, sizes: Mapping[str, int], mesh: Mesh | None
+) -> Shaped[Array, "..."]:
+    """Inside a compiled program: one layer's array, by its name in the layer, lies where the rules say."""
+    if mesh is None:
+        return array
+    where = PartitionSpec() if groups.is_data(name) else spec(groups.BLOCK_AXES[name], sizes, mesh.shape[MODEL])
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, where))
+
+
+# ---------------------------------------------------------------------------------------------------- there and back
+
+
+def place(array: Shaped[np.ndarray, "..."] | Shaped[Array, "..."], sharding: NamedSharding | None) -> Array:
+    """An array in the shards of its devices; each gets its own part only, and a process fills its own devices only.
+
+    In several processes the array must be the same in all of them. Without a sharding it goes to the one device.
+    """
+    if sharding is None or (sharding.is_fully_addressable and isinstance(array, jax.Array)):
+        return jax.device_put(array, sharding)
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def shard(decoder: Decoder, mesh: Mesh | None) -> Decoder:
+    """A decoder with its weights cut over `model`, and replicated over `data`; unchanged without a mesh."""
+    if mesh is None:
+        return decoder
+    places = shardings(decoder, mesh)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: place(leaf, places[groups.array_path(path)]), decoder)
+
+
+def shard_batch(tokens: Int[np.ndarray, "B T"], mesh: Mesh | None) -> Int[Array, "B T"]:
+    """Sequences spread over `data`; replicated where their number does not divide."""
+    return jnp.asarray(tokens) if mesh is None else place(tokens, _over_data(len(tokens), mesh))
+
+
+def shard_directions(keys: Key[Array, " P"], mesh: Mesh | None) -> Key[Array, " P"]:
+    """Keys of directions spread over `data`, for directions that are followed at once; as `shard_batch` otherwise."""
+    if mesh is None:
+        return keys
+    data = place(np.asarray(jax.random.key_data(keys)), _over_data(len(keys), mesh))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
+
+
+def data_size(mesh: Mesh | None) -> int:
+    """How many devices share a batch."""
+    return 1 if mesh is None else mesh.shape[DATA]
+
+
+def _over_data(count: int, mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(DATA if count % data_size(mesh) == 0 else None))
+
+
+def gather(array: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
+    """A whole array on every host, wherever its shards lie; in several processes all of them have to ask for it."""
+    if isinstance(array.sharding, NamedSharding) and not array.is_fully_addressable:
+        everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
+        array = jax.jit(lambda whole: whole, out_shardings=everywhere)(array)
+    return np.asarray(array)
+
+
+def parts(array: Shaped[Array, "..."]) -> Iterator[tuple[tuple[slice, ...], Shaped[np.ndarray, "..."]]]:
+    """What this process holds of an array: every different part once, and where it belongs."""
+    seen = set()
+    for one in array.addressable_shards:
+        place = tuple((part.start, part.stop) for part in one.index)
+        if place not in seen:
+            seen.add(place)
+            yield one.index, np.asarray(one.data)
+
+
+# ----------------------------------------------------------------------------------------------------------- hosts
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """How a process finds its fellows; what is None is taken from the environment (a TPU pod, Slurm, Open MPI)."""
+
+    coordinator: str | None = None
+    count: int | None = None
+    number: int | None = None
+
+
+def parse_hosts(text: str) -> Hosts:
+    """What `auto` or `ADDRESS:PORT,COUNT,NUMBER` stands for.
+
+    Raises:
+      InputError: it is not written like that, or the number is not below the count.
+    """
+    if text == "auto":
+        return Hosts()
+    match = re.fullmatch(r"([^\s,]+:\d{1,5}),(\d{1,6}),(\d{1,6})", text, re.ASCII)
+    if match is None or int(match[3]) >= int(match[2]):
+        raise InputError(
+            f"hosts {text!r} is not understood; expected auto or ADDRESS:PORT,COUNT,NUMBER with the address of process "
+            "0 and the number of this process, from 0, 10.0.0.1:1234,2,0 for example"
+        )
+    return Hosts(match[1], int(match[2]), int(match[3]))
+
+
+def initialise_hosts(hosts: Hosts) -> None:
+    """Join the other processes. Comes before anything that asks JAX for a device.
+
+    Raises:
+      InputError: no coordinator is known or answers, or JAX has devices already.
+    """
+    try:
+        jax.distributed.initialize(hosts.coordinator, hosts.count, hosts.number)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"the processes could not be joined ({cause(error)}); where no TPU pod, Slurm or Open MPI starts them, "
+            "--hosts ADDRESS:PORT,COUNT,NUMBER says which they are"
+        ) from error
+
+
+def is_writer() -> bool:
+    """Whether this process writes files and prints: the first of them does."""
+    return jax.process_index() == 0
+
+
+def agree(text: str) -> str:
+    """What process 0 says, in every process."""
+    if jax.process_count() == 1:
+        return text
+    from jax.experimental import multihost_utils
+
+    data = text.encode()[:LONGEST]
+    told = multihost_utils.broadcast_one_to_all(np.frombuffer(data.ljust(LONGEST, b"\0"), np.uint8))
+    return bytes(told).rstrip(b"\0").decode(errors="ignore")
+
+
+def decide(check: Callable[[], None]) -> None:
+    """A check that process 0 makes for all, so that none goes on alone.
+
+    Raises:
+      InputError: the check raised it, in every process.
+    """
+    said = ""
+    if is_writer():
+        try:
+            check()
+        except InputError as error:
+            said = str(error)
+    said = agree(said)
+    if said:
+        raise InputError(said)
+
+
+def wait() -> None:
+    """Go on when all processes have come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("minillm_jax")
