@@ -9,8 +9,8 @@ restoration are functions of what the walk shows.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import NamedTuple
+from functools import cache, partial, reduce
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -73,7 +73,7 @@ class Site:
       kind: `head` for attention.o, `channel` for mlp.down: the groups it reads.
       run: its layer, a run of one; of full width in this half, whose other half may be done already.
       tokens: how many calibration tokens there are.
-      moments: collects the moments of its input, when they are asked for.
+      moments: collects the moments of its input, once, when they are asked for; before the site is answered.
     """
 
     layer: int
@@ -108,20 +108,29 @@ def walk(
     """
     angles = rotary_angles(decoder, windows.shape[1])
     dense = [_begin(decoder, jnp.asarray(batch)) for batch in batches(windows)]
-    pruned, found = list(dense), []
+    pruned, found, done = list(dense), [], 0
     for old in _layers(decoder):
-        new = old
-        for number, kind in enumerate(PROJECTIONS):
-            go = partial(_advance, kind=kind, config=decoder.config, angles=angles)
-            dense, totals = map(list, zip(*(go(old, state) for state in dense), strict=True))
-            goals = [state.stream if total is None else total for state, total in zip(dense, totals, strict=True)]
-            moments = cache(partial(_collect, kind, decoder.config, new, pruned, goals, angles))
-            new = replace(Site(len(found), kind, new, windows.size, moments))
-            pruned = [go(new, state)[0] for state in pruned]
+        found.append(old)
+        for kind in PROJECTIONS:
+            settings = {"kind": kind, "config": decoder.config, "angles": angles}
+            goals = _advance_all(old, dense, settings)
+            moments = cache(partial(_collect, found[-1], pruned, goals, settings))
+            found[-1] = replace(Site(len(found) - 1, kind, found[-1], windows.size, moments))
+            del goals, moments  # streams and moments of this half, which would live on through the next
+            _advance_all(found[-1], pruned, settings)
+            done += 1
             if progress is not None:
-                progress(2 * len(found) + number + 1, 2 * layer_count(decoder))
-        found.append(new)
+                progress(done, len(PROJECTIONS) * layer_count(decoder))
     return found
+
+
+def _advance_all(run: Block, states: list[State], settings: dict[str, Any]) -> Sequence[Float[Array, "_ T D"]]:
+    """One half further, in place, batch by batch; what it adds to and what it adds, summed."""
+    totals = []
+    for index, state in enumerate(states):
+        states[index], total = _advance(run, state, **settings)
+        totals.append(states[index].stream if total is None else total)
+    return totals
 
 
 def _layers(decoder: Decoder) -> Iterator[Block]:
@@ -160,20 +169,11 @@ def _advance(
 
 
 def _collect(
-    kind: str,
-    config: DecoderConfig,
-    run: Block,
-    states: Sequence[State],
-    goals: Sequence[Float[Array, "B T D"]],
-    angles: Angles,
+    run: Block, states: Sequence[State], goals: Sequence[Float[Array, "_ T D"]], settings: dict[str, Any]
 ) -> Moments:
     """The moments of one output projection over all batches."""
-    total: Moments | None = None
-    for state, goal in zip(states, goals, strict=True):
-        part = _moments(run, state, goal, kind=kind, config=config, angles=angles)
-        total = part if total is None else jax.tree.map(jnp.add, total, part)
-    assert total is not None, "there is always at least one batch"
-    return total
+    parts = (_moments(run, state, goal, **settings) for state, goal in zip(states, goals, strict=True))
+    return reduce(lambda total, part: jax.tree.map(jnp.add, total, part), parts)
 
 
 @partial(jax.jit, static_argnames=("kind", "config"))
