@@ -31,7 +31,7 @@ from minillm_jax.stream import PROJECTIONS, Site, projection, walk
 
 METHODS = ("none", "bias", "least-squares")
 
-# Measured to be better than both ends on every real model tried.
+# Measured: better than both ends where much goes (50 %), level with the better one where little goes (20 %).
 HALF_WAY = 0.5
 
 
@@ -138,22 +138,24 @@ def prune_by_obs(
     kept: dict[str, list[np.ndarray]] = {kind: [] for kind in PROJECTIONS}
 
     def shrink(site: Site) -> Block:
-        kept[site.kind].append(_choose(site, counts[site.kind][site.layer], settings))
-        return _shrink(site, kept[site.kind][-1], settings)
+        stay, fit = _choose(site, counts[site.kind][site.layer], settings)
+        kept[site.kind].append(stay)
+        return _shrink(site, stay, settings, fit)
 
     return with_runs(decoder, slicing.merge(walk(decoder, windows, shrink, progress))), kept
 
 
-def _choose(site: Site, keep: int, settings: Restoration) -> Int[np.ndarray, " keep"]:
+def _choose(site: Site, keep: int, settings: Restoration) -> tuple[np.ndarray, "Fit | None"]:
+    """The groups that structured OBS leaves, and the linear system that said so, if one was needed."""
     count = group_count(site.run, site.kind)
     if keep == count:
-        return np.arange(count)
+        return np.arange(count), None
     fit = fit_of(site, settings)
     inverse = linear.solve(fit.hessian, np.eye(len(fit.hessian)), fit.ridge)
-    return obs.greedy_removal(inverse, inverse @ fit.right, count, keep)[0]
+    return obs.greedy_removal(inverse, inverse @ fit.right, count, keep)[0], fit
 
 
-def _shrink(site: Site, stay: Int[np.ndarray, " kept"], settings: Restoration) -> Block:
+def _shrink(site: Site, stay: Int[np.ndarray, " kept"], settings: Restoration, fit: "Fit | None" = None) -> Block:
     """The layer with only the groups of one kind that stay, restored."""
     count = group_count(site.run, site.kind)
     if len(stay) == count:
@@ -161,7 +163,7 @@ def _shrink(site: Site, stay: Int[np.ndarray, " kept"], settings: Restoration) -
     smaller = slicing.take(site.run, {site.kind: jnp.asarray(stay)[None]}, 0, 1)
     if settings.method == "none":
         return smaller
-    fit = fit_of(site, settings)
+    fit = fit or fit_of(site, settings)
     rows = np.arange(len(fit.kernel)).reshape(count, -1)[stay].ravel()
     refit = settings.method == "least-squares"
     kernel = fit.rows(rows, settings.solver) if refit else fit.kernel[rows]
