@@ -7,7 +7,7 @@ arrays everywhere.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -173,6 +173,54 @@ def initialise(abstract: Decoder, key: Array, deviation: float = 0.02) -> Decode
 # ------------------------------------------------------------------------------------------------------- forward
 
 
+class Half(NamedTuple):
+    """What one half of a layer, the attention or the MLP, makes of the residual stream.
+
+    Attributes:
+      stream: the residual stream after it.
+      total: what it adds to and what it adds, summed: the stream, but for models with a norm after the sum.
+      base: what it adds to: the stream before it, but in an option of BLOOM.
+      inputs: the input of each of its matrices, by name.
+    """
+
+    stream: Float[Array, "B T D"]
+    total: Float[Array, "B T D"]
+    base: Float[Array, "B T D"]
+    inputs: dict[str, Float[Array, "B T ..."]]
+
+
+def attention_half(block: Block, config: DecoderConfig, x: Float[Array, "B T D"], angles: Angles) -> Half:
+    """The attention of one layer."""
+    h = x if config.norm_after else block.attention_norm(x, config)
+    update, mixed = block.attention(h, config, angles)
+    if block.attention_post_norm is not None:
+        update = block.attention_post_norm(update, config)
+    base = h if config.residual_from_norm else x
+    total = base + update.astype(x.dtype)
+    stream = block.attention_norm(total, config) if config.norm_after else total
+    return Half(stream, total, base, {"attention.q": h, "attention.k": h, "attention.v": h, "attention.o": mixed})
+
+
+def mlp_half(block: Block, config: DecoderConfig, x: Float[Array, "B T D"], after: Float[Array, "B T D"]) -> Half:
+    """The MLP of one layer.
+
+    Args:
+      block: the layer.
+      config: how the decoder computes.
+      x: the residual stream before the layer, which the MLP reads in models with parallel halves.
+      after: the stream after the layer's attention.
+    """
+    m = x if config.parallel else after
+    m = m if config.norm_after else block.mlp_norm(m, config)
+    update, wide = block.mlp(m, config)
+    if block.mlp_post_norm is not None:
+        update = block.mlp_post_norm(update, config)
+    base = m if config.residual_from_norm else after
+    total = base + update.astype(x.dtype)
+    stream = block.mlp_norm(total, config) if config.norm_after else total
+    return Half(stream, total, base, {"mlp.gate": m, "mlp.up": m, "mlp.down": wide})
+
+
 def apply_block(
     block: Block, config: DecoderConfig, x: Float[Array, "B T D"], angles: Angles
 ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T ..."]]]:
@@ -182,25 +230,11 @@ def apply_block(
       The residual stream after it, and the input of every matrix by name (free under jit when it is not used).
     """
     with jax.named_scope("attention"):
-        h = x if config.norm_after else block.attention_norm(x, config)
-        update, mixed = block.attention(h, config, angles)
-        if block.attention_post_norm is not None:
-            update = block.attention_post_norm(update, config)
-        after = (h if config.residual_from_norm else x) + update.astype(x.dtype)
-        if config.norm_after:
-            after = block.attention_norm(after, config)
+        attention = attention_half(block, config, x, angles)
     with jax.named_scope("mlp"):
-        m = x if config.parallel else after
-        m = m if config.norm_after else block.mlp_norm(m, config)
-        update, wide = block.mlp(m, config)
-        if block.mlp_post_norm is not None:
-            update = block.mlp_post_norm(update, config)
-        x = (m if config.residual_from_norm else after) + update.astype(x.dtype)
-        if config.norm_after:
-            x = block.mlp_norm(x, config)
-    inputs = {"attention.q": h, "attention.k": h, "attention.v": h, "attention.o": mixed}
-    inputs |= {"mlp.gate": m, "mlp.up": m, "mlp.down": wide}
-    return x, {name: inputs[name] for name in kernels(block)}
+        mlp = mlp_half(block, config, x, attention.stream)
+    inputs = attention.inputs | mlp.inputs
+    return mlp.stream, {name: inputs[name] for name in kernels(block)}
 
 
 def scan_layers(

@@ -33,9 +33,9 @@ def slice_groups(decoder: Decoder, kept: groups.Kept) -> Decoder:
     for run in decoder.runs:
         for start, stop in _segments(kept, first, first + depth(run)):
             indices = {kind: jnp.asarray(np.stack(rows[start:stop])) for kind, rows in kept.items()}
-            pieces.append(_take(run, indices, start - first, stop - first, of(decoder)))
+            pieces.append(take(run, indices, start - first, stop - first, of(decoder)))
         first += depth(run)
-    return with_runs(decoder, _merge(pieces))
+    return with_runs(decoder, merge(pieces))
 
 
 def slice_sizes(sizes: Sizes, kept: groups.Kept) -> Sizes:
@@ -79,10 +79,10 @@ def slice_layers(decoder: Decoder, kept: Sequence[int]) -> Decoder:
         if stay.size:
             pieces.append(jax.tree.map(lambda array, stay=stay: jnp.take(array, stay, axis=0), run))
         first += depth(run)
-    return with_runs(decoder, _merge(pieces))
+    return with_runs(decoder, merge(pieces))
 
 
-def _merge(pieces: list[Block]) -> list[Block]:
+def merge(pieces: list[Block]) -> list[Block]:
     """Neighbouring runs of equal layers as one."""
     return [_concatenate(list(equal)) for _, equal in groupby(pieces, _layer_shapes)]
 
@@ -95,8 +95,11 @@ def _segments(kept: groups.Kept, first: int, last: int) -> Iterator[tuple[int, i
 
 
 @partial(jax.jit, static_argnames=("start", "stop", "mesh"))
-def _take(run: Block, kept: dict[str, Int[Array, "L kept"]], start: int, stop: int, mesh: Mesh | None = None) -> Block:
-    """Layer by layer, since a device may not hold a whole stacked array: what it lacks passes through it here."""
+def take(run: Block, kept: dict[str, Int[Array, "L kept"]], start: int, stop: int, mesh: Mesh | None = None) -> Block:
+    """Layers `start` to `stop` of a run, with only the kept groups of every kind that is named.
+
+    Layer by layer, since a device may not hold a whole stacked array: what it lacks passes through it here.
+    """
     counts = {kind: group_count(run, kind) for kind in kept}
     sizes = run_letters(run) | {groups.GROUP_LETTERS[kind][0]: rows.shape[1] for kind, rows in kept.items()}
 

@@ -1,0 +1,39 @@
+"""Positive definite systems: float64 on the host, or float32 on the device."""
+
+import jax
+import jax.scipy.linalg
+import numpy as np
+import scipy.linalg
+from jax import numpy as jnp
+from jaxtyping import Array, Float
+
+SOLVERS = ("host", "device")
+
+
+def solve(
+    matrix: Float[np.ndarray, "I I"], right: Float[np.ndarray, "I D"], floor: float, solver: str = "host"
+) -> Float[np.ndarray, "I D"]:
+    """X with matrix · X = right, by Cholesky.
+
+    Args:
+      matrix: symmetric; no eigenvalue is below `floor`, but for rounding.
+      right: the right-hand sides.
+      floor: the ridge in the matrix, positive; where rounding has made the matrix indefinite, eigenvalues are taken
+        for at least that.
+      solver: `host` (float64), or `device` (float32; what fails there is done on the host).
+    """
+    if solver == "device":
+        found = np.asarray(_on_device(jnp.asarray(matrix, jnp.float32), jnp.asarray(right, jnp.float32)))
+        if np.isfinite(found).all():
+            return found.astype(np.float64)
+    try:
+        return scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix), right)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(matrix)
+        return vectors @ ((vectors.T @ right) / np.maximum(values, floor)[:, None])
+
+
+@jax.jit
+def _on_device(matrix: Float[Array, "I I"], right: Float[Array, "I D"]) -> Float[Array, "I D"]:
+    with jax.default_matmul_precision("highest"):
+        return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(matrix), right)

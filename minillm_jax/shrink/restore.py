@@ -1,0 +1,244 @@
+"""What stays takes over from what goes: forward passes, and one linear system for each output projection.
+
+Layer after layer, on the stream that is already pruned, the rows S that stay of attention.o and mlp.down are fitted to
+
+    Y = (1 − α) · A W + α · gap
+
+A is the input of the projection at full width, W its dense kernel, and `gap` what would bring the pruned stream back to
+the dense one (see `stream.Moments`). A ridge holds the rows to the old ones:
+
+    W'_S = (G_SS + λI)⁻¹ ((1 − α) G_S: W + α C_S + λ W_S)        G = Aᵀ A, C = Aᵀ gap, λ = ridge · mean diagonal of G
+
+With α = 0 each projection keeps its output, with α = 1 it also mends what went wrong before it. With a bias, the
+moments are taken about the mean, and the bias makes up for the means.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minillm_jax import groups
+from minillm_jax.config import DecoderConfig
+from minillm_jax.decoder import Decoder, group_count, with_runs
+from minillm_jax.errors import InputError, one_of
+from minillm_jax.mesh import of, shard
+from minillm_jax.modules import Block
+from minillm_jax.shrink import linear, obs, slicing
+from minillm_jax.stream import PROJECTIONS, Site, projection, walk
+
+METHODS = ("none", "bias", "least-squares")
+
+# Measured: better than both ends where much goes (50 %), level with the better one where little goes (20 %).
+HALF_WAY = 0.5
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """How what stays takes over from what goes.
+
+    Attributes:
+      method: `none`; `bias`, the mean output of what goes is added to the bias (FLAP, arXiv 2312.11983); or
+        `least-squares`, which also fits the bias where there is one.
+      alpha: α, how far the target lies from the projection's own output towards the dense stream. By default half-way
+        for least squares, but 0 in models with a norm between the projection and the stream (Gemma 2, GLM 4), where
+        no output of the projection is known to close the gap; and 0 for `bias`.
+      ridge: λ as a share of the mean diagonal.
+      solver: `host` (NumPy, float64) or `device` (JAX, float32).
+    """
+
+    method: str = "least-squares"
+    alpha: float | None = None
+    ridge: float = 1e-2
+    solver: str = "host"
+
+    def resolve(self, config: DecoderConfig) -> "Restoration":
+        """The settings for a model, with its α.
+
+        Raises:
+          InputError: a name is unknown, a number out of its range, or the model lacks what the method needs.
+        """
+        one_of("restoration", self.method, METHODS)
+        one_of("solver", self.solver, linear.SOLVERS)
+        if self.method == "bias" and not can_compensate(config):
+            raise InputError(
+                f"restoration by bias needs output projections with biases, which this {config.family} model does not "
+                "have; use least-squares"
+            )
+        own = HALF_WAY if self.method == "least-squares" and not config.post_norms else 0.0
+        alpha = own if self.alpha is None else self.alpha
+        if not 0 <= alpha <= 1 or (config.post_norms and alpha):
+            allowed = "be 0 in a model with norms after its projections" if config.post_norms else "lie in [0, 1]"
+            raise InputError(f"the restoration's alpha must {allowed}, found {alpha:g}")
+        if not 0 < self.ridge < np.inf:
+            raise InputError(f"the restoration's ridge must be a positive number, found {self.ridge:g}")
+        return replace(self, alpha=alpha)
+
+
+def can_compensate(config: DecoderConfig) -> bool:
+    """Whether both output projections have biases, which can take over the mean of what goes."""
+    return config.output_bias and config.mlp_bias
+
+
+def restore(
+    decoder: Decoder,
+    kept: groups.Kept,
+    windows: Int[np.ndarray, "B T"],
+    restoration: Restoration | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Decoder:
+    """A decoder with only the kept groups of every layer, whose output projections make up for the others.
+
+    A half of a layer that keeps all its groups is left alone, bit for bit.
+
+    Args:
+      decoder: the dense model.
+      kept: kind of group -> for each layer, the indices that stay, ascending.
+      windows: calibration windows of token ids.
+      restoration: the method and its settings.
+      progress: called with the number of halves of layers done, and of all.
+
+    Raises:
+      InputError: see `Restoration.resolve`; or the activations are not finite.
+    """
+    settings = (restoration or Restoration()).resolve(decoder.config)
+
+    def shrink(site: Site) -> Block:
+        return _shrink(site, kept[site.kind][site.layer], settings)
+
+    return shard(with_runs(decoder, slicing.merge(walk(decoder, windows, shrink, progress))), of(decoder))
+
+
+def prune_by_obs(
+    decoder: Decoder,
+    counts: Mapping[str, Sequence[int]],
+    windows: Int[np.ndarray, "B T"],
+    restoration: Restoration | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Decoder, dict[str, list[Int[np.ndarray, " _"]]]]:
+    """As `restore`, with the groups chosen on the way by structured OBS, and which ones stay.
+
+    What is measured is the error towards the target of the restoration, with its ridge; with α = 0 that is OBS proper,
+    and least squares is its update.
+
+    Args:
+      decoder: the dense model.
+      counts: kind of group -> for each layer, how many stay.
+      windows: calibration windows of token ids.
+      restoration: the method and its settings.
+      progress: called with the number of halves of layers done, and of all.
+
+    Raises:
+      InputError: see `Restoration.resolve`; or the activations are not finite.
+    """
+    settings = (restoration or Restoration()).resolve(decoder.config)
+    kept: dict[str, list[np.ndarray]] = {kind: [] for kind in PROJECTIONS}
+
+    def shrink(site: Site) -> Block:
+        stay, fit = _choose(site, counts[site.kind][site.layer], settings)
+        kept[site.kind].append(stay)
+        return _shrink(site, stay, settings, fit)
+
+    pruned = with_runs(decoder, slicing.merge(walk(decoder, windows, shrink, progress)))
+    return shard(pruned, of(decoder)), kept
+
+
+def _choose(site: Site, keep: int, settings: Restoration) -> tuple[np.ndarray, "Fit | None"]:
+    """The groups that structured OBS leaves, and the linear system that said so, if one was needed."""
+    count = group_count(site.run, site.kind)
+    if keep == count:
+        return np.arange(count), None
+    fit = fit_of(site, settings)
+    inverse = linear.solve(fit.hessian, np.eye(len(fit.hessian)), fit.ridge)
+    return obs.greedy_removal(inverse, inverse @ fit.right, count, keep)[0], fit
+
+
+def _shrink(site: Site, stay: Int[np.ndarray, " kept"], settings: Restoration, fit: "Fit | None" = None) -> Block:
+    """The layer with only the groups of one kind that stay, restored."""
+    count = group_count(site.run, site.kind)
+    if len(stay) == count:
+        return site.run
+    smaller = slicing.take(site.run, {site.kind: jnp.asarray(stay)[None]}, 0, 1)
+    if settings.method == "none":
+        return smaller
+    fit = fit or fit_of(site, settings)
+    rows = np.arange(len(fit.kernel)).reshape(count, -1)[stay].ravel()
+    refit = settings.method == "least-squares"
+    kernel = fit.rows(rows, settings.solver) if refit else fit.kernel[rows]
+    return _with_projection(smaller, PROJECTIONS[site.kind], kernel, fit.shift(rows, kernel))
+
+
+# --------------------------------------------------------------------------------------------- the linear system
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The linear system of one output projection at full width, float64: hessian · W' = right.
+
+    Attributes:
+      hessian: G + λI.
+      right: (1 − α) G W + α C + λ W.
+      ridge: λ.
+      kernel: W.
+      mean: of the inputs; None without a bias.
+      target: mean of Y.
+    """
+
+    hessian: Float[np.ndarray, "I I"]
+    right: Float[np.ndarray, "I D"]
+    ridge: float
+    kernel: Float[np.ndarray, "I D"]
+    mean: Float[np.ndarray, " I"] | None
+    target: Float[np.ndarray, " D"]
+
+    def rows(self, rows: Int[np.ndarray, " kept"], solver: str) -> Float[np.ndarray, "kept D"]:
+        """The best kernel with only those rows."""
+        return linear.solve(self.hessian[np.ix_(rows, rows)], self.right[rows], self.ridge, solver)
+
+    def shift(self, rows: Int[np.ndarray, " kept"], kernel: Float[np.ndarray, "kept D"]) -> np.ndarray | None:
+        """What the bias has to change by for a kernel with only those rows to keep the mean of the target."""
+        return None if self.mean is None else self.target - self.mean[rows] @ kernel
+
+
+def fit_of(site: Site, settings: Restoration) -> Fit:
+    """The linear system of one output projection, in float64 on the host.
+
+    Raises:
+      InputError: the activations are not finite.
+    """
+    linear_map = projection(site.run, site.kind)
+    gram, inputs, cross, gaps = (np.asarray(moment, dtype=np.float64) for moment in site.moments())
+    if not (np.isfinite(gram).all() and np.isfinite(cross).all()):
+        raise InputError(
+            f"the input of {PROJECTIONS[site.kind]} of layer {site.layer} is not finite: the model's weights are "
+            "broken, or overflow their type"
+        )
+    kernel = np.asarray(linear_map.kernel[...], dtype=np.float64).reshape(len(gram), -1)
+    mean, gap, alpha = inputs / site.tokens, gaps / site.tokens, settings.alpha or 0.0
+    biased = linear_map.bias is not None
+    if biased:
+        gram, cross = gram - np.outer(mean, inputs), cross - np.outer(mean, gaps)
+    # Inputs that are all zero leave the old kernel, whatever the ridge.
+    ridge = settings.ridge * (np.trace(gram) / len(gram) or 1.0)
+    right = (1 - alpha) * (gram @ kernel) + alpha * cross + ridge * kernel
+    target = (1 - alpha) * (mean @ kernel) + alpha * gap
+    return Fit(gram + ridge * np.eye(len(gram)), right, ridge, kernel, mean if biased else None, target)
+
+
+def _with_projection(
+    run: Block, name: str, kernel: Float[np.ndarray, "kept D"], shift: Float[np.ndarray, " D"] | None
+) -> Block:
+    """A layer with another kernel of one projection, and its bias shifted; rounded to the types they have."""
+
+    def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
+        match groups.array_path(path).removeprefix(f"{name}."):
+            case "kernel":
+                return jnp.asarray(kernel.reshape(array.shape), array.dtype)
+            case "bias" if shift is not None:
+                return jnp.asarray(np.asarray(array, dtype=np.float64) + shift, array.dtype)
+        return array
+
+    return jax.tree_util.tree_map_with_path(leaf, run)

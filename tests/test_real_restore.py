@@ -1,0 +1,34 @@
+"""What restoration is worth on a trained model; needs `shared` beside the checkout."""
+
+from minillm_jax import calibration, groups, loss
+from minillm_jax.decoder import group_counts
+from minillm_jax.pipeline import load
+from minillm_jax.scoring import Scoring, score
+from minillm_jax.select.budget import kept_count, select_local
+from minillm_jax.shrink.restore import prune_by_obs, restore
+from minillm_jax.shrink.slicing import slice_groups
+from tests.helpers import shared
+
+# Ratio -> the most that structured OBS may cost, as a multiple of the dense model's perplexity.
+BOUNDS = {0.2: 1.60, 0.5: 4.45}
+
+
+def test_restoration_of_a_trained_model() -> None:
+    """64 windows calibrate, 96 others are measured: least squares takes back more than half of what pruning cost."""
+    folder, text = shared("models/stories260K"), shared("data/tinystories/tinystories_sample_2MiB.txt")
+    model = load(folder)
+    windows = calibration.sample(calibration.read_tokens(text, folder, 512), 160, 128, seed=0)
+    calibrate, held_out = windows[:64], windows[64:]
+    dense = loss.perplexity(model.decoder, held_out).perplexity
+    scores = score(model, calibration.Calibration(calibrate, "stories", 0), Scoring("wanda"))
+    for ratio, bound in BOUNDS.items():
+        kept = select_local(scores.groups, ratio)
+        counts = {kind: [kept_count(n, ratio) for n in group_counts(model.decoder, kind)] for kind in groups.KINDS}
+        found = {
+            "wanda": slice_groups(model.decoder, kept),
+            "least squares": restore(model.decoder, kept, calibrate),
+            "obs": prune_by_obs(model.decoder, counts, calibrate)[0],
+        }
+        ratios = {how: loss.perplexity(pruned, held_out).perplexity / dense for how, pruned in found.items()}
+        assert ratios["least squares"] - 1 < (ratios["wanda"] - 1) / 2, ratios
+        assert ratios["obs"] < min(bound, ratios["least squares"]), ratios
