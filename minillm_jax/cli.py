@@ -68,21 +68,30 @@ def prune(
         str, typer.Option(help="Text, .jsonl, .parquet or .npy (token ids) file, or a Hub data set OWNER/NAME[:SPLIT].")
     ],
     output: Annotated[str, typer.Option(help="Folder to write; it must not exist.")],
+    preset: Annotated[
+        str, typer.Option(help="What the options below are where they are not given: see minillm-jax presets.")
+    ] = "ours",
     criterion: Annotated[
-        str, typer.Option(help="fms, wanda, magnitude, gate, random, or noise (the control of fms).")
-    ] = "fms",
-    samples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 10,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 128,
+        str | None, typer.Option(help="obs, wanda, fms, magnitude, gate, gate-square, random, or noise (the control).")
+    ] = None,
+    restoration: Annotated[
+        str | None, typer.Option(help="What stays takes over from what goes: least-squares, bias or none.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Its target, from 0 (as it was) to 1 (the dense stream).")] = None,
+    ridge: Annotated[float | None, typer.Option(help="How strongly it holds to the old weights.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Number of calibration windows.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,
     seed: Annotated[int, typer.Option(help="Decides windows, directions, noise and random scores.")] = 0,
     difference: Annotated[
-        str, typer.Option(help="How the slope is taken: spsa (two steps), jvp (exact, forward mode), exact (backward).")
-    ] = "spsa",
+        str | None,
+        typer.Option(help="How the slope is taken: spsa (two steps), jvp (exact, forward mode), exact (backward)."),
+    ] = None,
     space: Annotated[
         str | None, typer.Option(help="Of the directions: weights or low-rank for fms, gates for gate.")
     ] = None,
-    directions: Annotated[int, typer.Option(help="Random directions of the gradient estimate.")] = 16,
-    epsilon: Annotated[str, typer.Option(help="Step of spsa along a direction, or auto.")] = "1e-3",
-    distribution: Annotated[str, typer.Option(help="Of the directions: gaussian, rademacher or sphere.")] = "gaussian",
+    directions: Annotated[int | None, typer.Option(help="Random directions of the gradient estimate.")] = None,
+    epsilon: Annotated[str | None, typer.Option(help="Step of spsa along a direction, or auto.")] = None,
+    distribution: Annotated[str | None, typer.Option(help="Of them: gaussian, rademacher or sphere.")] = None,
     rank: Annotated[int, typer.Option(help="Of low-rank directions.")] = 1,
     per_sequence: Annotated[
         bool, typer.Option("--per-sequence", help="A direction of its own for every window (gates).")
@@ -97,7 +106,7 @@ def prune(
     checkpoint: Annotated[
         str | None, typer.Option(help="Folder to save the estimate in, and to go on from after an interruption.")
     ] = None,
-    activation_norm: Annotated[str, typer.Option(help="l2, rms, mean-abs or none.")] = "l2",
+    activation_norm: Annotated[str | None, typer.Option(help="l2, rms, mean-abs or none.")] = None,
     within: Annotated[str | None, typer.Option(help="Reduction inside a structure: sum, mean, max, l2.")] = None,
     across: Annotated[str | None, typer.Option(help="Over a group's structures: max, sum, mean, prod, last.")] = None,
     layers: Annotated[str | None, typer.Option(metavar="A:B", help="Prune layers A to B - 1 only.")] = None,
@@ -110,37 +119,59 @@ def prune(
     evaluate: Annotated[str | None, typer.Option(help="Text for the perplexity before and after.")] = None,
     window: Annotated[int, typer.Option(help="Tokens of an evaluation window.")] = 128,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")] = None,
+    mesh: Annotated[str | None, typer.Option(help="Devices: data=2,model=4; one without it.")] = None,
+    hosts: Annotated[
+        str | None, typer.Option(help="Several processes: auto, or ADDRESS:PORT,COUNT,NUMBER (docs/scale.md).")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Prune a model and write it as a folder that transformers loads."""
+    from minillm_jax import presets
     from minillm_jax.estimate.settings import Estimation
     from minillm_jax.pipeline import Job
     from minillm_jax.scoring import Scoring
+    from minillm_jax.shrink.restore import Restoration
 
+    given = {
+        "criterion": criterion,
+        "restoration": restoration,
+        "alpha": alpha,
+        "ridge": ridge,
+        "samples": samples,
+        "seq_len": seq_len,
+        "difference": difference,
+        "directions": directions,
+        "epsilon": epsilon,
+        "distribution": distribution,
+        "activation_norm": activation_norm,
+    }
+    chosen = presets.options(preset, given)
     estimation = Estimation(
-        difference,
+        chosen["difference"],
         space,
-        directions,
-        _epsilon(epsilon),
+        chosen["directions"],
+        _epsilon(chosen["epsilon"]),
         seed,
-        distribution,
+        chosen["distribution"],
         rank,
         per_sequence,
         directions_per_step,
         _bytes(memory),
         rng,
     )
-    scoring = Scoring(criterion, estimation, activation_norm, within, across, seed)
+    scoring = Scoring(chosen["criterion"], estimation, chosen["activation_norm"], within, across, seed)
     span = None if layers is None else _layer_range(layers)
     job = Job(
         model,
         calibration,
         output,
         ratio,
-        samples=samples,
-        length=seq_len,
+        samples=chosen["samples"],
+        length=chosen["seq_len"],
         seed=seed,
         scoring=scoring,
+        restoration=Restoration(chosen["restoration"], chosen["alpha"], chosen["ridge"]),
+        preset=preset,
         layers=span,
         evaluation=evaluate,
         window=window,
@@ -150,6 +181,8 @@ def prune(
         format=format,
         max_shard_size=max_shard_size,
         checkpoint=checkpoint,
+        mesh=mesh,
+        hosts=hosts,
     )
     _run(job, as_json)
 
@@ -177,32 +210,36 @@ def evaluate_model(
 def demo(
     output: Annotated[str, typer.Option(help="Folder to write; it must not exist.")] = "demo-pruned",
     ratio: Annotated[float, typer.Option(help="Share of the heads and channels of every layer that goes.")] = 0.2,
-    criterion: Annotated[str, typer.Option(help="As in prune.")] = "fms",
+    preset: Annotated[str, typer.Option(help="As in prune.")] = "ours",
     as_json: JsonOption = False,
 ) -> None:
     """Prune the bundled demo model and measure it on text it has never seen."""
     import tempfile
 
     from minillm_jax import demo as bundled
-    from minillm_jax.pipeline import Job
-    from minillm_jax.scoring import Scoring
 
     with tempfile.TemporaryDirectory() as folder:
         training, held_out = Path(folder, "training.txt"), Path(folder, "held-out.txt")
         training.write_text(bundled.training_text(), encoding="utf-8")
         held_out.write_text(bundled.held_out_text(), encoding="utf-8")
-        job = Job(
-            str(bundled.FOLDER), str(training), output, ratio, scoring=Scoring(criterion), evaluation=str(held_out)
-        )
-        _run(job, as_json)
+        prune(str(bundled.FOLDER), ratio, str(training), output, preset, evaluate=str(held_out), as_json=as_json)
+
+
+@app.command("presets")
+def show_presets(as_json: JsonOption = False) -> None:
+    """The recipes that --preset knows, and what they set."""
+    from minillm_jax import report
+
+    _show(as_json, report.presets_json, report.presets_table)
 
 
 def _run(job: "Job", as_json: bool) -> None:
-    from minillm_jax import pipeline, report
+    from minillm_jax import mesh, pipeline, report
 
     with _progress(quiet=as_json) as progress:
         result = pipeline.run(job, progress)
-    _show(as_json, lambda: report.result_json(result), lambda: report.result_table(result))
+    if mesh.is_writer():
+        _show(as_json, lambda: report.result_json(result), lambda: report.result_table(result))
 
 
 def _show(as_json: bool, value: Callable[[], dict[str, Any]], table: Callable[[], "Table"]) -> None:

@@ -15,11 +15,12 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, Key, Shaped
+from jaxtyping import Array, Int, Shaped
 
 from minillm_jax import groups
 from minillm_jax.decoder import Decoder, named_arrays, outer_letters, run_letters
 from minillm_jax.errors import InputError, cause
+from minillm_jax.estimate.directions import Directions
 
 DATA, MODEL = "data", "model"
 
@@ -156,12 +157,14 @@ def shard_batch(tokens: Int[np.ndarray, "B T"], mesh: Mesh | None) -> Int[Array,
     return jnp.asarray(tokens) if mesh is None else place(tokens, _over_data(len(tokens), mesh))
 
 
-def shard_directions(keys: Key[Array, " P"], mesh: Mesh | None) -> Key[Array, " P"]:
-    """Keys of directions spread over `data`, for directions that are followed at once; as `shard_batch` otherwise."""
+def shard_directions(directions: Directions, mesh: Mesh | None) -> Directions:
+    """Chunks of directions, [chunks, P], with those of each chunk spread over `data`, as `shard_batch` otherwise."""
     if mesh is None:
-        return keys
-    data = place(np.asarray(jax.random.key_data(keys)), _over_data(len(keys), mesh))
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
+        return directions
+    where = NamedSharding(mesh, PartitionSpec(None, *_over_data(directions.factors.shape[1], mesh).spec))
+    data = place(np.asarray(jax.random.key_data(directions.keys)), where)
+    keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(directions.keys))
+    return Directions(keys, place(np.asarray(directions.factors), where))
 
 
 def data_size(mesh: Mesh | None) -> int:

@@ -8,15 +8,16 @@
 """
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
 from convert import formats, reader, writer
-from minillm_jax import __version__, groups, loss
+from minillm_jax import __version__, groups, loss, mesh
 from minillm_jax import calibration as text
 from minillm_jax.calibration import Calibration
 from minillm_jax.decoder import Decoder, group_counts, layer_count, parameter_count, sizes_of
@@ -25,14 +26,15 @@ from minillm_jax.model import Model
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.scoring import Scores, Scoring, score
 from minillm_jax.select.budget import kept_count, select_local
+from minillm_jax.shrink.restore import Restoration, prune_by_obs, restore
 from minillm_jax.shrink.slicing import slice_groups, slice_sizes
 
 RECORDED_PACKAGES = ("jax", "flax", "transformers", "numpy")
 
 
-def load(model: str | Path, dtype: str | None = None) -> Model:
+def load(model: str | Path, dtype: str | None = None, devices: Mesh | None = None) -> Model:
     """Load a Hugging Face folder, a Flax checkpoint folder, or a Hub id; see `convert.reader.read_model`."""
-    return reader.read_model(model, dtype)
+    return reader.read_model(model, dtype, devices)
 
 
 def calibrate(model: Model, source: str | Path, samples: int = 10, length: int = 128, seed: int = 0) -> Calibration:
@@ -54,6 +56,9 @@ def prune(
     layers: range | None = None,
     round_heads_to: int = 1,
     round_width_to: int = 1,
+    restoration: Restoration | None = None,
+    calibration: Calibration | None = None,
+    progress: StageProgress | None = None,
 ) -> Model:
     """Remove the groups with the lowest scores, the same ratio in every layer and for every kind.
 
@@ -67,9 +72,13 @@ def prune(
       round_heads_to: keep a multiple of this many key/value heads in a pruned layer, rounding up, where there are as
         many: tensor parallelism wants its degree.
       round_width_to: the same for MLP channels: hardware wants 64 or 128.
+      restoration: how what stays takes over from what goes; not at all by default.
+      calibration: the windows for the restoration, and for the criterion `obs`, which chooses while it prunes.
+      progress: told how far the walk over the layers is, where there is one.
 
     Raises:
-      InputError: the ratio is outside (0, 1), the layers are not the model's, or the scores belong to another model.
+      InputError: the ratio is outside (0, 1), the layers are not the model's, the scores belong to another model, or
+        the restoration does not suit it or has no windows.
     """
     decoder = model.decoder
     _check_layers(layers, layer_count(decoder))
@@ -79,13 +88,15 @@ def prune(
             raise InputError(f"the scores are for {found} groups of kind {kind}, the model has {expected}")
     rounding = {"head": round_heads_to, "channel": round_width_to}
     kept = select_local(scores.groups, ratio, layers, rounding)
-    pruned = slice_groups(decoder, kept)
+    restoration = (restoration or Restoration("none")).resolve(decoder.config)
+    pruned, kept = _shrink(decoder, scores, kept, restoration, calibration, progress)
     record = {
         "ratio": float(ratio),
         "rounded_to": rounding,
         "groups_asked": _asked(decoder, ratio, layers),
         "layers": None if layers is None else [layers.start, layers.stop],
         "scoring": scores.settings,
+        "restoration": asdict(restoration),
         "calibration": scores.calibration,
         "estimate": None if scores.estimate is None else scores.estimate.record(),
         "parameters_before": parameter_count(decoder),
@@ -98,6 +109,27 @@ def prune(
     if model.record is not None:
         record["pruned_before"] = model.record
     return replace(model, decoder=pruned, record=record)
+
+
+def _shrink(
+    decoder: Decoder,
+    scores: Scores,
+    kept: groups.Kept,
+    restoration: Restoration,
+    calibration: Calibration | None,
+    progress: StageProgress | None,
+) -> tuple[Decoder, groups.Kept]:
+    """The smaller decoder, and what it kept."""
+    on_the_way = scores.settings["criterion"] == "obs"
+    if restoration.method == "none" and not on_the_way:
+        return slice_groups(decoder, kept), kept
+    if calibration is None:
+        raise InputError("restoration and the criterion obs walk over calibration windows; give the calibration")
+    told = partial(tell, progress, "restoration")
+    if on_the_way:
+        counts = {kind: [len(indices) for indices in rows] for kind, rows in kept.items()}
+        return prune_by_obs(decoder, counts, calibration.windows, restoration, told)
+    return restore(decoder, kept, calibration.windows, restoration, told), kept
 
 
 def _asked(decoder: Decoder, ratio: float, layers: range | None) -> dict[str, list[int]]:
@@ -156,6 +188,8 @@ class Job:
     length: int = 128
     seed: int = 0
     scoring: Scoring = field(default_factory=Scoring)
+    restoration: Restoration = field(default_factory=partial(Restoration, "none"))
+    preset: str | None = None
     layers: tuple[int, int] | None = None
     evaluation: str | None = None
     window: int = 128
@@ -165,6 +199,8 @@ class Job:
     format: str | None = None
     max_shard_size: str = writer.MAX_SHARD_SIZE
     checkpoint: str | None = None
+    mesh: str | None = None
+    hosts: str | None = None
 
 
 @dataclass(frozen=True)
@@ -185,14 +221,18 @@ def run(job: Job, progress: StageProgress | None = None) -> Result:
     Raises:
       InputError: see the steps above; nothing has been written then.
     """
+    shape = mesh.parse_mesh(job.mesh)
+    if job.hosts is not None:
+        mesh.initialise_hosts(mesh.parse_hosts(job.hosts))
     writer.check_new(job.output)
     job.scoring.resolve()
     select_local({}, job.ratio, round_to={"head": job.round_heads_to, "channel": job.round_width_to})
     formats.check_format(job.format)
     writer.check_shard_size(job.max_shard_size)
     clock = _Clock()
-    model = load(job.model, job.dtype)
+    model = load(job.model, job.dtype, mesh.make(shape))
     layers = None if job.layers is None else range(*job.layers)
+    job.restoration.resolve(model.decoder.config)
     _check_writable(model, job, layers)
     calibration = calibrate(model, job.calibration, job.samples, job.length, job.seed)
     held_out = None if job.evaluation is None else text.cut(_tokens(model, job.evaluation), job.window)
@@ -201,7 +241,9 @@ def run(job: Job, progress: StageProgress | None = None) -> Result:
     clock.lap("evaluate")
     scores = score(model, calibration, job.scoring, progress, job.checkpoint)
     clock.lap("score")
-    pruned = prune(model, scores, job.ratio, layers, job.round_heads_to, job.round_width_to)
+    rounding = (job.round_heads_to, job.round_width_to)
+    pruned = prune(model, scores, job.ratio, layers, *rounding, job.restoration, calibration, progress)
+    pruned = replace(pruned, record={"preset": job.preset, **(pruned.record or {})})
     del model  # the dense weights
     clock.lap("prune")
     after = None if held_out is None else _perplexity(pruned, held_out, progress)

@@ -9,6 +9,10 @@ from rich.text import Text
 
 from minillm_jax.loss import Perplexity
 from minillm_jax.pipeline import Result
+from minillm_jax.presets import PRESETS
+
+# What of the record are settings.
+SETTINGS = ("preset", "ratio", "layers", "rounded_to", "scoring", "restoration", "calibration")
 
 # What a user should know of the format that was written.
 FORMAT_WORDS = {
@@ -32,14 +36,16 @@ def result_json(result: Result) -> dict[str, Any]:
         "perplexity_after": None if result.after is None else asdict(result.after),
         "groups": _groups(record),
         "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
-        "settings": {key: record[key] for key in ("ratio", "layers", "rounded_to", "scoring", "calibration")},
+        "settings": {key: record[key] for key in SETTINGS},
+        "step": (record["estimate"] or {}).get("step"),
     }
 
 
 def result_table(result: Result) -> Table:
     """A pruning job as a table: sizes and perplexity before and after, seconds, where the result lies."""
     record = result.pruned.record or {}
-    title = f"{Path(result.job.model).name} pruned by {100 * record['ratio']:g} % with {result.job.scoring.criterion}"
+    how = f"{result.job.scoring.criterion}, restoration {result.job.restoration.method}"
+    title = f"{Path(result.job.model).name} pruned by {100 * record['ratio']:g} % with {how}"
     table = Table(title=Text(title))
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="left" if not heading else "right", overflow="fold")
@@ -61,8 +67,14 @@ def result_table(result: Result) -> Table:
         table.add_row("perplexity", before_text, after_text, f"× {ratio:.2f}")
     table.add_section()
     table.add_row("seconds", "", f"{sum(result.seconds.values()):.1f}", "")
-    table.caption = Text(f"written to {result.job.output}: {FORMAT_WORDS[result.written.format]}")
+    table.caption = Text(f"written to {result.job.output}: {FORMAT_WORDS[result.written.format]}{_advice(record)}")
     return table
+
+
+def _advice(record: dict[str, Any]) -> str:
+    """What is to be said of the estimate's step, if anything is."""
+    step = (record["estimate"] or {}).get("step") or {}
+    return f"\n{step['advice']}" if step.get("advice") else ""
 
 
 def perplexity_json(model: str, source: str, found: Perplexity) -> dict[str, Any]:
@@ -78,6 +90,24 @@ def perplexity_table(model: str, source: str, found: Perplexity) -> Table:
     table.add_row(
         f"{found.perplexity:.3f}", f"{found.loss:.4f}", f"{found.tokens:,}", f"{found.windows:,}", str(found.window)
     )
+    return table
+
+
+def presets_json() -> dict[str, Any]:
+    """All recipes as one JSON object."""
+    return {name: {"words": preset.words, **preset.options} for name, preset in PRESETS.items()}
+
+
+def presets_table() -> Table:
+    """All recipes as a table, an option a row."""
+    table = Table(title="presets", show_lines=False)
+    for heading in ("", *PRESETS):
+        table.add_column(heading, overflow="fold")
+    table.add_row("", *(preset.words for preset in PRESETS.values()))
+    table.add_section()
+    for option in dict.fromkeys(option for preset in PRESETS.values() for option in preset.options):
+        values = [preset.options[option] for preset in PRESETS.values()]
+        table.add_row(f"--{option.replace('_', '-')}", *("by model" if v is None else str(v) for v in values))
     return table
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax import groups
+from minillm_jax import groups, mesh
 from minillm_jax.calibration import Calibration, check_seed
 from minillm_jax.decoder import Decoder, depth, group_count, group_counts, kernels, layer_count
 from minillm_jax.errors import InputError, one_of
@@ -31,7 +31,8 @@ class Scoring:
     """How groups are scored; what is not said is the paper's.
 
     Attributes:
-      criterion: fms, wanda, magnitude, gate, gate-square, random, or noise (fms with ĝ replaced by noise: the control).
+      criterion: fms, wanda, magnitude, gate, gate-square, obs (structured OBS, which chooses while it prunes), random,
+        or noise (fms with ĝ replaced by noise: the control).
       estimation: of the gradient, used by fms and, in the space of gates, by gate.
       activation_norm: l2, rms, mean-abs or none.
       within: reduction inside a structure (sum, mean, max, l2); the criterion's own by default.
@@ -134,6 +135,9 @@ def scores_from(
     settings = asdict(replace(scoring, estimation=used)) | asdict(criterion)
     if not criterion.factors:
         return Scores(_random_scores(decoder, scoring.seed), settings, calibration.record())
+    if "obs" in criterion.factors:  # the groups are chosen while they are removed, layer after layer
+        flat = {kind: [np.zeros(count) for count in group_counts(decoder, kind)] for kind in groups.KINDS}
+        return Scores(flat, settings, calibration.record())
     if found is not None and criterion.by_gates:
         return Scores(_gate_scores(decoder, found, criterion), settings, calibration.record(), found)
     norms = None
@@ -147,7 +151,7 @@ def scores_from(
 def _gate_scores(decoder: Decoder, found: Estimate, criterion: Criterion) -> dict[str, list[np.ndarray]]:
     runs = gate_slopes(decoder, found)
     return {
-        kind: [criteria.gate_importance(layer, criterion) for run in runs for layer in np.asarray(run[kind])]
+        kind: [criteria.gate_importance(layer, criterion) for run in runs for layer in mesh.gather(run[kind])]
         for kind in groups.KINDS
     }
 
@@ -214,7 +218,7 @@ def _score_run(
             for name in criteria.scored_matrices(criterion, kind)
             if name in kernels(run)
         ]
-        found[kind] = criteria.reduce_group(np.stack([np.asarray(part) for part in structures]), criterion.across)
+        found[kind] = criteria.reduce_group(np.stack([mesh.gather(part) for part in structures]), criterion.across)
     return found
 
 

@@ -22,6 +22,9 @@ from minillm_jax import groups, loss, mesh
 from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.decoder import Decoder, build, named_arrays
 from minillm_jax.estimate import directions, gradient
+from minillm_jax.estimate.directions import Directions
+from minillm_jax.estimate.loop import estimate
+from minillm_jax.estimate.settings import Estimation
 from minillm_jax.estimate.spaces import Gates, LowRank, Space, Weights
 from minillm_jax.estimate.statistics import activation_norms
 from minillm_jax.layers import Rope
@@ -94,9 +97,33 @@ def quickly(quick: bool) -> None:
 
 def paired(decoder: Decoder, tokens: np.ndarray, space: Space) -> tuple[np.ndarray, Any]:
     """The losses of two directions on the decoder's devices, and the program that found them."""
-    batch, keys = mesh.shard_batch(tokens, mesh.of(decoder)), directions.direction_keys(0, 0, 2)
-    compiled = gradient.paired_losses.lower(decoder, keys, batch, EPSILON, space).compile()
-    return mesh.gather(compiled(decoder, keys, batch, EPSILON)), compiled
+    batch, drawn = mesh.shard_batch(tokens, mesh.of(decoder)), plain(2).stacked(1)
+    windows = jnp.arange(len(tokens), dtype=jnp.int32)
+    compiled = gradient.paired_losses.lower(decoder, drawn, batch, windows, EPSILON, space).compile()
+    return mesh.gather(compiled(decoder, drawn, batch, windows, EPSILON)), compiled
+
+
+def plain(count: int) -> Directions:
+    return Directions.plain(directions.direction_keys(0, 0, count))
+
+
+# What whole estimates are made with on several devices.
+ESTIMATES = {
+    "spsa": Estimation(directions=4, distribution="rademacher", epsilon=1e-2),
+    "jvp": Estimation("jvp", "gates", 4, per_sequence=True, per_step=2),
+}
+
+
+def estimates(decoder: Decoder, tokens: np.ndarray, checkpoint: Path | None = None) -> dict[str, np.ndarray]:
+    """Projected gradients of whole estimates, [P, B], and the sums of exact gate gradients, [L, B]."""
+    found = {}
+    for name, settings in ESTIMATES.items():
+        made = estimate(decoder, tokens, settings, checkpoint=None if checkpoint is None else checkpoint / name)
+        assert made.projected is not None
+        found[name] = made.projected
+    exact = estimate(decoder, tokens, Estimation("exact", "gates")).exact
+    assert exact is not None
+    return found | {"exact": mesh.gather(exact[0]["channel"]).sum(-1)}
 
 
 @cache
@@ -119,6 +146,7 @@ def devices(folder: str, out: str) -> dict[str, Any]:
     found["apart"] = {name: result[0] for name, result in results.items()}
     found["sent"] = {name: result[1] for name, result in results.items()} | {"gather": gathering()}
     found |= {"directions over data": directions_over_data(), "slices": slices_are_equal()}
+    found["estimates"] = estimates_apart()
     return found | loading(Path(folder), Path(out))
 
 
@@ -149,12 +177,21 @@ def gathering() -> list[tuple[str, list[int]]]:
 def directions_over_data() -> dict[str, Any]:
     """Each device follows directions of its own on the whole batch: how far the losses are, and what is sent."""
     single, tokens, made = make_decoder(EVEN), make_tokens(3, EVEN.V), make_mesh(4, 1)
-    keys, space = directions.direction_keys(0, 0, 4), SPACES["rademacher"]
-    decoder, spread = mesh.shard(single, made), mesh.shard_directions(keys, made)
+    stacked, windows, space = plain(4).stacked(4), jnp.arange(3, dtype=jnp.int32), SPACES["rademacher"]
+    decoder, spread = mesh.shard(single, made), mesh.shard_directions(stacked, made)
     batch = mesh.shard_batch(tokens, made)  # three do not divide
-    compiled = gradient.paired_losses.lower(decoder, spread, batch, EPSILON, space, 4).compile()
-    expected = gradient.paired_losses(single, keys, jnp.asarray(tokens), EPSILON, space, 4)
-    return {"apart": apart(mesh.gather(compiled(decoder, spread, batch, EPSILON)), expected), "sent": sent(compiled)}
+    compiled = gradient.paired_losses.lower(decoder, spread, batch, windows, EPSILON, space).compile()
+    expected = gradient.paired_losses(single, stacked, jnp.asarray(tokens), windows, EPSILON, space)
+    found = mesh.gather(compiled(decoder, spread, batch, windows, EPSILON))
+    return {"apart": apart(found, expected), "sent": sent(compiled)}
+
+
+def estimates_apart() -> dict[str, float]:
+    """How far whole estimates on a mesh are from those of one device, relative to the largest; seven do not divide."""
+    single, tokens = make_decoder(EVEN), make_tokens(7, EVEN.V)
+    decoder = mesh.shard(single, make_mesh(2, 4))
+    expected, found = estimates(single, tokens), estimates(decoder, tokens)
+    return {name: float(np.abs(found[name] - one).max() / np.abs(one).max()) for name, one in expected.items()}
 
 
 def directions_are_equal() -> dict[str, bool]:
@@ -162,7 +199,7 @@ def directions_are_equal() -> dict[str, bool]:
     letters = {"D": 48, "N": 16, "K": 8, "H": 4, "F": 80}
     key, layer, made = directions.direction_keys(3, 0, 1)[0], jnp.int32(1), make_mesh(1, 8)
     found = {}
-    for kind, name in product(directions.DISTRIBUTIONS, ("attention.q", "mlp.up")):
+    for kind, name in product(("gaussian", "rademacher"), ("attention.q", "mlp.up")):
         axes = groups.matrices()[name]
         draw = partial(directions.draw, layer=layer, name=name, shape=groups.shape(axes, letters), distribution=kind)
         sharded = jax.jit(draw, out_shardings=NamedSharding(made, mesh.spec(axes, letters, 8)))(key)
@@ -236,6 +273,10 @@ def hosts(folder: str, out: str, said: str) -> dict[str, Any]:
     for name, shape in (("batch", (count, 1)), ("weights", (1, count))):
         model = reader.read_model(folder, mesh=make_mesh(*shape))
         found[name] = losses(model.decoder)
+        found[f"{name} estimates"] = {
+            name: values.tolist()
+            for name, values in estimates(model.decoder, make_tokens(8, 96), Path(out) / f"{name} saved").items()
+        }
         writer.write_model(model, Path(out) / name)
         writer.write_flax(model, Path(out) / f"{name} flax")
     again = reader.read_model(Path(out) / "weights flax", mesh=make_mesh(1, count))

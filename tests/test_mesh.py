@@ -85,6 +85,13 @@ def test_directions_made_in_shards_have_the_same_bits(found: dict[str, Any]) -> 
     assert all(found["directions"].values()), found["directions"]
 
 
+def test_whole_estimates_on_a_mesh_are_those_of_one_device(found: dict[str, Any]) -> None:
+    """Relative to the largest projected gradient; losses agree to 1e-6, so central differences to that over 2ε."""
+    assert found["estimates"]["jvp"] < 1e-5
+    assert found["estimates"]["exact"] < 1e-5
+    assert found["estimates"]["spsa"] < 1e-3
+
+
 def test_over_data_a_direction_costs_its_scalars(found: dict[str, Any]) -> None:
     """Finding the losses sends nothing at all, and fetching them one number for each sequence, side and direction."""
     assert found["sent"]["8,1"] == {"gaussian": []}
@@ -142,6 +149,18 @@ def test_two_processes_give_the_results_of_one(joined: list[dict[str, Any]], roo
         assert (one["processes"], one["devices"]) == (2, 4)
         for spread in ("batch", "weights"):
             np.testing.assert_allclose(one[spread], alone, rtol=1e-6)
+
+
+def test_two_processes_give_the_estimates_of_one_and_save_them(joined: list[dict[str, Any]], root: Path) -> None:
+    decoder, tokens = reader.read_model(root / "model").decoder, mesh_child.make_tokens(8, 96)
+    alone = mesh_child.estimates(decoder, tokens)
+    for one in joined:
+        for spread in ("batch", "weights"):
+            for name, expected in alone.items():
+                found, tolerance = np.asarray(one[f"{spread} estimates"][name]), 1e-3 if name == "spsa" else 1e-5
+                np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    for name in ("batch", "weights"):
+        assert list((root / "hosts" / f"{name} saved" / "jvp").iterdir()), "both processes saved one checkpoint"
 
 
 @pytest.mark.parametrize("spread", ["batch", "weights"])

@@ -1,10 +1,12 @@
 """How many directions share one pass, and how many passes one call of the compiled program: by memory and by work."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
 
+from minillm_jax import mesh
 from minillm_jax.decoder import Decoder, hidden_size, parameter_count, run_letters
 from minillm_jax.estimate.settings import Estimation
 from minillm_jax.loss import LOGITS_AT_ONCE, TOKENS_AT_ONCE
@@ -42,6 +44,11 @@ class Plan:
         return self.per_step * self.chunks
 
 
+def shared_plan(decoder: Decoder, length: int, settings: Estimation) -> Plan:
+    """As `plan`, and the same in all processes: by the memory of process 0."""
+    return Plan(**json.loads(mesh.agree(json.dumps(asdict(plan(decoder, length, settings))))))
+
+
 def plan(decoder: Decoder, length: int, settings: Estimation) -> Plan:
     """The plan for windows of so many tokens."""
     per_step = min(settings.per_step or _per_step(decoder, length, settings), settings.directions)
@@ -54,7 +61,7 @@ def plan(decoder: Decoder, length: int, settings: Estimation) -> Plan:
 
 def _per_step(decoder: Decoder, length: int, settings: Estimation) -> int:
     """As many directions as the memory takes; pairs on a CPU one by one, which is as fast there."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform == "cpu" and settings.difference == "spsa":
         return 1
     memory = settings.memory or _free_memory(device)

@@ -10,10 +10,11 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from minillm_jax import mesh
 from minillm_jax.decoder import Decoder
 from minillm_jax.errors import InputError
 from minillm_jax.estimate import gradient, rebuild, spaces
-from minillm_jax.estimate.chunks import Plan, plan
+from minillm_jax.estimate.chunks import Plan, shared_plan
 from minillm_jax.estimate.directions import Directions
 from minillm_jax.estimate.exact import RunGradients, gate_gradients, weight_gradients
 from minillm_jax.estimate.resume import Checkpoint, identity
@@ -83,7 +84,7 @@ def estimate(
         return _exact(decoder, windows, settings, progress)
     if settings.difference == "spsa" and settings.epsilon is None:
         settings = replace(settings, epsilon=choose_epsilon(decoder, windows, settings))
-    dense = np.concatenate([np.asarray(sequence_losses(decoder, jnp.asarray(b))) for b in batches(windows)])
+    dense = dense_losses(decoder, windows)
     if checkpoint is None:
         found = _measure(decoder, windows, settings, progress, None)
     else:
@@ -115,7 +116,7 @@ def _measure(
 ) -> Float[np.ndarray, "P *sides B"]:
     """Losses at both ends of every direction, or slopes along it, of every sequence, float64."""
     chunks, found = (None, None) if checkpoint is None else checkpoint.load()
-    chunks = chunks or plan(decoder, windows.shape[1], settings)
+    chunks = chunks or shared_plan(decoder, windows.shape[1], settings)
     for first in range(0 if found is None else len(found), settings.directions, chunks.per_call):
         last = min(first + chunks.per_call, settings.directions)
         part = measure_call(decoder, windows, settings, chunks, first, last)
@@ -138,19 +139,36 @@ def measure_call(
     """
     stacked = settings.draw(decoder, first, first + chunks.per_call).stacked(chunks.per_step)
     parts = [
-        np.asarray(_run(decoder, stacked, tokens, numbers, settings), np.float64)
-        for tokens, numbers in numbered_batches(windows, chunks.tokens)
+        mesh.gather(_run(decoder, *_spread(decoder, stacked, tokens), numbers, settings)).astype(np.float64)
+        for tokens, numbers in numbered_batches(windows, chunks.tokens, mesh.data_size(mesh.of(decoder)))
     ]
     whole = np.concatenate(parts, axis=-1)
     return whole.reshape(chunks.per_call, *whole.shape[2:])[: last - first]
 
 
-def numbered_batches(windows: np.ndarray, at_once: int) -> Iterator[tuple[Array, Array]]:
+def _spread(decoder: Decoder, stacked: Directions, tokens: np.ndarray) -> tuple[Directions, Array]:
+    """Over the devices of `data`: the sequences, or the directions where the sequences do not divide."""
+    devices = mesh.of(decoder)
+    batch = mesh.shard_batch(tokens, devices)
+    divides = len(tokens) % mesh.data_size(devices) == 0
+    return stacked if divides else mesh.shard_directions(stacked, devices), batch
+
+
+def numbered_batches(
+    windows: Int[np.ndarray, "B T"], at_once: int, devices: int = 1
+) -> Iterator[tuple[Int[np.ndarray, "b T"], Int[Array, " b"]]]:
     """Batches of at most so many tokens, each with the numbers of its windows."""
     first = 0
-    for batch in batches(windows, at_once):
-        yield jnp.asarray(batch), jnp.arange(first, first + len(batch), dtype=jnp.int32)
+    for batch in batches(windows, at_once, devices):
+        yield batch, jnp.arange(first, first + len(batch), dtype=jnp.int32)
         first += len(batch)
+
+
+def dense_losses(decoder: Decoder, windows: Int[np.ndarray, "B T"]) -> Float[np.ndarray, " B"]:
+    """The summed loss of every window by the model as it is, float32."""
+    devices = mesh.of(decoder)
+    cut = batches(windows, devices=mesh.data_size(devices))
+    return np.concatenate([mesh.gather(sequence_losses(decoder, mesh.shard_batch(b, devices))) for b in cut])
 
 
 def _run(decoder: Decoder, stacked: Directions, tokens: Array, numbers: Array, settings: Estimation) -> Array:
@@ -165,9 +183,10 @@ def _exact(decoder: Decoder, windows: np.ndarray, settings: Estimation, progress
     predictions = windows.shape[0] * (windows.shape[1] - 1)
     total: RunGradients | None = None
     done = 0
-    for batch in batches(windows):
+    devices = mesh.of(decoder)
+    for batch in batches(windows, devices=mesh.data_size(devices)):
         by_gates = settings.space == "gates"
-        part = (gate_gradients if by_gates else weight_gradients)(decoder, jnp.asarray(batch))
+        part = (gate_gradients if by_gates else weight_gradients)(decoder, mesh.shard_batch(batch, devices))
         part = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / predictions, part)
         total = part if total is None else jax.tree.map(_beside if by_gates else jnp.add, total, part)
         done += len(batch)

@@ -7,6 +7,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from minillm_jax import mesh
 from minillm_jax.decoder import Decoder, apply_block, embed, rotary_angles, scan_layers
 from minillm_jax.loss import batches
 from minillm_jax.modules import Block
@@ -26,8 +27,9 @@ def activation_norms(decoder: Decoder, windows: Int[np.ndarray, "B T"], norm: st
       norm: `l2` (‖X_:i‖₂, as Wanda), `rms`, `mean-abs`, or `none` (ones).
     """
     total: RunStatistics | None = None
-    for batch in batches(windows):
-        part = _sums(decoder, jnp.asarray(batch), squares=norm in ("l2", "rms"))
+    devices = mesh.of(decoder)
+    for batch in batches(windows, devices=mesh.data_size(devices)):
+        part = _sums(decoder, mesh.shard_batch(batch, devices), squares=norm in ("l2", "rms"))
         total = part if total is None else jax.tree.map(jnp.add, total, part)
     assert total is not None, "there is always at least one batch"
     return [jax.tree.map(lambda sums: _finish(sums, norm, windows.size), run) for run in total]

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from jax import numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
+from minillm_jax import mesh
 from minillm_jax.decoder import Decoder
 from minillm_jax.errors import InputError
 from minillm_jax.estimate import gradient
@@ -69,16 +70,19 @@ def choose_epsilon(decoder: Decoder, windows: Int[np.ndarray, "B T"], settings: 
     Raises:
       InputError: no candidate has finite losses.
     """
-    tokens = jnp.asarray(windows[:COMPARED])
+    tokens = mesh.shard_batch(windows[:COMPARED], mesh.of(decoder))
     numbers, space = jnp.arange(len(tokens), dtype=jnp.int32), settings.make_space()
     directions = settings.draw(decoder, 0, COMPARED).stacked(1)
-    true = np.asarray(gradient.directional_derivatives(decoder, directions, tokens, numbers, space), np.float64)
+    true = _fetch(gradient.directional_derivatives(decoder, directions, tokens, numbers, space))
     errors = []
     for epsilon in CANDIDATES:
-        pairs = gradient.paired_losses(decoder, directions, tokens, numbers, jnp.float32(epsilon), space)
-        ends = np.asarray(pairs, np.float64)
+        ends = _fetch(gradient.paired_losses(decoder, directions, tokens, numbers, jnp.float32(epsilon), space))
         slopes = (ends[..., 0, :] - ends[..., 1, :]) / (2 * epsilon)
         errors.append(np.linalg.norm((slopes - true).sum(-1)))
     if not np.isfinite(errors).any():
         raise InputError("the loss is not finite at any step that could be chosen; use --difference jvp")
     return CANDIDATES[int(np.nanargmin(errors))]
+
+
+def _fetch(array: Float[Array, "..."]) -> Float[np.ndarray, "..."]:
+    return mesh.gather(array).astype(np.float64)

@@ -30,7 +30,8 @@ class Criterion:
       factors: of `magnitude` |W|, `activation` (the norm of the input feature), `gradient` |ĝ|, and `noise`, which puts
         fresh noise in the place of ĝ; or alone, from the derivative by a factor on the whole group (its matrices are
         not looked at), `gate`, |∂L/∂gate|, or `gate-square`, the sum of the squares of each sequence's part of it;
-        empty for scores drawn at random.
+        or `obs`, the error that is left when the other groups take over as well as they can, which is found while
+        pruning (`shrink.obs`); empty for scores drawn at random.
       within: reduction over the weights of a structure.
       across: reduction over the structures of a group, in the order of the forward pass.
       outputs_only: score only the output projections (attention.o, mlp.down), as Wanda-sp does.
@@ -59,6 +60,7 @@ CRITERIA = {
     "magnitude": Criterion(("magnitude",), within="l2"),
     "gate": Criterion(("gate",)),
     "gate-square": Criterion(("gate-square",)),
+    "obs": Criterion(("obs",)),
     "random": Criterion(()),
 }
 

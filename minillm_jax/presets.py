@@ -1,0 +1,63 @@
+"""Recipes as data: what the options of `prune` are where nothing is said."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from minillm_jax.errors import one_of
+
+# Whatever no preset says otherwise.
+COMMON = {
+    "samples": 10,
+    "seq_len": 128,
+    "difference": "spsa",
+    "directions": 16,
+    "epsilon": "1e-3",
+    "distribution": "gaussian",
+    "activation_norm": "l2",
+    "restoration": "none",
+    "alpha": None,
+    "ridge": 1e-2,
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A recipe: in a sentence, and as options."""
+
+    words: str
+    options: Mapping[str, Any]
+
+
+def _preset(words: str, criterion: str, **changes: Any) -> Preset:
+    return Preset(words, {"criterion": criterion, **COMMON, **changes})
+
+
+PRESETS = {
+    "ours": _preset(
+        "Structured OBS on the pruned stream, the rest refitted half-way to the dense one: the best that was measured.",
+        "obs",
+        restoration="least-squares",
+        samples=64,
+        difference="jvp",
+    ),
+    "mini-llm": _preset(
+        "The paper: FMS with the gradient estimated by SPSA over all weights, no restoration (arXiv 2407.11681).", "fms"
+    ),
+    "wanda-sp": _preset(
+        "Weights times activations of the output projections, no restoration (FLAP's baseline, arXiv 2312.11983).",
+        "wanda",
+    ),
+}
+
+DEFAULT = "ours"
+
+
+def options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a preset, overridden by those that are given (not None).
+
+    Raises:
+      InputError: there is no preset of that name.
+    """
+    one_of("preset", name, PRESETS)
+    return {**PRESETS[name].options, **{option: value for option, value in given.items() if value is not None}}
