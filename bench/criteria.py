@@ -1,11 +1,11 @@
-"""Perplexity after pruning a real model, criterion by criterion, with the controls beside them.
+"""Perplexity after pruning a real model, criterion by criterion, restored and not, with the controls beside them.
 
     python bench/criteria.py [MODEL TEXT] [--output bench/results/criteria.json]
 
 Without a model and a text, the bundled demo model on its held-out text.
 
 The text's documents are separated by <|endoftext|>, or are the whole file; they are joined by blank lines. For every
-seed other windows are drawn: the first 16 (`--samples`) calibrate, the next 96 (`--evaluation`) evaluate, and all
+seed other windows are drawn: the first 64 (`--samples`) calibrate, the next 96 (`--evaluation`) evaluate, and all
 criteria see the same ones.
 """
 
@@ -26,8 +26,19 @@ from minillm_jax.estimate.settings import Estimation
 from minillm_jax.loss import perplexity
 from minillm_jax.model import Model
 from minillm_jax.scoring import Scoring, score
+from minillm_jax.shrink.restore import Restoration
 
-CRITERIA = ("random", "magnitude", "noise", "fms", "wanda")
+# Name -> criterion, and restoration.
+RECIPES = {
+    "random": ("random", "none"),
+    "magnitude": ("magnitude", "none"),
+    "noise": ("noise", "none"),
+    "fms": ("fms", "none"),
+    "wanda": ("wanda", "none"),
+    "noise + least squares": ("noise", "least-squares"),
+    "wanda + least squares": ("wanda", "least-squares"),
+    "obs + least squares": ("obs", "least-squares"),
+}
 
 
 def measure(model: Model, tokens: Tokens, seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -37,13 +48,14 @@ def measure(model: Model, tokens: Tokens, seed: int, arguments: argparse.Namespa
     held_out = windows[arguments.samples :]
     dense = perplexity(model.decoder, held_out).perplexity
     rows = []
-    for criterion in CRITERIA:
+    for recipe, (criterion, method) in RECIPES.items():
         estimation = Estimation(directions=arguments.directions, epsilon=arguments.epsilon, seed=seed)
         scores = score(model, calibration, Scoring(criterion, estimation, seed=seed))
         for ratio in arguments.ratios:
-            pruned = pipeline.prune(model, scores, ratio)
+            restoration = Restoration(method)
+            pruned = pipeline.prune(model, scores, ratio, restoration=restoration, calibration=calibration)
             found = perplexity(pruned.decoder, held_out).perplexity
-            row = {"criterion": criterion, "ratio": ratio, "seed": seed, "dense": dense, "perplexity": found}
+            row = {"criterion": recipe, "ratio": ratio, "seed": seed, "dense": dense, "perplexity": found}
             rows.append(row)
             print(json.dumps(row), flush=True)
     return rows
@@ -69,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--evaluation", type=int, default=96)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2])

@@ -7,9 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib import pyplot as plt
 
 RESULTS, DOCS = Path(__file__).parent / "results", Path(__file__).parents[1] / "docs"
 MODELS = ("stories260K", "opt-3m", "bloom-3m", "demo_model")

@@ -29,6 +29,7 @@ from minillm_jax.estimate.spaces import Gates, LowRank, Space, Weights
 from minillm_jax.estimate.statistics import activation_norms
 from minillm_jax.layers import Rope
 from minillm_jax.mesh import MeshShape
+from minillm_jax.shrink.restore import restore
 from minillm_jax.shrink.slicing import slice_groups
 
 CONFIG = DecoderConfig("llama", 1e-5, Rope(10000.0))
@@ -146,7 +147,7 @@ def devices(folder: str, out: str) -> dict[str, Any]:
     found["apart"] = {name: result[0] for name, result in results.items()}
     found["sent"] = {name: result[1] for name, result in results.items()} | {"gather": gathering()}
     found |= {"directions over data": directions_over_data(), "slices": slices_are_equal()}
-    found["estimates"] = estimates_apart()
+    found["estimates"], found["restored"] = estimates_apart(), restored()
     return found | loading(Path(folder), Path(out))
 
 
@@ -192,6 +193,15 @@ def estimates_apart() -> dict[str, float]:
     decoder = mesh.shard(single, make_mesh(2, 4))
     expected, found = estimates(single, tokens), estimates(decoder, tokens)
     return {name: float(np.abs(found[name] - one).max() / np.abs(one).max()) for name, one in expected.items()}
+
+
+def restored() -> dict[str, Any]:
+    """How far the loss of a model that was pruned and restored on a mesh is from that on one device; its shares."""
+    single, tokens = make_decoder(EVEN), make_tokens(8, EVEN.V)
+    kept = {kind: [np.arange(0, n, 2)] * 2 for kind, n in (("head", 8), ("channel", 64))}
+    on_mesh = restore(mesh.shard(single, make_mesh(2, 4)), kept, tokens)
+    alone, together = (loss.perplexity(one, tokens).loss for one in (restore(single, kept, tokens), on_mesh))
+    return {"apart": apart(together, alone), "shares": shares(on_mesh)}
 
 
 def directions_are_equal() -> dict[str, bool]:

@@ -119,6 +119,11 @@ def test_slicing_in_shards_keeps_bits_and_shards(found: dict[str, Any]) -> None:
     assert found["slices"]["shares"] == found["shares"][0]
 
 
+def test_a_model_restored_on_a_mesh_is_that_of_one_device(found: dict[str, Any]) -> None:
+    assert found["restored"]["apart"] < 1e-4
+    assert found["restored"]["shares"] == found["slices"]["shares"]
+
+
 def test_weights_are_loaded_into_shards(found: dict[str, Any]) -> None:
     """From both kinds of folders: no device is given more of a cut array than its part."""
     for shares in found["shares"]:

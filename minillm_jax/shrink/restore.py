@@ -25,7 +25,7 @@ from minillm_jax import groups
 from minillm_jax.config import DecoderConfig
 from minillm_jax.decoder import Decoder, group_count, with_runs
 from minillm_jax.errors import InputError, one_of
-from minillm_jax.mesh import of, shard
+from minillm_jax.mesh import gather, of, shard
 from minillm_jax.modules import Block
 from minillm_jax.shrink import linear, obs, slicing
 from minillm_jax.stream import PROJECTIONS, Site, projection, walk
@@ -210,13 +210,13 @@ def fit_of(site: Site, settings: Restoration) -> Fit:
       InputError: the activations are not finite.
     """
     linear_map = projection(site.run, site.kind)
-    gram, inputs, cross, gaps = (np.asarray(moment, dtype=np.float64) for moment in site.moments())
+    gram, inputs, cross, gaps = (gather(moment).astype(np.float64) for moment in site.moments())
     if not (np.isfinite(gram).all() and np.isfinite(cross).all()):
         raise InputError(
             f"the input of {PROJECTIONS[site.kind]} of layer {site.layer} is not finite: the model's weights are "
             "broken, or overflow their type"
         )
-    kernel = np.asarray(linear_map.kernel[...], dtype=np.float64).reshape(len(gram), -1)
+    kernel = gather(linear_map.kernel[...]).astype(np.float64).reshape(len(gram), -1)
     mean, gap, alpha = inputs / site.tokens, gaps / site.tokens, settings.alpha or 0.0
     biased = linear_map.bias is not None
     if biased:
@@ -238,7 +238,7 @@ def _with_projection(
             case "kernel":
                 return jnp.asarray(kernel.reshape(array.shape), array.dtype)
             case "bias" if shift is not None:
-                return jnp.asarray(np.asarray(array, dtype=np.float64) + shift, array.dtype)
+                return jnp.asarray(gather(array).astype(np.float64) + shift, array.dtype)
         return array
 
     return jax.tree_util.tree_map_with_path(leaf, run)
