@@ -10,7 +10,8 @@ Two checks, for every estimator against its cost:
                 -∂L/∂gate, and of the scores of the criteria that use the estimate
 
 beside them the criteria that use no gradient, and the control, in which noise takes the place of ĝ. Then how ε and the
-number of windows matter; over weights `jvp` gives the figures of `spsa` to four digits, so it is left out above. All heads are removed, and `--channels` channels of every layer, drawn at random.
+number of windows matter. Over weights `jvp` gives the figures of `spsa` to three digits and is left out. All heads are
+removed, and `--channels` channels of every layer, drawn at random.
 """
 
 import argparse
