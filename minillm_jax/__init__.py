@@ -4,8 +4,8 @@
 
 >>> model = mj.load("path/or/hub-id")
 >>> calibration = mj.calibrate(model, "text.txt")
->>> scores = mj.score(model, calibration, mj.Scoring("fms"))
->>> pruned = mj.prune(model, scores, ratio=0.2)
+>>> scores = mj.score(model, calibration, mj.Scoring("obs"))
+>>> pruned = mj.prune(model, scores, ratio=0.2, restoration=mj.Restoration(), calibration=calibration)
 >>> mj.save(pruned, "pruned")
 """
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from minillm_jax.scoring import Scores as Scores
     from minillm_jax.scoring import Scoring as Scoring
     from minillm_jax.scoring import score as score
+    from minillm_jax.shrink.restore import Restoration as Restoration
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _HOME = {
     "Estimation": "estimate.settings",
     "InputError": "errors",
     "Model": "model",
+    "Restoration": "shrink.restore",
     "Scores": "scoring",
     "Scoring": "scoring",
     "calibrate": "pipeline",
@@ -49,6 +51,7 @@ __all__ = [
     "Estimation",
     "InputError",
     "Model",
+    "Restoration",
     "Scores",
     "Scoring",
     "calibrate",

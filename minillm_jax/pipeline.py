@@ -2,8 +2,8 @@
 
 >>> model = load("path/or/hub-id")
 >>> calibration = calibrate(model, "text.txt")
->>> scores = score(model, calibration, Scoring("fms"))
->>> pruned = prune(model, scores, ratio=0.2)
+>>> scores = score(model, calibration, Scoring("obs"))
+>>> pruned = prune(model, scores, ratio=0.2, restoration=Restoration(), calibration=calibration)
 >>> save(pruned, "pruned")
 """
 

@@ -41,7 +41,7 @@ def prune_options(text: Path, out: Path, **changes: object) -> list[object]:
 def test_prune_with_all_options_of_the_contract(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
 ) -> None:
-    options = prune_options(text, tmp_path / "out", criterion="fms", seed=3, epsilon=1e-3)
+    options = prune_options(text, tmp_path / "out", preset="mini-llm", seed=3, epsilon=1e-3)
     assert call(monkeypatch, ["prune", demo.FOLDER, *options, "--evaluate", text, "--window", 64]) == 0
     table = capsys.readouterr().out
     for words in ("964,000", "804,", "perplexity", "seconds", "written to"):
@@ -129,6 +129,25 @@ def test_eval_with_bos_and_dtype_changes_the_figure(
     assert found[2] == pytest.approx(found[0], rel=0.02)
 
 
+def test_presets_are_printed_and_overridden(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
+) -> None:
+    assert call(monkeypatch, ["presets"]) == 0
+    assert "--restoration" in capsys.readouterr().out
+    assert call(monkeypatch, ["presets", "--json"]) == 0
+    presets = json.loads(capsys.readouterr().out)
+    assert presets["mini-llm"]["criterion"] == "fms"
+    assert presets["mini-llm"]["restoration"] == "none"
+    assert presets["ours"]["criterion"] == "obs"
+    options = prune_options(text, tmp_path / "out", preset="wanda-sp", restoration="least-squares", alpha=0.25)
+    assert call(monkeypatch, ["prune", demo.FOLDER, *options, "--json"]) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert settings["preset"] == "wanda-sp"
+    assert settings["scoring"]["criterion"] == "wanda"
+    assert settings["restoration"] == {"method": "least-squares", "alpha": 0.25, "ridge": 0.01, "solver": "host"}
+    assert settings["calibration"]["samples"] == 2
+
+
 def test_demo_prunes_the_bundled_model(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -139,6 +158,8 @@ def test_demo_prunes_the_bundled_model(
     # The model really predicts: a unigram model has 395, a uniform one 1024. The text differs between Pythons.
     assert before["perplexity"] < 80 < 395
     assert before["perplexity"] < after["perplexity"] < 395
+    # The default restores: pruning alone at least triples the loss of perplexity.
+    assert after["perplexity"] < 1.2 * before["perplexity"]
     assert result["seconds"].keys() == {"load", "evaluate", "score", "prune", "save"}
     load_torch(tmp_path / "out")
 
@@ -203,7 +224,18 @@ def break_values(folder: Path) -> None:
         (break_nothing, {"layers": "²:3"}, "is not a range"),
         (break_nothing, {"seed": -1}, "--seed must lie between 0 and"),
         (break_nothing, {"epsilon": 1e-50}, "epsilon must be a positive float32 number"),
-        (break_nothing, {"directions-at-once": 0}, "of those at once, and their rank must be at least 1, found 0"),
+        (break_nothing, {"directions-per-step": 0}, "the number of directions per step must be at least 1, found 0"),
+        (break_nothing, {"preset": "best"}, "unknown preset 'best'; expected one of ours, mini-llm, wanda-sp"),
+        (break_nothing, {"epsilon": "small"}, "--epsilon 'small' is not a number"),
+        (break_nothing, {"memory": "2 GB"}, "--memory '2 GB' is not a size"),
+        (break_nothing, {"mesh": "2x4"}, "mesh '2x4' is not understood"),
+        (break_nothing, {"mesh": "data=2"}, "the mesh is for 2 devices, but there are 1"),
+        (break_nothing, {"hosts": "me"}, "hosts 'me' is not understood"),
+        (break_nothing, {"restoration": "prayer"}, "unknown restoration 'prayer'"),
+        (break_nothing, {"restoration": "bias"}, "restoration by bias needs output projections with biases"),
+        (break_nothing, {"alpha": 2}, "the restoration's alpha must lie in [0, 1], found 2"),
+        (break_nothing, {"criterion": "gate", "space": "weights"}, "takes directions in the space gates"),
+        (break_nothing, {"criterion": "fms", "difference": "exact", "checkpoint": "saved"}, "cannot be resumed"),
         (break_nothing, {"output": "EMPTY/out"}, "no folder can be made there"),
         (break_nothing, {"criterion": "best"}, "unknown criterion 'best'"),
     ],

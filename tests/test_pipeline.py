@@ -16,11 +16,13 @@ from minillm_jax.errors import InputError
 from minillm_jax.estimate import directions
 from minillm_jax.estimate.settings import Estimation
 from minillm_jax.estimate.statistics import activation_norms
+from minillm_jax.loss import perplexity
 from minillm_jax.model import Model
 from minillm_jax.pipeline import Job, calibrate, evaluate, load, prune, run, save
 from minillm_jax.scoring import Scores, Scoring, score
 from minillm_jax.select.budget import kept_count
 from minillm_jax.select.criteria import CRITERIA
+from minillm_jax.shrink.restore import Restoration
 from tests.helpers import (
     arrays_equal,
     hugging_face_folder,
@@ -61,7 +63,7 @@ def test_five_lines_from_a_folder_to_a_folder(tmp_path: Path) -> None:
     assert record["parameters_after"] == sum(p.size for p in load_file_tensors(tmp_path / "out"))
     assert [len(row) for row in record["kept"]["channel"]] == group_counts(pruned.decoder, "channel")
     assert record["scoring"]["criterion"] == "fms"
-    assert record["projected_gradients"] == scores.projected_gradients.tolist()
+    assert record["estimate"]["projected_gradients"] == projected_of(scores).tolist()
     assert record["versions"].keys() >= {"minillm-jax", "jax"}
 
 
@@ -139,7 +141,7 @@ def test_magnitude_is_the_largest_norm_of_a_structure() -> None:
     np.testing.assert_allclose(scores.groups["channel"], np.max(norms, axis=0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "obs"])
 def test_every_criterion_scores_every_group_and_is_deterministic(criterion: str) -> None:
     model = small_model()
     first = score(model, windows(), Scoring(criterion, FEW))
@@ -151,6 +153,24 @@ def test_every_criterion_scores_every_group_and_is_deterministic(criterion: str)
     changed = score(model, windows(1), Scoring(criterion, Estimation(directions=2, seed=1), seed=1))
     same = np.array_equal(first.groups["channel"], changed.groups["channel"])
     assert same == (criterion == "magnitude")
+
+
+@pytest.mark.parametrize("criterion", ["obs", "wanda"])
+def test_pruning_with_restoration_walks_over_the_calibration(criterion: str) -> None:
+    """The same numbers of groups as without, chosen on the way by obs, and a loss that is nearer to the dense one."""
+    model, calibration = small_model(), Calibration(random_tokens(61, 32, 12), "random", 0)
+    scores = score(model, calibration, Scoring(criterion))
+    with pytest.raises(InputError, match="give the calibration"):
+        prune(model, scores, 0.5, restoration=Restoration())
+    restored = prune(model, scores, 0.5, restoration=Restoration(), calibration=calibration)
+    plain = prune(model, score(model, calibration, Scoring("wanda")), 0.5)
+    for kind in ("head", "channel"):
+        assert group_counts(restored.decoder, kind) == group_counts(plain.decoder, kind)
+    dense, with_it, without = (perplexity(one.decoder, calibration.windows).loss for one in (model, restored, plain))
+    assert abs(with_it - dense) < abs(without - dense)
+    assert restored.record is not None
+    assert restored.record["restoration"]["alpha"] == 0.5
+    assert [len(rows) for rows in restored.record["kept"]["channel"]] == [6, 6, 6]
 
 
 def test_activation_norms_and_reductions_are_options() -> None:
@@ -197,7 +217,7 @@ def test_pruning_twice_keeps_the_first_record_and_a_range_of_layers_prunes_only_
     [
         (
             Scoring("best"),
-            "unknown criterion 'best'; expected one of fms, noise, wanda, magnitude, gate, gate-square, random",
+            "unknown criterion 'best'; expected one of fms, noise, wanda, magnitude, gate, gate-square, obs, random",
         ),
         (Scoring(activation_norm="l7"), "unknown activation norm 'l7'"),
         (Scoring(within="median"), "unknown reduction within a structure 'median'"),
