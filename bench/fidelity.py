@@ -121,7 +121,7 @@ def _spearman(left: np.ndarray, right: np.ndarray) -> float:
 
 def flat_gates(runs: RunGradients) -> np.ndarray:
     """∂L/∂gate of all groups."""
-    return np.concatenate([np.asarray(v, np.float64).sum(1).ravel() for run in runs for v in run.values()])
+    return np.concatenate([np.asarray(run[k], np.float64).sum(1).ravel() for run in runs for k in groups.KINDS])
 
 
 def weight_estimate(decoder: Decoder, found: Estimate, first: int, last: int) -> list[np.ndarray]:
@@ -161,7 +161,10 @@ def of_weights(model: Model, calibration: Calibration, found: Estimate, truth: A
     """A row for each number of directions: cosine with the exact gradient, and what fms makes of the estimate."""
     exact, chosen, changes = truth
     assert exact["weights"].exact is not None
-    true = np.concatenate([np.asarray(v, np.float64).ravel() for run in exact["weights"].exact for v in run.values()])
+    names = groups.matrices()  # JAX sorts the keys of dictionaries, the estimate goes by this order
+    true = np.concatenate(
+        [np.asarray(run[name], np.float64).ravel() for run in exact["weights"].exact for name in names if name in run]
+    )
     total, done = None, 0
     for count in counts:
         part = weight_estimate(model.decoder, found, done, count)
