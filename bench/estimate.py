@@ -126,6 +126,12 @@ def cases(per_step: list[int]) -> dict[str, Case]:
 # ------------------------------------------------------------------------------------------------------ programs
 
 
+def chosen(arguments: argparse.Namespace) -> dict[str, Case]:
+    """Those that were asked for, and the forward loss."""
+    found = cases(arguments.per_step)
+    return {name: case for name, case in found.items() if name in ("forward", *(arguments.programs or found))}
+
+
 def inputs(case: Case, chunks: int, decoder: Decoder, tokens: jax.Array) -> tuple[Any, ...]:
     """The arrays that a program takes."""
     if case.settings is None or case.settings.difference == "exact":
@@ -186,7 +192,7 @@ def out_of_memory(program: Program) -> bool:
 
 def time_rows(shape: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each program of one shape."""
-    known = cases(arguments.per_step)
+    known = chosen(arguments)
     decoder = random_decoder(shape, arguments.dtype)
     tokens = random_tokens(SHAPES[shape].V, arguments.batch, arguments.length)
     programs = {name: program(case, decoder, tokens) for name, case in known.items()}
@@ -229,7 +235,7 @@ def memory_rows(shape: str, dtype: str, arguments: argparse.Namespace) -> Iterat
     tokens = jax.ShapeDtypeStruct((arguments.batch, arguments.length), jnp.int32)
     layer, stream = layer_bytes(decoder), 4 * arguments.batch * arguments.length * SHAPES[shape].D
     forward = None
-    for name, case in cases(arguments.per_step).items():
+    for name, case in chosen(arguments).items():
         arrays = jax.eval_shape(partial(inputs, case, CHUNKS), decoder, tokens)
         account = compiled(case, arrays).memory_analysis()
         forward = account.temp_size_in_bytes if forward is None else forward
@@ -372,6 +378,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", default=["25M"], choices=list(SHAPES), help="what is timed")
     parser.add_argument("--memory-shapes", nargs="*", default=["25M", "7B"], choices=list(SHAPES))
+    parser.add_argument("--programs", nargs="+", help="names of estimators as the rows give them; all by default")
     parser.add_argument("--processes", nargs="*", default=list(PROCESSES), choices=list(PROCESSES))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--per-step", nargs="+", type=int, default=[1, 8], help="directions that share a pass of jvp")
@@ -384,6 +391,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.length < 2 or min([arguments.batch, arguments.rounds, *arguments.per_step]) < 1:
         parser.error("the length is at least 2, batch, rounds and directions per step at least 1")
+    if unknown := set(arguments.programs or ()) - set(cases(arguments.per_step)):
+        parser.error(f"no such program: {'; '.join(sorted(unknown))}")
     if (arguments.processes or arguments.alone) and not arguments.shapes:
         parser.error("--processes need a shape; leave them empty too")
     return arguments
