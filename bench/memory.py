@@ -18,6 +18,7 @@ from shapes import CONFIG, SHAPES
 
 from minillm_jax.decoder import Decoder, build, depth, parameter_count
 from minillm_jax.estimate import directions, gradient
+from minillm_jax.estimate.directions import Directions
 from minillm_jax.estimate.spaces import Weights
 from minillm_jax.loss import sequence_losses
 
@@ -38,10 +39,10 @@ def measure(name: str, batch: int, length: int, count: int, at_once: int, distri
     """Both programs at one shape."""
     abstract = build(CONFIG, SHAPES[name])
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    keys = jax.eval_shape(lambda: directions.direction_keys(0, 0, count))
-    epsilon = jax.ShapeDtypeStruct((), jnp.float32)
+    drawn = jax.eval_shape(lambda: Directions.plain(directions.direction_keys(0, 0, count)).stacked(at_once))
+    windows, epsilon = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
     forward = account(sequence_losses.lower(abstract, tokens).compile())
-    lowered = gradient.paired_losses.lower(abstract, keys, tokens, epsilon, Weights(distribution), at_once)
+    lowered = gradient.paired_losses.lower(abstract, drawn, tokens, windows, epsilon, Weights(distribution))
     pair = account(lowered.compile())
     return {
         "shape": name,

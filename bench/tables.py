@@ -72,9 +72,79 @@ def conversion_rows() -> list[str]:
     ]
 
 
+def _kind(name: str, kind: str) -> list[dict[str, Any]]:
+    """The rows of one kind, without those that did not fit the device."""
+    return [row for row in _rows(name) if row["kind"] == kind and "error" not in row]
+
+
+def estimate_rows() -> list[str]:
+    """One row for each of our estimators: plain forwards for a pair or a direction, and the aim."""
+    return [
+        f"| {row['shape']} | {row['program']} | {row['ratio']:.2f} | {_or_nothing(row['aim'])} |"
+        for row in _kind("estimate.json", "time")
+        if row["library"] == "minillm-jax" and row["program"] != "forward"
+    ]
+
+
+def estimate_torch_rows() -> list[str]:
+    """One row for each program that both have: milliseconds of PyTorch and of ours, how many times faster, the aim."""
+    times = {(row["shape"], row["program"]): row["seconds"] for row in _kind("estimate.json", "time")}
+    return [
+        f"| {row['shape']} | {row['program']} | {1e3 * times[row['shape'], row['torch']]:.0f} "
+        f"| {1e3 * row['seconds']:.0f} | {row['times_faster']:.2f} | {_or_nothing(row['times_faster_aim'])} |"
+        for row in _kind("estimate.json", "time")
+        if "torch" in row
+    ]
+
+
+def estimate_memory_rows() -> list[str]:
+    """One row for each shape, type and estimator: temporary memory beyond the forward's, in MB, layers, streams."""
+    return [
+        f"| {row['shape']} | {row['dtype']} | {row['program']} | {row['extra_bytes'] / 1e6:.1f} "
+        f"| {row['extra_layers']:.2f} | {row['extra_streams']:.1f} | {_or_nothing(row['aim'])} |"
+        for row in _kind("estimate.json", "memory")
+        if row["program"] != "forward"
+    ]
+
+
+def process_rows() -> list[str]:
+    """One row for each program run alone, in MB: of the weights, with the weights in place, and at most."""
+    return [
+        f"| {row['library']} | {row['program'].removeprefix('torch, ')} | "
+        + " | ".join(f"{row[f'{key}_bytes'] / 1e6:.0f}" for key in ("weight", "weights_peak", "peak"))
+        + " |"
+        for row in _kind("estimate.json", "process")
+    ]
+
+
+def forward_rows() -> list[str]:
+    """One row for each model, batch and length: tokens per second, and utilisation in percent."""
+    return [
+        f"| {row['model']} | {row['dtype']} | {row['batch']} × {row['length']} | {row['tokens_per_second']:,.0f} "
+        f"| {100 * row['mfu']:.0f} % |"
+        for row in _kind("forward.json", "forward")
+    ]
+
+
+def compile_rows() -> list[str]:
+    """One row for each depth: seconds of lowering and compiling, and their ratio to the first depth."""
+    return [
+        f"| {row['layers']} | {row['seconds']:.2f} | {row['ratio']:.2f} |" for row in _kind("forward.json", "compile")
+    ]
+
+
+def _or_nothing(aim: float | None) -> str:
+    return "" if aim is None else f"{aim:.2f}"
+
+
 def main() -> None:
     """Print everything that the README quotes."""
-    for line in [*quality_rows(), demo_sentence(), *memory_rows(), pair_sentence(), *conversion_rows()]:
+    lines = [*quality_rows(), demo_sentence(), *memory_rows(), pair_sentence(), *conversion_rows()]
+    if (RESULTS / "estimate.json").exists():
+        lines += [*estimate_rows(), *estimate_torch_rows(), *estimate_memory_rows(), *process_rows()]
+    if (RESULTS / "forward.json").exists():
+        lines += [*forward_rows(), *compile_rows()]
+    for line in lines:
         print(line)
 
 

@@ -94,11 +94,13 @@ def test_programs_take_turns(bench: Callable[[str], ModuleType]) -> None:
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     """A bench as a user runs it, but for quick compilation."""
-    quickly = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    quickly = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.run(command, cwd=ROOT, env=quickly, capture_output=True, text=True, check=False)
 
 
-def test_forward_bench_writes_what_it_prints(tmp_path: Path) -> None:
+def test_forward_bench_writes_what_it_prints(
+    bench: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "forward.json"
     command = [sys.executable, "bench/forward.py", "--presets", "tiny", "--models", "minillm_jax/demo_model"]
     command += ["--batches", "2", "--lengths", "16", "--depths", "1", "3", "--rounds", "2"]
@@ -117,6 +119,9 @@ def test_forward_bench_writes_what_it_prints(tmp_path: Path) -> None:
         assert row["tokens_per_second"] == pytest.approx(row["batch"] * 16 / seconds, rel=0.05)
         assert row["mfu"] == pytest.approx(row["model_flops"] / seconds / row["peak"], rel=0.05, abs=1e-4)
         assert row["compiled_bytes"] > 4 * row["parameters"]
+    tables = bench("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert (len(tables.forward_rows()), len(tables.compile_rows())) == (2, 2)
 
 
 def test_forward_bench_refuses_what_it_cannot_measure() -> None:
@@ -126,7 +131,56 @@ def test_forward_bench_refuses_what_it_cannot_measure() -> None:
     assert "lengths are at least 2" in done.stderr
 
 
+def test_estimate_bench_writes_what_it_prints(
+    bench: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times, memory and a process for every program, PyTorch's too; and the README's rows can be made of them."""
+    output = tmp_path / "estimate.json"
+    command = [sys.executable, "bench/estimate.py", "--shapes", "tiny", "--memory-shapes", "tiny", "--rounds", "2"]
+    command += ["--per-step", "1", "2", "--batch", "2", "--length", "8", "--processes", "forward"]
+    # Without optimisations threefry4x32 takes minutes to compile.
+    names = ["forward", "pair, weights, rademacher", "pair, gates", "jvp, gates, 2", "exact, weights"]
+    command += ["--programs", *names[1:]]
+    done = _run([*command, "--output", str(output)])
+    assert done.returncode == 0, done.stderr
+    written = json.loads(output.read_text())
+    assert [json.loads(line) for line in done.stdout.splitlines()] == written["rows"]
+    assert {"torch", "jax"} <= set(written["environment"]["versions"])
+    assert written["settings"]["per_step"] == [1, 2]
+    assert set(names) < set(bench("estimate").cases([1, 2]))
+    time, memory, process = (
+        {row["program"]: row for row in written["rows"] if row["kind"] == kind}
+        for kind in ("time", "memory", "process")
+    )
+    assert list(time) == [*names, *(f"torch, {name}" for name in TORCH_PROGRAMS)]
+    assert list(memory) == names
+    assert list(process) == ["forward"]
+    for row in time.values():
+        forward = time["forward" if row["library"] == "minillm-jax" else "torch, forward"]["seconds"]
+        assert row["seconds_each"] * row.get("per_step", 1) == pytest.approx(row["seconds"], rel=0.01)
+        assert row["ratio"] == pytest.approx(row["seconds_each"] / forward, rel=0.05, abs=2e-3)
+        if "torch" in row:
+            assert row["times_faster"] == pytest.approx(time[row["torch"]]["seconds"] / row["seconds"], rel=0.05)
+    assert time["pair, weights, rademacher"]["torch"] == "torch, pair, rademacher"
+    assert (time["pair, weights, rademacher"]["aim"], time["pair, gates"]["aim"]) == (2.10, 2.05)
+    assert all(row["stream_bytes"] == 4 * 2 * 8 * 64 for row in memory.values())
+    assert memory["exact, weights"]["output_bytes"] == pytest.approx(2 * memory["forward"]["layer_bytes"], rel=0.01)
+    (alone,) = process.values()
+    assert 0 < alone["imports_peak_bytes"] <= alone["weights_peak_bytes"] <= alone["peak_bytes"]
+    tables = bench("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert len(tables.estimate_rows()) == len(tables.estimate_memory_rows()) == len(names) - 1
+    assert (len(tables.estimate_torch_rows()), len(tables.process_rows())) == (3, 1)
+
+
+def test_memory_bench_still_runs(bench: Callable[[str], ModuleType]) -> None:
+    row = bench("memory").measure("tiny", batch=2, length=8, count=2, at_once=1, distribution="rademacher")
+    assert row["pair"]["argument"] > row["forward"]["argument"]
+
+
 # ------------------------------------------------------------------------------------------------------- PyTorch
+
+TORCH_PROGRAMS = ("forward", "pair, gaussian", "pair, rademacher", "forward and backward")
 
 
 def test_torch_computes_the_same_loss(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
