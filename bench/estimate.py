@@ -39,10 +39,9 @@ from typing import Any
 import jax
 from environment import environment
 from jax import numpy as jnp
-from memory import layer_bytes
 from rich.console import Console
 from rich.table import Table
-from shapes import CONFIG, SHAPES, random_decoder, random_tokens
+from shapes import CONFIG, SHAPES, layer_bytes, random_decoder, random_tokens
 from timing import Program, medians, seconds, take_turns
 
 from minillm_jax.decoder import Decoder, build, parameter_count

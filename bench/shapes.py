@@ -14,7 +14,7 @@ from jax import numpy as jnp
 from jaxtyping import DTypeLike
 
 from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
-from minillm_jax.decoder import Decoder, build, initialise
+from minillm_jax.decoder import Decoder, build, depth, initialise
 from minillm_jax.layers import Rope
 
 CONFIG = DecoderConfig("llama", 1e-5, Rope(10000.0))
@@ -30,6 +30,12 @@ SHAPES = {
 def random_decoder(name: str, dtype: DTypeLike = jnp.float32, seed: int = 0) -> Decoder:
     """A shape with random weights, made on the device and as one program, so that no float32 twin is left behind."""
     return jax.jit(partial(initialise, build(CONFIG, SHAPES[name], dtype)))(jax.random.key(seed))
+
+
+def layer_bytes(decoder: Decoder) -> int:
+    """Bytes of one layer's weights."""
+    run = decoder.runs[0]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run)) // depth(run)
 
 
 def random_tokens(vocabulary: int, batch: int, length: int, seed: int = 1) -> jax.Array:

@@ -44,20 +44,6 @@ def demo_sentence() -> str:
     return ", ".join(f"{criterion} {mean:.2f}" for mean, criterion in means)
 
 
-def memory_rows() -> list[str]:
-    """One row for each shape and distribution."""
-    return [
-        f"| {row['shape']} | {row['distribution']} | {row['ratio']:.3f} | {row['extra_layers']:.2f} |"
-        for row in _rows("memory.json")
-    ]
-
-
-def pair_sentence() -> str:
-    """Time of a pair in plain forwards, in the README's words."""
-    times = {row["program"].removeprefix("pair, "): row["forwards"] for row in _rows("pair.json")}
-    return f"{times['rademacher']:.2f} plain forwards with signs, {times['gaussian']:.2f} with Gaussian"
-
-
 def conversion_rows() -> list[str]:
     """One row for each layout and type: gigabytes per second of the plain program and of ours, and their ratio."""
     return [
@@ -133,17 +119,58 @@ def compile_rows() -> list[str]:
     ]
 
 
+FIDELITY_MODELS = ("stories260K", "opt-3m", "bloom-3m", "demo_model")
+
+
+def fidelity_rows() -> list[str]:
+    """One row for each model and estimator at its most directions: cosine, then rank correlations with removal."""
+    found = []
+    for model in FIDELITY_MODELS:
+        study = json.loads((RESULTS / f"fidelity-{model}.json").read_text())
+        most = max(row["directions"] for row in study["estimators"])
+        for name in dict.fromkeys(row["estimator"] for row in study["estimators"]):
+            rows = [row for row in study["estimators"] if row["estimator"] == name]
+            rows = [row for row in rows if row["directions"] in (0, most)]
+            criteria = ("fms", "first order", "gate", "gate-square")
+            cells = [_mean(rows, "cosine"), *(_correlation(rows, criterion) for criterion in criteria)]
+            found.append(f"| {model} | {name} | {rows[0]['directions'] or ''} | {' | '.join(cells)} |")
+    return found
+
+
+def plain_rows() -> list[str]:
+    """One row for each criterion without a gradient: its rank correlation with removal on every model."""
+    studies = {m: json.loads((RESULTS / f"fidelity-{m}.json").read_text())["plain"] for m in FIDELITY_MODELS}
+    names = dict.fromkeys(row["criterion"] for row in studies[FIDELITY_MODELS[0]])
+    return [
+        f"| {name} | "
+        + " | ".join(_correlation([r for r in rows if r["criterion"] == name], "removal") for rows in studies.values())
+        + " |"
+        for name in names
+    ]
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> str:
+    values = [row[key] for row in rows if key in row]
+    return f"{sum(values) / len(values):.3f}" if values else ""
+
+
+def _correlation(rows: list[dict[str, Any]], key: str) -> str:
+    """Of heads and of channels, the mean over seeds."""
+    found = [row[key] for row in rows if key in row]
+    if not found:
+        return ""
+    return " / ".join(f"{sum(one[kind] for one in found) / len(found):.2f}" for kind in ("head", "channel"))
+
+
 def _or_nothing(aim: float | None) -> str:
     return "" if aim is None else f"{aim:.2f}"
 
 
 def main() -> None:
     """Print everything that the README quotes."""
-    lines = [*quality_rows(), demo_sentence(), *memory_rows(), pair_sentence(), *conversion_rows()]
-    if (RESULTS / "estimate.json").exists():
-        lines += [*estimate_rows(), *estimate_torch_rows(), *estimate_memory_rows(), *process_rows()]
-    if (RESULTS / "forward.json").exists():
-        lines += [*forward_rows(), *compile_rows()]
+    lines = [*quality_rows(), demo_sentence(), *conversion_rows(), *fidelity_rows(), *plain_rows()]
+    lines += [*estimate_rows(), *estimate_torch_rows(), *estimate_memory_rows(), *process_rows()]
+    lines += [*forward_rows(), *compile_rows()]
     for line in lines:
         print(line)
 
