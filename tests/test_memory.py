@@ -52,10 +52,10 @@ def test_paired_loss_of_seven_billion_parameters_adds_at_most_a_layer_and_a_quar
 
 
 @pytest.mark.parametrize("space", [LowRank(), Gates()], ids=str)
-def test_directions_without_a_copy_add_the_second_stream_only(space: Space) -> None:
-    """The two sides' streams exist together: measured in layers of the 7B shape, beside twice the forward's stream."""
+def test_directions_without_a_copy_add_next_to_nothing(space: Space) -> None:
+    """The other side's stream, and no more: a tenth of a layer of seven billion parameters at most."""
     _, forward = account(sequence_losses.lower(LARGE, TOKENS))
-    assert pair(LARGE, space)[1] - forward <= 1.0 * layer_bytes(LARGE)
+    assert pair(LARGE, space)[1] - forward <= 0.1 * layer_bytes(LARGE)
 
 
 @pytest.mark.parametrize("name", ["mlp.gate", "mlp.down"])

@@ -49,12 +49,12 @@ def paired_losses(
       epsilon: length of the step.
       space: of the directions.
     """
-    pair = _pair_in_turn if space.copies else _pair_together
-    angles, x = rotary_angles(decoder, tokens.shape[1]), embed(decoder, tokens).astype(jnp.float32)
+    angles = rotary_angles(decoder, tokens.shape[1])
 
     def one(directions: Directions) -> Array:
+        x = embed(decoder, tokens).astype(jnp.float32)
         moved = partial(space.moved, key=directions.keys, windows=windows)
-        hidden = finish(decoder, pair(decoder, moved, x, epsilon * directions.factors, angles))
+        hidden = finish(decoder, _pair(decoder, moved, x, epsilon * directions.factors, angles))
         return jax.lax.map(lambda side: jnp.sum(token_losses(decoder, side, tokens), axis=-1), hidden)
 
     return jax.lax.map(lambda chunk: _each(one, chunk), directions)
@@ -67,11 +67,12 @@ def _each(one: Any, chunk: Directions) -> Array:
     return jax.vmap(one)(chunk)
 
 
-def _pair_in_turn(decoder: Decoder, moved: Any, x: Array, scale: Array, angles: Angles) -> Float[Array, "2 B T D"]:
-    """Both streams after the last layer, where a moved layer is a copy.
+def _pair(decoder: Decoder, moved: Any, x: Array, scale: Array, angles: Angles) -> Float[Array, "2 B T D"]:
+    """Both streams after the last layer.
 
     Two visits to every layer, one for each side, and the streams change places in between: so one perturbed layer
-    exists at a time. Perturbing both sides in one step held almost five layers' worth at the 7B shape (docs/LOG.md).
+    exists at a time. Perturbing both sides in one step held almost five layers' worth at the 7B shape (docs/LOG.md),
+    and took no less time where nothing is copied.
     """
 
     def step(carry: tuple[Array, Array, Array], block: Block, layer: Array, extra: None) -> tuple[Any, None]:
@@ -81,20 +82,6 @@ def _pair_in_turn(decoder: Decoder, moved: Any, x: Array, scale: Array, angles: 
 
     (plus, minus, _), _ = scan_layers(decoder.runs, step, (x, x, scale), visits=2)
     return jnp.stack([plus, minus])
-
-
-def _pair_together(decoder: Decoder, moved: Any, x: Array, scale: Array, angles: Angles) -> Float[Array, "2 B T D"]:
-    """Both streams after the last layer, where they share its weights: one product with both."""
-    scales = jnp.stack([scale, -scale])
-
-    def step(streams: Array, block: Block, layer: Array, extra: None) -> tuple[Array, None]:
-        def one(stream: Array, scale: Array) -> Array:
-            there = moved(block, layer=layer, step=spaces.finite(scale))
-            return apply_block(there, decoder.config, stream, angles)[0]
-
-        return jax.vmap(one)(streams, scales), None
-
-    return scan_layers(decoder.runs, step, jnp.stack([x, x]))[0]
 
 
 @partial(jax.jit, static_argnames="space")

@@ -68,8 +68,6 @@ def _(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array])
 class Space(Protocol):
     """What the estimators need to know of a space."""
 
-    copies: bool
-
     def moved(
         self, block: Block, key: Key[Array, ""], layer: Int[Array, ""], step: Step, windows: Int[Array, " B"]
     ) -> Block:
@@ -94,7 +92,6 @@ class Weights:
     """All entries of all block matrices (MINI-LLM)."""
 
     distribution: str = "gaussian"
-    copies: bool = True
 
     def moved(
         self, block: Block, key: Key[Array, ""], layer: Int[Array, ""], step: Step, windows: Int[Array, " B"]
@@ -123,7 +120,6 @@ class LowRank:
 
     rank: int = 1
     distribution: str = "gaussian"
-    copies: bool = False
 
     def moved(
         self, block: Block, key: Key[Array, ""], layer: Int[Array, ""], step: Step, windows: Int[Array, " B"]
@@ -165,7 +161,6 @@ class Gates:
 
     distribution: str = "gaussian"
     per_sequence: bool = False
-    copies: bool = False
 
     def moved(
         self, block: Block, key: Key[Array, ""], layer: Int[Array, ""], step: Step, windows: Int[Array, " B"]
