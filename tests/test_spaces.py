@@ -13,13 +13,14 @@ from convert.reader import read_model
 from minillm_jax.decoder import Decoder, depth, final_hidden, group_count, kernels, with_runs
 from minillm_jax.errors import InputError
 from minillm_jax.estimate import directions
-from minillm_jax.estimate.exact import gate_gradients, weight_gradients
+from minillm_jax.estimate.exact import gate_gradients, gated_losses, weight_gradients
 from minillm_jax.estimate.gradient import directional_derivatives
 from minillm_jax.estimate.loop import estimate, gate_slopes
 from minillm_jax.estimate.settings import Estimation
 from minillm_jax.estimate.spaces import GATED, Gates, LowRank, Weights
 from minillm_jax.loss import sequence_losses
 from minillm_jax.scoring import Scoring
+from minillm_jax.shrink.slicing import slice_groups
 from tests.helpers import CONFIGURATIONS, hugging_face_folder, pairs_of, random_tokens, small_decoder
 
 SPACES = [LowRank(1), LowRank(3, "rademacher"), Gates(), Gates("rademacher")]
@@ -187,6 +188,20 @@ def test_gates_of_one_change_nothing() -> None:
     pairs = pairs_of(decoder, directions.direction_keys(0, 0, 1), tokens, 0.0, Gates())
     np.testing.assert_allclose(pairs[0, 0], sequence_losses(decoder, tokens), rtol=1e-6)
     assert final_hidden(decoder, tokens).shape == (2, 9, 16)
+
+
+def test_a_gate_of_zero_removes_its_group() -> None:
+    """The same loss as the model from which the group is sliced."""
+    decoder, tokens = small_decoder(), jnp.asarray(random_tokens(61, 2, 13))
+    changes = {kind: np.zeros((3, 1, group_count(decoder.runs[0], kind)), np.float32) for kind in GATED}
+    changes["head"][1, 0, 2], changes["channel"][2, 0, 5] = -1.0, -1.0
+    kept = {
+        "head": [np.arange(4), np.asarray([0, 1, 3]), np.arange(4)],
+        "channel": [np.arange(12), np.arange(12), np.delete(np.arange(12), 5)],
+    }
+    expected = sequence_losses(slice_groups(decoder, kept), tokens)
+    np.testing.assert_allclose(gated_losses(decoder, tokens, [changes]), expected, rtol=1e-5)
+    assert not np.allclose(expected, sequence_losses(decoder, tokens), rtol=1e-4)
 
 
 def test_criterion_and_space_must_fit() -> None:

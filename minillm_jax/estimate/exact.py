@@ -4,6 +4,7 @@ Every layer is computed again on the way back (`jax.checkpoint`), so activations
 by the weights takes as much memory as float32 weights; that by the gates almost none.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -57,7 +58,7 @@ def weight_gradients(decoder: Decoder, tokens: Int[Array, "B T"]) -> RunGradient
 
 
 def gated_losses(
-    decoder: Decoder, tokens: Int[Array, "B T"], changes: list[dict[str, Float[Array, "L #B groups"]]]
+    decoder: Decoder, tokens: Int[Array, "B T"], changes: Sequence[dict[str, Float[Array, "L #B groups"]]]
 ) -> Float[Array, " B"]:
     """Summed cross entropy of every sequence with a factor 1 + change on every group, float32.
 
