@@ -200,7 +200,7 @@ def test_a_gate_of_zero_removes_its_group() -> None:
         "channel": [np.arange(12), np.arange(12), np.delete(np.arange(12), 5)],
     }
     expected = sequence_losses(slice_groups(decoder, kept), tokens)
-    np.testing.assert_allclose(gated_losses(decoder, tokens, [changes]), expected, rtol=1e-5)
+    np.testing.assert_allclose(gated_losses(decoder, tokens, [jax.tree.map(jnp.asarray, changes)]), expected, rtol=1e-5)
     assert not np.allclose(expected, sequence_losses(decoder, tokens), rtol=1e-4)
 
 
