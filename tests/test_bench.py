@@ -173,16 +173,6 @@ def test_estimate_bench_writes_what_it_prints(
     assert (len(tables.estimate_torch_rows()), len(tables.process_rows())) == (3, 1)
 
 
-def test_memory_bench_still_runs(bench: Callable[[str], ModuleType]) -> None:
-    row = bench("memory").measure("tiny", batch=2, length=8, count=2, at_once=1, distribution="rademacher")
-    assert row["pair"]["argument"] > row["forward"]["argument"]
-
-
-# ------------------------------------------------------------------------------------------------------- PyTorch
-
-TORCH_PROGRAMS = ("forward", "pair, gaussian", "pair, rademacher", "forward and backward")
-
-
 def test_torch_computes_the_same_loss(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
     """The programs that are compared are the same function of the same arrays."""
     reference = bench("torch_pair")
