@@ -84,7 +84,8 @@ def estimate(
         return _exact(decoder, windows, settings, progress)
     if settings.difference == "spsa" and settings.epsilon is None:
         settings = replace(settings, epsilon=choose_epsilon(decoder, windows, settings))
-    dense = dense_losses(decoder, windows)
+    needed = settings.difference == "spsa" or checkpoint is not None
+    dense = dense_losses(decoder, windows) if needed else np.zeros(0, np.float32)
     if checkpoint is None:
         found = _measure(decoder, windows, settings, progress, None)
     else:
@@ -183,9 +184,8 @@ def _exact(decoder: Decoder, windows: np.ndarray, settings: Estimation, progress
     predictions = windows.shape[0] * (windows.shape[1] - 1)
     total: RunGradients | None = None
     done = 0
-    devices = mesh.of(decoder)
+    by_gates, devices = settings.space == "gates", mesh.of(decoder)
     for batch in batches(windows, devices=mesh.data_size(devices)):
-        by_gates = settings.space == "gates"
         part = (gate_gradients if by_gates else weight_gradients)(decoder, mesh.shard_batch(batch, devices))
         part = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / predictions, part)
         total = part if total is None else jax.tree.map(_beside if by_gates else jnp.add, total, part)
