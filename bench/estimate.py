@@ -104,11 +104,11 @@ def cases(per_step: list[int]) -> dict[str, Case]:
     found = {"forward": Case(torch="torch, forward")}
     for distribution, aim in (("gaussian", None), ("rademacher", 2.10)):
         for rng, suffix in (("threefry2x32", ""), ("threefry4x32", ", threefry4x32")):
-            settings = Estimation(space="weights", distribution=distribution, rng=rng, epsilon=EPSILON, per_step=1)
+            settings = Estimation("spsa", "weights", distribution=distribution, rng=rng, epsilon=EPSILON, per_step=1)
             case = Case(settings, aim, f"torch, pair, {distribution}", FASTER_AIM)
             found[f"pair, weights, {distribution}{suffix}"] = case
     for space, aim in (("low-rank", 2.15), ("gates", 2.05)):
-        found[f"pair, {space}"] = Case(Estimation(space=space, rank=1, epsilon=EPSILON, per_step=1), aim)
+        found[f"pair, {space}"] = Case(Estimation("spsa", space, rank=1, epsilon=EPSILON, per_step=1), aim)
     for name, space, distribution in (
         ("weights, rademacher", "weights", "rademacher"),
         ("low-rank", "low-rank", "gaussian"),

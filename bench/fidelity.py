@@ -42,7 +42,7 @@ from minillm_jax.select.criteria import CRITERIA
 
 Groups = dict[str, list[np.ndarray]]  # kind -> layer -> one number for each group
 
-WEIGHTS = Estimation(space="weights", epsilon=1e-3)
+WEIGHTS = Estimation("spsa", "weights", epsilon=1e-3)
 ESTIMATORS = {
     "weights, spsa": WEIGHTS,
     "weights, spsa, signs": replace(WEIGHTS, distribution="rademacher"),

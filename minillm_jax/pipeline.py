@@ -120,7 +120,7 @@ def _shrink(
     progress: StageProgress | None,
 ) -> tuple[Decoder, groups.Kept]:
     """The smaller decoder, and what it kept."""
-    on_the_way = scores.settings["criterion"] == "obs"
+    on_the_way = scores.settings.get("criterion") == "obs"
     if restoration.method == "none" and not on_the_way:
         return slice_groups(decoder, kept), kept
     if calibration is None:

@@ -10,11 +10,11 @@ from minillm_jax.errors import one_of
 COMMON = {
     "samples": 10,
     "seq_len": 128,
-    "difference": "spsa",
+    "difference": None,
     "directions": 16,
     "epsilon": "1e-3",
     "distribution": "gaussian",
-    "activation_norm": "l2",
+    "activation_norm": None,
     "restoration": "none",
     "alpha": None,
     "ridge": 1e-2,
@@ -39,7 +39,6 @@ PRESETS = {
         "obs",
         restoration="least-squares",
         samples=64,
-        difference="jvp",
     ),
     "mini-llm": _preset(
         "The paper: FMS with the gradient estimated by SPSA over all weights, no restoration (arXiv 2407.11681).", "fms"

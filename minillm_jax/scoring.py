@@ -15,6 +15,7 @@ from minillm_jax.calibration import Calibration, check_seed
 from minillm_jax.decoder import Decoder, depth, group_count, group_counts, kernels, layer_count
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.estimate import directions
+from minillm_jax.estimate.exact import RunGradients
 from minillm_jax.estimate.loop import Estimate, estimate, gate_slopes
 from minillm_jax.estimate.rebuild import rebuild
 from minillm_jax.estimate.settings import Estimation
@@ -31,21 +32,24 @@ class Scoring:
     """How groups are scored; what is not said is the paper's.
 
     Attributes:
-      criterion: fms, wanda, magnitude, gate, gate-square, obs (structured OBS, which chooses while it prunes), random,
+      criterion: one of `select.criteria.CRITERIA`: fms, wanda, flap, magnitude, magnitude-l1; vector, element-1,
+        element-2, mixed (LLM-Pruner); gate, gate-square; obs (structured OBS, which chooses while it prunes); random,
         or noise (fms with ĝ replaced by noise: the control).
-      estimation: of the gradient, used by fms and, in the space of gates, by gate.
-      activation_norm: l2, rms, mean-abs or none.
+      estimation: of the gradient, used by fms and LLM-Pruner's criteria and, in the space of gates, by gate.
+      activation_norm: l2, rms, mean-abs, std or none; the criterion's own by default.
       within: reduction inside a structure (sum, mean, max, l2); the criterion's own by default.
       across: reduction over the structures of a group (max, sum, mean, prod, last); the criterion's own by default.
       seed: of noise and random scores.
+      factors: those of fms that are multiplied, of magnitude, activation and gradient; all by default.
     """
 
     criterion: str = "fms"
     estimation: Estimation = field(default_factory=Estimation)
-    activation_norm: str = "l2"
+    activation_norm: str | None = None
     within: str | None = None
     across: str | None = None
     seed: int = 0
+    factors: tuple[str, ...] | None = None
 
     def resolve(self) -> tuple[Criterion, Estimation]:
         """The criterion with its reductions, and the estimate in the space that it takes.
@@ -54,22 +58,39 @@ class Scoring:
           InputError: a name is unknown, a number out of its range, or two settings do not go together.
         """
         one_of("criterion", self.criterion, CRITERIA)
-        one_of("activation norm", self.activation_norm, ACTIVATION_NORMS)
         check_seed(self.seed)
-        found = CRITERIA[self.criterion]
-        within, across = self.within or found.within, self.across or found.across
-        one_of("reduction within a structure", within, criteria.WITHIN)
-        one_of("reduction across structures", across, criteria.ACROSS)
-        return replace(found, within=within, across=across), self._estimation(found)
+        own = CRITERIA[self.criterion]
+        asked = {"within": self.within, "across": self.across, "norm": self.activation_norm, "factors": self.factors}
+        found = replace(own, **{name: value for name, value in asked.items() if value is not None})
+        one_of("activation norm", found.norm, ACTIVATION_NORMS)
+        one_of("reduction within a structure", found.within, criteria.WITHIN)
+        one_of("reduction across structures", found.across, criteria.ACROSS)
+        if self.factors is not None:
+            self._check_factors(self.factors)
+        return found, self._estimation(found)
+
+    def _check_factors(self, factors: tuple[str, ...]) -> None:
+        if self.criterion != "fms":
+            raise InputError(f"only the criterion fms is a product whose factors can be chosen, not {self.criterion}")
+        if not factors or len(set(factors)) < len(factors):
+            raise InputError("fms needs at least one factor, and each of them once")
+        for factor in factors:
+            one_of("factor", factor, criteria.FMS_FACTORS)
 
     def _estimation(self, criterion: Criterion) -> Estimation:
         by_gates = criterion.by_gates
-        fitting = "gates" if by_gates else "weights"
-        resolved = replace(self.estimation, space=self.estimation.space or fitting).resolve()
+        space, difference = "gates" if by_gates else "weights", criterion.difference
+        asked = self.estimation
+        resolved = replace(asked, space=asked.space or space, difference=asked.difference or difference).resolve()
         if criterion.estimates and by_gates != (resolved.space == "gates"):
             known = "gates" if by_gates else "weights or low-rank"
             raise InputError(f"the criterion {self.criterion} takes directions in the space {known}")
-        return resolved
+        if criterion.curved and resolved.difference != "exact":
+            raise InputError(
+                f"the criterion {self.criterion} takes the squared gradients of single windows, which only the exact "
+                "gradient has; use --difference exact, or element-1"
+            )
+        return replace(resolved, curvature=criterion.curved)
 
 
 @dataclass(frozen=True)
@@ -141,8 +162,8 @@ def scores_from(
     if found is not None and criterion.by_gates:
         return Scores(_gate_scores(decoder, found, criterion), settings, calibration.record(), found)
     norms = None
-    if "activation" in criterion.factors and scoring.activation_norm != "none":
-        norms = activation_norms(decoder, calibration.windows, scoring.activation_norm)
+    if "activation" in criterion.factors and criterion.norm != "none":
+        norms = activation_norms(decoder, calibration.windows, criterion.norm)
         tell(progress, "activations", 1, 1)
     scores = _score_matrices(decoder, norms, _slopes(decoder, criterion, scoring, found), criterion, progress)
     return Scores(scores, settings, calibration.record(), found)
@@ -158,21 +179,27 @@ def _gate_scores(decoder: Decoder, found: Estimate, criterion: Criterion) -> dic
 
 @dataclass(frozen=True)
 class _Slopes:
-    """What ĝ of a matrix is made from: keys and projected gradients, the key of the noise, or the exact gradient."""
+    """What ĝ of a matrix is made from: keys and projected gradients, the key of the noise, or the exact gradient.
 
-    traced: dict[str, Any]
-    exact: list[dict[str, Array]] | None
-    space: Any
+    Beside it the mean square of single windows' exact gradients, where the criterion takes it.
+    """
+
+    traced: dict[str, Any] = field(default_factory=dict)
+    exact: RunGradients | None = None
+    curvature: RunGradients | None = None
+    space: Any = None
 
 
 def _slopes(decoder: Decoder, criterion: Criterion, scoring: Scoring, found: Estimate | None) -> _Slopes:
     if "noise" in criterion.factors:
-        return _Slopes({"noise": directions.stream_key(scoring.seed, "noise")}, None, None)
-    if found is None or found.projected is None:
-        return _Slopes({}, None if found is None else found.exact, None)
+        return _Slopes({"noise": directions.stream_key(scoring.seed, "noise")})
+    if found is None:
+        return _Slopes()
+    if found.projected is None:
+        return _Slopes(exact=found.exact if "gradient" in criterion.factors else None, curvature=found.curvature)
     drawn = found.settings.draw(decoder, 0, len(found.projected))
     projected = jnp.asarray(found.projected.sum(axis=1), jnp.float32)
-    return _Slopes({"directions": drawn, "projected": projected}, None, found.settings.make_space())
+    return _Slopes({"directions": drawn, "projected": projected}, space=found.settings.make_space())
 
 
 def _score_matrices(
@@ -185,10 +212,7 @@ def _score_matrices(
     found: dict[str, list[np.ndarray]] = {kind: [] for kind in groups.KINDS}
     first = 0
     for position, run in enumerate(decoder.runs):
-        own = {
-            "norms": None if norms is None else norms[position],
-            "exact": None if slopes.exact is None else slopes.exact[position],
-        }
+        own = [None if of is None else of[position] for of in (norms, slopes.exact, slopes.curvature)]
         for kind, values in _score_run(run, first, own, slopes, criterion).items():
             found[kind].extend(values)
         first += depth(run)
@@ -197,7 +221,7 @@ def _score_matrices(
 
 
 def _score_run(
-    run: Block, first: int, own: dict[str, dict[str, Array] | None], slopes: _Slopes, criterion: Criterion
+    run: Block, first: int, own: list[dict[str, Array] | None], slopes: _Slopes, criterion: Criterion
 ) -> dict[str, np.ndarray]:
     """The scores of one run of equal layers that begins at layer `first`: kind -> [L, groups]."""
     layers = jnp.arange(first, first + depth(run), dtype=jnp.int32)
@@ -206,13 +230,13 @@ def _score_run(
         structures = [
             _score_structure(
                 kernels(run)[name][...],
-                *(None if values is None else values[name] for values in (own["norms"], own["exact"])),
+                *(None if values is None else values[name] for values in own),
                 layers,
                 slopes.traced,
                 name=name,
                 kind=kind,
                 count=group_count(run, kind),
-                within=criterion.within,
+                criterion=criterion,
                 space=slopes.space,
             )
             for name in criteria.scored_matrices(criterion, kind)
@@ -222,18 +246,19 @@ def _score_run(
     return found
 
 
-@partial(jax.jit, static_argnames=("name", "kind", "count", "within", "space"))
+@partial(jax.jit, static_argnames=("name", "kind", "count", "criterion", "space"))
 def _score_structure(
     kernels: Float[Array, "L ..."],
     norms: Float[Array, "L ..."] | None,
     exact: Float[Array, "L ..."] | None,
+    curvature: Float[Array, "L ..."] | None,
     layers: Int[Array, " L"],
     slopes: dict[str, Any],
     *,
     name: str,
     kind: str,
     count: int,
-    within: str,
+    criterion: Criterion,
     space: Any,
 ) -> Float[Array, "L groups"]:
     """The score of each group's part in one matrix, for every layer of a run.
@@ -241,18 +266,19 @@ def _score_structure(
     One matrix of one layer at a time: ĝ is rebuilt, used and forgotten, so this takes the memory of the weights and a
     few times that of one matrix.
     """
+    axes = groups.matrices()[name]
 
-    def one(layer_of: tuple[Array, Array | None, Array | None, Array]) -> Array:
-        kernel, norm, slope, layer = layer_of
+    def one(layer_of: tuple[Array, Array | None, Array | None, Array | None, Array]) -> Array:
+        kernel, norm, slope, squares, layer = layer_of
         if "directions" in slopes:
             slope = rebuild(name, kernel.shape, layer, slopes["directions"], slopes["projected"], space)
         elif "noise" in slopes:
             slope = directions.draw(slopes["noise"], layer, name, kernel.shape, "gaussian")
-        values = criteria.importance(kernel, norm, slope)
-        axes = groups.matrices()[name]
-        return criteria.reduce_structure(values, axes, kind, count, within)
+        weights = kernel if "magnitude" in criterion.factors else jnp.ones_like(kernel)
+        values = criteria.importance(weights, norm, slope, squares)
+        return criteria.reduce_structure(values, axes, kind, count, criterion.within)
 
-    return jax.lax.map(one, (kernels, norms, exact, layers))
+    return jax.lax.map(one, (kernels, norms, exact, curvature, layers))
 
 
 def _random_scores(decoder: Decoder, seed: int) -> dict[str, list[np.ndarray]]:

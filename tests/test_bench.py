@@ -173,6 +173,11 @@ def test_estimate_bench_writes_what_it_prints(
     assert (len(tables.estimate_torch_rows()), len(tables.process_rows())) == (3, 1)
 
 
+# ------------------------------------------------------------------------------------------------------- PyTorch
+
+TORCH_PROGRAMS = ("forward", "pair, gaussian", "pair, rademacher", "forward and backward")
+
+
 def test_torch_computes_the_same_loss(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
     """The programs that are compared are the same function of the same arrays."""
     reference = bench("torch_pair")

@@ -152,7 +152,7 @@ def test_every_criterion_scores_every_group_and_is_deterministic(criterion: str)
         assert np.unique(first.groups[kind]).size == 3 * counts
     changed = score(model, windows(1), Scoring(criterion, Estimation(directions=2, seed=1), seed=1))
     same = np.array_equal(first.groups["channel"], changed.groups["channel"])
-    assert same == (criterion == "magnitude")
+    assert same == criterion.startswith("magnitude")
 
 
 @pytest.mark.parametrize("criterion", ["obs", "wanda"])
@@ -217,7 +217,7 @@ def test_pruning_twice_keeps_the_first_record_and_a_range_of_layers_prunes_only_
     [
         (
             Scoring("best"),
-            "unknown criterion 'best'; expected one of fms, noise, wanda, magnitude, gate, gate-square, obs, random",
+            "unknown criterion 'best'; expected one of fms, noise, wanda, flap, ",
         ),
         (Scoring(activation_norm="l7"), "unknown activation norm 'l7'"),
         (Scoring(within="median"), "unknown reduction within a structure 'median'"),

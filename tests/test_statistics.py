@@ -38,6 +38,7 @@ def test_norms_equal_those_of_the_inputs_in_pytorch(tmp_path: Path, norm: str) -
     reference = {
         "l2": lambda x: x.norm(dim=0),
         "rms": lambda x: x.square().mean(dim=0).sqrt(),
+        "std": lambda x: x.std(dim=0),
         "mean-abs": lambda x: x.abs().mean(dim=0),
         "none": lambda x: torch.ones(x.shape[1]),
     }[norm]
@@ -54,7 +55,7 @@ def test_norms_have_the_input_axes_of_their_matrix_and_do_not_depend_on_batches(
     (whole,) = activation_norms(decoder, windows)
     for name, axes in groups.matrices().items():
         assert whole[name].ndim == 1 + len(axes.split()[0])
-    monkeypatch.setattr(statistics, "batches", lambda windows: batches(windows, 18))
+    monkeypatch.setattr(statistics, "batches", lambda windows, devices: batches(windows, 18, devices))
     (split,) = activation_norms(decoder, windows)
     for name, norms in whole.items():
         np.testing.assert_allclose(split[name], norms, rtol=1e-6)

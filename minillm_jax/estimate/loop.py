@@ -36,12 +36,15 @@ class Estimate:
       step: how the finite step fared; None where there was none.
       exact: the gradient of the mean loss by weights ([L, ...], float32) or gates ([L, B, groups], by each sequence's
         own), for each run; None for an estimate.
+      curvature: where it was asked for, the mean over the sequences of the square of the gradient of each one's mean
+        loss, like `exact` by weights.
     """
 
     settings: Estimation
     projected: Float[np.ndarray, "P B"] | None = None
     step: StepReport | None = None
     exact: RunGradients | None = None
+    curvature: RunGradients | None = None
 
     def record(self) -> dict[str, Any]:
         """What a JSON file should say of it."""
@@ -183,16 +186,27 @@ def _exact(decoder: Decoder, windows: np.ndarray, settings: Estimation, progress
     """By weights: summed over the batches, float32. By gates: each sequence's own."""
     predictions = windows.shape[0] * (windows.shape[1] - 1)
     total: RunGradients | None = None
+    squares: RunGradients | None = None
     done = 0
     by_gates, devices = settings.space == "gates", mesh.of(decoder)
-    for batch in batches(windows, devices=mesh.data_size(devices)):
+    one_by_one = settings.curvature  # each window's own gradient is squared
+    cut = batches(windows, 1) if one_by_one else batches(windows, devices=mesh.data_size(devices))
+    for batch in cut:
         part = (gate_gradients if by_gates else weight_gradients)(decoder, mesh.shard_batch(batch, devices))
         part = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / predictions, part)
+        if settings.curvature:
+            squares = _add_squares(squares, part, len(windows))
         total = part if total is None else jax.tree.map(_beside if by_gates else jnp.add, total, part)
         done += len(batch)
         if progress is not None:
             progress(done, len(windows))
-    return Estimate(settings, exact=total)
+    return Estimate(settings, exact=total, curvature=squares)
+
+
+def _add_squares(total: RunGradients | None, part: RunGradients, count: int) -> RunGradients:
+    """The part of a sequence's mean loss in the mean of `count` of them, made whole, squared and averaged."""
+    squares = jax.tree.map(lambda leaf: count * jnp.square(leaf), part)
+    return squares if total is None else jax.tree.map(jnp.add, total, squares)
 
 
 def _beside(left: Float[Array, "L B groups"], right: Float[Array, "L C groups"]) -> Float[Array, "L _ groups"]:

@@ -27,7 +27,8 @@ class Estimation:
 
     Attributes:
       difference: `spsa` (two opposite steps), `jvp` (the exact directional derivative, forward mode) or `exact`
-        (reverse mode: no directions, but the memory of back-propagation).
+        (reverse mode: no directions, but the memory of back-propagation); None leaves it to the criterion, and is
+        `spsa` where there is none.
       space: what a direction moves: `weights` (all block matrices), `low-rank` or `gates`; None leaves it to the
         criterion, and is `weights` where there is none.
       directions: number n of random directions.
@@ -40,9 +41,10 @@ class Estimation:
         directions.
       memory: bytes that may be used besides the model; None for what the device has left (1 GiB on a CPU).
       rng: how random bits are made, `threefry2x32` or `threefry4x32` (faster on CPUs); they are other directions.
+      curvature: also the mean square of the gradients of single sequences (only `exact`, by weights).
     """
 
-    difference: str = "spsa"
+    difference: str | None = None
     space: str | None = None
     directions: int = 16
     epsilon: float | None = 1e-3
@@ -53,14 +55,15 @@ class Estimation:
     per_step: int | None = None
     memory: int | None = None
     rng: str = IMPLEMENTATION
+    curvature: bool = False
 
     def resolve(self) -> "Estimation":
-        """The settings with the space filled in.
+        """The settings with difference and space filled in.
 
         Raises:
           InputError: a name is unknown, a number out of its range, or two settings do not go together.
         """
-        resolved = replace(self, space=self.space or "weights")
+        resolved = replace(self, difference=self.difference or "spsa", space=self.space or "weights")
         _check_names(resolved)
         _check_numbers(resolved)
         _check_together(resolved)
@@ -84,7 +87,7 @@ class Estimation:
 
 
 def _check_names(settings: Estimation) -> None:
-    one_of("difference", settings.difference, DIFFERENCES)
+    one_of("difference", str(settings.difference), DIFFERENCES)
     one_of("space of directions", str(settings.space), spaces.SPACES)
     one_of("distribution", settings.distribution, DISTRIBUTIONS)
     one_of("way to make random numbers", settings.rng, IMPLEMENTATIONS)
@@ -113,6 +116,8 @@ def _counts(settings: Estimation) -> Iterable[tuple[str, int]]:
 def _check_together(settings: Estimation) -> None:
     if settings.difference == "exact" and settings.space == "low-rank":
         raise InputError("the exact gradient has no directions of low rank; use the space weights or gates")
+    if settings.curvature and (settings.difference, settings.space) != ("exact", "weights"):
+        raise InputError("squared gradients of single sequences come with the exact gradient by weights only")
     if settings.per_sequence and settings.space != "gates":
         raise InputError("a direction for every sequence needs the space gates: a weight is shared by all of them")
     if settings.per_sequence and settings.distribution == "sphere":

@@ -1,6 +1,7 @@
 """Activation statistics of every input feature, collected in one forward pass."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from minillm_jax.decoder import Decoder, apply_block, embed, rotary_angles, scan
 from minillm_jax.loss import batches
 from minillm_jax.modules import Block
 
-ACTIVATION_NORMS = ("l2", "rms", "mean-abs", "none")
+ACTIVATION_NORMS = ("l2", "rms", "mean-abs", "std", "none")
 
 # For each run: matrix name -> one number for each layer and input feature, [L, inputs...].
 RunStatistics = list[dict[str, Float[Array, "L ..."]]]
@@ -24,15 +25,26 @@ def activation_norms(decoder: Decoder, windows: Int[np.ndarray, "B T"], norm: st
     Args:
       decoder: the dense model.
       windows: calibration windows of token ids.
-      norm: `l2` (‖X_:i‖₂, as Wanda), `rms`, `mean-abs`, or `none` (ones).
+      norm: `l2` (‖X_:i‖₂, as Wanda), `rms`, `mean-abs`, `std` (FLAP's fluctuation: the deviation from the mean; a
+        second pass over the windows), or `none` (ones).
     """
+    if norm != "std":
+        sums = _totals(decoder, windows, "squares" if norm in ("l2", "rms") else "absolute")
+        return [jax.tree.map(lambda sums: _finish(sums, norm, windows.size), run) for run in sums]
+    means = [jax.tree.map(lambda sums: sums / windows.size, run) for run in _totals(decoder, windows, "plain")]
+    squares = _totals(decoder, windows, "squares", means)
+    return [jax.tree.map(lambda sums: jnp.sqrt(sums / (windows.size - 1)), run) for run in squares]
+
+
+def _totals(decoder: Decoder, windows: np.ndarray, power: str, means: RunStatistics | None = None) -> RunStatistics:
+    """The sums of all batches."""
     total: RunStatistics | None = None
     devices = mesh.of(decoder)
     for batch in batches(windows, devices=mesh.data_size(devices)):
-        part = _sums(decoder, mesh.shard_batch(batch, devices), squares=norm in ("l2", "rms"))
+        part = _sums(decoder, mesh.shard_batch(batch, devices), means, power=power)
         total = part if total is None else jax.tree.map(jnp.add, total, part)
     assert total is not None, "there is always at least one batch"
-    return [jax.tree.map(lambda sums: _finish(sums, norm, windows.size), run) for run in total]
+    return total
 
 
 def _finish(sums: Array, norm: str, tokens: int) -> Array:
@@ -46,17 +58,23 @@ def _finish(sums: Array, norm: str, tokens: int) -> Array:
     return jnp.ones_like(sums)
 
 
-@partial(jax.jit, static_argnames="squares")
-def _sums(decoder: Decoder, tokens: Int[Array, "B T"], squares: bool) -> RunStatistics:
-    """Sum of squares (or of absolute values) of every input feature over batch and positions, float32."""
+@partial(jax.jit, static_argnames="power")
+def _sums(
+    decoder: Decoder, tokens: Int[Array, "B T"], means: RunStatistics | None = None, *, power: str
+) -> RunStatistics:
+    """Sum over batch and positions of every input feature, less its mean where that is given, float32.
+
+    `power` is `plain`, `absolute` or `squares`: of what the sum is taken.
+    """
     angles = rotary_angles(decoder, tokens.shape[1])
+    apply = {"plain": lambda x: x, "absolute": jnp.abs, "squares": jnp.square}[power]
 
-    def total(x: Array) -> Array:
+    def total(x: Array, mean: Array | None = None) -> Array:
         x32 = x.astype(jnp.float32)
-        return jnp.sum(jnp.square(x32) if squares else jnp.abs(x32), axis=(0, 1))
+        return jnp.sum(apply(x32 if mean is None else x32 - jnp.broadcast_to(mean, x32.shape)), axis=(0, 1))
 
-    def step(x: Array, block: Block, layer: Array, extra: None) -> tuple[Array, dict[str, Array]]:
+    def step(x: Array, block: Block, layer: Array, own: Any) -> tuple[Array, dict[str, Array]]:
         x, inputs = apply_block(block, decoder.config, x, angles)
-        return x, jax.tree.map(total, inputs)
+        return x, {name: total(value, None if own is None else own[name]) for name, value in inputs.items()}
 
-    return scan_layers(decoder.runs, step, embed(decoder, tokens))[1]
+    return scan_layers(decoder.runs, step, embed(decoder, tokens), per_layer=means)[1]

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from minillm_jax import groups
 
-WITHIN = ("sum", "mean", "max", "l2")
+WITHIN = ("sum", "mean", "max", "l2", "vector", "standardised")
 ACROSS = ("max", "sum", "mean", "prod", "last")
 
 
@@ -27,42 +27,65 @@ class Criterion:
     """How groups are scored.
 
     Attributes:
-      factors: of `magnitude` |W|, `activation` (the norm of the input feature), `gradient` |ĝ|, and `noise`, which puts
-        fresh noise in the place of ĝ; or alone, from the derivative by a factor on the whole group (its matrices are
-        not looked at), `gate`, |∂L/∂gate|, or `gate-square`, the sum of the squares of each sequence's part of it;
-        or `obs`, the error that is left when the other groups take over as well as they can, which is found while
-        pruning (`shrink.obs`); empty for scores drawn at random.
+      factors: of `magnitude` W, `activation` (the norm of the input feature), `gradient` ĝ, `noise`, which puts fresh
+        noise in the place of ĝ, and `curvature`, the second order (see `importance`); or alone, from the derivative by
+        a factor on the whole group (its matrices are not looked at), `gate`, |∂L/∂gate|, or `gate-square`, the sum of
+        the squares of each sequence's part of it; or `obs`, the error that is left when the other groups take over as
+        well as they can, which is found while pruning (`shrink.obs`); empty for scores drawn at random.
       within: reduction over the weights of a structure.
       across: reduction over the structures of a group, in the order of the forward pass.
       outputs_only: score only the output projections (attention.o, mlp.down), as Wanda-sp does.
+      norm: of the input features, where nothing else is asked for.
+      difference: how the gradient is found, where nothing else is asked for.
     """
 
     factors: tuple[str, ...]
     within: str = "sum"
     across: str = "max"
     outputs_only: bool = False
+    norm: str = "l2"
+    difference: str = "spsa"
 
     @property
     def estimates(self) -> bool:
         """Whether it takes a gradient."""
-        return self.by_gates or "gradient" in self.factors
+        return self.by_gates or self.curved or "gradient" in self.factors
 
     @property
     def by_gates(self) -> bool:
         """Whether it takes the gradient by gates."""
         return bool({"gate", "gate-square"} & set(self.factors))
 
+    @property
+    def curved(self) -> bool:
+        """Whether it takes the squared gradients of single sequences, which only the exact gradient has."""
+        return "curvature" in self.factors
+
+
+def _taylor(*factors: str, within: str = "sum") -> Criterion:
+    """A criterion of LLM-Pruner (arXiv 2305.11627): the change of the loss, expanded, summed over a group."""
+    return Criterion(("magnitude", *factors), within, across="sum", difference="exact")
+
 
 CRITERIA = {
     "fms": Criterion(("magnitude", "activation", "gradient")),
     "noise": Criterion(("magnitude", "activation", "noise")),
     "wanda": Criterion(("magnitude", "activation"), outputs_only=True),
+    "flap": Criterion(("magnitude", "activation"), "standardised", outputs_only=True, norm="std"),
     "magnitude": Criterion(("magnitude",), within="l2"),
-    "gate": Criterion(("gate",)),
-    "gate-square": Criterion(("gate-square",)),
+    "magnitude-l1": Criterion(("magnitude",)),
+    "vector": _taylor("gradient", within="vector"),
+    "element-1": _taylor("gradient"),
+    "element-2": _taylor("curvature"),
+    "mixed": _taylor("gradient", "curvature"),
+    "gate": Criterion(("gate",), difference="jvp"),
+    "gate-square": Criterion(("gate-square",), difference="jvp"),
     "obs": Criterion(("obs",)),
     "random": Criterion(()),
 }
+
+# The factors of fms, which it can also be asked to leave out.
+FMS_FACTORS = CRITERIA["fms"].factors
 
 
 def scored_matrices(criterion: Criterion, kind: str) -> dict[str, str]:
@@ -74,14 +97,25 @@ def scored_matrices(criterion: Criterion, kind: str) -> dict[str, str]:
 
 
 def importance(
-    kernel: Float[Array, "..."], norm: Float[Array, "..."] | None, slope: Float[Array, "..."] | None
+    kernel: Float[Array, "..."],
+    norm: Float[Array, "..."] | None = None,
+    slope: Float[Array, "..."] | None = None,
+    curvature: Float[Array, "..."] | None = None,
 ) -> Float[Array, "..."]:
-    """|W| times the norm of its input feature times |ĝ|, each factor only where given, float32."""
-    found = jnp.abs(kernel.astype(jnp.float32))
+    """What each weight counts for, with its sign, float32: W times the norm of its input feature times ĝ.
+
+    Each factor only where it is given. With the curvature F, the mean square of the gradients of single sequences
+    (LLM-Pruner's stand-in for the diagonal of the Hessian): W F W alone, W ĝ − ½ W F W with a gradient.
+    """
+    weights = found = kernel.astype(jnp.float32)
     if norm is not None:
         outputs = (1,) * (found.ndim - norm.ndim)
         found = found * jnp.broadcast_to(norm.reshape(*norm.shape, *outputs), found.shape)
-    return found if slope is None else found * jnp.abs(slope)
+    found = found if slope is None else found * slope
+    if curvature is None:
+        return found
+    second = weights * curvature * weights
+    return second if slope is None else found - 0.5 * second
 
 
 def gate_importance(slopes: Float[np.ndarray, "B groups"], criterion: Criterion) -> Float[np.ndarray, " groups"]:
@@ -97,16 +131,36 @@ def gate_importance(slopes: Float[np.ndarray, "B groups"], criterion: Criterion)
 def reduce_structure(
     values: Float[Array, "..."], axes: str, kind: str, count: int, within: str
 ) -> Float[Array, " count"]:
-    """The importance of each group's part in one matrix."""
+    """The importance of each group's part in one matrix, from what its weights count for, with their signs.
+
+    `sum`, `mean`, `max` and `l2` are of absolute values; `vector` is the absolute value of the sum. `standardised` is
+    FLAP's (arXiv 2312.11983): the sum of squares of each feature that the groups slice, in standard deviations from the
+    mean of all such features of the matrix, and the mean of that over the features of a group.
+    """
     parts = groups.split_groups(values, axes, kind, count)
     match within:
+        case "sum":
+            return jnp.sum(jnp.abs(parts), axis=1)
         case "mean":
-            return jnp.mean(parts, axis=1)
+            return jnp.mean(jnp.abs(parts), axis=1)
         case "max":
-            return jnp.max(parts, axis=1)
+            return jnp.max(jnp.abs(parts), axis=1)
         case "l2":
             return jnp.sqrt(jnp.sum(jnp.square(parts), axis=1))
-    return jnp.sum(parts, axis=1)
+        case "vector":
+            return jnp.abs(jnp.sum(parts, axis=1))
+    return _standardised(values, axes, kind, count)
+
+
+def _standardised(values: Float[Array, "..."], axes: str, kind: str, count: int) -> Float[Array, " count"]:
+    """See `reduce_structure`."""
+    (side,) = (side for side in axes.split() if set(side) & set(groups.GROUP_LETTERS[kind]))
+    others = tuple(i for i, letter in enumerate(groups.letters(axes)) if letter not in side)
+    features = jnp.sum(jnp.square(values), axis=others).ravel()
+    spread = jnp.std(features, ddof=1)
+    # Features that are all alike are no better or worse than each other.
+    found = (features - jnp.mean(features)) / jnp.where(spread > 0, spread, 1)
+    return jnp.mean(found.reshape(count, -1), axis=1)
 
 
 def reduce_group(structures: Float[np.ndarray, "structures *rest"], across: str) -> Float[np.ndarray, "*rest"]:
