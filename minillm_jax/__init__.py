@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from minillm_jax.scoring import Scores as Scores
     from minillm_jax.scoring import Scoring as Scoring
     from minillm_jax.scoring import score as score
+    from minillm_jax.select.budget import Budget as Budget
     from minillm_jax.shrink.restore import Restoration as Restoration
 
 __version__ = "0.1.0"
 
 # Resolved on first use: `import minillm_jax.config`, or the help of a command, must not import JAX and transformers.
 _HOME = {
+    "Budget": "select.budget",
     "Calibration": "calibration",
     "Estimation": "estimate.settings",
     "InputError": "errors",
@@ -47,6 +49,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Budget",
     "Calibration",
     "Estimation",
     "InputError",

@@ -63,17 +63,47 @@ def _options(
 @app.command()
 def prune(
     model: ModelArgument,
-    ratio: Annotated[float, typer.Option(help="Share of the heads and channels of every layer that goes, in (0, 1).")],
     calibration: Annotated[
         str, typer.Option(help="Text, .jsonl, .parquet or .npy (token ids) file, or a Hub data set OWNER/NAME[:SPLIT].")
     ],
     output: Annotated[str, typer.Option(help="Folder to write; it must not exist.")],
+    ratio: Annotated[
+        float | None, typer.Option(help="Share of the heads and channels of every layer that goes, in (0, 1).")
+    ] = None,
+    ratio_of: Annotated[
+        str | None, typer.Option(help="What the ratio is a share of: groups, or parameters of the blocks or the model.")
+    ] = None,
+    target_params: Annotated[
+        str | None, typer.Option(help="Instead of a ratio: at most so many, 5.4B or 120M.")
+    ] = None,
+    target_macs: Annotated[
+        str | None, typer.Option(help="Instead of a ratio: multiply-accumulates for a window of --seq-len, 340G.")
+    ] = None,
+    target_memory: Annotated[
+        str | None, typer.Option(help="Instead of a ratio: weights, keys and values of such a window, 10GB.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Shared between layers: uniform, global (by scores), measured (losses)."),
+    ] = None,
+    structures: Annotated[
+        str | None, typer.Option(help="What goes, with commas between: heads, channels, hidden (dimensions), layers.")
+    ] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="group: a key/value head with its query heads; query: query heads alone.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Prune in so many rounds, with fresh scores in each.")] = None,
     preset: Annotated[
         str, typer.Option(help="What the options below are where they are not given: see minillm-jax presets.")
     ] = "ours",
     criterion: Annotated[
-        str | None, typer.Option(help="obs, wanda, fms, magnitude, gate, gate-square, random, or noise (the control).")
+        str | None,
+        typer.Option(
+            help="obs, wanda, flap, fms, magnitude, magnitude-l1, vector, element-1, element-2, mixed, gate, gate-square, "
+            "random, or noise (the control)."
+        ),
     ] = None,
+    factors: Annotated[str | None, typer.Option(help="Of fms: some of magnitude,activation,gradient.")] = None,
     restoration: Annotated[
         str | None, typer.Option(help="What stays takes over from what goes: least-squares, bias or none.")
     ] = None,
@@ -106,10 +136,12 @@ def prune(
     checkpoint: Annotated[
         str | None, typer.Option(help="Folder to save the estimate in, and to go on from after an interruption.")
     ] = None,
-    activation_norm: Annotated[str | None, typer.Option(help="l2, rms, mean-abs or none.")] = None,
-    within: Annotated[str | None, typer.Option(help="Reduction inside a structure: sum, mean, max, l2.")] = None,
+    activation_norm: Annotated[str | None, typer.Option(help="l2, rms, mean-abs, std or none.")] = None,
+    within: Annotated[
+        str | None, typer.Option(help="Reduction inside a structure: sum, mean, max, l2, vector, standardised.")
+    ] = None,
     across: Annotated[str | None, typer.Option(help="Over a group's structures: max, sum, mean, prod, last.")] = None,
-    layers: Annotated[str | None, typer.Option(metavar="A:B", help="Prune layers A to B - 1 only.")] = None,
+    layers: Annotated[str | None, typer.Option(metavar="A:B", help="Prune layers A to B - 1 only; 4:-2, all.")] = None,
     round_heads_to: Annotated[int, typer.Option(help="Keep a multiple of this many key/value heads a layer.")] = 1,
     round_width_to: Annotated[int, typer.Option(help="Keep a multiple of this many channels a layer: 64, 128.")] = 1,
     format: Annotated[  # noqa: A002  the name of the option
@@ -126,65 +158,10 @@ def prune(
     as_json: JsonOption = False,
 ) -> None:
     """Prune a model and write it as a folder that transformers loads."""
+    given = dict(locals())
     from minillm_jax import presets
-    from minillm_jax.estimate.settings import Estimation
-    from minillm_jax.pipeline import Job
-    from minillm_jax.scoring import Scoring
-    from minillm_jax.shrink.restore import Restoration
 
-    given = {
-        "criterion": criterion,
-        "restoration": restoration,
-        "alpha": alpha,
-        "ridge": ridge,
-        "samples": samples,
-        "seq_len": seq_len,
-        "difference": difference,
-        "directions": directions,
-        "epsilon": epsilon,
-        "distribution": distribution,
-        "activation_norm": activation_norm,
-    }
-    chosen = presets.options(preset, given)
-    estimation = Estimation(
-        chosen["difference"],
-        space,
-        chosen["directions"],
-        _epsilon(chosen["epsilon"]),
-        seed,
-        chosen["distribution"],
-        rank,
-        per_sequence,
-        directions_per_step,
-        _bytes(memory),
-        rng,
-    )
-    scoring = Scoring(chosen["criterion"], estimation, chosen["activation_norm"], within, across, seed)
-    span = None if layers is None else _layer_range(layers)
-    job = Job(
-        model,
-        calibration,
-        output,
-        ratio,
-        samples=chosen["samples"],
-        length=chosen["seq_len"],
-        seed=seed,
-        scoring=scoring,
-        restoration=Restoration(chosen["restoration"], chosen["alpha"], chosen["ridge"]),
-        preset=preset,
-        layers=span,
-        evaluation=evaluate,
-        window=window,
-        dtype=dtype,
-        round_heads_to=round_heads_to,
-        round_width_to=round_width_to,
-        format=format,
-        max_shard_size=max_shard_size,
-        checkpoint=checkpoint,
-        mesh=mesh,
-        hosts=hosts,
-    )
-    _run(job, as_json)
+    _run(_job({**given, **presets.options(preset, given)}), as_json)
 
 
 @app.command("eval")
@@ -222,7 +199,8 @@ def demo(
         training, held_out = Path(folder, "training.txt"), Path(folder, "held-out.txt")
         training.write_text(bundled.training_text(), encoding="utf-8")
         held_out.write_text(bundled.held_out_text(), encoding="utf-8")
-        prune(str(bundled.FOLDER), ratio, str(training), output, preset, evaluate=str(held_out), as_json=as_json)
+        options = {"preset": preset, "evaluate": str(held_out), "as_json": as_json}
+        prune(str(bundled.FOLDER), str(training), output, ratio, **options)
 
 
 @app.command("presets")
@@ -231,6 +209,66 @@ def show_presets(as_json: JsonOption = False) -> None:
     from minillm_jax import report
 
     _show(as_json, report.presets_json, report.presets_table)
+
+
+def _job(chosen: dict[str, Any]) -> "Job":
+    """The job that the options of `prune` describe, by their names."""
+    from minillm_jax.estimate.settings import Estimation
+    from minillm_jax.pipeline import Job
+    from minillm_jax.scoring import Scoring
+    from minillm_jax.select.budget import Budget
+    from minillm_jax.shrink.restore import Restoration
+
+    estimation = Estimation(
+        epsilon=_epsilon(chosen["epsilon"]),
+        per_step=chosen["directions_per_step"],
+        memory=_bytes("--memory", chosen["memory"]),
+        **_named(chosen, "difference space directions seed distribution rank per_sequence rng"),
+    )
+    factors = None if chosen["factors"] is None else tuple(chosen["factors"].split(","))
+    scoring = Scoring(
+        estimation=estimation, factors=factors, **_named(chosen, "criterion activation_norm within across seed")
+    )
+    budget = Budget(
+        ratio=chosen["ratio"],
+        of=chosen["ratio_of"],
+        target=_target(chosen),
+        allocation=chosen["budget"],
+        layers=None if chosen["layers"] == "all" else _layer_range(chosen["layers"]),
+        window=chosen["seq_len"],
+        **_named(chosen, "round_heads_to round_width_to"),
+    )
+    return Job(
+        budget=budget,
+        structures=tuple(chosen["structures"].split(",")),
+        length=chosen["seq_len"],
+        scoring=scoring,
+        restoration=Restoration(chosen["restoration"], chosen["alpha"], chosen["ridge"]),
+        evaluation=chosen["evaluate"],
+        **_named(chosen, "model calibration output heads rounds samples seed preset window dtype format"),
+        **_named(chosen, "max_shard_size checkpoint mesh hosts"),
+    )
+
+
+def _named(chosen: dict[str, Any], names: str) -> dict[str, Any]:
+    return {name: chosen[name] for name in names.split()}
+
+
+def _target(chosen: dict[str, Any]) -> tuple[str, float] | None:
+    """The target that is given, and its measure."""
+    options = {"target_params": "parameters", "target_macs": "macs", "target_memory": "memory"}
+    given = [option for option in options if chosen[option] is not None]
+    if len(given) > 1:
+        raise InputError("give one target: --target-params, --target-macs or --target-memory")
+    if not given:
+        return None
+    text, (option,) = chosen[given[0]], given
+    if option == "target_memory":
+        return options[option], float(_bytes("--target-memory", text) or 0)
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([kMGBT]?)", text, re.ASCII)
+    if found is None:
+        raise InputError(f"--{option.replace('_', '-')} {text!r} is not a number; expected 5.4B or 120M, for example")
+    return options[option], float(found[1]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}[found[2]]
 
 
 def _run(job: "Job", as_json: bool) -> None:
@@ -284,19 +322,20 @@ def _epsilon(text: str) -> float | None:
         raise InputError(f"--epsilon {text!r} is not a number; expected 1e-3 for example, or auto") from None
 
 
-def _bytes(text: str | None) -> int | None:
+def _bytes(option: str, text: str | None) -> int | None:
     if text is None:
         return None
-    found = re.fullmatch(r"(\d{1,9})([kMGT]?)B", text, re.ASCII)
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([kMGT]?)B", text, re.ASCII)
     if found is None:
-        raise InputError(f"--memory {text!r} is not a size; expected 2GB or 500MB, for example")
-    return int(found[1]) * 1000 ** " kMGT".index(found[2] or " ")
+        raise InputError(f"{option} {text!r} is not a size; expected 2GB or 500MB, for example")
+    return round(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))
 
 
 def _layer_range(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text, re.ASCII)
+    """First and last; the last counted from the end where it is negative."""
+    found = re.fullmatch(r"(\d{1,9}):(-?\d{1,9})", text, re.ASCII)
     if found is None:
-        raise InputError(f"--layers {text!r} is not a range; expected A:B, 4:30 for example")
+        raise InputError(f"--layers {text!r} is not a range; expected A:B, 4:30 for example, 4:-2 or all")
     return int(found[1]), int(found[2])
 
 

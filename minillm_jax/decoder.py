@@ -5,7 +5,7 @@ scanned; a model pruned unequally is a longer list of such runs behind the same 
 arrays everywhere.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -388,13 +388,28 @@ def _layers_of(run: Block) -> Iterator[LayerSizes]:
 
 
 def group_count(block: Block, kind: str) -> int:
-    """Number of groups of a kind (`head`: key/value heads, `channel`: MLP width) in each layer of a run or block."""
-    return block.attention.k.kernel.shape[-2] if kind == "head" else block.mlp.down.kernel.shape[-2]
+    """Number of groups of a kind (`head`: key/value heads, `query`: query heads, `channel`: MLP width) of a layer."""
+    match kind:
+        case "head":
+            return block.attention.k.kernel.shape[-2]
+        case "query":
+            return block.attention.q.kernel.shape[-2]
+    return block.mlp.down.kernel.shape[-2]
+
+
+def part_count(block: Block, kind: str) -> int:
+    """In how many parts the groups of a kind lie, from each of which equally many stay: query heads by key/value."""
+    return group_count(block, "head") if kind == "query" else 1
 
 
 def group_counts(decoder: Decoder, kind: str) -> list[int]:
     """Number of groups of a kind in every layer."""
     return [group_count(run, kind) for run in decoder.runs for _ in range(depth(run))]
+
+
+def part_counts(decoder: Decoder, kinds: Iterable[str]) -> dict[str, list[int]]:
+    """`part_count` of every layer, for each kind."""
+    return {kind: [part_count(run, kind) for run in decoder.runs for _ in range(depth(run))] for kind in kinds}
 
 
 def kernels(block: Block) -> dict[str, nnx.Param]:

@@ -63,12 +63,17 @@ BLOCK_AXES = {
 # Data of a layer that follow from the configuration: sliced and scanned with it, but no parameters, and not stored.
 DATA = ("attention.window", "attention.slopes")
 
-# The letters a kind of group slices, the one that counts its groups first: query heads go with their key/value head,
-# and the embedding size with the hidden size that it is (but for models that project the one to the other).
-GROUP_LETTERS = {"head": "KN", "channel": "F", "hidden": "DE", "layer": "L"}
+# The letters a kind of group slices, the one that counts its groups first: query heads go with their key/value head or,
+# as groups of their own, alone; and the embedding size with the hidden size that it is (but for models that project the
+# one to the other).
+GROUP_LETTERS = {"head": "KN", "query": "N", "channel": "F", "hidden": "DE", "layer": "L"}
 
-# The kinds that are pruned inside each block; hidden dimensions and layers go through the whole model.
+# The kinds that are pruned inside each block where nothing else is asked for; hidden dimensions and layers go through
+# the whole model.
 KINDS = ("head", "channel")
+
+# How heads are counted: as whole key/value heads, or query by query, as many of every key/value head.
+HEADS = {"group": "head", "query": "query"}
 
 # Kind of group -> for each layer, the indices that stay, ascending; layers may keep different numbers.
 Kept = Mapping[str, Sequence[Int[np.ndarray, " _"]]]
@@ -153,3 +158,11 @@ def put_groups(
 def array_path(path: jax.tree_util.KeyPath) -> str:
     """A leaf's path in a module tree as the dotted name the tables use (`attention.q.kernel`)."""
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def kept_of_kept(first: Kept, second: Kept) -> dict[str, list[Int[np.ndarray, " _"]]]:
+    """What stays of a model that was pruned twice, by the indices it had before the first time."""
+    return {
+        kind: [np.asarray(before)[after] for before, after in zip(first[kind], second[kind], strict=True)]
+        for kind in first
+    }

@@ -18,6 +18,12 @@ COMMON = {
     "restoration": "none",
     "alpha": None,
     "ridge": 1e-2,
+    "structures": "heads,channels",
+    "heads": "group",
+    "ratio_of": "groups",
+    "budget": "uniform",
+    "layers": "all",
+    "rounds": 1,
 }
 
 
@@ -42,6 +48,20 @@ PRESETS = {
     ),
     "mini-llm": _preset(
         "The paper: FMS with the gradient estimated by SPSA over all weights, no restoration (arXiv 2407.11681).", "fms"
+    ),
+    "llm-pruner": _preset(
+        "LLM-Pruner: weights times their exact gradients, by back-propagation; the first four and the last two "
+        "layers are left alone (arXiv 2305.11627).",
+        "element-1",
+        seq_len=64,
+        layers="4:-2",
+    ),
+    "flap": _preset(
+        "FLAP: fluctuation of input features, compared between layers; biases take over means (arXiv 2312.11983).",
+        "flap",
+        samples=1024,
+        restoration="bias",
+        budget="global",
     ),
     "wanda-sp": _preset(
         "Weights times activations of the output projections, no restoration (FLAP's baseline, arXiv 2312.11983).",

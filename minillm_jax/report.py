@@ -1,5 +1,6 @@
 """Tables for people and JSON for programs, from result objects."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from rich.text import Text
 
 from minillm_jax.loss import Perplexity
 from minillm_jax.pipeline import Result
-from minillm_jax.presets import PRESETS
+from minillm_jax.presets import COMMON, PRESETS
 
 # What of the record are settings.
-SETTINGS = ("preset", "ratio", "layers", "rounded_to", "scoring", "restoration", "calibration")
+SETTINGS = ("preset", "structures", "budget", "scoring", "restoration", "calibration")
 
 # What a user should know of the format that was written.
 FORMAT_WORDS = {
@@ -20,6 +21,15 @@ FORMAT_WORDS = {
     "per-layer": "loads in transformers with trust_remote_code=True (or convert.modeling_pruned)",
     "padded": "loads in stock transformers; zero-padded, which saves less",
     "flax": "an Orbax checkpoint",
+}
+
+
+KIND_WORDS = {
+    "head": "key/value heads a layer",
+    "query": "query heads a layer",
+    "channel": "MLP channels a layer",
+    "hidden": "hidden size",
+    "layer": "layers",
 }
 
 
@@ -45,7 +55,7 @@ def result_table(result: Result) -> Table:
     """A pruning job as a table: sizes and perplexity before and after, seconds, where the result lies."""
     record = result.pruned.record or {}
     how = f"{result.job.scoring.criterion}, restoration {result.job.restoration.method}"
-    title = f"{Path(result.job.model).name} pruned by {100 * record['ratio']:g} % with {how}"
+    title = f"{Path(result.job.model).name} pruned {_amount(record)} with {how}"
     table = Table(title=Text(title))
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="left" if not heading else "right", overflow="fold")
@@ -56,11 +66,12 @@ def result_table(result: Result) -> Table:
         table.add_row(
             "parameters in the files, with padding", f"{before:,}", f"{stored:,}", f"{stored / before - 1:+.1%}"
         )
-    for kind, words in (("head", "key/value heads a layer"), ("channel", "MLP channels a layer")):
-        counts = _groups(record)[kind]
+    for kind, row in record["whole"].items():
+        table.add_row(KIND_WORDS[kind], str(row["before"]), str(len(row["kept"])), "")
+    for kind, counts in _groups(record).items():
         rounded = counts["after"] != counts["asked"]
         asked = f"asked {_span(counts['asked'])}" if rounded else ""
-        table.add_row(words, _span(counts["before"]), _span(counts["after"]), asked)
+        table.add_row(KIND_WORDS[kind], _span(counts["before"]), _span(counts["after"]), asked)
     if result.before is not None and result.after is not None:
         ratio = result.after.perplexity / result.before.perplexity
         before_text, after_text = f"{result.before.perplexity:.3f}", f"{result.after.perplexity:.3f}"
@@ -69,6 +80,15 @@ def result_table(result: Result) -> Table:
     table.add_row("seconds", "", f"{sum(result.seconds.values()):.1f}", "")
     table.caption = Text(f"written to {result.job.output}: {FORMAT_WORDS[result.written.format]}{_advice(record)}")
     return table
+
+
+def _amount(record: dict[str, Any]) -> str:
+    budget = record["budget"]
+    if budget["target"] is not None:
+        measure, most = budget["target"]
+        return f"to {most:,.0f} {measure}"
+    words = {"groups": "", "blocks": " of the blocks' parameters", "model": " of all parameters"}
+    return f"by {100 * budget['ratio']:g} %{words[budget['of']]}"
 
 
 def _advice(record: dict[str, Any]) -> str:
@@ -99,16 +119,19 @@ def presets_json() -> dict[str, Any]:
 
 
 def presets_table() -> Table:
-    """All recipes as a table, an option a row."""
-    table = Table(title="presets", show_lines=False)
-    for heading in ("", *PRESETS):
+    """All recipes as a table: what each is, and what it sets otherwise than the others."""
+    table = Table(title="presets", show_lines=True)
+    for heading in ("preset", "what it is", "options"):
         table.add_column(heading, overflow="fold")
-    table.add_row("", *(preset.words for preset in PRESETS.values()))
-    table.add_section()
-    for option in dict.fromkeys(option for preset in PRESETS.values() for option in preset.options):
-        values = [preset.options[option] for preset in PRESETS.values()]
-        table.add_row(f"--{option.replace('_', '-')}", *("by model" if v is None else str(v) for v in values))
+    for name, preset in PRESETS.items():
+        own = {option: value for option, value in preset.options.items() if COMMON.get(option) != value}
+        table.add_row(name, preset.words, _options(own))
+    table.add_row("all", "What no preset says otherwise; nothing here: by model or criterion.", _options(COMMON))
     return table
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    return "\n".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None)
 
 
 def _groups(record: dict[str, Any]) -> dict[str, dict[str, list[int]]]:

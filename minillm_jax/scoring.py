@@ -12,14 +12,23 @@ from jaxtyping import Array, Float, Int
 
 from minillm_jax import groups, mesh
 from minillm_jax.calibration import Calibration, check_seed
-from minillm_jax.decoder import Decoder, depth, group_count, group_counts, kernels, layer_count
+from minillm_jax.decoder import (
+    Decoder,
+    depth,
+    group_count,
+    group_counts,
+    hidden_size,
+    kernels,
+    layer_count,
+    run_letters,
+)
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.estimate import directions
 from minillm_jax.estimate.exact import RunGradients
 from minillm_jax.estimate.loop import Estimate, estimate, gate_slopes
 from minillm_jax.estimate.rebuild import rebuild
 from minillm_jax.estimate.settings import Estimation
-from minillm_jax.estimate.statistics import ACTIVATION_NORMS, activation_norms
+from minillm_jax.estimate.statistics import ACTIVATION_NORMS, RunStatistics, activation_norms
 from minillm_jax.model import Model
 from minillm_jax.modules import Block
 from minillm_jax.progress import StageProgress, tell
@@ -41,6 +50,8 @@ class Scoring:
       across: reduction over the structures of a group (max, sum, mean, prod, last); the criterion's own by default.
       seed: of noise and random scores.
       factors: those of fms that are multiplied, of magnitude, activation and gradient; all by default.
+      kinds: of groups that are scored: `head` (key/value heads with their query heads) or `query` (query heads), and
+        `channel`.
     """
 
     criterion: str = "fms"
@@ -50,6 +61,7 @@ class Scoring:
     across: str | None = None
     seed: int = 0
     factors: tuple[str, ...] | None = None
+    kinds: tuple[str, ...] = groups.KINDS
 
     def resolve(self) -> tuple[Criterion, Estimation]:
         """The criterion with its reductions, and the estimate in the space that it takes.
@@ -67,6 +79,8 @@ class Scoring:
         one_of("reduction across structures", found.across, criteria.ACROSS)
         if self.factors is not None:
             self._check_factors(self.factors)
+        if found.by_gates and "query" in self.kinds:
+            raise InputError(f"the criterion {self.criterion} has gates for whole key/value heads, not for query heads")
         return found, self._estimation(found)
 
     def _check_factors(self, factors: tuple[str, ...]) -> None:
@@ -108,6 +122,11 @@ class Scores:
     settings: dict[str, Any]
     calibration: dict[str, Any]
     estimate: Estimate | None = None
+
+    @property
+    def on_the_way(self) -> bool:
+        """Whether the groups are chosen while they are removed: there are no scores then."""
+        return self.settings.get("criterion") == "obs"
 
 
 def score(
@@ -155,25 +174,71 @@ def scores_from(
     used = estimation if found is None else found.settings
     settings = asdict(replace(scoring, estimation=used)) | asdict(criterion)
     if not criterion.factors:
-        return Scores(_random_scores(decoder, scoring.seed), settings, calibration.record())
+        return Scores(_random_scores(decoder, scoring), settings, calibration.record())
     if "obs" in criterion.factors:  # the groups are chosen while they are removed, layer after layer
-        flat = {kind: [np.zeros(count) for count in group_counts(decoder, kind)] for kind in groups.KINDS}
+        flat = {kind: [np.zeros(count) for count in group_counts(decoder, kind)] for kind in scoring.kinds}
         return Scores(flat, settings, calibration.record())
     if found is not None and criterion.by_gates:
-        return Scores(_gate_scores(decoder, found, criterion), settings, calibration.record(), found)
-    norms = None
-    if "activation" in criterion.factors and criterion.norm != "none":
-        norms = activation_norms(decoder, calibration.windows, criterion.norm)
-        tell(progress, "activations", 1, 1)
-    scores = _score_matrices(decoder, norms, _slopes(decoder, criterion, scoring, found), criterion, progress)
+        return Scores(_gate_scores(decoder, found, criterion, scoring.kinds), settings, calibration.record(), found)
+    norms = _norms(decoder, calibration, criterion, progress)
+    slopes = _slopes(decoder, criterion, scoring, found)
+    scores = _score_matrices(decoder, norms, slopes, criterion, scoring.kinds, progress)
     return Scores(scores, settings, calibration.record(), found)
 
 
-def _gate_scores(decoder: Decoder, found: Estimate, criterion: Criterion) -> dict[str, list[np.ndarray]]:
+def hidden_scores(
+    model: Model, calibration: Calibration, scoring: Scoring, progress: StageProgress | None = None
+) -> Float[np.ndarray, " D"]:
+    """One number for every hidden dimension, from all matrices of all layers that touch the residual stream.
+
+    Raises:
+      InputError: a setting is out of its range, or the criterion has no scores for hidden dimensions.
+    """
+    criterion, estimation = scoring.resolve()
+    check_hidden(scoring)
+    decoder = model.decoder
+    if not criterion.factors:
+        return criteria.random_scores(directions.stream_key(scoring.seed, "random"), 0, "hidden", hidden_size(decoder))
+    told = partial(tell, progress, "directions")
+    found = estimate(decoder, calibration.windows, estimation, told) if criterion.estimates else None
+    norms = _norms(decoder, calibration, criterion, progress)
+    slopes = _slopes(decoder, criterion, scoring, found)
+    (rows,) = _score_matrices(decoder, norms, slopes, criterion, ("hidden",), progress).values()
+    return criteria.reduce_group(np.stack(rows), criterion.across)
+
+
+def check_hidden(scoring: Scoring) -> None:
+    """Whether a criterion has scores for hidden dimensions.
+
+    Raises:
+      InputError: it has not.
+    """
+    criterion, _ = scoring.resolve()
+    if "obs" in criterion.factors or criterion.by_gates or criterion.within == "standardised":
+        raise InputError(
+            f"the criterion {scoring.criterion} has no scores for hidden dimensions; use wanda, magnitude, fms or "
+            "element-1, for example"
+        )
+
+
+def _norms(
+    decoder: Decoder, calibration: Calibration, criterion: Criterion, progress: StageProgress | None
+) -> RunStatistics | None:
+    """The norms of the input features, for criteria that take them."""
+    if "activation" not in criterion.factors or criterion.norm == "none":
+        return None
+    found = activation_norms(decoder, calibration.windows, criterion.norm)
+    tell(progress, "activations", 1, 1)
+    return found
+
+
+def _gate_scores(
+    decoder: Decoder, found: Estimate, criterion: Criterion, kinds: tuple[str, ...]
+) -> dict[str, list[np.ndarray]]:
     runs = gate_slopes(decoder, found)
     return {
         kind: [criteria.gate_importance(layer, criterion) for run in runs for layer in mesh.gather(run[kind])]
-        for kind in groups.KINDS
+        for kind in kinds
     }
 
 
@@ -204,16 +269,17 @@ def _slopes(decoder: Decoder, criterion: Criterion, scoring: Scoring, found: Est
 
 def _score_matrices(
     decoder: Decoder,
-    norms: list[dict[str, Array]] | None,
+    norms: RunStatistics | None,
     slopes: _Slopes,
     criterion: Criterion,
+    kinds: tuple[str, ...],
     progress: StageProgress | None,
 ) -> dict[str, list[np.ndarray]]:
-    found: dict[str, list[np.ndarray]] = {kind: [] for kind in groups.KINDS}
+    found: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
     first = 0
     for position, run in enumerate(decoder.runs):
         own = [None if of is None else of[position] for of in (norms, slopes.exact, slopes.curvature)]
-        for kind, values in _score_run(run, first, own, slopes, criterion).items():
+        for kind, values in _score_run(run, first, own, slopes, criterion, kinds).items():
             found[kind].extend(values)
         first += depth(run)
         tell(progress, "scores", first, layer_count(decoder))
@@ -221,12 +287,17 @@ def _score_matrices(
 
 
 def _score_run(
-    run: Block, first: int, own: list[dict[str, Array] | None], slopes: _Slopes, criterion: Criterion
+    run: Block,
+    first: int,
+    own: list[dict[str, Array] | None],
+    slopes: _Slopes,
+    criterion: Criterion,
+    kinds: tuple[str, ...],
 ) -> dict[str, np.ndarray]:
     """The scores of one run of equal layers that begins at layer `first`: kind -> [L, groups]."""
     layers = jnp.arange(first, first + depth(run), dtype=jnp.int32)
     found = {}
-    for kind in groups.KINDS:
+    for kind in kinds:
         structures = [
             _score_structure(
                 kernels(run)[name][...],
@@ -235,7 +306,7 @@ def _score_run(
                 slopes.traced,
                 name=name,
                 kind=kind,
-                count=group_count(run, kind),
+                count=run_letters(run)["D"] if kind == "hidden" else group_count(run, kind),
                 criterion=criterion,
                 space=slopes.space,
             )
@@ -281,9 +352,9 @@ def _score_structure(
     return jax.lax.map(one, (kernels, norms, exact, curvature, layers))
 
 
-def _random_scores(decoder: Decoder, seed: int) -> dict[str, list[np.ndarray]]:
-    key = directions.stream_key(seed, "random")
+def _random_scores(decoder: Decoder, scoring: Scoring) -> dict[str, list[np.ndarray]]:
+    key = directions.stream_key(scoring.seed, "random")
     return {
         kind: [criteria.random_scores(key, layer, kind, n) for layer, n in enumerate(group_counts(decoder, kind))]
-        for kind in groups.KINDS
+        for kind in scoring.kinds
     }

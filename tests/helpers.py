@@ -20,6 +20,7 @@ from minillm_jax.estimate.gradient import paired_losses
 from minillm_jax.estimate.spaces import Weights, finite
 from minillm_jax.layers import Rope
 from minillm_jax.modules import Block
+from minillm_jax.select.budget import choose, kept_count
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -205,6 +206,12 @@ def pairs_of(
     stacked, windows = Directions.plain(keys).stacked(per_step), jnp.arange(len(tokens), dtype=jnp.int32)
     found = paired_losses(decoder, stacked, tokens, windows, jnp.float32(epsilon), space)
     return found.reshape(-1, *found.shape[2:])
+
+
+def best_of(scores: dict[str, list[np.ndarray]], ratio: float) -> groups.Kept:
+    """The groups with the highest scores, the same share in every layer."""
+    counts = {kind: [kept_count(len(values), ratio) for values in rows] for kind, rows in scores.items()}
+    return choose(scores, counts, {kind: [1] * len(rows) for kind, rows in scores.items()})
 
 
 def arrays_equal(left: Any, right: Any) -> bool:

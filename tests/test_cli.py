@@ -61,6 +61,7 @@ def test_prune_with_all_options_of_the_contract(
         "per_step": None,
         "memory": None,
         "rng": "threefry2x32",
+        "curvature": False,
     }
     assert len(record["estimate"]["projected_gradients"]) == 2
     assert record["estimate"]["step"]["loss"] > 0
@@ -160,7 +161,7 @@ def test_demo_prunes_the_bundled_model(
     assert before["perplexity"] < after["perplexity"] < 395
     # The default restores: pruning alone at least triples the loss of perplexity.
     assert after["perplexity"] < 1.2 * before["perplexity"]
-    assert result["seconds"].keys() == {"load", "evaluate", "score", "prune", "save"}
+    assert result["seconds"].keys() == {"load", "evaluate", "prune", "save"}
     load_torch(tmp_path / "out")
 
 
@@ -225,7 +226,7 @@ def break_values(folder: Path) -> None:
         (break_nothing, {"seed": -1}, "--seed must lie between 0 and"),
         (break_nothing, {"epsilon": 1e-50}, "epsilon must be a positive float32 number"),
         (break_nothing, {"directions-per-step": 0}, "the number of directions per step must be at least 1, found 0"),
-        (break_nothing, {"preset": "best"}, "unknown preset 'best'; expected one of ours, mini-llm, wanda-sp"),
+        (break_nothing, {"preset": "best"}, "unknown preset 'best'; expected one of ours, mini-llm, llm-pruner, flap"),
         (break_nothing, {"epsilon": "small"}, "--epsilon 'small' is not a number"),
         (break_nothing, {"memory": "2 GB"}, "--memory '2 GB' is not a size"),
         (break_nothing, {"mesh": "2x4"}, "mesh '2x4' is not understood"),

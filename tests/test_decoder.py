@@ -18,12 +18,12 @@ from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.decoder import NO_WINDOW, build, final_hidden, group_counts, parameter_count, scan_layers
 from minillm_jax.errors import InputError
 from minillm_jax.layers import Rope
-from minillm_jax.select.budget import select_local
 from minillm_jax.shrink.slicing import slice_groups
 from tests.helpers import (
     CONFIGURATIONS,
     SMALL,
     arrays_equal,
+    best_of,
     hugging_face_folder,
     load_torch,
     logits_of,
@@ -47,7 +47,7 @@ def pruned_folder(folder: Path, output: Path, ratio: float, seed: int = 0) -> Pa
     model = read_model(folder)
     rng = np.random.default_rng(seed)
     scores = {kind: [rng.random(n) for n in group_counts(model.decoder, kind)] for kind in groups.KINDS}
-    decoder = slice_groups(model.decoder, select_local(scores, ratio))
+    decoder = slice_groups(model.decoder, best_of(scores, ratio))
     write_model(dataclasses.replace(model, decoder=decoder), output)
     return output
 

@@ -23,7 +23,7 @@ from minillm_jax.errors import InputError
 from minillm_jax.model import Model
 from minillm_jax.pipeline import prune
 from minillm_jax.scoring import Scores
-from minillm_jax.select.budget import kept_count
+from minillm_jax.select.budget import Budget, kept_count
 from minillm_jax.shrink.slicing import slice_groups, slice_hidden, slice_layers
 from tests.helpers import (
     CONFIGURATIONS,
@@ -272,12 +272,12 @@ def test_sizes_are_rounded_for_the_hardware(tmp_path: Path) -> None:
     scores = Scores(
         {kind: [np.arange(n, dtype=float) for n in group_counts(model.decoder, kind)] for kind in groups.KINDS}, {}, {}
     )
-    rounded = prune(model, scores, 0.4, range(1, 3), round_heads_to=4, round_width_to=64)
+    rounded = prune(model, scores, Budget(0.4, layers=(1, 3), round_heads_to=4, round_width_to=64))
     assert group_counts(rounded.decoder, "head") == [8, 8, 8]  # 5 asked, the next multiple of 4 is 8
     assert group_counts(rounded.decoder, "channel") == [300, 192, 192]  # 180 asked
     assert rounded.record is not None
     assert rounded.record["groups_asked"] == {"head": [8, 5, 5], "channel": [300, 180, 180]}
-    assert rounded.record["rounded_to"] == {"head": 4, "channel": 64}
+    assert (rounded.record["budget"]["round_heads_to"], rounded.record["budget"]["round_width_to"]) == (4, 64)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from minillm_jax.estimate.spaces import Gates, LowRank, Space, Weights
 from minillm_jax.layers import Rope
 from minillm_jax.loss import sequence_losses
 from minillm_jax.scoring import _score_structure
+from minillm_jax.select.criteria import CRITERIA
 
 CONFIG = DecoderConfig("llama", 1e-5, Rope(10000.0))
 MEDIUM = build(CONFIG, Sizes(V=512, D=512, H=64, layers=(LayerSizes(N=8, K=8, F=1376),) * 8))
@@ -66,8 +67,10 @@ def test_scoring_seven_billion_parameters_takes_about_one_layer(name: str) -> No
         lambda: {"directions": Directions.plain(directions.direction_keys(0, 0, 16)), "projected": jnp.zeros(16)}
     )
     norms = jax.ShapeDtypeStruct(kernel.shape[:2], jnp.float32)
-    static = {"name": name, "kind": "channel", "count": 11008, "within": "sum", "space": Weights()}
-    lowered = _score_structure.lower(kernel, norms, None, jax.ShapeDtypeStruct((32,), jnp.int32), slopes, **static)
+    static = {"name": name, "kind": "channel", "count": 11008, "criterion": CRITERIA["fms"], "space": Weights()}
+    lowered = _score_structure.lower(
+        kernel, norms, None, None, jax.ShapeDtypeStruct((32,), jnp.int32), slopes, **static
+    )
     assert account(lowered)[1] <= layer_bytes(LARGE)
 
 

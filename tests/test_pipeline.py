@@ -20,7 +20,7 @@ from minillm_jax.loss import perplexity
 from minillm_jax.model import Model
 from minillm_jax.pipeline import Job, calibrate, evaluate, load, prune, run, save
 from minillm_jax.scoring import Scores, Scoring, score
-from minillm_jax.select.budget import kept_count
+from minillm_jax.select.budget import Budget, kept_count
 from minillm_jax.select.criteria import CRITERIA
 from minillm_jax.shrink.restore import Restoration
 from tests.helpers import (
@@ -203,7 +203,7 @@ def test_one_rademacher_direction_is_wanda_over_all_structures() -> None:
 def test_pruning_twice_keeps_the_first_record_and_a_range_of_layers_prunes_only_those() -> None:
     model = small_model()
     once = prune(model, score(model, windows(), Scoring("wanda")), 0.25)
-    twice = prune(once, score(once, windows(), Scoring("wanda")), 0.25, range(1, 3))
+    twice = prune(once, score(once, windows(), Scoring("wanda")), Budget(0.25, layers=(1, 3)))
     assert group_counts(once.decoder, "channel") == [9, 9, 9]
     assert group_counts(twice.decoder, "channel") == [9, 7, 7]
     assert twice.record is not None
@@ -239,14 +239,17 @@ def test_settings_out_of_range_are_errors(scoring: Scoring, message: str) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ratio": 1.0}, "ratio must lie between 0 and 1"),
+        ({"budget": Budget(1.0)}, "ratio must lie between 0 and 1"),
         ({"scoring": Scoring("best")}, "unknown criterion"),
         ({"model": "./nowhere"}, "no such folder"),
-        ({"layers": (1, 9)}, r"layers 1:9 are not a range of this model's layers; it has 0:4"),
-        ({"layers": (1, 3), "format": "stock"}, "unequal numbers of query heads .* use the format per-layer or padded"),
+        ({"budget": Budget(0.2, layers=(1, 9))}, r"layers 1:9 are not a range of this model's layers; it has 0:4"),
+        (
+            {"budget": Budget(0.2, layers=(1, 3)), "format": "stock"},
+            "unequal numbers of query heads .* use the format per-layer or padded",
+        ),
         ({"format": "zip"}, "unknown format 'zip'"),
         ({"max_shard_size": "0GB"}, "shard size '0GB' is not understood"),
-        ({"round_heads_to": 0}, "multiples of at least 1, not 0"),
+        ({"budget": Budget(0.2, round_heads_to=0)}, "multiples of at least 1, not 0"),
         ({"calibration": "nowhere.txt"}, "no such file"),
         ({"samples": 100_000}, "but 100000 are asked for"),
         ({"evaluation": "nowhere.txt"}, "no such file"),
@@ -261,7 +264,7 @@ def test_bad_jobs_fail_before_any_work_and_write_nothing(
         "model": str(demo.FOLDER),
         "calibration": str(tmp_path / "text.txt"),
         "output": str(tmp_path / "out"),
-        "ratio": 0.2,
+        "budget": Budget(0.2),
     }
     with pytest.raises(InputError, match=message):
         run(Job(**job | changes))
@@ -299,7 +302,13 @@ def test_the_paper_s_recipe_in_every_kind_of_family(tmp_path: Path, family: str)
     np.save(tmp_path / "tokens.npy", random_tokens(97, 400))
     estimation = Estimation(directions=2, distribution="rademacher")
     job = Job(
-        str(folder), str(tmp_path / "tokens.npy"), str(tmp_path / "out"), 0.3, 4, 32, scoring=Scoring("fms", estimation)
+        str(folder),
+        str(tmp_path / "tokens.npy"),
+        str(tmp_path / "out"),
+        Budget(0.3),
+        samples=4,
+        length=32,
+        scoring=Scoring("fms", estimation),
     )
     result = run(job)
     counts = {kind: [len(rows) for rows in kept] for kind, kept in (result.pruned.record or {})["kept"].items()}

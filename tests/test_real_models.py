@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from minillm_jax import calibration, loss
 from minillm_jax.pipeline import Job, load, run
 from minillm_jax.scoring import Scoring
+from minillm_jax.select.budget import Budget
 from tests.helpers import load_stock, load_torch, shared, torch_logits
 
 TEXT = "data/tinystories/tinystories_sample_2MiB.txt"
@@ -37,7 +38,9 @@ def test_pruned_and_loaded_in_both_frameworks(
     perplexities = {}
     for form in (None, "padded"):
         output = tmp_path / str(form)
-        job = Job(str(folder), str(tmp_path / "text.txt"), str(output), ratio, scoring=Scoring("wanda"), format=form)
+        job = Job(
+            str(folder), str(tmp_path / "text.txt"), str(output), Budget(ratio), scoring=Scoring("wanda"), format=form
+        )
         assert run(job).written.format == (form or "per-layer")
         perplexities[f"jax {form}"] = loss.perplexity(load(output).decoder, windows).perplexity
     loaded = {

@@ -4,10 +4,10 @@ from minillm_jax import calibration, groups, loss
 from minillm_jax.decoder import group_counts
 from minillm_jax.pipeline import load
 from minillm_jax.scoring import Scoring, score
-from minillm_jax.select.budget import kept_count, select_local
+from minillm_jax.select.budget import kept_count
 from minillm_jax.shrink.restore import prune_by_obs, restore
 from minillm_jax.shrink.slicing import slice_groups
-from tests.helpers import shared
+from tests.helpers import best_of, shared
 
 # Ratio -> the most that structured OBS may cost, as a multiple of the dense model's perplexity.
 BOUNDS = {0.2: 1.60, 0.5: 4.45}
@@ -22,7 +22,7 @@ def test_restoration_of_a_trained_model() -> None:
     dense = loss.perplexity(model.decoder, held_out).perplexity
     scores = score(model, calibration.Calibration(calibrate, "stories", 0), Scoring("wanda"))
     for ratio, bound in BOUNDS.items():
-        kept = select_local(scores.groups, ratio)
+        kept = best_of(scores.groups, ratio)
         counts = {kind: [kept_count(n, ratio) for n in group_counts(model.decoder, kind)] for kind in groups.KINDS}
         found = {
             "wanda": slice_groups(model.decoder, kept),

@@ -131,7 +131,7 @@ def test_each_projection_comes_nearer_to_its_target() -> None:
 
     def shrink(site: Site) -> Block:
         fit, old_bias = restoring.fit_of(site, settings), of_run(site.run, site.kind)[1]
-        smaller = restoring._shrink(site, KEPT[site.kind], settings)
+        smaller = restoring._shrink(site, site.kind, KEPT[site.kind], settings)
         kernel, bias = of_run(smaller, site.kind)
         rows = feature_rows(site.kind, len(fit.kernel))
         hessian, right = fit.hessian[np.ix_(rows, rows)], fit.right[rows]
@@ -241,8 +241,8 @@ def test_greedy_removal_equals_brute_force(width: int) -> None:
     stay = list(range(count))
     for keep in range(count - 1, 0, -1):
         stay.remove(min(stay, key=lambda gone, stay=stay: best([g for g in stay if g != gone])[0]))
-        found, left = obs.greedy_removal(inverse, weights, count, keep)
-        assert found.tolist() == stay
+        gone, left = obs.greedy_removal(inverse, weights, count, keep)
+        assert sorted({*range(count)} - {*gone.tolist()}) == stay
         np.testing.assert_allclose(left, best(stay)[1], rtol=1e-9, atol=1e-12)
 
 
@@ -263,11 +263,12 @@ def test_the_update_of_obs_is_the_refit_of_what_stays(alpha: float) -> None:
         if alpha == 0:
             np.testing.assert_allclose(full, fit.kernel, rtol=1e-6, atol=1e-9)
         count = {"head": 4, "channel": 12}[site.kind]
-        stay, left = obs.greedy_removal(inverse, full, count, counts[site.kind][0])
+        gone, left = obs.greedy_removal(inverse, full, count, counts[site.kind][0])
+        stay = np.delete(np.arange(count), gone)
         assert (stay == kept[site.kind][site.layer]).all()
         rows = np.arange(len(full)).reshape(count, -1)[stay].ravel()
         np.testing.assert_allclose(left, fit.rows(rows, "host"), rtol=1e-6, atol=1e-9)
-        return restoring._shrink(site, stay, settings.resolve(decoder.config))
+        return restoring._shrink(site, site.kind, stay, settings.resolve(decoder.config))
 
     walk(decoder, WINDOWS, check)
 

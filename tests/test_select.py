@@ -1,5 +1,7 @@
 """Criteria against NumPy, and how many groups stay."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from minillm_jax import groups
 from minillm_jax.errors import InputError
 from minillm_jax.estimate import directions
 from minillm_jax.select import criteria
-from minillm_jax.select.budget import kept_count, select_local
+from minillm_jax.select.budget import Budget, Stock, by_ratio, choose, kept_count
+from tests.helpers import best_of
 
 RNG = np.random.default_rng(0)
 
@@ -102,7 +105,7 @@ def test_floor_of_n_ratio_plus_a_half_go_and_one_stays(count: int, ratio: float,
 @given(count=st.integers(1, 40), ratio=st.floats(0.01, 0.99), layers=st.integers(1, 4), seed=st.integers(0, 99))
 def test_the_best_groups_stay_in_ascending_order(count: int, ratio: float, layers: int, seed: int) -> None:
     scores = np.random.default_rng(seed).normal(size=(layers, count))
-    kept = select_local({"channel": list(scores)}, ratio)["channel"]
+    kept = best_of({"channel": list(scores)}, ratio)["channel"]
     for row, indices in zip(scores, kept, strict=True):
         assert len(indices) == kept_count(count, ratio)
         assert (np.diff(indices) > 0).all()
@@ -110,20 +113,29 @@ def test_the_best_groups_stay_in_ascending_order(count: int, ratio: float, layer
         assert not gone.size or row[indices].min() >= gone.max()
 
 
+def stock(counts: dict[str, list[int]], layers: range | None = None, **changes: Any) -> Stock:
+    """Groups of which one costs 1, in a model that costs 1000 more."""
+    ones = {kind: [1] * len(rows) for kind, rows in counts.items()}
+    whole = 1000 + sum(map(sum, counts.values()))
+    found = {"counts": counts, "parts": ones, "costs": ones, "whole": whole, "layers": layers or range(3)}
+    return Stock(**found | changes)
+
+
 def test_ties_keep_the_lower_index_and_layers_outside_the_range_keep_all() -> None:
-    kept = select_local({"head": [np.zeros(4)] * 3}, 0.5, range(1, 2))["head"]
+    counts = by_ratio(stock({"head": [4] * 3}, range(1, 2)), 0.5)
+    kept = choose({"head": [np.zeros(4)] * 3}, counts, {"head": [1] * 3})["head"]
     assert [indices.tolist() for indices in kept] == [[0, 1, 2, 3], [0, 1], [0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_ratio_outside_its_range_is_an_error(ratio: float) -> None:
     with pytest.raises(InputError, match="ratio must lie between 0 and 1, both excluded"):
-        select_local({}, ratio)
+        Budget(ratio).check()
 
 
 def test_scores_that_are_not_finite_are_an_error() -> None:
     with pytest.raises(InputError, match="head scores of layer 1 are not finite"):
-        select_local({"head": [np.ones(3), np.array([1.0, np.nan, 2.0])]}, 0.5)
+        best_of({"head": [np.ones(3), np.array([1.0, np.nan, 2.0])]}, 0.5)
 
 
 def test_axes_of_the_table_name_each_letter_once() -> None:

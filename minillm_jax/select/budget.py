@@ -1,14 +1,124 @@
-"""How many groups stay, and which: per layer and kind, the best by score (local selection)."""
+"""How many groups stay, and which.
 
-from collections.abc import Container, Mapping, Sequence
+A budget says how much goes and how that is shared between the layers; `Stock` is what there is. From both follow the
+counts, kind -> one number for each layer, and from the counts and the scores the groups that stay.
+
+    step        the smallest removal from one layer: one group, or one query head of every key/value head
+"""
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
-from math import floor
+from math import ceil, floor
 
 import numpy as np
 from jaxtyping import Float
 
-from minillm_jax.errors import InputError
+from minillm_jax.errors import InputError, one_of
 from minillm_jax.groups import Kept
+
+COUNTED = ("groups", "blocks", "model")
+ALLOCATIONS = ("uniform", "global", "measured")
+
+Counts = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much goes, and from where.
+
+    Attributes:
+      ratio: share that goes, in (0, 1); None with a target.
+      of: what the ratio is a share of: the `groups` of every kind in every pruned layer; or the parameters of the
+        `blocks` or of the whole `model`, which are reached to within one step (`uniform`: one step in every layer).
+      target: instead of a ratio, the measure and the most of it that may be left: ("parameters", 5.4e9).
+      allocation: `uniform`, the same share in every layer; `global`, the lowest scores per cost wherever they are; or
+        `measured`, the cheapest combination of measured losses.
+      layers: first layer that is pruned, and the one after the last, from the end where negative; all by default.
+      round_heads_to: keep a multiple of this many heads in a pruned layer, rounding up, where there are as many: tensor
+        parallelism wants its degree (`uniform` only).
+      round_width_to: the same for MLP channels: hardware wants 64 or 128.
+      least: share of a layer's groups that stays at least (`global` and `measured`).
+      window: tokens of the window that targets in macs and memory are for.
+    """
+
+    ratio: float | None = None
+    of: str = "groups"
+    target: tuple[str, float] | None = None
+    allocation: str = "uniform"
+    layers: tuple[int, int] | None = None
+    round_heads_to: int = 1
+    round_width_to: int = 1
+    least: float = 0.1
+    window: int = 128
+
+    def check(self) -> None:
+        """Whether the settings go together.
+
+        Raises:
+          InputError: they do not, or one is out of its range.
+        """
+        one_of("thing that the ratio counts", self.of, COUNTED)
+        one_of("allocation", self.allocation, ALLOCATIONS)
+        if (self.ratio is None) == (self.target is None):
+            raise InputError("give a ratio or a target for what is left, one of them")
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise InputError(f"the ratio must lie between 0 and 1, both excluded, found {self.ratio:g}")
+        if self.target is not None and self.of != "groups":
+            raise InputError("a target takes the place of the ratio, so there is nothing for it to be a share of")
+        for words, multiple in (("heads", self.round_heads_to), ("channels", self.round_width_to)):
+            if multiple < 1:
+                raise InputError(
+                    f"the number of kept {words} can be rounded to multiples of at least 1, not {multiple}"
+                )
+            if multiple > 1 and self.allocation != "uniform":
+                raise InputError(
+                    f"the number of kept {words} is rounded in uniform budgets only, not {self.allocation}"
+                )
+        if not 0 <= self.least < 1:
+            raise InputError(f"the least share that stays must lie in [0, 1), found {self.least:g}")
+        if self.window < 1:
+            raise InputError(f"the window that costs are for must have at least 1 token, found {self.window}")
+
+    @property
+    def measure(self) -> str:
+        """What is counted where costs are: parameters, but for other targets."""
+        return "parameters" if self.target is None else self.target[0]
+
+    def multiple(self, kind: str) -> int:
+        """What the number of kept groups of a kind is rounded to."""
+        return self.round_width_to if kind == "channel" else self.round_heads_to
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What there is to remove, kind -> one number for each layer; kinds in the order of the forward pass.
+
+    Attributes:
+      counts: groups.
+      parts: in how many parts they lie, from each of which equally many go (see `decoder.part_count`).
+      costs: what one group less saves in the measure of the budget.
+      whole: what the dense model costs.
+      layers: the layers that are pruned.
+    """
+
+    counts: Counts
+    parts: Counts
+    costs: Counts
+    whole: int
+    layers: range
+
+    def left(self, kept: Mapping[str, Sequence[int]]) -> int:
+        """What a model with those counts costs."""
+        saved = 0
+        for kind, counts in self.counts.items():
+            saved += sum(c * (n - k) for c, n, k in zip(self.costs[kind], counts, kept[kind], strict=True))
+        return self.whole - saved
+
+    def prunable(self) -> int:
+        """What all groups of the pruned layers cost together."""
+        return sum(self.costs[k][layer] * n[layer] for k, n in self.counts.items() for layer in self.layers)
 
 
 def kept_count(count: int, ratio: float, multiple: int = 1) -> int:
@@ -23,37 +133,247 @@ def kept_count(count: int, ratio: float, multiple: int = 1) -> int:
     return rounded or count
 
 
-def select_local(
+def by_ratio(stock: Stock, ratio: float, budget: Budget | None = None) -> Counts:
+    """The same share of the groups of every kind and pruned layer goes; rounded as the budget says."""
+    return {kind: _by_ratio(stock, kind, ratio, budget.multiple(kind) if budget else 1) for kind in stock.counts}
+
+
+def _by_ratio(stock: Stock, kind: str, ratio: float, multiple: int = 1) -> list[int]:
+    return [
+        parts * kept_count(count // parts, ratio, multiple) if layer in stock.layers else count
+        for layer, (count, parts) in enumerate(zip(stock.counts[kind], stock.parts[kind], strict=True))
+    ]
+
+
+def limit_of(stock: Stock, budget: Budget, blocks: int) -> float:
+    """The most that the pruned model may cost.
+
+    Args:
+      stock: what there is, in parameters unless the budget has a target in another measure.
+      budget: what is asked for.
+      blocks: parameters of the layers.
+
+    Raises:
+      InputError: the target is not below what the model costs, or cannot be reached.
+    """
+    if budget.target is not None:
+        limit, asked = float(budget.target[1]), f"the target of {budget.target[1]:,.0f} ({budget.target[0]})"
+        if not limit < stock.whole:
+            raise InputError(f"{asked} is not below the {stock.whole:,} of the model: there is nothing to remove")
+    else:
+        ratio = budget.ratio or 0.0
+        if budget.of == "groups":
+            return float(stock.left(by_ratio(stock, ratio, budget)))
+        limit, asked = stock.whole - ratio * (blocks if budget.of == "blocks" else stock.whole), f"a ratio of {ratio:g}"
+    least = stock.left({k: _fewest(stock, k, budget.least) for k in stock.counts})
+    if limit < least:
+        raise InputError(
+            f"{asked} asks for {limit:,.0f} at most, but the least that pruning these groups leaves is {least:,}; "
+            "ask for less, or prune more kinds of groups or layers"
+        )
+    return limit
+
+
+def _fewest(stock: Stock, kind: str, least: float) -> list[int]:
+    """The fewest groups that may stay in each layer."""
+    found = []
+    for layer, (count, parts) in enumerate(zip(stock.counts[kind], stock.parts[kind], strict=True)):
+        fewest = parts * max(1, ceil(count // parts * least))
+        found.append(fewest if layer in stock.layers else count)
+    return found
+
+
+def uniform(stock: Stock, limit: float, budget: Budget) -> Counts:
+    """The same share in every layer: heads by the share that is asked of everything, then as many channels as fit.
+
+    The last kind in the stock fills up; it leaves less than one step in every layer.
+
+    Raises:
+      InputError: not even one group of that kind in a layer is few enough.
+    """
+    share = (stock.whole - limit) / stock.prunable()
+    *others, filler = stock.counts
+    counts = {kind: _by_ratio(stock, kind, min(share, 0.999), budget.multiple(kind)) for kind in others}
+    steps = {n // p for n, p in zip(stock.counts[filler], stock.parts[filler], strict=True)}
+    ratios = sorted({gone / n for n in steps for gone in range(n)})
+
+    def fits(ratio: float) -> bool:
+        return stock.left(counts | {filler: _by_ratio(stock, filler, ratio, budget.multiple(filler))}) <= limit
+
+    place = bisect_left(ratios, True, key=fits)
+    if place == len(ratios):
+        raise InputError(
+            f"no number of {filler} groups, the same share in every layer, leaves at most {limit:,.0f}; use the "
+            "allocation global or measured, or ask for less"
+        )
+    return counts | {filler: _by_ratio(stock, filler, ratios[place], budget.multiple(filler))}
+
+
+# ------------------------------------------------------------------------------------------------ between layers
+
+
+def globally(
+    stock: Stock, limit: float, budget: Budget, scores: Mapping[str, Sequence[np.ndarray]], per_cost: bool
+) -> Counts:
+    """The steps of the lowest scores go, wherever they are, until the limit is kept.
+
+    Args:
+      stock: what there is.
+      limit: the most that may be left.
+      budget: how much of a layer stays at least.
+      scores: of all groups; they must mean the same in every layer.
+      per_cost: compare scores per cost, for scores that are losses; not for standardised ones.
+    """
+    steps = []
+    for kind, counts in stock.counts.items():
+        fewest = _fewest(stock, kind, budget.least)
+        for layer in stock.layers:
+            parts = stock.parts[kind][layer]
+            rows = np.sort(np.asarray(scores[kind][layer]).reshape(parts, -1), axis=1).sum(axis=0)
+            cost = parts * stock.costs[kind][layer]
+            rows = rows[: (counts[layer] - fewest[layer]) // parts] / (cost if per_cost else parts)
+            steps += [(float(score), kind, layer, number) for number, score in enumerate(rows)]
+    kept = {kind: list(counts) for kind, counts in stock.counts.items()}
+    left = stock.whole
+    for _, kind, layer, _ in sorted(steps, key=lambda step: step[0]):
+        if left <= limit:
+            break
+        kept[kind][layer] -= stock.parts[kind][layer]
+        left -= stock.parts[kind][layer] * stock.costs[kind][layer]
+    return kept
+
+
+def levels(stock: Stock, budget: Budget, shares: Sequence[float]) -> dict[str, list[list[int]]]:
+    """The counts whose loss is measured, for each kind and pruned layer, most to least; all groups first."""
+    found = {}
+    for kind, counts in stock.counts.items():
+        fewest, parts = _fewest(stock, kind, budget.least), stock.parts[kind]
+        found[kind] = [
+            sorted({max(fewest[i], parts[i] * kept_count(n // parts[i], s)) for s in shares} | {n}, reverse=True)
+            if i in stock.layers
+            else [n]
+            for i, n in enumerate(counts)
+        ]
+    return found
+
+
+# Costs are counted in this many units: what is saved is rounded down, so the limit holds.
+_UNITS = 4096
+
+
+def cheapest(
+    stock: Stock,
+    limit: float,
+    tried: Mapping[str, Sequence[Sequence[int]]],
+    losses: Mapping[str, Sequence[Sequence[float]]],
+) -> Counts:
+    """The counts with the least sum of losses that keep the limit, by dynamic programming; then groups come back.
+
+    Between the measured counts losses are taken to be linear: what the levels leave below the limit is filled with the
+    groups that gain most for their cost.
+
+    Args:
+      stock: what there is.
+      limit: the most that may be left.
+      tried: the counts that were measured, as `levels` makes them.
+      losses: the loss of the model with only that one kind of one layer pruned, for each of them.
+
+    Raises:
+      InputError: not even the fewest groups of all keep the limit.
+    """
+    unit = (stock.whole - limit) / _UNITS
+    sites = [(kind, layer) for kind in stock.counts for layer in stock.layers]
+    best = np.full(_UNITS + 1, np.inf)  # by units that are saved; the last place is for all that are enough
+    best[0] = 0.0
+    steps = []
+    for kind, layer in sites:
+        counts = tried[kind][layer]
+        saved = [floor(stock.costs[kind][layer] * (counts[0] - count) / unit + 1e-9) for count in counts]
+        best, choice, before = _further(best, saved, losses[kind][layer])
+        steps.append((choice, before))
+    if not np.isfinite(best[-1]):
+        raise InputError(f"the counts that were measured do not reach {limit:,.0f}; ask for less, or let less stay")
+    kept = {kind: list(counts) for kind, counts in stock.counts.items()}
+    place = _UNITS
+    for (kind, layer), (choice, before) in zip(reversed(sites), reversed(steps), strict=True):
+        kept[kind][layer] = tried[kind][layer][choice[place]]
+        place = before[place]
+    return _filled(stock, limit, kept, tried, losses)
+
+
+def _further(
+    best: Float[np.ndarray, " units"], saved: Sequence[int], losses: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The best sums with one more site; which of its levels each takes, and from which place it comes."""
+    last = len(best) - 1
+    found = np.full((len(saved), len(best)), np.inf)
+    before = np.zeros_like(found, dtype=np.int64)
+    for option, (units, loss) in enumerate(zip(saved, losses, strict=True)):
+        units = min(units, last)
+        found[option, units:] = best[: last + 1 - units] + loss
+        before[option, units:] = np.arange(last + 1 - units)
+        enough = last - units + int(np.argmin(best[last - units :]))
+        found[option, last], before[option, last] = best[enough] + loss, enough
+    choice = np.argmin(found, axis=0)
+    everywhere = np.arange(len(best))
+    return found[choice, everywhere], choice, before[choice, everywhere]
+
+
+def _filled(
+    stock: Stock,
+    limit: float,
+    kept: Counts,
+    tried: Mapping[str, Sequence[Sequence[int]]],
+    losses: Mapping[str, Sequence[Sequence[float]]],
+) -> Counts:
+    """As many steps back as fit below the limit, the one that gains most for its cost first."""
+
+    def gain(kind: str, layer: int) -> float:
+        count, parts = kept[kind][layer], stock.parts[kind][layer]
+        counts, values = tried[kind][layer][::-1], losses[kind][layer][::-1]
+        now, after = np.interp([count, count + parts], counts, values)
+        return float(now - after) / (parts * stock.costs[kind][layer])
+
+    left = stock.left(kept)
+    while True:
+        fitting = [
+            (gain(kind, layer), kind, layer)
+            for kind, counts in stock.counts.items()
+            for layer in stock.layers
+            if kept[kind][layer] < counts[layer] and left + stock.parts[kind][layer] * stock.costs[kind][layer] <= limit
+        ]
+        if not fitting:
+            return kept
+        _, kind, layer = max(fitting)
+        kept[kind][layer] += stock.parts[kind][layer]
+        left += stock.parts[kind][layer] * stock.costs[kind][layer]
+
+
+# ------------------------------------------------------------------------------------------------------- which
+
+
+def choose(
     scores: Mapping[str, Sequence[Float[np.ndarray, " _"]]],
-    ratio: float,
-    layers: Container[int] | None = None,
-    round_to: Mapping[str, int] | None = None,
+    counts: Mapping[str, Sequence[int]],
+    parts: Mapping[str, Sequence[int]],
 ) -> Kept:
-    """The groups with the highest scores in every layer, by the same ratio for every kind; ties keep the lower index.
+    """The groups with the highest scores of every part of every layer; ties keep the lower index.
 
     Args:
       scores: kind -> one array of scores for each layer.
-      ratio: share of the groups that goes, in (0, 1).
-      layers: the layers that are pruned; all by default.
-      round_to: kind -> what the number of kept groups should be a multiple of, for the hardware (see `kept_count`).
+      counts: how many stay.
+      parts: in how many parts the groups of a layer lie, from each of which equally many stay.
 
     Raises:
-      InputError: the ratio is outside (0, 1), a multiple is less than 1, or a score is not finite.
+      InputError: a score is not finite.
     """
-    if not 0 < ratio < 1:
-        raise InputError(f"the ratio must lie between 0 and 1, both excluded, found {ratio:g}")
-    for kind, multiple in (round_to or {}).items():
-        if multiple < 1:
-            raise InputError(
-                f"the number of kept groups ({kind}) can be rounded to multiples of at least 1, not {multiple}"
-            )
-    kept: dict[str, list[np.ndarray]] = {}
-    for kind, per_layer in scores.items():
-        kept[kind] = []
-        for layer, values in enumerate(per_layer):
+    kept: dict[str, list[np.ndarray]] = {kind: [] for kind in scores}
+    for kind, rows in kept.items():
+        for layer, values in enumerate(scores[kind]):
             if not np.isfinite(values).all():
                 raise InputError(f"the {kind} scores of layer {layer} are not finite; try another criterion or epsilon")
-            pruned = layers is None or layer in layers
-            stay = kept_count(len(values), ratio, (round_to or {}).get(kind, 1)) if pruned else len(values)
-            kept[kind].append(np.sort(np.argsort(-values, kind="stable")[:stay]))
+            of_parts = np.reshape(values, (parts[kind][layer], -1))
+            best = np.argsort(-of_parts, axis=1, kind="stable")[:, : counts[kind][layer] // len(of_parts)]
+            first = of_parts.shape[1] * np.arange(len(of_parts))[:, None]
+            rows.append(np.sort((first + best).ravel()))
     return kept

@@ -178,7 +178,11 @@ def reduce_group(structures: Float[np.ndarray, "structures *rest"], across: str)
     return values.max(axis=0)
 
 
+# Each kind of group has random scores of its own.
+_STREAMS = ("head", "channel", "query", "hidden")
+
+
 def random_scores(key: jax.Array, layer: int, kind: str, count: int) -> Float[np.ndarray, " count"]:
     """Scores drawn at random, for the control; the same for a key, layer and kind whatever else is pruned."""
-    key = jax.random.fold_in(jax.random.fold_in(key, layer), groups.KINDS.index(kind))
+    key = jax.random.fold_in(jax.random.fold_in(key, layer), _STREAMS.index(kind))
     return np.asarray(jax.random.uniform(key, (count,)), dtype=np.float64)

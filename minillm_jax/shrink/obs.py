@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 
 
 def greedy_removal(
-    inverse: Float[np.ndarray, "I I"], weights: Float[np.ndarray, "I D"], count: int, keep: int
-) -> tuple[Int[np.ndarray, " keep"], Float[np.ndarray, "rest D"]]:
+    inverse: Float[np.ndarray, "I I"], weights: Float[np.ndarray, "I D"], count: int, keep: int, parts: int = 1
+) -> tuple[Int[np.ndarray, " gone"], Float[np.ndarray, "rest D"]]:
     """The group of least error goes, again and again, until `keep` are left; of equal ones that of the lower index.
 
     The r-th group that goes takes time I · (r + D), in float64.
@@ -24,29 +24,35 @@ def greedy_removal(
       weights: W, the best there is at full width.
       count: number of groups, each of equally many neighbouring rows of W.
       keep: how many groups stay.
+      parts: in how many parts of neighbouring groups they lie; equally many go of each.
 
     Returns:
-      The groups that stay, ascending, and their rows of W: the best there is without the others.
+      The groups that go, in that order, and the others' rows of W: the best there is without those.
     """
     width = len(weights) // count
     weights = np.array(weights, dtype=np.float64)
-    parts = weights.reshape(count, width, -1)  # a view
+    each = weights.reshape(count, width, -1)  # a view
+    gone: list[int] = []
+    left = np.full(parts, (count - keep) // parts)
     places = np.arange(count)
     blocks = inverse.reshape(count, width, count, width)[places, :, places]  # [count, width, width], a copy
     factor = np.zeros(((count - keep) * width, len(weights)))  # Lᵀ
     stay = np.ones(count, dtype=bool)
     for done in range(0, len(factor), width):
-        group = int(np.argmin(np.where(stay, removal_errors(blocks, parts), np.inf)))
+        may_go = stay & np.repeat(left > 0, count // parts)
+        group = int(np.argmin(np.where(may_go, removal_errors(blocks, each), np.inf)))
         stay[group] = False
+        left[group * parts // count] -= 1
+        gone.append(group)
         rows = slice(group * width, (group + 1) * width)
         new = inverse[rows] - factor[:done, rows].T @ factor[:done]
         pivot = np.linalg.cholesky(blocks[group])
         new = np.linalg.solve(pivot, new * np.repeat(stay, width))  # [width, I], zero for what is gone
         factor[done : done + width] = new
-        weights -= new.T @ np.linalg.solve(pivot, parts[group])
+        weights -= new.T @ np.linalg.solve(pivot, each[group])
         of_groups = new.reshape(width, count, width).swapaxes(0, 1)  # [count, width of L, width]
         blocks -= of_groups.mT @ of_groups
-    return np.flatnonzero(stay), weights[np.repeat(stay, width)]
+    return np.asarray(gone, np.int64), weights[np.repeat(stay, width)]
 
 
 def removal_errors(

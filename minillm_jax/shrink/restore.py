@@ -13,7 +13,7 @@ With α = 0 each projection keeps its output, with α = 1 it also mends what wen
 moments are taken about the mean, and the bias makes up for the means.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from minillm_jax import groups
 from minillm_jax.config import DecoderConfig
-from minillm_jax.decoder import Decoder, group_count, with_runs
+from minillm_jax.decoder import Decoder, group_count, part_count, with_runs
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.mesh import gather, of, shard
 from minillm_jax.modules import Block
@@ -107,7 +107,8 @@ def restore(
     settings = (restoration or Restoration()).resolve(decoder.config)
 
     def shrink(site: Site) -> Block:
-        return _shrink(site, kept[site.kind][site.layer], settings)
+        kind = pruned_kind(site, kept)
+        return site.run if kind is None else _shrink(site, kind, kept[kind][site.layer], settings)
 
     return shard(with_runs(decoder, slicing.merge(walk(decoder, windows, shrink, progress))), of(decoder))
 
@@ -135,39 +136,55 @@ def prune_by_obs(
       InputError: see `Restoration.resolve`; or the activations are not finite.
     """
     settings = (restoration or Restoration()).resolve(decoder.config)
-    kept: dict[str, list[np.ndarray]] = {kind: [] for kind in PROJECTIONS}
+    kept: dict[str, list[np.ndarray]] = {kind: [] for kind in counts}
 
     def shrink(site: Site) -> Block:
-        stay, fit = _choose(site, counts[site.kind][site.layer], settings)
-        kept[site.kind].append(stay)
-        return _shrink(site, stay, settings, fit)
+        kind = pruned_kind(site, counts)
+        if kind is None:
+            return site.run
+        stay, fit = _choose(site, kind, counts[kind][site.layer], settings)
+        kept[kind].append(stay)
+        return _shrink(site, kind, stay, settings, fit)
 
     pruned = with_runs(decoder, slicing.merge(walk(decoder, windows, shrink, progress)))
     return shard(pruned, of(decoder)), kept
 
 
-def _choose(site: Site, keep: int, settings: Restoration) -> tuple[np.ndarray, "Fit | None"]:
-    """The groups that structured OBS leaves, and the linear system that said so, if one was needed."""
-    count = group_count(site.run, site.kind)
-    if keep == count:
-        return np.arange(count), None
-    fit = fit_of(site, settings)
+def pruned_kind(site: Site, kinds: Container[str]) -> str | None:
+    """The kind of groups that go at a site, of those that are pruned; query heads are heads of another kind."""
+    own = ("head", "query") if site.kind == "head" else (site.kind,)
+    return next((kind for kind in own if kind in kinds), None)
+
+
+def removal_order(site: Site, kind: str, keep: int, fit: "Fit") -> Int[np.ndarray, " gone"]:
+    """The groups that structured OBS removes, first to last, until `keep` are left."""
     inverse = linear.solve(fit.hessian, np.eye(len(fit.hessian)), fit.ridge)
-    return obs.greedy_removal(inverse, inverse @ fit.right, count, keep)[0], fit
+    count, parts = group_count(site.run, kind), part_count(site.run, kind)
+    return obs.greedy_removal(inverse, inverse @ fit.right, count, keep, parts)[0]
 
 
-def _shrink(site: Site, stay: Int[np.ndarray, " kept"], settings: Restoration, fit: "Fit | None" = None) -> Block:
+def _choose(site: Site, kind: str, keep: int, settings: Restoration) -> tuple[np.ndarray, "Fit | None"]:
+    """The groups that structured OBS leaves, and the linear system that said so, if one was needed."""
+    everything = np.arange(group_count(site.run, kind))
+    if keep == len(everything):
+        return everything, None
+    fit = fit_of(site, settings)
+    return np.delete(everything, removal_order(site, kind, keep, fit)), fit
+
+
+def _shrink(
+    site: Site, kind: str, stay: Int[np.ndarray, " kept"], settings: Restoration, fit: "Fit | None" = None
+) -> Block:
     """The layer with only the groups of one kind that stay, restored."""
-    count = group_count(site.run, site.kind)
+    count = group_count(site.run, kind)
     if len(stay) == count:
         return site.run
-    smaller = slicing.take(site.run, {site.kind: jnp.asarray(stay)[None]}, 0, 1)
+    smaller = slicing.take(site.run, {kind: jnp.asarray(stay)[None]}, 0, 1)
     if settings.method == "none":
         return smaller
     fit = fit or fit_of(site, settings)
     rows = np.arange(len(fit.kernel)).reshape(count, -1)[stay].ravel()
-    refit = settings.method == "least-squares"
-    kernel = fit.rows(rows, settings.solver) if refit else fit.kernel[rows]
+    kernel = fit.restored(rows, settings)
     return _with_projection(smaller, PROJECTIONS[site.kind], kernel, fit.shift(rows, kernel))
 
 
@@ -193,6 +210,10 @@ class Fit:
     kernel: Float[np.ndarray, "I D"]
     mean: Float[np.ndarray, " I"] | None
     target: Float[np.ndarray, " D"]
+
+    def restored(self, rows: Int[np.ndarray, " kept"], settings: Restoration) -> Float[np.ndarray, "kept D"]:
+        """The kernel with only those rows, as the method makes it."""
+        return self.rows(rows, settings.solver) if settings.method == "least-squares" else self.kernel[rows]
 
     def rows(self, rows: Int[np.ndarray, " kept"], solver: str) -> Float[np.ndarray, "kept D"]:
         """The best kernel with only those rows."""

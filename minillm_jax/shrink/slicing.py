@@ -42,10 +42,15 @@ def slice_sizes(sizes: Sizes, kept: groups.Kept) -> Sizes:
     """What `slice_groups` makes of a decoder's sizes."""
     layers = []
     for number, layer in enumerate(sizes.layers):
-        heads, per_group = kept["head"][number], layer.N // layer.K
-        slopes = tuple(layer.slopes[g * per_group + i] for g in heads for i in range(per_group) if layer.slopes)
-        counts = {"K": len(heads), "N": len(heads) * per_group, "F": len(kept["channel"][number])}
-        layers.append(replace(layer, slopes=slopes, **counts))
+        per_group = layer.N // layer.K
+        if "query" in kept:
+            groups_kept, heads = range(layer.K), [int(head) for head in kept["query"][number]]
+        else:
+            groups_kept = kept["head"][number] if "head" in kept else range(layer.K)
+            heads = [g * per_group + i for g in groups_kept for i in range(per_group)]
+        slopes = tuple(layer.slopes[head] for head in heads if layer.slopes)
+        width = len(kept["channel"][number]) if "channel" in kept else layer.F
+        layers.append(replace(layer, slopes=slopes, K=len(groups_kept), N=len(heads), F=width))
     return replace(sizes, layers=tuple(layers))
 
 
