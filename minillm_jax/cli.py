@@ -84,7 +84,7 @@ def prune(
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="Shared between layers: uniform, global (by scores), measured (losses)."),
+        typer.Option(help="Between layers: uniform, global (by scores), measured (by losses)."),
     ] = None,
     structures: Annotated[
         str | None, typer.Option(help="What goes, with commas between: heads, channels, hidden (dimensions), layers.")
@@ -99,8 +99,8 @@ def prune(
     criterion: Annotated[
         str | None,
         typer.Option(
-            help="obs, wanda, flap, fms, magnitude, magnitude-l1, vector, element-1, element-2, mixed, gate, gate-square, "
-            "random, or noise (the control)."
+            help="obs, wanda, flap, fms, magnitude, magnitude-l1, vector, element-1, element-2, mixed, gate, "
+            "gate-square, random, or noise (the control)."
         ),
     ] = None,
     factors: Annotated[str | None, typer.Option(help="Of fms: some of magnitude,activation,gradient.")] = None,
@@ -109,6 +109,9 @@ def prune(
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="Its target, from 0 (as it was) to 1 (the dense stream).")] = None,
     ridge: Annotated[float | None, typer.Option(help="How strongly it holds to the old weights.")] = None,
+    inner: Annotated[
+        float | None, typer.Option(help="How far it turns inner matrices to what they read before, from 0 to 1.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Number of calibration windows.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,
     seed: Annotated[int, typer.Option(help="Decides windows, directions, noise and random scores.")] = 0,
@@ -243,7 +246,7 @@ def _job(chosen: dict[str, Any]) -> "Job":
         structures=tuple(chosen["structures"].split(",")),
         length=chosen["seq_len"],
         scoring=scoring,
-        restoration=Restoration(chosen["restoration"], chosen["alpha"], chosen["ridge"]),
+        restoration=Restoration(chosen["restoration"], chosen["alpha"], chosen["ridge"], inner=chosen["inner"]),
         evaluation=chosen["evaluate"],
         **_named(chosen, "model calibration output heads rounds samples seed preset window dtype format"),
         **_named(chosen, "max_shard_size checkpoint mesh hosts"),

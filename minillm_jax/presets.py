@@ -18,6 +18,7 @@ COMMON = {
     "restoration": "none",
     "alpha": None,
     "ridge": 1e-2,
+    "inner": None,
     "structures": "heads,channels",
     "heads": "group",
     "ratio_of": "groups",

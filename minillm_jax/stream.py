@@ -7,7 +7,7 @@ restoration are functions of what the walk shows.
     I input features of an output projection: N * H of attention.o, F of mlp.down
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial, reduce
 from typing import Any, NamedTuple
@@ -64,6 +64,22 @@ class Moments(NamedTuple):
     gaps: Float[Array, " D"]
 
 
+class InputMoments(NamedTuple):
+    """Sums over all calibration tokens of X, what the inner matrices of a half read on the pruned stream, float32.
+
+    Attributes:
+      gram: Xᵀ X.
+      inputs: sum of X.
+      cross: Xᵀ X', X' what they read on the dense stream.
+      goals: sum of X'.
+    """
+
+    gram: Float[Array, "D D"]
+    inputs: Float[Array, " D"]
+    cross: Float[Array, "D D"]
+    goals: Float[Array, " D"]
+
+
 @dataclass(frozen=True)
 class Site:
     """One output projection, as the walk shows it.
@@ -93,6 +109,7 @@ def walk(
     windows: Int[np.ndarray, "B T"],
     replace: Callable[[Site], Block],
     progress: Callable[[int, int], None] | None = None,
+    align: Callable[[int, str, Block, Callable[[], InputMoments]], Block] | None = None,
 ) -> list[Block]:
     """Every layer as `replace` made it, a run of one layer each.
 
@@ -105,6 +122,8 @@ def walk(
       replace: called with each site in the order of the forward pass; the layer that it returns is that of the site,
         changed in this half only.
       progress: called with the number of halves done, and of all.
+      align: called before that with the layer's number, the kind, the layer, and what collects the moments of what its
+        inner matrices read; the layer that it returns has other inner matrices in this half.
     """
     angles = rotary_angles(decoder, windows.shape[1])
     dense = [_begin(decoder, jnp.asarray(batch)) for batch in batches(windows)]
@@ -113,6 +132,10 @@ def walk(
         found.append(old)
         for kind in PROJECTIONS:
             settings = {"kind": kind, "config": decoder.config, "angles": angles}
+            if align is not None:
+                read = partial(_collect_inputs, old, list(dense), list(pruned), settings)
+                found[-1] = align(len(found) - 1, kind, found[-1], read)
+                del read
             goals = _advance_all(old, dense, settings)
             moments = cache(partial(_collect, found[-1], pruned, goals, settings))
             found[-1] = replace(Site(len(found) - 1, kind, found[-1], windows.size, moments))
@@ -172,8 +195,29 @@ def _collect(
     run: Block, states: Sequence[State], goals: Sequence[Float[Array, "_ T D"]], settings: dict[str, Any]
 ) -> Moments:
     """The moments of one output projection over all batches."""
-    parts = (_moments(run, state, goal, **settings) for state, goal in zip(states, goals, strict=True))
+    return _summed(_moments(run, state, goal, **settings) for state, goal in zip(states, goals, strict=True))
+
+
+def _collect_inputs(
+    run: Block, dense: Sequence[State], pruned: Sequence[State], settings: dict[str, Any]
+) -> InputMoments:
+    """The moments of what the inner matrices of a half read over all batches."""
+    return _summed(_input_moments(run, d, p, **settings) for d, p in zip(dense, pruned, strict=True))
+
+
+def _summed(parts: Iterable[Any]) -> Any:
     return reduce(lambda total, part: jax.tree.map(jnp.add, total, part), parts)
+
+
+@partial(jax.jit, static_argnames=("kind", "config"))
+def _input_moments(
+    run: Block, dense: State, pruned: State, *, kind: str, config: DecoderConfig, angles: Angles
+) -> InputMoments:
+    """Of one batch; the norms before the matrices are those of the dense layer, which nobody changes."""
+    name = "attention.q" if kind == "head" else "mlp.up"
+    goal, x = (_half(kind, run, config, state, angles).inputs[name] for state in (dense, pruned))
+    gram, cross = layers.einsum("BTD,BTE->DE", x, x), layers.einsum("BTD,BTE->DE", x, goal)
+    return InputMoments(gram, jnp.sum(x, axis=(0, 1)), cross, jnp.sum(goal, axis=(0, 1)))
 
 
 @partial(jax.jit, static_argnames=("kind", "config"))

@@ -13,7 +13,7 @@ With α = 0 each projection keeps its output, with α = 1 it also mends what wen
 moments are taken about the mean, and the bias makes up for the means.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 
 import jax
@@ -28,7 +28,8 @@ from minillm_jax.errors import InputError, one_of
 from minillm_jax.mesh import gather, of, shard
 from minillm_jax.modules import Block
 from minillm_jax.shrink import linear, obs, slicing
-from minillm_jax.stream import PROJECTIONS, Site, projection, walk
+from minillm_jax.shrink.align import align
+from minillm_jax.stream import PROJECTIONS, InputMoments, Site, projection, walk
 
 METHODS = ("none", "bias", "least-squares")
 
@@ -48,12 +49,15 @@ class Restoration:
         no output of the projection is known to close the gap; and 0 for `bias`.
       ridge: λ as a share of the mean diagonal.
       solver: `host` (NumPy, float64) or `device` (JAX, float32).
+      inner: β, how far the inner matrices of a half are turned towards what they read on the dense stream (see
+        `align`). By default half-way for least squares, and 0, not at all, for the others.
     """
 
     method: str = "least-squares"
     alpha: float | None = None
     ridge: float = 1e-2
     solver: str = "host"
+    inner: float | None = None
 
     def resolve(self, config: DecoderConfig) -> "Restoration":
         """The settings for a model, with its α.
@@ -75,7 +79,13 @@ class Restoration:
             raise InputError(f"the restoration's alpha must {allowed}, found {alpha:g}")
         if not 0 < self.ridge < np.inf:
             raise InputError(f"the restoration's ridge must be a positive number, found {self.ridge:g}")
-        return replace(self, alpha=alpha)
+        inner = self.inner
+        if inner is None:
+            inner = HALF_WAY if self.method == "least-squares" else 0.0
+        if not 0 <= inner <= 1 or (inner and self.method != "least-squares"):
+            allowed = "lie in [0, 1]" if self.method == "least-squares" else "be 0 without least squares"
+            raise InputError(f"how far inner matrices are turned must {allowed}, found {inner:g}")
+        return replace(self, alpha=alpha, inner=inner)
 
 
 def can_compensate(config: DecoderConfig) -> bool:
@@ -107,10 +117,11 @@ def restore(
     settings = (restoration or Restoration()).resolve(decoder.config)
 
     def shrink(site: Site) -> Block:
-        kind = pruned_kind(site, kept)
+        kind = pruned_kind(site.kind, kept)
         return site.run if kind is None else _shrink(site, kind, kept[kind][site.layer], settings)
 
-    return shard(with_runs(decoder, slicing.merge(walk(decoder, windows, shrink, progress))), of(decoder))
+    aligned = _aligner(settings, kept, windows.size)
+    return shard(with_runs(decoder, slicing.merge(walk(decoder, windows, shrink, progress, aligned))), of(decoder))
 
 
 def prune_by_obs(
@@ -139,20 +150,38 @@ def prune_by_obs(
     kept: dict[str, list[np.ndarray]] = {kind: [] for kind in counts}
 
     def shrink(site: Site) -> Block:
-        kind = pruned_kind(site, counts)
+        kind = pruned_kind(site.kind, counts)
         if kind is None:
             return site.run
         stay, fit = _choose(site, kind, counts[kind][site.layer], settings)
         kept[kind].append(stay)
         return _shrink(site, kind, stay, settings, fit)
 
-    pruned = with_runs(decoder, slicing.merge(walk(decoder, windows, shrink, progress)))
+    left = {kind: [range(count) for count in rows] for kind, rows in counts.items()}
+    aligned = _aligner(settings, left, windows.size)
+    pruned = with_runs(decoder, slicing.merge(walk(decoder, windows, shrink, progress, aligned)))
     return shard(pruned, of(decoder)), kept
 
 
-def pruned_kind(site: Site, kinds: Container[str]) -> str | None:
-    """The kind of groups that go at a site, of those that are pruned; query heads are heads of another kind."""
-    own = ("head", "query") if site.kind == "head" else (site.kind,)
+def _aligner(
+    settings: Restoration, kept: Mapping[str, Sequence[Sized]], tokens: int
+) -> Callable[[int, str, Block, Callable[[], InputMoments]], Block] | None:
+    """What turns the inner matrices of the halves that lose groups."""
+    if not settings.inner:
+        return None
+
+    def aligned(layer: int, half: str, run: Block, moments: Callable[[], InputMoments]) -> Block:
+        kind = pruned_kind(half, kept)
+        if kind is None or len(kept[kind][layer]) == group_count(run, kind):
+            return run
+        return align(half, run, moments(), tokens, settings.inner or 0.0, settings.ridge, settings.solver)
+
+    return aligned
+
+
+def pruned_kind(half: str, kinds: Container[str]) -> str | None:
+    """The kind of groups that go in a half, of those that are pruned; query heads are heads of another kind."""
+    own = ("head", "query") if half == "head" else (half,)
     return next((kind for kind in own if kind in kinds), None)
 
 

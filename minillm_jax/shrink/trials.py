@@ -64,7 +64,7 @@ def level_losses(
 
     def look(site: Site) -> Block:
         nonlocal done
-        kind = pruned_kind(site, levels)
+        kind = pruned_kind(site.kind, levels)
         if kind is None:
             return site.run
         changes = [0.0]
