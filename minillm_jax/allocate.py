@@ -81,11 +81,7 @@ def counts_for(
     stock = stock_of(decoder, tuple(scores), budget)
     limit = budgets.limit_of(stock, budget, costs.block_parameters(decoder))
     if budget.allocation == "global":
-        if on_the_way:
-            raise InputError(
-                "the criterion obs chooses while it prunes and has no scores to compare between layers; use the "
-                "allocation uniform or measured"
-            )
+        check_comparable("obs" if on_the_way else "")
         return budgets.globally(stock, limit, budget, scores, per_cost)
     if calibration is None:
         raise InputError("measured budgets take losses on calibration windows; give the calibration")
@@ -99,6 +95,19 @@ def counts_for(
     windows = calibration.windows
     losses = level_losses(decoder, windows, tried, None if on_the_way else stays, restoration, told)
     return budgets.cheapest(stock, limit, tried, losses)
+
+
+def check_comparable(criterion: str) -> None:
+    """Whether a criterion has scores that global budgets can compare.
+
+    Raises:
+      InputError: it chooses while it prunes.
+    """
+    if criterion == "obs":
+        raise InputError(
+            "the criterion obs chooses while it prunes and has no scores to compare between layers; use the allocation "
+            "uniform or measured"
+        )
 
 
 def steps_between(before: Counts, after: Counts, parts: Counts, steps: int) -> list[Counts]:

@@ -346,7 +346,10 @@ class Job:
         if not self.structures or len(set(self.structures)) < len(self.structures):
             raise InputError("name at least one structure, and each of them once")
         self.budget.check()
-        self.scoring.resolve()
+        scoring = replace(self.scoring, kinds=self.kinds)
+        scoring.resolve()
+        if self.budget.allocation == "global":
+            allocate.check_comparable(scoring.criterion)
         check_rounds(self.rounds, self.checkpoint)
         formats.check_format(self.format)
         writer.check_shard_size(self.max_shard_size)

@@ -45,7 +45,7 @@ class Budget:
 
     ratio: float | None = None
     of: str = "groups"
-    target: tuple[str, float] | None = None
+    target: tuple[str, float | int] | None = None
     allocation: str = "uniform"
     layers: tuple[int, int] | None = None
     round_heads_to: int = 1
@@ -138,11 +138,14 @@ def by_ratio(stock: Stock, ratio: float, budget: Budget | None = None) -> Counts
     return {kind: _by_ratio(stock, kind, ratio, budget.multiple(kind) if budget else 1) for kind in stock.counts}
 
 
-def _by_ratio(stock: Stock, kind: str, ratio: float, multiple: int = 1) -> list[int]:
-    return [
-        parts * kept_count(count // parts, ratio, multiple) if layer in stock.layers else count
-        for layer, (count, parts) in enumerate(zip(stock.counts[kind], stock.parts[kind], strict=True))
-    ]
+def _by_ratio(stock: Stock, kind: str, ratio: float, multiple: int = 1, more: int = 0) -> list[int]:
+    """The counts of one kind; with so many more steps in every pruned layer, as far as there are."""
+    found = []
+    for layer, (count, parts) in enumerate(zip(stock.counts[kind], stock.parts[kind], strict=True)):
+        steps = count // parts
+        kept = min(max(kept_count(steps, ratio, multiple) + more, 1), steps)
+        found.append(parts * kept if layer in stock.layers else count)
+    return found
 
 
 def limit_of(stock: Stock, budget: Budget, blocks: int) -> float:
@@ -186,27 +189,42 @@ def _fewest(stock: Stock, kind: str, least: float) -> list[int]:
 def uniform(stock: Stock, limit: float, budget: Budget) -> Counts:
     """The same share in every layer: heads by the share that is asked of everything, then as many channels as fit.
 
-    The last kind in the stock fills up; it leaves less than one step in every layer.
+    The last kind in the stock fills up; it leaves less than one step in every layer. Where the others' share is too
+    much even with all of it, or too little with the least of it, they change by a step in every layer.
 
     Raises:
-      InputError: not even one group of that kind in a layer is few enough.
+      InputError: no such counts are few enough.
     """
-    share = (stock.whole - limit) / stock.prunable()
+    share = min((stock.whole - limit) / stock.prunable(), 0.999)
     *others, filler = stock.counts
-    counts = {kind: _by_ratio(stock, kind, min(share, 0.999), budget.multiple(kind)) for kind in others}
-    steps = {n // p for n, p in zip(stock.counts[filler], stock.parts[filler], strict=True)}
-    ratios = sorted({gone / n for n in steps for gone in range(n)})
+    most = max(n // p for kind in stock.counts for n, p in zip(stock.counts[kind], stock.parts[kind], strict=True))
+    found = None
+    for steps in range(most if others else 1):
+        counts = {kind: _by_ratio(stock, kind, share, budget.multiple(kind), steps) for kind in others}
+        if stock.left(counts | {filler: stock.counts[filler]}) > limit or not others:
+            found = _fill(stock, limit, counts, filler, budget.multiple(filler))
+            break
+    for steps in range(0, -most, -1):
+        if found is not None:
+            return found
+        counts = {kind: _by_ratio(stock, kind, share, budget.multiple(kind), steps) for kind in others}
+        found = _fill(stock, limit, counts, filler, budget.multiple(filler))
+    raise InputError(
+        f"no number of groups, the same share in every layer, leaves at most {limit:,.0f}; use the allocation global or "
+        "measured, or ask for less"
+    )
+
+
+def _fill(stock: Stock, limit: float, counts: Counts, filler: str, multiple: int) -> Counts | None:
+    """As many groups of one kind, the same share in every layer, as keep the limit; None where the fewest do not."""
+    sizes = {n // p for n, p in zip(stock.counts[filler], stock.parts[filler], strict=True)}
+    ratios = sorted({gone / n for n in sizes for gone in range(n)})
 
     def fits(ratio: float) -> bool:
-        return stock.left(counts | {filler: _by_ratio(stock, filler, ratio, budget.multiple(filler))}) <= limit
+        return stock.left(counts | {filler: _by_ratio(stock, filler, ratio, multiple)}) <= limit
 
     place = bisect_left(ratios, True, key=fits)
-    if place == len(ratios):
-        raise InputError(
-            f"no number of {filler} groups, the same share in every layer, leaves at most {limit:,.0f}; use the "
-            "allocation global or measured, or ask for less"
-        )
-    return counts | {filler: _by_ratio(stock, filler, ratios[place], budget.multiple(filler))}
+    return counts | {filler: _by_ratio(stock, filler, ratios[place], multiple)} if place < len(ratios) else None
 
 
 # ------------------------------------------------------------------------------------------------ between layers
@@ -257,7 +275,7 @@ def levels(stock: Stock, budget: Budget, shares: Sequence[float]) -> dict[str, l
     return found
 
 
-# Costs are counted in this many units: what is saved is rounded down, so the limit holds.
+# What is saved is counted in at most this many units, exactly where it is no more; else rounded up, and made good for.
 _UNITS = 4096
 
 
@@ -281,24 +299,25 @@ def cheapest(
     Raises:
       InputError: not even the fewest groups of all keep the limit.
     """
-    unit = (stock.whole - limit) / _UNITS
+    unit = max(1.0, (stock.whole - limit) / _UNITS)
+    needed = ceil((stock.whole - limit) / unit - 1e-9)
     sites = [(kind, layer) for kind in stock.counts for layer in stock.layers]
-    best = np.full(_UNITS + 1, np.inf)  # by units that are saved; the last place is for all that are enough
+    best = np.full(needed + 1, np.inf)  # by units that are saved; the last place is for all that are enough
     best[0] = 0.0
     steps = []
     for kind, layer in sites:
         counts = tried[kind][layer]
-        saved = [floor(stock.costs[kind][layer] * (counts[0] - count) / unit + 1e-9) for count in counts]
+        saved = [ceil(stock.costs[kind][layer] * (counts[0] - count) / unit - 1e-9) for count in counts]
         best, choice, before = _further(best, saved, losses[kind][layer])
         steps.append((choice, before))
     if not np.isfinite(best[-1]):
         raise InputError(f"the counts that were measured do not reach {limit:,.0f}; ask for less, or let less stay")
     kept = {kind: list(counts) for kind, counts in stock.counts.items()}
-    place = _UNITS
+    place = needed
     for (kind, layer), (choice, before) in zip(reversed(sites), reversed(steps), strict=True):
         kept[kind][layer] = tried[kind][layer][choice[place]]
         place = before[place]
-    return _filled(stock, limit, kept, tried, losses)
+    return _fitted(stock, limit, kept, tried, losses)
 
 
 def _further(
@@ -319,34 +338,43 @@ def _further(
     return found[choice, everywhere], choice, before[choice, everywhere]
 
 
-def _filled(
+def _fitted(
     stock: Stock,
     limit: float,
     kept: Counts,
     tried: Mapping[str, Sequence[Sequence[int]]],
     losses: Mapping[str, Sequence[Sequence[float]]],
 ) -> Counts:
-    """As many steps back as fit below the limit, the one that gains most for its cost first."""
+    """Steps less, the one that loses least for its cost first, until the limit is kept; then steps back that fit."""
 
-    def gain(kind: str, layer: int) -> float:
+    def slope(kind: str, layer: int, way: int) -> float:
+        """What one step more, or less, changes the loss by for its cost."""
         count, parts = kept[kind][layer], stock.parts[kind][layer]
         counts, values = tried[kind][layer][::-1], losses[kind][layer][::-1]
-        now, after = np.interp([count, count + parts], counts, values)
-        return float(now - after) / (parts * stock.costs[kind][layer])
+        now, after = np.interp([count, count + way * parts], counts, values)
+        return float(after - now) / (parts * stock.costs[kind][layer])
 
-    left = stock.left(kept)
-    while True:
-        fitting = [
-            (gain(kind, layer), kind, layer)
+    def step(way: int) -> bool:
+        """The best step one way, if there is one."""
+        sites = [
+            (kind, layer)
             for kind, counts in stock.counts.items()
             for layer in stock.layers
-            if kept[kind][layer] < counts[layer] and left + stock.parts[kind][layer] * stock.costs[kind][layer] <= limit
+            if tried[kind][layer][-1] <= kept[kind][layer] + way * stock.parts[kind][layer] <= counts[layer]
+            and (way < 0 or left + stock.parts[kind][layer] * stock.costs[kind][layer] <= limit)
         ]
-        if not fitting:
-            return kept
-        _, kind, layer = max(fitting)
-        kept[kind][layer] += stock.parts[kind][layer]
-        left += stock.parts[kind][layer] * stock.costs[kind][layer]
+        if not sites:
+            return False
+        kind, layer = min(sites, key=lambda site: slope(*site, way))
+        kept[kind][layer] += way * stock.parts[kind][layer]
+        return True
+
+    left = stock.left(kept)
+    while left > limit and step(-1):
+        left = stock.left(kept)
+    while step(+1):
+        left = stock.left(kept)
+    return kept
 
 
 # ------------------------------------------------------------------------------------------------------- which
