@@ -2,7 +2,9 @@
 
 import os
 import platform
+import resource
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,3 +35,22 @@ def _cpu_name() -> str:
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def peak_bytes(of_torch: bool = False) -> int:
+    """The highest memory of this process so far: on the device, or resident where the device is a CPU.
+
+    Not the `ru_maxrss` of Linux, which starts with that of the process that started this one.
+    """
+    if jax.default_backend() == "cpu":
+        status = Path("/proc/self/status")
+        if status.exists():
+            (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+            return 1024 * int(line.split()[1])
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else 1024 * most
+    if of_torch:
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)

@@ -26,7 +26,6 @@ the compiler's work; on an accelerator what the library has allocated on the dev
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from environment import environment
+from environment import environment, peak_bytes
 from jax import numpy as jnp
 from rich.console import Console
 from rich.table import Table
@@ -261,25 +260,6 @@ def memory_rows(shape: str, dtype: str, arguments: argparse.Namespace) -> Iterat
 
 
 # ----------------------------------------------------------------------------------------------------- processes
-
-
-def peak_bytes(of_torch: bool) -> int:
-    """The highest memory of this process so far: on the device, or resident where the device is a CPU.
-
-    Not the `ru_maxrss` of Linux, which starts with that of the process that started this one.
-    """
-    if jax.default_backend() == "cpu":
-        status = Path("/proc/self/status")
-        if status.exists():
-            (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-            return 1024 * int(line.split()[1])
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else 1024 * most
-    if of_torch:
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def alone(name: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,9 @@ python bench/tables.py
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -14,34 +16,71 @@ def _rows(name: str) -> list[dict[str, Any]]:
     return json.loads((RESULTS / name).read_text())["rows"]
 
 
-def quality(name: str = "criteria-stories260K.json") -> dict[str, dict[float, tuple[float, float, float]]]:
-    """Criterion -> ratio -> perplexity as a multiple of the dense model's: mean, smallest, largest over seeds."""
+MODELS = ("stories260K", "opt-3m", "bloom-3m", "demo_model")
+
+# What the README shows of the study: the presets, and the controls.
+SHOWN = (
+    "obs + least squares, measured",
+    "obs + least squares",
+    "wanda + least squares",
+    "noise + least squares",
+    "wanda",
+    "flap",
+    "element-1, exact",
+    "mixed, exact",
+    "noise",
+    "fms",
+    "magnitude",
+    "random",
+)
+
+
+def quality(model: str) -> dict[str, dict[float, tuple[float, float, float]]]:
+    """Recipe -> ratio -> perplexity as a multiple of the dense model's: mean, smallest, largest over seeds."""
     found: dict[str, dict[float, list[float]]] = {}
-    for row in _rows(name):
-        times = found.setdefault(row["criterion"], {}).setdefault(row["ratio"], [])
+    for row in _rows(f"quality-{model}.json"):
+        times = found.setdefault(row["recipe"], {}).setdefault(row["ratio"], [])
         times.append(row["perplexity"] / row["dense"])
     return {
-        criterion: {ratio: (sum(t) / len(t), min(t), max(t)) for ratio, t in ratios.items()}
-        for criterion, ratios in found.items()
+        recipe: {ratio: (sum(t) / len(t), min(t), max(t)) for ratio, t in ratios.items()}
+        for recipe, ratios in found.items()
     }
 
 
-def quality_rows() -> list[str]:
-    """One row a criterion, the best at the first ratio first."""
-    table = sorted(quality().items(), key=lambda item: next(iter(item[1].values()))[0])
+def quality_rows(model: str, shown: Sequence[str] | None = None) -> list[str]:
+    """One row a recipe, the best at the highest ratio first."""
+    table = sorted(quality(model).items(), key=lambda item: max(item[1].items())[1][0])
     return [
-        f"| {criterion} | "
-        + " | ".join(f"{m:.2f} ({low:.2f} to {high:.2f})" for m, low, high in ratios.values())
-        + " |"
-        for criterion, ratios in table
+        f"| {recipe} | " + " | ".join(f"{m:.2f} ({low:.2f} to {high:.2f})" for m, low, high in ratios.values()) + " |"
+        for recipe, ratios in table
+        if shown is None or recipe in shown
     ]
 
 
-def demo_sentence() -> str:
-    """The demo model's figures at 20 %, in the README's words."""
-    table = quality("criteria-demo.json")
-    means = sorted((ratios[0.2][0], criterion) for criterion, ratios in table.items())
-    return ", ".join(f"{criterion} {mean:.2f}" for mean, criterion in means)
+def cost_rows() -> list[str]:
+    """One row a recipe: seconds of a pruning, median over ratios and seeds, and the highest memory, by model."""
+    cells: dict[str, list[str]] = {}
+    for model in MODELS:
+        taken: dict[str, list[float]] = {}
+        peak: dict[str, int] = {}
+        for row in _rows(f"quality-{model}.json"):
+            taken.setdefault(row["recipe"], []).append(row["seconds"])
+            peak[row["recipe"]] = max(peak.get(row["recipe"], 0), row["peak_bytes"])
+        for recipe, seconds in taken.items():
+            cells.setdefault(recipe, []).append(f"{median(seconds):.1f} s, {peak[recipe] / 1e6:,.0f} MB")
+    return [f"| {recipe} | {' | '.join(row)} |" for recipe, row in cells.items()]
+
+
+def beaten_rows(ours: str = "obs + least squares") -> list[str]:
+    """Where another recipe beats the default on the mean of the seeds: both figures."""
+    rows = []
+    for model in MODELS:
+        table = quality(model)
+        for recipe, ratios in table.items():
+            for ratio, (mean, _, _) in ratios.items():
+                if recipe != ours and mean < table[ours][ratio][0]:
+                    rows.append(f"| {model} | {ratio:.0%} | {recipe} | {mean:.3f} | {table[ours][ratio][0]:.3f} |")
+    return rows
 
 
 def conversion_rows() -> list[str]:
@@ -119,13 +158,10 @@ def compile_rows() -> list[str]:
     ]
 
 
-FIDELITY_MODELS = ("stories260K", "opt-3m", "bloom-3m", "demo_model")
-
-
 def fidelity_rows() -> list[str]:
     """One row for each model and estimator at its most directions: cosine, then rank correlations with removal."""
     found = []
-    for model in FIDELITY_MODELS:
+    for model in MODELS:
         study = json.loads((RESULTS / f"fidelity-{model}.json").read_text())
         most = max(row["directions"] for row in study["estimators"])
         for name in dict.fromkeys(row["estimator"] for row in study["estimators"]):
@@ -139,8 +175,8 @@ def fidelity_rows() -> list[str]:
 
 def plain_rows() -> list[str]:
     """One row for each criterion without a gradient: its rank correlation with removal on every model."""
-    studies = {m: json.loads((RESULTS / f"fidelity-{m}.json").read_text())["plain"] for m in FIDELITY_MODELS}
-    names = dict.fromkeys(row["criterion"] for row in studies[FIDELITY_MODELS[0]])
+    studies = {m: json.loads((RESULTS / f"fidelity-{m}.json").read_text())["plain"] for m in MODELS}
+    names = dict.fromkeys(row["criterion"] for row in studies[MODELS[0]])
     return [
         f"| {name} | "
         + " | ".join(_correlation([r for r in rows if r["criterion"] == name], "removal") for rows in studies.values())
@@ -168,7 +204,8 @@ def _or_nothing(aim: float | None) -> str:
 
 def main() -> None:
     """Print everything that the README quotes."""
-    lines = [*quality_rows(), demo_sentence(), *conversion_rows(), *fidelity_rows(), *plain_rows()]
+    lines = [row for model in MODELS for row in quality_rows(model)]
+    lines += [*cost_rows(), *beaten_rows(), *conversion_rows(), *fidelity_rows(), *plain_rows()]
     lines += [*estimate_rows(), *estimate_torch_rows(), *estimate_memory_rows(), *process_rows()]
     lines += [*forward_rows(), *compile_rows()]
     for line in lines:

@@ -5,7 +5,7 @@
 >>> model = mj.load("path/or/hub-id")
 >>> calibration = mj.calibrate(model, "text.txt")
 >>> scores = mj.score(model, calibration, mj.Scoring("obs"))
->>> pruned = mj.prune(model, scores, ratio=0.2, restoration=mj.Restoration(), calibration=calibration)
+>>> pruned = mj.prune(model, scores, 0.2, restoration=mj.Restoration(), calibration=calibration)
 >>> mj.save(pruned, "pruned")
 """
 

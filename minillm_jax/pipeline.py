@@ -3,7 +3,7 @@
 >>> model = load("path/or/hub-id")
 >>> calibration = calibrate(model, "text.txt")
 >>> scores = score(model, calibration, Scoring("obs"))
->>> pruned = prune(model, scores, ratio=0.2, restoration=Restoration(), calibration=calibration)
+>>> pruned = prune(model, scores, 0.2, restoration=Restoration(), calibration=calibration)
 >>> save(pruned, "pruned")
 """
 

@@ -198,20 +198,19 @@ def uniform(stock: Stock, limit: float, budget: Budget) -> Counts:
     share = min((stock.whole - limit) / stock.prunable(), 0.999)
     *others, filler = stock.counts
     most = max(n // p for kind in stock.counts for n, p in zip(stock.counts[kind], stock.parts[kind], strict=True))
-    found = None
-    for steps in range(most if others else 1):
-        counts = {kind: _by_ratio(stock, kind, share, budget.multiple(kind), steps) for kind in others}
-        if stock.left(counts | {filler: stock.counts[filler]}) > limit or not others:
-            found = _fill(stock, limit, counts, filler, budget.multiple(filler))
-            break
-    for steps in range(0, -most, -1):
+
+    def with_more(steps: int) -> Counts:
+        return {kind: _by_ratio(stock, kind, share, budget.multiple(kind), steps) for kind in others}
+
+    everything = {filler: stock.counts[filler]}
+    first = next((steps for steps in range(most) if stock.left(with_more(steps) | everything) > limit), 0)
+    for steps in range(first, -most, -1):
+        found = _fill(stock, limit, with_more(steps), filler, budget.multiple(filler))
         if found is not None:
             return found
-        counts = {kind: _by_ratio(stock, kind, share, budget.multiple(kind), steps) for kind in others}
-        found = _fill(stock, limit, counts, filler, budget.multiple(filler))
     raise InputError(
-        f"no number of groups, the same share in every layer, leaves at most {limit:,.0f}; use the allocation global or "
-        "measured, or ask for less"
+        f"no number of groups, the same share in every layer, leaves at most {limit:,.0f}; use the allocation global "
+        "or measured, or ask for less"
     )
 
 
