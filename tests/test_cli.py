@@ -145,7 +145,13 @@ def test_presets_are_printed_and_overridden(
     settings = json.loads(capsys.readouterr().out)["settings"]
     assert settings["preset"] == "wanda-sp"
     assert settings["scoring"]["criterion"] == "wanda"
-    assert settings["restoration"] == {"method": "least-squares", "alpha": 0.25, "ridge": 0.01, "solver": "host"}
+    assert settings["restoration"] == {
+        "method": "least-squares",
+        "alpha": 0.25,
+        "ridge": 0.01,
+        "solver": "host",
+        "inner": 0.5,
+    }
     assert settings["calibration"]["samples"] == 2
 
 

@@ -54,7 +54,7 @@ def of_layer(decoder: Decoder, layer: int, kind: str) -> tuple[np.ndarray, np.nd
 def test_refit_is_the_least_squares_solution_on_collected_activations(alpha: float, biased: bool) -> None:
     """Grouped-query attention, every layer: rows for the ridge below, a column of ones for the bias."""
     decoder, ridge = small_decoder(**(BIASED if biased else {})), 0.02
-    restored = restore(decoder, kept_in(decoder), WINDOWS, Restoration(alpha=alpha, ridge=ridge))
+    restored = restore(decoder, kept_in(decoder), WINDOWS, Restoration(alpha=alpha, ridge=ridge, inner=0.0))
     for (layer, kind), collected in halves(decoder, restored, WINDOWS).items():
         a, before, after = (x.astype(np.float64) for x in collected)
         old, bias = of_layer(decoder, layer, kind)
@@ -249,7 +249,7 @@ def test_greedy_removal_equals_brute_force(width: int) -> None:
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_the_update_of_obs_is_the_refit_of_what_stays(alpha: float) -> None:
     """With the ridge in H and towards the old weights, OBS from the best full-width weights ends in least squares."""
-    decoder, settings = small_decoder(**BIASED), Restoration(alpha=alpha)
+    decoder, settings = small_decoder(**BIASED), Restoration(alpha=alpha, inner=0.0)
     counts = {kind: [len(rows)] * 3 for kind, rows in KEPT.items()}
     pruned, kept = prune_by_obs(decoder, counts, WINDOWS, settings)
     assert group_counts(pruned, "head") == counts["head"]
@@ -285,6 +285,8 @@ def test_the_update_of_obs_is_the_refit_of_what_stays(alpha: float) -> None:
         (Restoration(alpha=1.5), {}, "found 1.5"),
         (Restoration(alpha=0.5), {"post_norms": True}, "must be 0 in a model with norms after"),
         (Restoration(ridge=0.0), {}, "positive number, found 0"),
+        (Restoration(inner=1.5), {}, r"inner matrices are turned must lie in \[0, 1\], found 1.5"),
+        (Restoration("bias", inner=0.5), {"output_bias": True, "mlp_bias": True}, "must be 0 without least squares"),
     ],
 )
 def test_settings_that_cannot_be_used(settings: Restoration, changes: dict[str, bool], sentence: str) -> None:
