@@ -9,10 +9,12 @@ from typing import Any
 
 import matplotlib as mpl  # pyright: ignore[reportMissingImports]  # an extra
 import numpy as np
+import tables
 from matplotlib import pyplot as plt  # pyright: ignore[reportMissingImports]
+from matplotlib import ticker  # pyright: ignore[reportMissingImports]
 
 RESULTS, DOCS = Path(__file__).parent / "results", Path(__file__).parents[1] / "docs"
-MODELS = ("stories260K", "opt-3m", "bloom-3m", "demo_model")
+MODELS = tables.MODELS
 
 # Estimator -> colour, and line: one colour for each space, dashes for central differences.
 STYLES = {
@@ -113,10 +115,43 @@ def fidelity() -> None:
     figure.savefig(DOCS / "fidelity.svg", metadata={"Date": None})
 
 
+# Recipe -> colour, and line: dashes without restoration.
+QUALITY = {
+    "obs + least squares, measured": ("tab:green", "-"),
+    "obs + least squares": ("tab:blue", "-"),
+    "wanda + least squares": ("tab:orange", "-"),
+    "noise + least squares": ("tab:gray", "-"),
+    "wanda": ("tab:orange", "--"),
+    "flap": ("tab:purple", "--"),
+    "element-1, exact": ("tab:brown", "--"),
+    "fms": ("tab:red", "--"),
+    "noise": ("tab:gray", "--"),
+    "random": ("black", ":"),
+}
+
+
+def quality() -> None:
+    """One picture a model: perplexity against the share that goes."""
+    figure, grid = plt.subplots(1, len(MODELS), figsize=(14, 4), layout="constrained")
+    for model, axes in zip(MODELS, grid, strict=True):
+        table = tables.quality(model)
+        for recipe, (colour, line) in QUALITY.items():
+            ratios = table.get(recipe, {})
+            means = [mean for mean, _, _ in ratios.values()]
+            axes.plot([100 * r for r in ratios], means, line, color=colour, marker=".", label=recipe)
+        axes.set(yscale="log", xlabel="% of heads and channels removed", title=model)
+        axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    grid[0].set_ylabel("perplexity, × dense")
+    grid[-1].legend(fontsize=7, loc="upper left")
+    figure.savefig(DOCS / "quality.svg", metadata={"Date": None})
+
+
 def main() -> None:
     """Draw all of them."""
     mpl.rcParams["svg.hashsalt"] = "minillm-jax"  # the same bytes from the same results
     fidelity()
+    quality()
 
 
 if __name__ == "__main__":

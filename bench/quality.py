@@ -125,11 +125,11 @@ def main() -> None:
         for row in measure(model, tokens, seed, arguments):
             rows.append(row)
             print(json.dumps(row), flush=True)
-    if arguments.output is not None:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-        settings |= {"model": model.folder.name, "text": tokens.source}
-        result = {"environment": environment(), "settings": settings, "rows": rows}
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        if arguments.output is not None:  # after every seed: an interrupted run keeps the whole ones
+            settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+            settings |= {"model": model.folder.name, "text": tokens.source, "seeds": seed + 1}
+            result = {"environment": environment(), "settings": settings, "rows": rows}
+            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
