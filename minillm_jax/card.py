@@ -86,9 +86,9 @@ def card(figures: Figures) -> str:
     parts = [
         _front_matter(name),
         f"# {code(name)}, pruned\n",
-        f"{code(name)} made physically smaller by structured pruning with minillm-jax: whole attention heads, MLP "
-        "channels, hidden dimensions or layers are gone, and what is left is dense. Biases and weaknesses of the base "
-        "model remain, and its licence holds for these weights too.\n",
+        f"{code(name)} made physically smaller by structured pruning with minillm-jax: whole {_structures(figures)} "
+        "are gone, and what is left is dense. The biases and weaknesses of the base model remain, and its licence "
+        "holds for these weights too.\n",
         "## Recipe\n",
         "".join(f"- {label}: {code(value)}\n" for label, value in [("base model", name), *recipe(figures)]),
         "## Figures\n",
@@ -104,6 +104,11 @@ def card(figures: Figures) -> str:
         RECOVERY + (_PADDED_NOTE if written == "padded" else ""),
     ]
     return "\n".join(parts)
+
+
+def _structures(figures: Figures) -> str:
+    words = {"heads": "attention heads", "channels": "MLP channels", "hidden": "hidden dimensions", "layers": "layers"}
+    return " and ".join(words[structure] for structure in figures["settings"]["structures"])
 
 
 def _front_matter(name: str) -> str:

@@ -99,7 +99,7 @@ def _cost_rows(figures: Figures) -> list[Row]:
 
 
 def _change(before: int, after: int, write: Any) -> tuple[str, str, str]:
-    return write(before), write(after), f"{after / before - 1:+.1%}"
+    return write(before), write(after), f"{after / before - 1:+.1%}".replace("-", "−")
 
 
 def _kept_rows(figures: Figures) -> list[Row]:
@@ -122,7 +122,9 @@ def recipe(figures: Figures) -> list[tuple[str, str]]:
     settings = figures["settings"]
     scoring, restoration, drawn = settings["scoring"], settings["restoration"], settings["calibration"]
     method = restoration["method"]
-    numbers = "" if method == "none" else f", alpha {restoration['alpha']:g}, ridge {restoration['ridge']:g}"
+    named = (
+        [] if method == "none" else [f"{k} {restoration[k]:g}" for k in ("alpha", "ridge", "inner") if restoration[k]]
+    )
     source = short_name(drawn["source"])
     found = [
         ("preset", settings["preset"] or "none"),
@@ -130,7 +132,7 @@ def recipe(figures: Figures) -> list[tuple[str, str]]:
         ("pruned", ", ".join(settings["structures"])),
         ("budget", f"{amount(settings['budget'])}, {settings['budget']['allocation']} between the layers"),
         ("rounds", str(settings["rounds"])),
-        ("restoration", method + numbers),
+        ("restoration", ", ".join([method, *named])),
         ("calibration", f"{drawn['samples']} windows of {drawn['length']} tokens of {source}, seed {drawn['seed']}"),
     ]
     after = figures["perplexity_after"]

@@ -49,7 +49,7 @@ footer { margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: .75
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); } .tiles dd { font-size: 1.2rem; }
   .pictures { grid-template-columns: minmax(0, 1fr); } figure { padding: .75rem; }
   .recipe { grid-template-columns: minmax(0, 1fr); gap: 0; } .recipe dd { margin-bottom: .6rem; }
-  th, td { padding: .4rem .5rem; } }
+  th, td { padding: .4rem .3rem; font-size: .8125rem; } tbody th { white-space: normal; } }
 """
 
 
@@ -92,7 +92,7 @@ def page(figures: Figures, pictures: Sequence[Picture] | None) -> str:
 
 def text(value: object) -> str:
     """Anything as text of the page: no markup in it is read as such."""
-    return escape(printable(str(value)))
+    return escape(printable(str(value))).replace(" %", "&nbsp;%")
 
 
 def _tiles(figures: Figures) -> str:
@@ -105,8 +105,7 @@ def _tiles(figures: Figures) -> str:
 
 
 def _tile(word: str, row: Row) -> str:
-    change = row.change.replace("-", "−")
-    return f'<div><dt>{word}</dt><dd>{change}</dd><dd class="muted">{row.before} → {row.after}</dd></div>'
+    return f'<div><dt>{word}</dt><dd>{row.change}</dd><dd class="muted">{row.before} → {row.after}</dd></div>'
 
 
 def _table(figures: Figures) -> str:

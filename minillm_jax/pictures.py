@@ -22,7 +22,7 @@ INK, MUTED, LINE, KEPT, GONE = "#010203", "#020304", "#030405", "#040506", "#050
 _CSS = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)", KEPT: "var(--kept)", GONE: "var(--gone)"}
 
 # Inches; a point of a picture is about a pixel of a telephone.
-_WIDTH, _PANEL, _BAR = 5.0, 1.75, 0.42
+_WIDTH, _PANEL, _BAR = 4.3, 1.7, 0.7
 
 _STYLE = {
     "svg.hashsalt": "minillm-jax",
@@ -98,7 +98,7 @@ def _bars(
     labels: Sequence[str], behind: Sequence[float], front: Sequence[float], words: Sequence[str]
 ) -> "tuple[Figure, Axes]":
     """Horizontal bars, with words above each."""
-    figure = _figure(0.55 + 2 * _BAR * len(labels) * 0.85)
+    figure = _figure(0.5 + _BAR * len(labels))
     axes = figure.subplots()
     places = range(len(labels))
     axes.barh(places, behind, height=0.45, color=GONE)
@@ -106,7 +106,7 @@ def _bars(
     for place, label, word in zip(places, labels, words, strict=True):
         axes.text(0, place - 0.3, f"{label}: {word}", va="bottom", ha="left")
     axes.set_yticks([])
-    axes.set_ylim(len(labels) - 0.6, -0.75)
+    axes.set_ylim(len(labels) - 0.65, -0.7)
     axes.spines["left"].set_visible(False)
     return figure, axes
 
@@ -145,11 +145,21 @@ def _scores(figures: Figures) -> _Drawn | None:
             capprops=line,
         )
         if all(five[0] > 0 for five in scores[kind]):
-            axes.set_yscale("log")
+            _logarithmic(axes)
 
     words = "; ".join(f"{KIND_WORDS[kind]}: medians {_range([f[2] for f in rows])}" for kind, rows in scores.items())
     titles = {kind: f"scores of {KIND_WORDS[kind].removesuffix(' a layer')}" for kind in scores}
     return _panels("Scores in every layer before pruning", f"Least, quartiles, largest. {words}", titles, panel)
+
+
+def _logarithmic(axes: "Axes") -> None:
+    """A logarithmic axis with plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _losses(figures: Figures) -> _Drawn | None:
@@ -158,20 +168,19 @@ def _losses(figures: Figures) -> _Drawn | None:
 
     def panel(axes: "Axes", kind: str) -> None:
         for layer, pairs in enumerate(losses[kind]):
-            shares = [100 * kept / pairs[0][0] for kept, _ in pairs]
+            gone = [100 * (1 - kept / pairs[0][0]) for kept, _ in pairs]
             strength = 0.25 + 0.75 * (layer + 1) / len(losses[kind])
-            axes.plot(shares, [loss for _, loss in pairs], color=KEPT, alpha=strength, marker=".", linewidth=1.2)
-        axes.invert_xaxis()
+            axes.plot(gone, [loss for _, loss in pairs], color=KEPT, alpha=strength, marker=".", linewidth=1.2)
         axes.set_ylabel("nats")
 
     largest = {kind: max(loss for pairs in rows for _, loss in pairs) for kind, rows in losses.items()}
     words = "; ".join(f"{KIND_WORDS[kind]}: at most {loss:.3f} nats" for kind, loss in largest.items())
     title, said = (
         "Loss against budget",
-        "Change of the loss where only that share of one layer stays; pale lines are early layers",
+        "Change of the loss where that share of one layer goes; pale lines are early layers",
     )
     titles = {kind: KIND_WORDS[kind].removesuffix(" a layer") for kind in losses}
-    return _panels(title, f"{said}. {words}", titles, panel, "per cent of the layer's groups that stay")
+    return _panels(title, f"{said}. {words}", titles, panel, "per cent of a layer's groups that go")
 
 
 def _panels(
