@@ -161,7 +161,7 @@ def span(counts: list[int]) -> str:
     return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
 
-def short(number: float) -> str:
+def short(number: int | float) -> str:
     """Three or four figures and a decimal prefix: 864.0 G."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if abs(number) < 1000 or prefix == "P":
