@@ -178,7 +178,7 @@ def size(count: int) -> str:
 def short_name(name: str | None) -> str:
     """A Hub id as it is, of a path only the last part: where it lay says nothing to others, and may say too much."""
     text = printable(str(name))
-    return text if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", text) else PurePath(text).name or text
+    return text if re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+){0,2}(:[\w.-]+)?", text) else PurePath(text).name or text
 
 
 def printable(text: str) -> str:

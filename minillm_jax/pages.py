@@ -118,14 +118,15 @@ def _table(figures: Figures) -> str:
 
 
 def _pictures(figures: Figures, pictures: Sequence[Picture] | None) -> str:
-    notes = [] if figures["settings"]["scoring"]["criterion"] != "obs" else [ON_THE_WAY]
     if pictures is None:
         return f"<p>{text(NO_PICTURES)}</p>"
     drawn = "\n".join(
         f"<figure><h3>{text(one.title)}</h3>\n{one.svg}\n<figcaption>{text(one.words)}.</figcaption></figure>"
         for one in pictures
     )
-    return f'<div class="pictures">\n{drawn}\n</div>' + "".join(f"<p>{text(note)}</p>" for note in notes)
+    on_the_way = figures["groups"] and figures["settings"]["scoring"]["criterion"] == "obs"
+    note = f"<p>{text(ON_THE_WAY)}</p>" if on_the_way else ""
+    return f'<div class="pictures">\n{drawn}\n</div>{note}'
 
 
 def _recipe(figures: Figures) -> str:

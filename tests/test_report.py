@@ -164,6 +164,18 @@ def test_every_format_has_its_documents_and_what_the_card_says_loads(tmp_path: P
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_whole_structures_have_their_rows_and_no_empty_pictures(tmp_path: Path) -> None:
+    result, written = finish(job_of(tmp_path, structures=("hidden", "layers")))
+    assert same_figures(result, written)
+    page = check_page((tmp_path / "out" / "report.html").read_text(), drawn=2)
+    assert "chooses the groups" not in page.words
+    assert [tuple(row) for row in figures.rows(written)[-3:-1]] == [
+        ("layers", "3", "2", ""),
+        ("hidden size", "64", "45", ""),
+    ]
+    assert "whole hidden dimensions and layers are gone" in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers for it
 def test_what_the_card_says_of_recovery_runs(
     wanda: tuple[Result, dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -223,6 +235,8 @@ def test_code_spans_hold_any_text(text: str) -> None:
 
 def test_names_are_short_and_sizes_are_readable() -> None:
     assert figures.short_name("owner/name") == "owner/name"
+    assert figures.short_name("owner/name/part:train") == "owner/name/part:train"
+    assert figures.short_name("../model") == "model"
     assert figures.short_name("owner/name:train") == "owner/name:train"
     assert figures.short_name("/home/somebody/model") == "model"
     assert figures.short_name("../x/y.txt") == "y.txt"
