@@ -21,7 +21,7 @@ from convert.reader import COMPANIONS, CONFIG, FLAX_WEIGHTS, RECORD
 from convert.sources import INDEX
 from minillm_jax import groups, mesh
 from minillm_jax.config import Sizes
-from minillm_jax.decoder import Decoder, group_counts, named_arrays, parameter_count, sizes_of
+from minillm_jax.decoder import Decoder, build, group_counts, named_arrays, parameter_count, sizes_of
 from minillm_jax.errors import InputError, cause
 from minillm_jax.model import Model
 from minillm_jax.shrink.padding import pad_groups
@@ -100,8 +100,29 @@ class Written:
     parameters: int
 
 
+def planned(model: Model, wanted: str | None = None) -> Written:
+    """What `write_model` will have written, from the shapes alone.
+
+    Raises:
+      InputError: the format cannot hold the model's shapes.
+    """
+    if wanted == formats.FLAX:
+        return Written(formats.FLAX, parameter_count(model.decoder))
+    described = _described(model, wanted)
+    abstract = build(model.decoder.config, described.sizes, model.decoder.embedding.dtype)
+    return Written(described.format, parameter_count(abstract))
+
+
+def _described(model: Model, wanted: str | None = None) -> formats.Described:
+    return formats.describe(model.decoder.config, sizes_of(model.decoder), model.raw_config, wanted)
+
+
 def write_model(
-    model: Model, output: str | Path, wanted: str | None = None, max_shard_size: str = MAX_SHARD_SIZE
+    model: Model,
+    output: str | Path,
+    wanted: str | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    extra: Mapping[str, str] | None = None,
 ) -> Written:
     """Write a model as a folder that `transformers` loads, or as a Flax checkpoint.
 
@@ -110,28 +131,31 @@ def write_model(
       output: folder to write, which must not exist.
       wanted: `stock`, `per-layer`, `padded` or `flax`; by default what `formats.describe` chooses.
       max_shard_size: of the weight files, `5GB` for example.
+      extra: texts to write beside the weights, by file name; process 0 writes its own.
 
     Raises:
       InputError: the output exists, or the format cannot hold the model's shapes.
     """
     check_shard_size(max_shard_size)
     if wanted == formats.FLAX:
-        write_flax(model, output)
+        write_flax(model, output, extra)
         return Written(formats.FLAX, parameter_count(model.decoder))
-    described = formats.describe(model.decoder.config, sizes_of(model.decoder), model.raw_config, wanted)
+    described = _described(model, wanted)
     decoder = model.decoder
     if described.format == formats.PADDED:
         decoder = pad_groups(decoder, described.sizes, _places(model, described.sizes))
     check_new(output)
     if mesh.is_writer():
-        _write_folder(replace(model, decoder=decoder), Path(output), described, max_shard_size)
+        _write_folder(replace(model, decoder=decoder), Path(output), described, max_shard_size, extra)
     else:
         _give_tensors(decoder, max_shard_size)
     mesh.wait()
     return Written(described.format, parameter_count(decoder))
 
 
-def _write_folder(model: Model, output: Path, described: formats.Described, max_shard_size: str) -> None:
+def _write_folder(
+    model: Model, output: Path, described: formats.Described, max_shard_size: str, extra: Mapping[str, str] | None
+) -> None:
     decoder = model.decoder
     with new_folder(output) as scratch:
         _write_json(scratch / CONFIG, described.config | _dtype_keys(decoder))
@@ -140,17 +164,23 @@ def _write_folder(model: Model, output: Path, described: formats.Described, max_
         if described.format == formats.PER_LAYER:
             code = f"{formats.REMOTE_CODE}.py"
             shutil.copyfile(Path(__file__).with_name(code), scratch / code)
+        _write_extra(scratch, extra)
 
 
-def write_flax(model: Model, output: str | Path) -> Path:
+def write_flax(model: Model, output: str | Path, extra: Mapping[str, str] | None = None) -> Path:
     """Write a model as a Flax checkpoint: config.json, tokenizer files, and the pytree by Orbax in `flax_weights`.
 
     In several processes each writes its shards, on a file system that all of them see.
 
+    Args:
+      model: the model.
+      output: folder to write, which must not exist.
+      extra: texts to write beside the weights, by file name; process 0 writes its own.
+
     Raises:
       InputError: the output exists.
     """
-    described = formats.describe(model.decoder.config, sizes_of(model.decoder), model.raw_config)
+    described = _described(model)
     code = {"auto_map"}  # there are no PyTorch weights for it to load
     config = {key: value for key, value in described.config.items() if key not in code}
     check_new(output)
@@ -159,6 +189,7 @@ def write_flax(model: Model, output: str | Path) -> Path:
             _write_json(scratch / CONFIG, config | _dtype_keys(model.decoder))
             _write_orbax(model.decoder, str((scratch / FLAX_WEIGHTS).resolve()))
             _write_companions(model, scratch)
+            _write_extra(scratch, extra)
     else:
         _write_orbax(model.decoder, "")
     mesh.wait()
@@ -249,6 +280,12 @@ def _write_companions(model: Model, folder: Path) -> None:
             shutil.copyfile(model.folder / name, folder / name)
     if model.record is not None:
         _write_json(folder / RECORD, model.record)
+
+
+def _write_extra(folder: Path, extra: Mapping[str, str] | None) -> None:
+    for name, text in (extra or {}).items():
+        with (folder / name).open("x", encoding="utf-8") as file:  # never in the place of a model's file
+            file.write(text)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

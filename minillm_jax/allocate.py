@@ -1,5 +1,6 @@
 """How many groups every layer keeps: where the budget meets the model, its scores, and measured losses."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -16,6 +17,20 @@ from minillm_jax.shrink.trials import level_losses
 
 # Shares of the groups of a layer that are tried on their own for measured budgets.
 SHARES = tuple(n / 10 for n in range(1, 10))
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """How many groups every layer keeps.
+
+    Attributes:
+      counts: kind -> one number for each layer.
+      losses: of measured budgets: kind -> for each layer, pairs of a count and the change of the loss (nats) when only
+        so many groups of that kind of that layer stay; all groups first.
+    """
+
+    counts: Counts
+    losses: dict[str, list[list[tuple[int, float]]]] | None = None
 
 
 def expected(decoder: Decoder, kinds: tuple[str, ...], budget: Budget) -> Counts | None:
@@ -59,7 +74,7 @@ def counts_for(
     restoration: Restoration,
     calibration: Calibration | None,
     progress: StageProgress | None = None,
-) -> Counts:
+) -> Allocated:
     """How many groups of every kind each layer keeps.
 
     Args:
@@ -77,12 +92,12 @@ def counts_for(
     """
     counts = expected(decoder, tuple(scores), budget)
     if counts is not None:
-        return counts
+        return Allocated(counts)
     stock = stock_of(decoder, tuple(scores), budget)
     limit = budgets.limit_of(stock, budget, costs.block_parameters(decoder))
     if budget.allocation == "global":
         check_comparable("obs" if on_the_way else "")
-        return budgets.globally(stock, limit, budget, scores, per_cost)
+        return Allocated(budgets.globally(stock, limit, budget, scores, per_cost))
     if calibration is None:
         raise InputError("measured budgets take losses on calibration windows; give the calibration")
     tried = budgets.levels(stock, budget, SHARES)
@@ -94,7 +109,11 @@ def counts_for(
     told = partial(tell, progress, "budget")
     windows = calibration.windows
     losses = level_losses(decoder, windows, tried, None if on_the_way else stays, restoration, told)
-    return budgets.cheapest(stock, limit, tried, losses)
+    pairs = {
+        kind: [list(zip(*row, strict=True)) for row in zip(tried[kind], rows, strict=True)]
+        for kind, rows in losses.items()
+    }
+    return Allocated(budgets.cheapest(stock, limit, tried, losses), pairs)
 
 
 def check_comparable(criterion: str) -> None:

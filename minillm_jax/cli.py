@@ -278,7 +278,7 @@ def _run(job: "Job", as_json: bool) -> None:
     from minillm_jax import mesh, pipeline, report
 
     with _progress(quiet=as_json) as progress:
-        result = pipeline.run(job, progress)
+        result = pipeline.run(job, progress, report.documents)
     if mesh.is_writer():
         _show(as_json, lambda: report.result_json(result), lambda: report.result_table(result))
 

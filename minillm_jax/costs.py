@@ -40,6 +40,11 @@ def cost(decoder: Decoder, measure: str, window: int = WINDOW) -> int:
     return weights + sum(depth(run) * 2 * window * _key_bytes(run, group_count(run, "head")) for run in decoder.runs)
 
 
+def all_costs(decoder: Decoder, window: int = WINDOW) -> dict[str, int]:
+    """What a model costs in every measure."""
+    return {measure: cost(decoder, measure, window) for measure in MEASURES}
+
+
 def block_macs(block: Block, window: int = WINDOW) -> int:
     """Multiply-accumulates of one layer, given as a run of one, over one window."""
     return _run_macs(block, window)

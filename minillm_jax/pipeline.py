@@ -8,16 +8,18 @@
 """
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from convert import formats, reader, writer
-from minillm_jax import __version__, allocate, groups, loss, mesh
+from minillm_jax import __version__, allocate, costs, groups, loss, mesh
 from minillm_jax import calibration as text
 from minillm_jax.calibration import Calibration
 from minillm_jax.decoder import (
@@ -33,7 +35,7 @@ from minillm_jax.decoder import (
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.model import Model
 from minillm_jax.progress import StageProgress, tell
-from minillm_jax.scoring import Scores, Scoring, check_hidden, hidden_scores, score
+from minillm_jax.scoring import Scores, Scoring, check_hidden, hidden_scores, score, summaries
 from minillm_jax.select.budget import Budget, Counts, by_ratio, choose, kept_count
 from minillm_jax.shrink.depth import best_layers
 from minillm_jax.shrink.restore import Restoration, prune_by_obs, restore
@@ -86,9 +88,10 @@ def prune(
     budget = ratio if isinstance(ratio, Budget) else Budget(ratio)
     decoder = model.decoder
     restoration = (restoration or Restoration("none")).resolve(decoder.config)
-    counts = _counts(decoder, scores, budget, restoration, calibration, progress)
-    pruned, kept = _shrink(decoder, scores, counts, restoration, calibration, progress)
-    return _recorded(model, pruned, kept, scores, budget, restoration)
+    final = _counts(decoder, scores, budget, restoration, calibration, progress)
+    pruned, kept = _shrink(decoder, scores, final.counts, restoration, calibration, progress)
+    more = {"scores": summaries(scores), "losses": final.losses}
+    return _recorded(model, pruned, kept, scores, budget, restoration, more)
 
 
 def prune_in_rounds(
@@ -124,15 +127,15 @@ def prune_in_rounds(
     scores = score(model, calibration, scoring, progress, checkpoint)
     final = _counts(model.decoder, scores, budget, restoration, calibration, progress)
     stock = allocate.stock_of(model.decoder, scoring.kinds, budget)
+    more = {"rounds": rounds, "scores": summaries(scores), "losses": final.losses}
     decoder, kept = model.decoder, None
-    for number, counts in enumerate(allocate.steps_between(stock.counts, final, stock.parts, rounds)):
+    for number, counts in enumerate(allocate.steps_between(stock.counts, final.counts, stock.parts, rounds)):
         if number:
             scores = score(replace(model, decoder=decoder), calibration, scoring, progress)
         decoder, stay = _shrink(decoder, scores, counts, restoration, calibration, progress)
         kept = stay if kept is None else groups.kept_of_kept(kept, stay)
     assert kept is not None, "there is at least one round"
-    pruned = _recorded(model, decoder, kept, scores, budget, restoration)
-    return replace(pruned, record={**(pruned.record or {}), "rounds": rounds})
+    return _recorded(model, decoder, kept, scores, budget, restoration, more)
 
 
 def check_rounds(rounds: int, checkpoint: str | Path | None = None) -> None:
@@ -156,7 +159,7 @@ def _counts(
     restoration: Restoration,
     calibration: Calibration | None,
     progress: StageProgress | None,
-) -> Counts:
+) -> allocate.Allocated:
     for kind, per_layer in scores.groups.items():
         found, expected = [len(values) for values in per_layer], group_counts(decoder, kind)
         if found != expected:
@@ -189,9 +192,15 @@ def _shrink(
 
 
 def _recorded(
-    model: Model, pruned: Decoder, kept: groups.Kept, scores: Scores, budget: Budget, restoration: Restoration
+    model: Model,
+    pruned: Decoder,
+    kept: groups.Kept,
+    scores: Scores,
+    budget: Budget,
+    restoration: Restoration,
+    more: Mapping[str, Any],
 ) -> Model:
-    """The pruned model, with what was done to it."""
+    """The pruned model, with what was done to it, and what more there is to be said of that."""
     decoder = model.decoder
     kinds = tuple(scores.groups)
     exactly = allocate.stock_of(decoder, kinds, replace(budget, round_heads_to=1, round_width_to=1))
@@ -212,6 +221,7 @@ def _recorded(
         "groups_before": {kind: group_counts(decoder, kind) for kind in kept},
         "versions": {"minillm-jax": __version__} | {name: version(name) for name in RECORDED_PACKAGES},
         "base_model": model.name,
+        **more,
     }
     if model.record is not None:
         record["pruned_before"] = model.record
@@ -264,6 +274,7 @@ def save(
     output: str | Path,
     format: str | None = None,  # noqa: A002  the name of the option
     max_shard_size: str = writer.MAX_SHARD_SIZE,
+    extra: Mapping[str, str] | None = None,
 ) -> writer.Written:
     """Write a folder that transformers loads, or a Flax checkpoint, with `pruning.json` beside the weights.
 
@@ -273,6 +284,7 @@ def save(
       format: `stock`, `per-layer`, `padded` or `flax` (see `convert.formats`); by default `stock` where the family's
         own class holds the shapes, else `per-layer`.
       max_shard_size: of the weight files.
+      extra: texts to write beside the weights, by file name.
 
     Returns:
       The format that was written, and how many parameters the files hold.
@@ -280,7 +292,7 @@ def save(
     Raises:
       InputError: the folder exists, or the format cannot hold the shapes.
     """
-    return writer.write_model(model, output, format, max_shard_size)
+    return writer.write_model(model, output, format, max_shard_size, extra)
 
 
 def evaluate(
@@ -379,7 +391,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What a job came to."""
+    """What a job came to.
+
+    Attributes:
+      job: what was asked for.
+      pruned: the model that was written.
+      written: in which format, and how many parameters the files hold.
+      seconds: of each stage; without that of saving before it is over.
+      before: perplexity of the dense model, None where none was asked for.
+      after: perplexity of the pruned model.
+      costs_before: what the dense model costs, by measure (`costs.MEASURES`), for a window of `job.budget.window`
+        tokens.
+      costs_after: what the pruned model costs.
+    """
 
     job: Job
     pruned: Model
@@ -387,10 +411,22 @@ class Result:
     seconds: dict[str, float]
     before: loss.Perplexity | None
     after: loss.Perplexity | None
+    costs_before: dict[str, int]
+    costs_after: dict[str, int]
 
 
-def run(job: Job, progress: StageProgress | None = None) -> Result:
+# Texts to write beside the weights, by file name, from what a job came to.
+Documents = Callable[[Result], Mapping[str, str]]
+
+
+def run(job: Job, progress: StageProgress | None = None, documents: Documents | None = None) -> Result:
     """Prune one model from folder to folder. Everything that can be checked early is checked before any work.
+
+    Args:
+      job: what to do.
+      progress: told how far each stage is.
+      documents: asked, just before saving, for texts that are written together with the weights (`report.documents`);
+        by process 0 alone.
 
     Raises:
       InputError: see the steps above; nothing has been written then.
@@ -409,14 +445,19 @@ def run(job: Job, progress: StageProgress | None = None) -> Result:
     clock.lap("load")
     before = None if held_out is None else _perplexity(model, held_out, progress)
     clock.lap("evaluate")
+    costs_before = costs.all_costs(model.decoder, job.budget.window)
     pruned = _prune_all(model, job, calibration, progress)
     del model  # the dense weights
     clock.lap("prune")
     after = None if held_out is None else _perplexity(pruned, held_out, progress)
     clock.lap("evaluate")
-    written = save(pruned, job.output, job.format, job.max_shard_size)
+    costs_after = costs.all_costs(pruned.decoder, job.budget.window)
+    planned = writer.planned(pruned, job.format)
+    result = Result(job, pruned, planned, dict(clock.seconds), before, after, costs_before, costs_after)
+    extra = documents(result) if documents is not None and mesh.is_writer() else {}
+    written = save(pruned, job.output, job.format, job.max_shard_size, extra)
     clock.lap("save")
-    return Result(job, pruned, written, clock.seconds, before, after)
+    return replace(result, written=written, seconds=clock.seconds)
 
 
 def _prune_all(model: Model, job: Job, calibration: Calibration, progress: StageProgress | None) -> Model:
@@ -434,7 +475,8 @@ def _prune_all(model: Model, job: Job, calibration: Calibration, progress: Stage
         smaller = prune_in_rounds(smaller, calibration, scoring, job.budget, *rest)
     else:
         nothing = Scores({}, asdict(job.scoring), calibration.record())
-        smaller = _recorded(smaller, smaller.decoder, {}, nothing, job.budget, job.restoration)
+        more = {"rounds": 1, "scores": None, "losses": None}
+        smaller = _recorded(smaller, smaller.decoder, {}, nothing, job.budget, job.restoration, more)
     record = {"preset": job.preset, "structures": list(job.structures), **(smaller.record or {})}
     record |= {"whole": whole, "parameters_before": parameter_count(model.decoder)}
     record |= {} if model.record is None else {"pruned_before": model.record}

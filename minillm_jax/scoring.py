@@ -129,6 +129,20 @@ class Scores:
         return self.settings.get("criterion") == "obs"
 
 
+# The least score, the quartiles and the largest.
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def summaries(scores: Scores) -> dict[str, list[list[float]]] | None:
+    """Five numbers for the scores of every layer, by kind: `QUANTILES`. None where there are no scores."""
+    if scores.on_the_way:
+        return None
+    return {
+        kind: [np.quantile(np.asarray(values, np.float64), QUANTILES).tolist() for values in rows]
+        for kind, rows in scores.groups.items()
+    }
+
+
 def score(
     model: Model,
     calibration: Calibration,

@@ -1,0 +1,80 @@
+"""Costs by formula against compiled programs, sums over arrays, and models that are really sliced."""
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from minillm_jax import costs, groups
+from minillm_jax.config import LayerSizes, Sizes
+from minillm_jax.decoder import Decoder, apply_block, group_counts, named_arrays, part_counts, rotary_angles
+from minillm_jax.errors import InputError
+from minillm_jax.shrink.slicing import slice_groups
+from tests.helpers import small_decoder
+from tests.test_stream import BIASED
+
+# Matrices large enough that norms, rotations and softmax are little beside them.
+LARGE = Sizes(V=61, D=256, H=32, layers=(LayerSizes(N=8, K=4, F=640),))
+
+
+@pytest.mark.parametrize(("window", "changes"), [(64, {}), (256, {}), (64, BIASED)])
+def test_macs_of_a_block_are_half_the_operations_that_xla_counts(window: int, changes: dict[str, bool]) -> None:
+    """One layer outside the scan, whose body XLA counts once. The rest that it counts is a few per cent."""
+    decoder = small_decoder(sizes=LARGE, **changes)
+    block = jax.tree.map(lambda leaf: leaf[0], decoder.runs[0])
+    angles = rotary_angles(decoder, window)
+    stream = jnp.zeros((1, window, 256))
+    compiled = jax.jit(lambda block, x: apply_block(block, decoder.config, x, angles)[0]).lower(block, stream).compile()
+    counted = compiled.cost_analysis()["flops"] / 2
+    assert costs.block_macs(decoder.runs[0], window) == pytest.approx(counted, rel=0.04)
+
+
+def test_macs_of_the_whole_add_the_head_and_grow_with_the_square_of_the_window() -> None:
+    decoder = small_decoder(sizes=LARGE)
+    for window in (1, 64):
+        head = window * 61 * 256
+        assert costs.cost(decoder, "macs", window) == costs.block_macs(decoder.runs[0], window) + head
+    scores = costs.block_macs(decoder.runs[0], 64) - 64 * costs.block_macs(decoder.runs[0], 1)
+    assert scores == 2 * (64**2 - 64) * 8 * 32
+
+
+@pytest.mark.parametrize("changes", [{}, BIASED, {"tie_embeddings": True}])
+def test_parameters_and_memory_are_sums_over_arrays(changes: dict[str, bool]) -> None:
+    """Half precision halves the memory; the window adds keys and values of 3 layers, 4 heads of 4."""
+    decoder = small_decoder(**changes)
+    arrays = [leaf for path, leaf in named_arrays(decoder) if not groups.is_data(path)]
+    assert costs.all_costs(decoder, 7) == {
+        "parameters": sum(leaf.size for leaf in arrays),
+        "macs": costs.cost(decoder, "macs", 7),
+        "memory": sum(leaf.nbytes for leaf in arrays) + 3 * 2 * 7 * 4 * 4 * 4,
+    }
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf, decoder)
+    assert 2 * costs.cost(half, "memory", 7) == costs.cost(decoder, "memory", 7)
+    with pytest.raises(InputError, match="unknown measure 'seconds'"):
+        costs.cost(decoder, "seconds")
+
+
+def without_one(decoder: Decoder, kind: str, layer: int) -> tuple[Decoder, int]:
+    """A model with one group less, or one less in every part where the groups lie in parts; and how many went."""
+    counts, parts = group_counts(decoder, kind), part_counts(decoder, [kind])[kind]
+    kept = [np.arange(count) for count in counts]
+    kept[layer] = np.delete(kept[layer], np.arange(0, counts[layer], counts[layer] // parts[layer]))
+    return slice_groups(decoder, {kind: kept}), parts[layer]
+
+
+@pytest.mark.parametrize("measure", costs.MEASURES)
+@pytest.mark.parametrize("kind", ["head", "query", "channel"])
+@pytest.mark.parametrize("changes", [{}, BIASED], ids=["plain", "biased"])
+def test_what_a_group_saves_is_what_slicing_it_away_saves(changes: dict[str, bool], kind: str, measure: str) -> None:
+    decoder = small_decoder(layers=2, **changes)
+    smaller, gone = without_one(decoder, kind, layer=1)
+    saved = costs.cost(decoder, measure, 9) - costs.cost(smaller, measure, 9)
+    assert costs.group_costs(decoder, [kind], measure, 9)[kind][1] * gone == saved > 0
+    left = costs.group_costs(smaller, [kind], measure, 9)[kind]
+    assert left == costs.group_costs(decoder, [kind], measure, 9)[kind], "savings add up"
+
+
+def test_blocks_are_all_but_what_lies_outside_the_layers() -> None:
+    decoder = small_decoder()
+    outside = sum(leaf.size for path, leaf in named_arrays(decoder) if not path.startswith("runs."))
+    assert costs.block_parameters(decoder) == costs.cost(decoder, "parameters") - outside
