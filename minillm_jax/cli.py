@@ -20,7 +20,7 @@ from minillm_jax.errors import InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from minillm_jax.pipeline import Job
+    from minillm_jax.job import Job
     from minillm_jax.progress import StageProgress
 
 app = typer.Typer(
@@ -217,7 +217,7 @@ def show_presets(as_json: JsonOption = False) -> None:
 def _job(chosen: dict[str, Any]) -> "Job":
     """The job that the options of `prune` describe, by their names."""
     from minillm_jax.estimate.settings import Estimation
-    from minillm_jax.pipeline import Job
+    from minillm_jax.job import Job
     from minillm_jax.scoring import Scoring
     from minillm_jax.select.budget import Budget
     from minillm_jax.shrink.restore import Restoration
@@ -275,10 +275,11 @@ def _target(chosen: dict[str, Any]) -> tuple[str, float] | None:
 
 
 def _run(job: "Job", as_json: bool) -> None:
-    from minillm_jax import mesh, pipeline, report
+    from minillm_jax import job as jobs
+    from minillm_jax import mesh, report
 
     with _progress(quiet=as_json) as progress:
-        result = pipeline.run(job, progress, report.documents)
+        result = jobs.run(job, progress, report.documents)
     if mesh.is_writer():
         _show(as_json, lambda: report.result_json(result), lambda: report.result_table(result))
 

@@ -239,7 +239,6 @@ def break_values(folder: Path) -> None:
         (break_nothing, {"mesh": "data=2"}, "the mesh is for 2 devices, but there are 1"),
         (break_nothing, {"hosts": "me"}, "hosts 'me' is not understood"),
         (break_nothing, {"restoration": "prayer"}, "unknown restoration 'prayer'"),
-        (break_nothing, {"restoration": "bias"}, "restoration by bias needs output projections with biases"),
         (break_nothing, {"alpha": 2}, "the restoration's alpha must lie in [0, 1], found 2"),
         (break_nothing, {"criterion": "gate", "space": "weights"}, "takes directions in the space gates"),
         (break_nothing, {"criterion": "fms", "difference": "exact", "checkpoint": "saved"}, "cannot be resumed"),

@@ -16,9 +16,10 @@ from minillm_jax.errors import InputError
 from minillm_jax.estimate import directions
 from minillm_jax.estimate.settings import Estimation
 from minillm_jax.estimate.statistics import activation_norms
+from minillm_jax.job import Job, run
 from minillm_jax.loss import perplexity
 from minillm_jax.model import Model
-from minillm_jax.pipeline import Job, calibrate, evaluate, load, prune, run, save
+from minillm_jax.pipeline import calibrate, evaluate, load, prune, save
 from minillm_jax.scoring import Scores, Scoring, score
 from minillm_jax.select.budget import Budget, kept_count
 from minillm_jax.select.criteria import CRITERIA

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoTokenizer
 
 from minillm_jax import calibration, loss
-from minillm_jax.pipeline import Job, load, run
+from minillm_jax.job import Job, run
+from minillm_jax.pipeline import load
 from minillm_jax.scoring import Scoring
 from minillm_jax.select.budget import Budget
 from tests.helpers import load_stock, load_torch, shared, torch_logits

@@ -18,7 +18,7 @@ from convert import writer
 from convert.reader import read_model
 from minillm_jax import card, demo, figures, mesh, pages, pictures, report
 from minillm_jax.errors import InputError
-from minillm_jax.pipeline import Job, Result, run
+from minillm_jax.job import Job, Result, run
 from minillm_jax.scoring import QUANTILES, Scores, Scoring, summaries
 from minillm_jax.select.budget import Budget
 from minillm_jax.shrink.restore import Restoration

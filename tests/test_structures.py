@@ -12,15 +12,24 @@ from minillm_jax import groups
 from minillm_jax.calibration import Calibration
 from minillm_jax.decoder import group_counts, hidden_size, layer_count
 from minillm_jax.errors import InputError
+from minillm_jax.job import Job, Result, run
 from minillm_jax.loss import perplexity
 from minillm_jax.model import Model
-from minillm_jax.pipeline import Job, Result, drop_layers, narrow, prune, run
+from minillm_jax.pipeline import drop_layers, narrow, prune
 from minillm_jax.scoring import Scoring, score
 from minillm_jax.select.budget import Budget
 from minillm_jax.shrink.depth import best_layers
 from minillm_jax.shrink.restore import Restoration
 from minillm_jax.shrink.slicing import slice_groups, slice_layers
-from tests.helpers import hugging_face_folder, load_stock, logits_of, random_tokens, small_decoder, torch_logits
+from tests.helpers import (
+    hugging_face_folder,
+    load_stock,
+    load_torch,
+    logits_of,
+    random_tokens,
+    small_decoder,
+    torch_logits,
+)
 
 WINDOWS = random_tokens(61, 24, 12)
 CALIBRATION = Calibration(WINDOWS, "random", 0)
@@ -171,6 +180,30 @@ def test_every_structure_becomes_a_stock_folder(
     assert record["parameters_after"] == sum(tensor.numel() for tensor in loaded.parameters())
     assert record["parameters_before"] > record["parameters_after"]
     assert len(record["whole"]) == len({"hidden", "layers"} & set(changes.get("structures", ())))
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_flap_gives_a_llama_biases_that_make_up_for_means(folder: Path, tmp_path: Path, allocation: str) -> None:
+    """Of zero first, which changes nothing, and no less than what the projections lose on average."""
+    changes = {"scoring": Scoring("flap"), "budget": Budget(0.5, allocation=allocation)}
+    plain = job(folder, tmp_path / "plain", **changes)
+    found = job(folder, tmp_path / "out", restoration=Restoration("bias"), **changes)
+    assert (found.pruned.record or {})["kept"] == (plain.pruned.record or {})["kept"]
+    assert (found.pruned.record or {})["parameters_before"] == (plain.pruned.record or {})["parameters_before"]
+    loaded, tokens = load_torch(tmp_path / "out"), random_tokens(97, 2, 20)
+    assert np.abs(torch_logits(loaded, tokens) - logits_of(found.pruned.decoder, tokens)).max() <= 1e-4
+    assert loaded.config.attention_bias
+    biases = {name: tensor for name, tensor in loaded.named_parameters() if name.endswith(".bias")}
+    assert all(
+        (tensor.abs().max() > 0) == name.endswith(("o_proj.bias", "down_proj.bias")) for name, tensor in biases.items()
+    )
+
+
+def test_models_that_cannot_have_biases_say_so(tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", random_tokens(97, 600))
+    hugging_face_folder(tmp_path / "model", "mistral")
+    with pytest.raises(InputError, match="restoration by bias needs output projections with biases"):
+        job(tmp_path, tmp_path / "out", restoration=Restoration("bias"))
 
 
 @pytest.mark.parametrize("allocation", ["global", "measured"])
