@@ -140,6 +140,7 @@ def quality() -> None:
             means = [mean for mean, _, _ in ratios.values()]
             axes.plot([100 * r for r in ratios], means, line, color=colour, marker=".", label=recipe)
         axes.set(yscale="log", xlabel="% of heads and channels removed", title=model)
+        axes.yaxis.set_major_locator(ticker.FixedLocator([1, 1.2, 1.5, 2, 3, 5, 10, 20, 50]))
         axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     grid[0].set_ylabel("perplexity, × dense")

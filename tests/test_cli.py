@@ -130,6 +130,21 @@ def test_eval_with_bos_and_dtype_changes_the_figure(
     assert found[2] == pytest.approx(found[0], rel=0.02)
 
 
+def test_a_target_in_rounds_with_some_factors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
+) -> None:
+    options = prune_options(text, tmp_path / "out", criterion="fms", factors="magnitude,activation", rounds=2)
+    without_ratio = [*options[: options.index("--ratio")], *options[options.index("--ratio") + 2 :]]
+    changes = ["--target-params", "850k", "--structures", "channels", "--restoration", "none"]
+    assert call(monkeypatch, ["prune", demo.FOLDER, *without_ratio, *changes, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert 840_000 < result["parameters_after"] <= 850_000
+    assert result["groups"].keys() == {"channel"}
+    assert result["settings"]["scoring"]["factors"] == ["magnitude", "activation"]
+    assert result["settings"]["rounds"] == 2
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["costs"] == result["costs"]
+
+
 def test_presets_are_printed_and_overridden(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
 ) -> None:
@@ -239,6 +254,19 @@ def break_values(folder: Path) -> None:
         (break_nothing, {"mesh": "data=2"}, "the mesh is for 2 devices, but there are 1"),
         (break_nothing, {"hosts": "me"}, "hosts 'me' is not understood"),
         (break_nothing, {"restoration": "prayer"}, "unknown restoration 'prayer'"),
+        (break_nothing, {"inner": 2}, "how far inner matrices are turned must lie in [0, 1], found 2"),
+        (break_nothing, {"target-params": "900k"}, "give a ratio or a target for what is left, one of them"),
+        (break_nothing, {"target-params": "many"}, "--target-params 'many' is not a number; expected 5.4B"),
+        (break_nothing, {"target-memory": "10"}, "--target-memory '10' is not a size; expected 2GB"),
+        (break_nothing, {"target-macs": "1G", "target-memory": "1MB"}, "give one target"),
+        (break_nothing, {"ratio-of": "heads"}, "unknown thing that the ratio counts 'heads'"),
+        (break_nothing, {"budget": "fair"}, "unknown allocation 'fair'"),
+        (break_nothing, {"budget": "global", "criterion": "obs"}, "has no scores to compare between layers"),
+        (break_nothing, {"structures": "heads,brains"}, "unknown structure 'brains'"),
+        (break_nothing, {"heads": "pairs"}, "unknown way to count heads 'pairs'"),
+        (break_nothing, {"rounds": 0}, "there must be at least 1 round, found 0"),
+        (break_nothing, {"factors": "weight", "criterion": "fms"}, "unknown factor 'weight'"),
+        (break_nothing, {"preset": "llm-pruner"}, "layers 4:-2 are not a range of this model's layers"),
         (break_nothing, {"alpha": 2}, "the restoration's alpha must lie in [0, 1], found 2"),
         (break_nothing, {"criterion": "gate", "space": "weights"}, "takes directions in the space gates"),
         (break_nothing, {"criterion": "fms", "difference": "exact", "checkpoint": "saved"}, "cannot be resumed"),
