@@ -43,8 +43,9 @@ def expected(decoder: Decoder, kinds: tuple[str, ...], budget: Budget) -> Counts
     limit = budgets.limit_of(stock, budget, costs.block_parameters(decoder))
     if budget.allocation != "uniform":
         return None
-    shared = budget.target is None and budget.of == "groups"
-    return budgets.by_ratio(stock, budget.ratio or 0.0, budget) if shared else budgets.uniform(stock, limit, budget)
+    if budget.by_share:
+        return budgets.by_ratio(stock, budget.ratio or 0.0, budget)
+    return budgets.uniform(stock, limit, budget)
 
 
 def stock_of(decoder: Decoder, kinds: tuple[str, ...], budget: Budget) -> Stock:

@@ -104,8 +104,7 @@ class Job:
     def _check_together(self) -> None:
         budget = self.budget
         whole = [structure for structure in ("hidden", "layers") if structure in self.structures]
-        by_share = budget.target is None and budget.of == "groups" and budget.allocation == "uniform"
-        if whole and not by_share:
+        if whole and not budget.by_share:
             raise InputError(
                 f"the ratio counts groups where {' and '.join(whole)} go, the same in every layer; leave out "
                 "--ratio-of, --budget and targets"

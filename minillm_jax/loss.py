@@ -66,6 +66,23 @@ def batches(
     return [batch for batch in (*(part.reshape(-1, length) for part in even), windows[whole:]) if len(batch)]
 
 
+def window_losses(
+    decoder: Decoder,
+    windows: Int[np.ndarray, "B T"],
+    losses: Callable[[Decoder, Int[Array, "b T"]], Float[Array, " b"]] = sequence_losses,
+) -> Float[np.ndarray, " B"]:
+    """The summed cross entropy of every window, float32, batch by batch over the devices of the mesh.
+
+    Args:
+      decoder: the model.
+      windows: of token ids.
+      losses: of a batch; those of the model as it is by default.
+    """
+    devices = of(decoder)
+    cut = batches(windows, devices=data_size(devices))
+    return np.concatenate([gather(losses(decoder, shard_batch(batch, devices))) for batch in cut])
+
+
 # In nats; its exponential is still a number.
 LARGEST_LOSS = 700.0
 

@@ -223,8 +223,8 @@ def recorded(
     decoder = model.decoder
     kinds = tuple(scores.groups)
     exactly = allocate.stock_of(decoder, kinds, replace(budget, round_heads_to=1, round_width_to=1))
-    shared = budget.allocation == "uniform" and budget.target is None and budget.of == "groups"
-    asked = by_ratio(exactly, budget.ratio or 0.0) if shared else {k: [len(rows) for rows in kept[k]] for k in kinds}
+    found = {kind: [len(rows) for rows in kept[kind]] for kind in kinds}
+    asked = by_ratio(exactly, budget.ratio or 0.0) if budget.by_share else found
     record = {
         "ratio": budget.ratio,
         "budget": asdict(budget),

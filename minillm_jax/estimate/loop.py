@@ -20,7 +20,7 @@ from minillm_jax.estimate.exact import RunGradients, gate_gradients, weight_grad
 from minillm_jax.estimate.resume import Checkpoint, identity
 from minillm_jax.estimate.settings import Estimation
 from minillm_jax.estimate.step import StepReport, choose_epsilon
-from minillm_jax.loss import batches, sequence_losses
+from minillm_jax.loss import batches, window_losses
 
 Progress = Callable[[int, int], None]
 
@@ -88,7 +88,7 @@ def estimate(
     if settings.difference == "spsa" and settings.epsilon is None:
         settings = replace(settings, epsilon=choose_epsilon(decoder, windows, settings))
     needed = settings.difference == "spsa" or checkpoint is not None
-    dense = dense_losses(decoder, windows) if needed else np.zeros(0, np.float32)
+    dense = window_losses(decoder, windows) if needed else np.zeros(0, np.float32)
     if checkpoint is None:
         found = _measure(decoder, windows, settings, progress, None)
     else:
@@ -166,13 +166,6 @@ def numbered_batches(
     for batch in batches(windows, at_once, devices):
         yield batch, jnp.arange(first, first + len(batch), dtype=jnp.int32)
         first += len(batch)
-
-
-def dense_losses(decoder: Decoder, windows: Int[np.ndarray, "B T"]) -> Float[np.ndarray, " B"]:
-    """The summed loss of every window by the model as it is, float32."""
-    devices = mesh.of(decoder)
-    cut = batches(windows, devices=mesh.data_size(devices))
-    return np.concatenate([mesh.gather(sequence_losses(decoder, mesh.shard_batch(b, devices))) for b in cut])
 
 
 def _run(decoder: Decoder, stacked: Directions, tokens: Array, numbers: Array, settings: Estimation) -> Array:

@@ -86,6 +86,11 @@ class Budget:
         """What is counted where costs are: parameters, but for other targets."""
         return "parameters" if self.target is None else self.target[0]
 
+    @property
+    def by_share(self) -> bool:
+        """Whether every pruned layer loses the same share of its groups: nothing else has to be found out."""
+        return self.allocation == "uniform" and self.target is None and self.of == "groups"
+
     def multiple(self, kind: str) -> int:
         """What the number of kept groups of a kind is rounded to."""
         return self.round_width_to if kind == "channel" else self.round_heads_to

@@ -1,15 +1,15 @@
 """Whole layers go, by measured loss: each time the one without which the model predicts best."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from minillm_jax import mesh
 from minillm_jax.decoder import Decoder, apply_block, embed, finish, layer_count, rotary_angles, scan_layers
-from minillm_jax.loss import batches, token_losses
+from minillm_jax.loss import token_losses, window_losses
 from minillm_jax.modules import Block
 
 
@@ -43,12 +43,8 @@ def best_layers(
 
 
 def _loss(decoder: Decoder, windows: np.ndarray, alive: np.ndarray) -> float:
-    devices = mesh.of(decoder)
-    parts = (
-        _losses_with(decoder, mesh.shard_batch(batch, devices), jnp.asarray(alive))
-        for batch in batches(windows, devices=mesh.data_size(devices))
-    )
-    return float(sum(mesh.gather(part).sum(dtype=np.float64) for part in parts))
+    found = window_losses(decoder, windows, partial(_losses_with, alive=jnp.asarray(alive)))
+    return float(found.sum(dtype=np.float64))
 
 
 @jax.jit

@@ -13,7 +13,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax import groups, mesh
+from minillm_jax import groups
 from minillm_jax.decoder import (
     Decoder,
     apply_block,
@@ -24,7 +24,7 @@ from minillm_jax.decoder import (
     rotary_angles,
     scan_layers,
 )
-from minillm_jax.loss import batches, sequence_losses, token_losses
+from minillm_jax.loss import token_losses, window_losses
 from minillm_jax.modules import Block
 from minillm_jax.shrink.restore import Restoration, fit_of, pruned_kind, removal_order
 from minillm_jax.stream import PROJECTIONS, Site, projection, walk
@@ -55,9 +55,7 @@ def level_losses(
     """
     settings = restoration.resolve(decoder.config)
     predictions = windows.shape[0] * (windows.shape[1] - 1)
-    dense = float(
-        sum(mesh.gather(sequence_losses(decoder, part)).sum(dtype=np.float64) for part in _cut(decoder, windows))
-    )
+    dense = float(window_losses(decoder, windows).sum(dtype=np.float64))
     total = sum(len(counts) - 1 for rows in levels.values() for counts in rows)
     found: dict[str, list[list[float]]] = {kind: [] for kind in levels}
     done = 0
@@ -70,9 +68,9 @@ def level_losses(
         changes = [0.0]
         for kernel, bias in _trials(site, kind, levels[kind][site.layer][1:], stays, settings):
             place, name = jnp.int32(site.layer), PROJECTIONS[site.kind]
-            parts = (_losses(decoder, part, place, kernel, bias, name=name) for part in _cut(decoder, windows))
-            loss = float(sum(mesh.gather(part).sum(dtype=np.float64) for part in parts))
-            changes.append((loss - dense) / predictions)
+            trial = partial(_losses, place=place, kernel=kernel, shift=bias, name=name)
+            loss = window_losses(decoder, windows, trial).sum(dtype=np.float64)
+            changes.append(float(loss - dense) / predictions)
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -90,13 +88,12 @@ def _trials(
     counts: Sequence[int],
     stays: Callable[[str, int, int], Int[np.ndarray, " kept"]] | None,
     settings: Restoration,
-) -> list[tuple[Float[Array, "..."], Float[Array, " D"]]]:
+) -> Iterator[tuple[Float[Array, "..."], Float[Array, " D"]]]:
     """The projection at full width with zeros for what goes, and the shift of its bias, for each count."""
     if not counts:
-        return []
+        return
     fit, count = fit_of(site, settings), group_count(site.run, kind)
     order = removal_order(site, kind, min(counts), fit) if stays is None else None
-    found = []
     for keep in counts:
         if order is None:
             assert stays is not None, "without an order somebody says who stays"
@@ -109,15 +106,7 @@ def _trials(
         shift = None if settings.method == "none" else fit.shift(rows, kernel[rows])
         shift = np.zeros(kernel.shape[1]) if shift is None else shift
         shape = projection(site.run, site.kind).kernel.shape[1:]
-        found.append((jnp.asarray(kernel.reshape(shape), jnp.float32), jnp.asarray(shift, jnp.float32)))
-    return found
-
-
-def _cut(decoder: Decoder, windows: np.ndarray) -> Iterator[Int[Array, "b T"]]:
-    """The windows in batches, over the devices of the mesh."""
-    devices = mesh.of(decoder)
-    for batch in batches(windows, devices=mesh.data_size(devices)):
-        yield mesh.shard_batch(batch, devices)
+        yield jnp.asarray(kernel.reshape(shape), jnp.float32), jnp.asarray(shift, jnp.float32)
 
 
 @partial(jax.jit, static_argnames="name")
