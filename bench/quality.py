@@ -7,9 +7,10 @@ Without a model and a text, the bundled demo model on its held-out text.
 For every seed other windows are drawn: the first 64 (`--samples`) calibrate, the next 96 (`--evaluation`) evaluate, and
 all recipes see the same ones. A row says the perplexity of the pruned model on the evaluation windows and that of the
 dense one on the same windows, the parameters that are left, the seconds (scoring, budget, restoration, slicing; a first
-row of a shape compiles too), and the highest resident memory of the process so far. Ratios count groups; unequal
-budgets keep at most as many parameters as the same ratio leaves uniformly. Presets take the windows of the study in the
-place of their own numbers of samples, and prune all layers: models of a few layers have none to spare.
+row of a shape compiles too), and the highest resident memory of the process since the recipe began (the model, the text
+and what was compiled before are part of it). Ratios count groups; unequal budgets keep at most as many parameters as
+the same ratio leaves uniformly. Presets take the windows of the study in the place of their own numbers of samples, and
+prune all layers: models of a few layers have none to spare.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from environment import environment, peak_bytes
+from environment import environment, peak_bytes, restart_peak
 from texts import add_arguments, load
 
 from minillm_jax import pipeline
@@ -85,6 +86,7 @@ def measure(model: Model, tokens: Tokens, seed: int, arguments: argparse.Namespa
     held_out = windows[arguments.samples :]
     dense = perplexity(model.decoder, held_out).perplexity
     for name, recipe in recipes(model, seed, arguments.quick).items():
+        restart_peak()
         start = time.perf_counter()
         scores = score(model, calibration, recipe.scoring)
         scored = time.perf_counter() - start

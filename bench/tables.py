@@ -59,16 +59,15 @@ def quality_rows(model: str, shown: Sequence[str] | None = None) -> list[str]:
 
 def cost_rows() -> list[str]:
     """One row a recipe: seconds of a pruning, median over ratios and seeds, and the highest memory, by model."""
-    cells: dict[str, list[str]] = {}
+    cells: dict[str, dict[str, str]] = {}
     for model in MODELS:
-        taken: dict[str, list[float]] = {}
-        peak: dict[str, int] = {}
+        taken: dict[str, list[dict[str, Any]]] = {}
         for row in _rows(f"quality-{model}.json"):
-            taken.setdefault(row["recipe"], []).append(row["seconds"])
-            peak[row["recipe"]] = max(peak.get(row["recipe"], 0), row["peak_bytes"])
-        for recipe, seconds in taken.items():
-            cells.setdefault(recipe, []).append(f"{median(seconds):.1f} s, {peak[recipe] / 1e6:,.0f} MB")
-    return [f"| {recipe} | {' | '.join(row)} |" for recipe, row in cells.items()]
+            taken.setdefault(row["recipe"], []).append(row)
+        for recipe, rows in taken.items():
+            seconds, peak = median(row["seconds"] for row in rows), max(row["peak_bytes"] for row in rows)
+            cells.setdefault(recipe, {})[model] = f"{seconds:.1f} s, {peak / 1e6:,.0f} MB"
+    return [f"| {recipe} | {' | '.join(found.get(model, '') for model in MODELS)} |" for recipe, found in cells.items()]
 
 
 def beaten_rows(ours: str = "obs + least squares") -> list[str]:
