@@ -40,7 +40,15 @@ def expected(decoder: Decoder, kinds: tuple[str, ...], budget: Budget) -> Counts
       InputError: the budget is out of its range, not for this model, or cannot be met.
     """
     stock = stock_of(decoder, kinds, budget)
-    limit = budgets.limit_of(stock, budget, costs.block_parameters(decoder))
+    return _uniform(stock, _limit(decoder, stock, budget), budget)
+
+
+def _limit(decoder: Decoder, stock: Stock, budget: Budget) -> float:
+    return budgets.limit_of(stock, budget, costs.block_parameters(decoder))
+
+
+def _uniform(stock: Stock, limit: float, budget: Budget) -> Counts | None:
+    """The counts where the shapes alone say them."""
     if budget.allocation != "uniform":
         return None
     if budget.by_share:
@@ -91,11 +99,11 @@ def counts_for(
     Raises:
       InputError: see `expected`; or the allocation needs what is not there.
     """
-    counts = expected(decoder, tuple(scores), budget)
+    stock = stock_of(decoder, tuple(scores), budget)
+    limit = _limit(decoder, stock, budget)
+    counts = _uniform(stock, limit, budget)
     if counts is not None:
         return Allocated(counts)
-    stock = stock_of(decoder, tuple(scores), budget)
-    limit = budgets.limit_of(stock, budget, costs.block_parameters(decoder))
     if budget.allocation == "global":
         check_comparable("obs" if on_the_way else "")
         return Allocated(budgets.globally(stock, limit, budget, scores, per_cost))

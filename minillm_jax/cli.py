@@ -112,6 +112,10 @@ def prune(
     inner: Annotated[
         float | None, typer.Option(help="How far it turns inner matrices to what they read before, from 0 to 1.")
     ] = None,
+    solver: Annotated[
+        str | None,
+        typer.Option(help="Of linear systems and obs: host (float64), or device (float32, for an accelerator)."),
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Number of calibration windows.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,
     seed: Annotated[int, typer.Option(help="Decides windows, directions, noise and random scores.")] = 0,
@@ -246,7 +250,7 @@ def _job(chosen: dict[str, Any]) -> "Job":
         structures=tuple(chosen["structures"].split(",")),
         length=chosen["seq_len"],
         scoring=scoring,
-        restoration=Restoration(chosen["restoration"], chosen["alpha"], chosen["ridge"], inner=chosen["inner"]),
+        restoration=Restoration(chosen["restoration"], **_named(chosen, "alpha ridge solver inner")),
         evaluation=chosen["evaluate"],
         **_named(chosen, "model calibration output heads rounds samples seed preset window dtype format"),
         **_named(chosen, "max_shard_size checkpoint mesh hosts"),

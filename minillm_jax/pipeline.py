@@ -199,15 +199,15 @@ def _shrink(
 ) -> tuple[Decoder, groups.Kept]:
     """The smaller decoder, and what it kept."""
     told = partial(tell, progress, "restoration")
-    if restoration.method == "none" and not scores.on_the_way:
-        kept = choose(scores.groups, counts, part_counts(decoder, scores.groups))
-        return slice_groups(decoder, kept), kept
-    if calibration is None:
+    restored = restoration.method != "none"
+    if calibration is None and (restored or scores.on_the_way):
         raise InputError("restoration and the criterion obs walk over calibration windows; give the calibration")
-    if scores.on_the_way:
+    if calibration is not None and scores.on_the_way:
         return prune_by_obs(decoder, counts, calibration.windows, restoration, told)
     kept = choose(scores.groups, counts, part_counts(decoder, scores.groups))
-    return restore(decoder, kept, calibration.windows, restoration, told), kept
+    if calibration is not None and restored:
+        return restore(decoder, kept, calibration.windows, restoration, told), kept
+    return slice_groups(decoder, kept), kept
 
 
 def recorded(

@@ -19,6 +19,7 @@ COMMON = {
     "alpha": None,
     "ridge": 1e-2,
     "inner": None,
+    "solver": "host",
     "structures": "heads,channels",
     "heads": "group",
     "ratio_of": "groups",

@@ -1,5 +1,6 @@
 """The benches run and count right; no test here asserts a time."""
 
+import argparse
 import copy
 import importlib
 import json
@@ -234,3 +235,18 @@ def test_torch_directions_are_independent_and_of_unit_variance(
     assert overlaps.abs().max() < 6 * flat.shape[1] ** -0.5
     if distribution == "rademacher":
         assert set(flat.unique().tolist()) == {-1.0, 1.0}
+
+
+def test_restoration_is_watched_part_by_part(bench: Callable[[str], ModuleType]) -> None:
+    """Its parts add up to the whole, nothing is counted twice, and the functions are left as they were."""
+    restoration = bench("restoration")
+    before = {part: getattr(module, name) for part, (module, name) in restoration.PARTS.items()}
+    settings = {"preset": "tiny", "layers": 2, "dtype": "float32", "samples": 2, "length": 16, "solver": "host"}
+    first, second, whole = restoration.layers(argparse.Namespace(ratio=0.5, **settings))
+    assert before == {part: getattr(module, name) for part, (module, name) in restoration.PARTS.items()}
+    for row in (first, second):
+        assert sum(row[part] for part in (*before, "rest")) == pytest.approx(row["seconds"], abs=0.02)
+        assert row["rest"] > -0.02
+    assert whole["layers"] == 2
+    assert whole["seconds"] == pytest.approx(2 * second["seconds"], abs=0.1)
+    assert whole["peak_bytes"] > whole["layer_bytes"] > 4 * 3 * 64 * 160

@@ -254,6 +254,7 @@ def break_values(folder: Path) -> None:
         (break_nothing, {"mesh": "data=2"}, "the mesh is for 2 devices, but there are 1"),
         (break_nothing, {"hosts": "me"}, "hosts 'me' is not understood"),
         (break_nothing, {"restoration": "prayer"}, "unknown restoration 'prayer'"),
+        (break_nothing, {"solver": "moon"}, "unknown solver 'moon'"),
         (break_nothing, {"inner": 2}, "how far inner matrices are turned must lie in [0, 1], found 2"),
         (break_nothing, {"target-params": "900k"}, "give a ratio or a target for what is left, one of them"),
         (break_nothing, {"target-params": "many"}, "--target-params 'many' is not a number; expected 5.4B"),

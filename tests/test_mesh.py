@@ -28,7 +28,7 @@ PATIENCE = 300  # seconds, after which a process that waits for another is stopp
 
 def start(devices: int, name: str, *arguments: object) -> subprocess.Popen[str]:
     """A process with that many devices that runs a function of `mesh_child`."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     variables = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, "-m", "tests.mesh_child", name, *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -219,36 +219,64 @@ def test_what_rounding_made_indefinite_is_solved_with_the_ridge_as_least_eigenva
 # ------------------------------------------------------------------------------------------------ structured OBS
 
 
+@pytest.mark.parametrize("solver", linear.SOLVERS)
+@pytest.mark.parametrize("gathered", [128, 3])
 @pytest.mark.parametrize("width", [1, 3])
-def test_greedy_removal_equals_brute_force(width: int) -> None:
-    """Errors, order and weights: every candidate is tried by solving for what would be left."""
+def test_greedy_removal_equals_brute_force(width: int, gathered: int, solver: str) -> None:
+    """Errors and order: every candidate is tried by solving for what would be left."""
     rng = np.random.default_rng(width)
-    count, size = 6, 6 * width
-    a, weights = rng.normal(size=(40, size)) @ rng.normal(size=(size, size)), rng.normal(size=(size, 4))
+    count, size = 8, 8 * width
+    a, weights = rng.normal(size=(60, size)) @ rng.normal(size=(size, size)), rng.normal(size=(size, 4))
     hessian = a.T @ a + 0.1 * np.eye(size)
-    inverse = np.linalg.inv(hessian)
+    inverse, products = np.linalg.inv(hessian), weights @ weights.T
 
-    def best(stay: list[int]) -> tuple[float, np.ndarray]:
+    def error(stay: list[int]) -> float:
         rows = np.arange(size).reshape(count, width)[stay].ravel()
-        left = np.linalg.solve(hessian[np.ix_(rows, rows)], hessian[rows] @ weights)
         delta = weights.copy()
-        delta[rows] -= left
-        return float(np.trace(delta.T @ hessian @ delta)), left
+        delta[rows] -= np.linalg.solve(hessian[np.ix_(rows, rows)], hessian[rows] @ weights)
+        return float(np.trace(delta.T @ hessian @ delta))
 
-    blocks = np.stack([inverse[i : i + width, i : i + width] for i in range(0, size, width)])
-    alone = [best([g for g in range(count) if g != gone])[0] for gone in range(count)]
-    np.testing.assert_allclose(obs.removal_errors(blocks, weights.reshape(count, width, 4)), alone)
-    stay = list(range(count))
+    def blocks(matrix: np.ndarray) -> np.ndarray:
+        return np.stack([matrix[i : i + width, i : i + width] for i in range(0, size, width)])
+
+    alone = [error([g for g in range(count) if g != gone]) for gone in range(count)]
+    np.testing.assert_allclose(obs.removal_errors(blocks(inverse), blocks(products)), alone)
+    stay, order = list(range(count)), []
     for keep in range(count - 1, 0, -1):
-        stay.remove(min(stay, key=lambda gone, stay=stay: best([g for g in stay if g != gone])[0]))
-        gone, left = obs.greedy_removal(inverse, weights, count, keep)
-        assert sorted({*range(count)} - {*gone.tolist()}) == stay
-        np.testing.assert_allclose(left, best(stay)[1], rtol=1e-9, atol=1e-12)
+        order.append(min(stay, key=lambda gone, stay=stay: error([g for g in stay if g != gone])))
+        stay.remove(order[-1])
+        if solver == "host" or keep == 1:
+            found = obs.greedy_removal(inverse.copy(), products.copy(), count, keep, 1, solver, gathered)
+            assert found.tolist() == order
+
+
+def test_equally_many_groups_go_of_each_part() -> None:
+    """Although those of the second part cost nothing."""
+    products = np.diag([4.0, 3.0, 2.0, 1.0, 0.4, 0.3, 0.2, 0.1])
+    assert obs.greedy_removal(np.eye(8), products.copy(), 8, 4).tolist() == [7, 6, 5, 4]
+    for solver in linear.SOLVERS:
+        assert obs.greedy_removal(np.eye(8), products.copy(), 8, 4, 2, solver).tolist() == [7, 6, 3, 2]
+
+
+def test_what_float32_cannot_order_is_ordered_on_the_host() -> None:
+    inverse, products = np.diag([1e-60, 1e-60, 1e-60]), np.diag([3.0, 1.0, 2.0])
+    assert obs.greedy_removal(inverse, products, 3, 1, 1, "device").tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("solver", linear.SOLVERS)
+def test_inverses_are_symmetric_and_mended_like_other_systems(solver: str) -> None:
+    vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0]
+    for values, inverses in (
+        ([1, 2, 3, 4, 5], [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]),
+        ([-1e-3, 1, 2, 4, 5], [2, 1, 1 / 2, 1 / 4, 1 / 5]),
+    ):
+        found = linear.inverse(vectors @ np.diag(values) @ vectors.T, 0.5, solver)
+        np.testing.assert_allclose(found, vectors @ np.diag(inverses) @ vectors.T, atol=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_the_update_of_obs_is_the_refit_of_what_stays(alpha: float) -> None:
-    """With the ridge in H and towards the old weights, OBS from the best full-width weights ends in least squares."""
+def test_obs_chooses_on_the_way_what_it_would_choose_from_the_best_full_weights(alpha: float) -> None:
+    """With the ridge in H and towards the old weights; what stays is then refitted by least squares, its update."""
     decoder, settings = small_decoder(**BIASED), Restoration(alpha=alpha, inner=0.0)
     counts = {kind: [len(rows)] * 3 for kind, rows in KEPT.items()}
     pruned, kept = prune_by_obs(decoder, counts, WINDOWS, settings)
@@ -263,14 +291,24 @@ def test_the_update_of_obs_is_the_refit_of_what_stays(alpha: float) -> None:
         if alpha == 0:
             np.testing.assert_allclose(full, fit.kernel, rtol=1e-6, atol=1e-9)
         count = {"head": 4, "channel": 12}[site.kind]
-        gone, left = obs.greedy_removal(inverse, full, count, counts[site.kind][0])
+        gone = obs.greedy_removal(inverse, full @ full.T, count, counts[site.kind][0])
         stay = np.delete(np.arange(count), gone)
         assert (stay == kept[site.kind][site.layer]).all()
-        rows = np.arange(len(full)).reshape(count, -1)[stay].ravel()
-        np.testing.assert_allclose(left, fit.rows(rows, "host"), rtol=1e-6, atol=1e-9)
         return restoring._shrink(site, site.kind, stay, settings.resolve(decoder.config))
 
     walk(decoder, WINDOWS, check)
+
+
+def test_obs_on_the_device_chooses_and_restores_as_on_the_host() -> None:
+    decoder, counts = small_decoder(**BIASED), {kind: [len(rows)] * 3 for kind, rows in KEPT.items()}
+    (host, kept), (device, stayed) = (
+        prune_by_obs(decoder, counts, WINDOWS, Restoration(solver=solver)) for solver in linear.SOLVERS
+    )
+    assert {kind: np.asarray(rows).tolist() for kind, rows in kept.items()} == {
+        kind: np.asarray(rows).tolist() for kind, rows in stayed.items()
+    }
+    for (path, left), (_, right) in zip(named_arrays(host), named_arrays(device), strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-3 * float(jnp.abs(left).max()), err_msg=path)
 
 
 # ------------------------------------------------------------------------------------------------------ settings

@@ -33,6 +33,19 @@ def solve(
         return vectors @ ((vectors.T @ right) / np.maximum(values, floor)[:, None])
 
 
+def inverse(matrix: Float[np.ndarray, "I I"], floor: float, solver: str = "host") -> Float[np.ndarray, "I I"]:
+    """The inverse, symmetric; the arguments are those of `solve`."""
+    if solver == "device":
+        return solve(matrix, np.eye(len(matrix)), floor, solver)
+    factorise, invert = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (matrix,))
+    factor, failed = factorise(matrix, lower=True, clean=True)
+    if failed:
+        return solve(matrix, np.eye(len(matrix)), floor)
+    lower, _ = invert(factor, lower=True, overwrite_c=True)
+    lower += np.tril(lower, -1).T  # what dpotri leaves above the diagonal is the zeros of the factor
+    return lower
+
+
 @jax.jit
 def _on_device(matrix: Float[Array, "I I"], right: Float[Array, "I D"]) -> Float[Array, "I D"]:
     with jax.default_matmul_precision("highest"):

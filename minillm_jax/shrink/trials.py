@@ -93,7 +93,7 @@ def _trials(
     if not counts:
         return
     fit, count = fit_of(site, settings), group_count(site.run, kind)
-    order = removal_order(site, kind, min(counts), fit) if stays is None else None
+    order = removal_order(site, kind, min(counts), fit, settings.solver) if stays is None else None
     for keep in counts:
         if order is None:
             assert stays is not None, "without an order somebody says who stays"
