@@ -3,6 +3,7 @@
 Commands import what they need when they run, so that `--help` answers at once.
 """
 
+import inspect
 import json
 import os
 import re
@@ -165,10 +166,13 @@ def prune(
     as_json: JsonOption = False,
 ) -> None:
     """Prune a model and write it as a folder that transformers loads."""
-    given = dict(locals())
-    from minillm_jax import presets
+    asked = dict(locals())
+    from minillm_jax import presets, unused
 
-    _run(_job({**given, **presets.options(preset, given)}), as_json)
+    chosen = {**asked, **presets.options(preset, asked)}
+    defaults = inspect.signature(prune).parameters
+    unused.check({name for name, value in asked.items() if value != defaults[name].default}, chosen)
+    _run(_job(chosen), as_json)
 
 
 @app.command("eval")
