@@ -82,6 +82,14 @@ def beaten_rows(ours: str = "obs + least squares") -> list[str]:
     return rows
 
 
+def restoration_rows() -> list[str]:
+    """One row for each part of a layer, then the layer: seconds, median over all layers but the first."""
+    rows = [row for row in _rows("restoration.json") if row["kind"] == "layer"][1:]
+    parts = [key for key in rows[0] if key not in ("kind", "layer", "seconds")]
+    found = {part: median(row[part] for row in rows) for part in [*parts, "seconds"]}
+    return [f"| {'the layer' if part == 'seconds' else part} | {seconds:.1f} |" for part, seconds in found.items()]
+
+
 def conversion_rows() -> list[str]:
     """One row for each layout and type: gigabytes per second of the plain program and of ours, and their ratio."""
     return [
@@ -204,7 +212,7 @@ def _or_nothing(aim: float | None) -> str:
 def main() -> None:
     """Print everything that the README quotes."""
     lines = [row for model in MODELS for row in quality_rows(model)]
-    lines += [*cost_rows(), *beaten_rows(), *conversion_rows(), *fidelity_rows(), *plain_rows()]
+    lines += [*cost_rows(), *beaten_rows(), *restoration_rows(), *conversion_rows(), *fidelity_rows(), *plain_rows()]
     lines += [*estimate_rows(), *estimate_torch_rows(), *estimate_memory_rows(), *process_rows()]
     lines += [*forward_rows(), *compile_rows()]
     for line in lines:

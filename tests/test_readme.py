@@ -38,12 +38,21 @@ def test_every_figure_comes_from_a_committed_result(tables: ModuleType) -> None:
         assert " ".join(line.split()) in README, f"the README does not say {line!r}; run python bench/tables.py"
 
 
-def test_every_figure_of_the_study_comes_from_a_committed_result(tables: ModuleType) -> None:
+def test_every_figure_of_the_fidelity_study_comes_from_a_committed_result(tables: ModuleType) -> None:
     study = " ".join((ROOT / "docs" / "fidelity.md").read_text().split())
     quoted = [*tables.fidelity_rows(), *tables.plain_rows()]
     assert len(quoted) > 25
     for line in quoted:
         assert " ".join(line.split()) in study, f"docs/fidelity.md does not say {line!r}; run python bench/tables.py"
+
+
+def test_every_figure_of_the_quality_study_comes_from_a_committed_result(tables: ModuleType) -> None:
+    study = " ".join((ROOT / "docs" / "quality.md").read_text().split())
+    quoted = [row for model in tables.MODELS for row in tables.quality_rows(model)]
+    quoted += [*tables.beaten_rows(), *tables.cost_rows(), *tables.restoration_rows()]
+    assert len(quoted) > 150
+    for line in quoted:
+        assert " ".join(line.split()) in study, f"docs/quality.md does not say {line!r}; run python bench/tables.py"
 
 
 def test_results_name_hardware_versions_and_a_clean_commit() -> None:
