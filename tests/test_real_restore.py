@@ -1,11 +1,15 @@
-"""What restoration is worth on a trained model; needs `shared` beside the checkout."""
+"""What restoration is worth on a trained model, which needs `shared` beside the checkout; and where it is computed."""
 
-from minillm_jax import calibration, groups, loss
+import numpy as np
+import pytest
+
+from minillm_jax import calibration, demo, groups, loss
 from minillm_jax.decoder import group_counts
 from minillm_jax.pipeline import load
 from minillm_jax.scoring import Scoring, score
 from minillm_jax.select.budget import kept_count
-from minillm_jax.shrink.restore import prune_by_obs, restore
+from minillm_jax.shrink import linear
+from minillm_jax.shrink.restore import Restoration, prune_by_obs, restore
 from minillm_jax.shrink.slicing import slice_groups
 from tests.helpers import best_of, shared
 
@@ -32,3 +36,17 @@ def test_restoration_of_a_trained_model() -> None:
         ratios = {how: loss.perplexity(pruned, held_out).perplexity / dense for how, pruned in found.items()}
         assert ratios["least squares"] - 1 < (ratios["wanda"] - 1) / 2, ratios
         assert ratios["obs"] < min(bound, ratios["least squares"]), ratios
+
+
+def test_a_trained_model_is_pruned_alike_on_host_and_device() -> None:
+    """The same groups in float32 as in float64, and the same perplexity."""
+    model = load(demo.FOLDER)
+    tokens = calibration.tokenise(demo.held_out_text(), model.folder)
+    windows = calibration.sample(calibration.Tokens(tokens, "held out", 1), 24, 128, seed=0)
+    counts = {kind: [n // 2 for n in group_counts(model.decoder, kind)] for kind in groups.KINDS}
+    host, device = (prune_by_obs(model.decoder, counts, windows[:8], Restoration(solver=s)) for s in linear.SOLVERS)
+    for kind in groups.KINDS:
+        for ours, theirs in zip(host[1][kind], device[1][kind], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    found, other = (loss.perplexity(decoder, windows[8:]).perplexity for decoder, _ in (host, device))
+    assert found == pytest.approx(other, rel=1e-5)

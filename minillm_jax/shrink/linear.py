@@ -7,6 +7,8 @@ import scipy.linalg
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
+from minillm_jax import layers
+
 SOLVERS = ("host", "device")
 
 
@@ -46,7 +48,21 @@ def inverse(matrix: Float[np.ndarray, "I I"], floor: float, solver: str = "host"
     return lower
 
 
+def product(
+    left: Float[np.ndarray, "I J"], right: Float[np.ndarray, "J K"], solver: str = "host"
+) -> Float[np.ndarray, "I K"]:
+    """The matrix left · right, in the solver's type and place."""
+    if solver == "device":
+        return np.asarray(_product_on_device(jnp.asarray(left, jnp.float32), jnp.asarray(right, jnp.float32)))
+    return left @ right
+
+
 @jax.jit
 def _on_device(matrix: Float[Array, "I I"], right: Float[Array, "I D"]) -> Float[Array, "I D"]:
     with jax.default_matmul_precision("highest"):
         return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(matrix), right)
+
+
+@jax.jit
+def _product_on_device(left: Float[Array, "I J"], right: Float[Array, "J K"]) -> Float[Array, "I K"]:
+    return layers.einsum("IJ,JK->IK", left, right)

@@ -26,6 +26,8 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from minillm_jax.shrink import linear
+
 GATHERED = 128
 
 Matrix = Float[Array, "_ _"] | Float[np.ndarray, "_ _"]
@@ -59,18 +61,9 @@ class _State(NamedTuple):
 def products_of_best(
     inverse: Float[np.ndarray, "I I"], right: Float[np.ndarray, "I D"], solver: str = "host"
 ) -> Float[np.ndarray, "I I"]:
-    """M = W Wᵀ of the best weights at full width, W = H⁻¹ · right; float64 on the host, or float32 on the device."""
-    if solver == "device":
-        return np.asarray(_products_on_device(*(jnp.asarray(matrix, jnp.float32) for matrix in (inverse, right))))
-    best = inverse @ right
-    return best @ best.T
-
-
-@jax.jit
-def _products_on_device(inverse: Float[Array, "I I"], right: Float[Array, "I D"]) -> Float[Array, "I I"]:
-    with jax.default_matmul_precision("highest"):
-        best = inverse @ right
-        return best @ best.T
+    """M = W Wᵀ of the best weights at full width, W = H⁻¹ · right; the solver is that of `linear.solve`."""
+    best = linear.product(inverse, right, solver)
+    return linear.product(best, best.T, solver)
 
 
 def greedy_removal(

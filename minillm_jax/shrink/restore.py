@@ -255,7 +255,7 @@ class Fit:
 
 
 def fit_of(site: Site, settings: Restoration) -> Fit:
-    """The linear system of one output projection, in float64 on the host.
+    """The linear system of one output projection, in float64; with the solver `device` products are of float32.
 
     Raises:
       InputError: the activations are not finite.
@@ -274,7 +274,7 @@ def fit_of(site: Site, settings: Restoration) -> Fit:
         gram, cross = gram - np.outer(mean, inputs), cross - np.outer(mean, gaps)
     # Inputs that are all zero leave the old kernel, whatever the ridge.
     ridge = settings.ridge * (np.trace(gram) / len(gram) or 1.0)
-    right = (1 - alpha) * (gram @ kernel) + alpha * cross + ridge * kernel
+    right = (1 - alpha) * linear.product(gram, kernel, settings.solver) + alpha * cross + ridge * kernel
     target = (1 - alpha) * (mean @ kernel) + alpha * gap
     np.fill_diagonal(gram, gram.diagonal() + ridge)  # in place: at 7B this is a gigabyte
     return Fit(gram, right, ridge, kernel, mean if biased else None, target)
