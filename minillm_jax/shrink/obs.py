@@ -112,17 +112,22 @@ def _on_device(
 ) -> tuple[Int[Array, " gone"], Float[Array, " gone"]]:
     """The groups that go, and the error of each: not finite where float32 did not do."""
     width = len(inverse) // count
+    at_once = max(1, gathered // width)
 
     def step(done: Array, carry: tuple[_State, Array, Array]) -> tuple[_State, Array, Array]:
         state, order, errors = carry
-        place = done * width % len(state.n)
-        group, error, state = _remove(state, place)
-        state = lax.cond(place + width == len(state.n), _rewritten, lambda same: same, state)
+        group, error, state = _remove(state, done % at_once * width)
         return state, order.at[done].set(group), errors.at[done].set(error)
+
+    # A loop in a loop: with a condition in one loop, the matrices would be copied for every group.
+    def block(number: Array, carry: tuple[_State, Array, Array]) -> tuple[_State, Array, Array]:
+        first = number * at_once
+        state, *found = lax.fori_loop(first, jnp.minimum(first + at_once, gone), step, carry)
+        return _rewritten(state), *found
 
     with jax.default_matmul_precision("highest"):
         first = (_begin(inverse, products, count, gone, parts, gathered), jnp.zeros(gone, jnp.int32), jnp.zeros(gone))
-        _, order, errors = lax.fori_loop(0, gone, step, first)
+        _, order, errors = lax.fori_loop(0, -(-gone // at_once), block, first)
     return order, errors
 
 
