@@ -83,11 +83,14 @@ def beaten_rows(ours: str = "obs + least squares") -> list[str]:
 
 
 def restoration_rows() -> list[str]:
-    """One row for each part of a layer, then the layer: seconds, median over all layers but the first."""
-    rows = [row for row in _rows("restoration.json") if row["kind"] == "layer"][1:]
-    parts = [key for key in rows[0] if key not in ("kind", "layer", "seconds")]
-    found = {part: median(row[part] for row in rows) for part in [*parts, "seconds"]}
-    return [f"| {'the layer' if part == 'seconds' else part} | {seconds:.1f} |" for part, seconds in found.items()]
+    """One row for each part of a layer, then the layer: seconds by solver, median over the layers but the first."""
+    cells: dict[str, list[str]] = {}
+    for name in ("restoration.json", "restoration-device.json"):
+        rows = [row for row in _rows(name) if row["kind"] == "layer"][1:]
+        parts = [key for key in rows[0] if key not in ("kind", "layer", "seconds")]
+        for part in [*parts, "seconds"]:
+            cells.setdefault(part, []).append(f"{median(row[part] for row in rows):.1f}")
+    return [f"| {'the layer' if part == 'seconds' else part} | {' | '.join(found)} |" for part, found in cells.items()]
 
 
 def conversion_rows() -> list[str]:
