@@ -15,8 +15,8 @@ many of them go to each part,
     rest        the streams, the moments of the inner matrices, slicing
 
 The first layer compiles too. The row of kind `whole` takes the median of the others for every layer of the preset, and
-holds the highest memory with the weights' part in it: a layer more adds only its weights. Streams go on while the host
-solves, so a part can be that of the layer before.
+holds the highest memory, the weights of the layers that ran in it. Streams go on while the host solves, so a part can
+be that of the layer before.
 """
 
 import argparse
@@ -25,7 +25,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,9 +32,10 @@ from typing import Any
 import jax
 import numpy as np
 from environment import environment, peak_bytes
-from shapes import CONFIG, SHAPES, layer_bytes
+from shapes import SHAPES, layer_bytes, random_decoder
 
-from minillm_jax.decoder import build, group_counts, initialise
+from minillm_jax.decoder import group_counts
+from minillm_jax.groups import KINDS
 from minillm_jax.select.budget import kept_count
 from minillm_jax.shrink import linear, obs, restore
 
@@ -80,23 +80,21 @@ def watched() -> Iterator[dict[str, float]]:
 def layers(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each layer, then one for the whole model."""
     sizes = SHAPES[arguments.preset]
-    abstract = build(CONFIG, replace(sizes, layers=sizes.layers[:1] * arguments.layers), arguments.dtype)
-    decoder = jax.jit(lambda key: initialise(abstract, key))(jax.random.key(0))
+    decoder = random_decoder(arguments.preset, arguments.dtype, layers=arguments.layers)
     windows = np.random.default_rng(1).integers(0, sizes.V, (arguments.samples, arguments.length), np.int32)
-    kinds = ("head", "channel")
-    counts = {kind: [kept_count(n, arguments.ratio) for n in group_counts(decoder, kind)] for kind in kinds}
+    counts = {kind: [kept_count(n, arguments.ratio) for n in group_counts(decoder, kind)] for kind in KINDS}
     settings = restore.Restoration(solver=arguments.solver)
     rows: list[dict[str, Any]] = []
     with watched() as taken:
         last, before = [time.perf_counter()], dict(taken)
 
         def progress(done: int, total: int) -> None:
-            if done % len(kinds):
+            if done % len(KINDS):
                 return
             now = time.perf_counter()
             seconds = {part: round(taken[part] - before[part], 2) for part in taken}
             whole = round(now - last[0], 2)
-            rows.append({"kind": "layer", "layer": done // 2 - 1, "seconds": whole, **seconds})
+            rows.append({"kind": "layer", "layer": done // len(KINDS) - 1, "seconds": whole, **seconds})
             rows[-1]["rest"] = round(whole - sum(seconds.values()), 2)
             last[0] = now
             before.update(taken)

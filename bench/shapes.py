@@ -7,6 +7,7 @@ tiny    for tests
 7B      LLaMA 7B (arXiv 2302.13971)
 """
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -27,9 +28,15 @@ SHAPES = {
 }
 
 
-def random_decoder(name: str, dtype: DTypeLike = jnp.float32, seed: int = 0) -> Decoder:
-    """A shape with random weights, made on the device and as one program, so that no float32 twin is left behind."""
-    return jax.jit(partial(initialise, build(CONFIG, SHAPES[name], dtype)))(jax.random.key(seed))
+def random_decoder(name: str, dtype: DTypeLike = jnp.float32, seed: int = 0, layers: int | None = None) -> Decoder:
+    """A shape with random weights, made on the device and as one program, so that no float32 twin is left behind.
+
+    All layers of a shape are equal; with `layers`, there are so many of them instead.
+    """
+    sizes = SHAPES[name]
+    if layers is not None:
+        sizes = replace(sizes, layers=sizes.layers[:1] * layers)
+    return jax.jit(partial(initialise, build(CONFIG, sizes, dtype)))(jax.random.key(seed))
 
 
 def layer_bytes(decoder: Decoder) -> int:

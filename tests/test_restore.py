@@ -219,35 +219,50 @@ def test_what_rounding_made_indefinite_is_solved_with_the_ridge_as_least_eigenva
 # ------------------------------------------------------------------------------------------------ structured OBS
 
 
+def updated(inverse: np.ndarray, weights: np.ndarray, gone: np.ndarray, count: int) -> np.ndarray:
+    """The rows of W that stay after the update of OBS for one group after the other, in that order."""
+    inverse, weights, all_rows = inverse.copy(), weights.copy(), np.arange(len(weights)).reshape(count, -1)
+    for group in gone:
+        rows = all_rows[group]
+        step = np.linalg.solve(inverse[np.ix_(rows, rows)], np.hstack([weights[rows], inverse[rows]]))
+        weights -= inverse[:, rows] @ step[:, : weights.shape[1]]
+        inverse -= inverse[:, rows] @ step[:, weights.shape[1] :]
+        inverse[rows] = inverse[:, rows] = 0.0
+        inverse[rows, rows] = 1.0
+    return weights[np.delete(all_rows, gone, axis=0).ravel()]
+
+
 @pytest.mark.parametrize("solver", linear.SOLVERS)
 @pytest.mark.parametrize("gathered", [128, 3])
 @pytest.mark.parametrize("width", [1, 3])
 def test_greedy_removal_equals_brute_force(width: int, gathered: int, solver: str) -> None:
-    """Errors and order: every candidate is tried by solving for what would be left."""
+    """Errors, order and weights: every candidate is tried by solving for what would be left."""
     rng = np.random.default_rng(width)
     count, size = 8, 8 * width
     a, weights = rng.normal(size=(60, size)) @ rng.normal(size=(size, size)), rng.normal(size=(size, 4))
     hessian = a.T @ a + 0.1 * np.eye(size)
     inverse, products = np.linalg.inv(hessian), weights @ weights.T
 
-    def error(stay: list[int]) -> float:
+    def best(stay: list[int]) -> tuple[float, np.ndarray]:
         rows = np.arange(size).reshape(count, width)[stay].ravel()
+        left = np.linalg.solve(hessian[np.ix_(rows, rows)], hessian[rows] @ weights)
         delta = weights.copy()
-        delta[rows] -= np.linalg.solve(hessian[np.ix_(rows, rows)], hessian[rows] @ weights)
-        return float(np.trace(delta.T @ hessian @ delta))
+        delta[rows] -= left
+        return float(np.trace(delta.T @ hessian @ delta)), left
 
     def blocks(matrix: np.ndarray) -> np.ndarray:
         return np.stack([matrix[i : i + width, i : i + width] for i in range(0, size, width)])
 
-    alone = [error([g for g in range(count) if g != gone]) for gone in range(count)]
+    alone = [best([g for g in range(count) if g != gone])[0] for gone in range(count)]
     np.testing.assert_allclose(obs.removal_errors(blocks(inverse), blocks(products)), alone)
     stay, order = list(range(count)), []
     for keep in range(count - 1, 0, -1):
-        order.append(min(stay, key=lambda gone, stay=stay: error([g for g in stay if g != gone])))
+        order.append(min(stay, key=lambda gone, stay=stay: best([g for g in stay if g != gone])[0]))
         stay.remove(order[-1])
         if solver == "host" or keep == 1:
             found = obs.greedy_removal(inverse.copy(), products.copy(), count, keep, 1, solver, gathered)
             assert found.tolist() == order
+            np.testing.assert_allclose(updated(inverse, weights, found, count), best(stay)[1], rtol=1e-9, atol=1e-12)
 
 
 def test_equally_many_groups_go_of_each_part() -> None:
@@ -275,8 +290,8 @@ def test_inverses_are_symmetric_and_mended_like_other_systems(solver: str) -> No
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_obs_chooses_on_the_way_what_it_would_choose_from_the_best_full_weights(alpha: float) -> None:
-    """With the ridge in H and towards the old weights; what stays is then refitted by least squares, its update."""
+def test_the_update_of_obs_is_the_refit_of_what_stays(alpha: float) -> None:
+    """With the ridge in H and towards the old weights, OBS from the best full-width weights ends in least squares."""
     decoder, settings = small_decoder(**BIASED), Restoration(alpha=alpha, inner=0.0)
     counts = {kind: [len(rows)] * 3 for kind, rows in KEPT.items()}
     pruned, kept = prune_by_obs(decoder, counts, WINDOWS, settings)
@@ -291,9 +306,12 @@ def test_obs_chooses_on_the_way_what_it_would_choose_from_the_best_full_weights(
         if alpha == 0:
             np.testing.assert_allclose(full, fit.kernel, rtol=1e-6, atol=1e-9)
         count = {"head": 4, "channel": 12}[site.kind]
-        gone = obs.greedy_removal(inverse, full @ full.T, count, counts[site.kind][0])
+        gone = obs.greedy_removal(inverse.copy(), full @ full.T, count, counts[site.kind][0])
         stay = np.delete(np.arange(count), gone)
         assert (stay == kept[site.kind][site.layer]).all()
+        rows = np.arange(len(full)).reshape(count, -1)[stay].ravel()
+        left = updated(inverse, full, gone, count)
+        np.testing.assert_allclose(left, fit.rows(rows, "host"), rtol=1e-6, atol=1e-9)
         return restoring._shrink(site, site.kind, stay, settings.resolve(decoder.config))
 
     walk(decoder, WINDOWS, check)

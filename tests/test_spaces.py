@@ -104,7 +104,7 @@ def by_hand(decoder: Decoder, tokens: jax.Array) -> list[dict[str, np.ndarray]]:
     return found
 
 
-@pytest.mark.parametrize("name", FAMILIES[1:])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_forward_and_reverse_mode_agree_in_every_kind_of_family(
     tmp_path_factory: pytest.TempPathFactory, name: str
 ) -> None:
