@@ -26,9 +26,9 @@ from transformers import AutoConfig
 from convert import memory, rules
 from convert.reader import read_model
 from convert.writer import write_model
-from minillm_jax.decoder import build
-from minillm_jax.families import parse
-from minillm_jax.model import Model
+from minillm_jax.model.decoder import build
+from minillm_jax.model.families import parse
+from minillm_jax.model.loaded import Model
 
 # About 200 MB of float32 for each layer.
 CONFIGS: dict[str, dict[str, Any]] = {

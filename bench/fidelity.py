@@ -28,15 +28,15 @@ from jax import numpy as jnp
 from scipy.stats import spearmanr
 from texts import add_arguments, load
 
-from minillm_jax import groups
 from minillm_jax.calibration import Calibration, Tokens, sample
-from minillm_jax.decoder import Decoder, depth, group_counts, kernels
 from minillm_jax.estimate.exact import RunGradients, gated_losses
 from minillm_jax.estimate.loop import Estimate, estimate, gate_slopes
 from minillm_jax.estimate.rebuild import rebuild
 from minillm_jax.estimate.settings import Estimation
-from minillm_jax.loss import sequence_losses
-from minillm_jax.model import Model
+from minillm_jax.model import axis_table
+from minillm_jax.model.decoder import Decoder, depth, group_counts, kernels
+from minillm_jax.model.loaded import Model
+from minillm_jax.model.loss import sequence_losses
 from minillm_jax.scoring import Scoring, score, scores_from
 from minillm_jax.select.criteria import CRITERIA
 
@@ -65,7 +65,7 @@ def removal_changes(
     """The groups that are removed one by one, kind -> layer -> indices, and the change of the mean loss for each."""
     generator = np.random.default_rng(seed)
     chosen, changes = {}, {}
-    for kind in groups.KINDS:
+    for kind in axis_table.KINDS:
         counts = group_counts(decoder, kind)
         most = [n if kind == "head" else min(n, channels) for n in counts]
         chosen[kind] = [np.sort(generator.choice(n, m, replace=False)) for n, m in zip(counts, most, strict=True)]
@@ -91,7 +91,7 @@ def _without(decoder: Decoder, tokens: jax.Array, kind: str, layer: jax.Array, i
     windows, first, changes = tokens.shape[0] // len(indices), 0, []
     for run in decoder.runs:
         own = {}
-        for k in groups.KINDS:
+        for k in axis_table.KINDS:
             count = group_counts(decoder, k)[first]
             here = (jnp.arange(first, first + depth(run)) == layer)[:, None, None] & (k == kind)
             gone = jnp.repeat(indices, windows)[None, :, None] == jnp.arange(count)[None, None, :]
@@ -104,7 +104,7 @@ def _without(decoder: Decoder, tokens: jax.Array, kind: str, layer: jax.Array, i
 def removal_correlation(predicted: Groups, chosen: dict[str, list[np.ndarray]], changes: Groups) -> dict[str, float]:
     """Spearman's rank correlation within a layer, averaged over layers, for each kind."""
     found = {}
-    for kind in groups.KINDS:
+    for kind in axis_table.KINDS:
         layers = zip(predicted[kind], chosen[kind], changes[kind], strict=True)
         ranks = [_spearman(p[indices], true) for p, indices, true in layers if np.ptp(p[indices]) > 0]
         found[kind] = float(np.mean(ranks)) if ranks else float("nan")
@@ -121,7 +121,7 @@ def _spearman(left: np.ndarray, right: np.ndarray) -> float:
 
 def flat_gates(runs: RunGradients) -> np.ndarray:
     """∂L/∂gate of all groups."""
-    return np.concatenate([np.asarray(run[k], np.float64).sum(1).ravel() for run in runs for k in groups.KINDS])
+    return np.concatenate([np.asarray(run[k], np.float64).sum(1).ravel() for run in runs for k in axis_table.KINDS])
 
 
 def weight_estimate(decoder: Decoder, found: Estimate, first: int, last: int) -> list[np.ndarray]:
@@ -154,14 +154,14 @@ def cosine(left: np.ndarray, right: np.ndarray) -> float:
 def gate_predictions(decoder: Decoder, found: Estimate) -> Groups:
     """-∂L/∂gate of every group: the change of the loss without it, to first order."""
     runs = gate_slopes(decoder, found)
-    return {k: [-np.asarray(layer).sum(0) for run in runs for layer in np.asarray(run[k])] for k in groups.KINDS}
+    return {k: [-np.asarray(layer).sum(0) for run in runs for layer in np.asarray(run[k])] for k in axis_table.KINDS}
 
 
 def of_weights(model: Model, calibration: Calibration, found: Estimate, truth: Any, counts: list[int]) -> Iterator[Any]:
     """A row for each number of directions: cosine with the exact gradient, and what fms makes of the estimate."""
     exact, chosen, changes = truth
     assert exact["weights"].exact is not None
-    names = groups.matrices()  # JAX sorts the keys of dictionaries, the estimate goes by this order
+    names = axis_table.matrices()  # JAX sorts the keys of dictionaries, the estimate goes by this order
     true = np.concatenate(
         [np.asarray(run[name], np.float64).ravel() for run in exact["weights"].exact for name in names if name in run]
     )

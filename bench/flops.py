@@ -21,9 +21,9 @@ from jax import numpy as jnp
 from jaxtyping import DTypeLike
 from timing import Program
 
-from minillm_jax import layers
-from minillm_jax.decoder import Decoder, kernels, run_letters
-from minillm_jax.modules import Block
+from minillm_jax.model import ops
+from minillm_jax.model.decoder import Decoder, kernels, run_letters
+from minillm_jax.model.modules import Block
 
 # Dense peaks in FLOP/s by `device_kind`, from the makers' data sheets: bfloat16, and float32 without TF32. A TPU's
 # float32 product of precision HIGHEST is six bfloat16 passes, so its peak is a sixth.
@@ -84,4 +84,4 @@ def known_peak(device: Any, dtype: DTypeLike) -> float | None:
 def square_product(size: int, dtype: DTypeLike) -> tuple[Program, float]:
     """A large matrix product as the model makes its own, and its FLOPs: the peak where no data sheet is known."""
     x, y = jax.random.normal(jax.random.key(0), (2, size, size)).astype(dtype)
-    return partial(jax.jit(partial(layers.einsum, "AB,BC->AC")), x, y), 2.0 * size**3
+    return partial(jax.jit(partial(ops.einsum, "AB,BC->AC")), x, y), 2.0 * size**3

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minillm_jax import demo, pipeline
 from minillm_jax.calibration import Tokens, tokenise
-from minillm_jax.model import Model
+from minillm_jax.model.loaded import Model
 
 
 def documents(path: Path) -> str:

@@ -22,10 +22,10 @@ from transformers import PreTrainedTokenizerFast
 from convert.writer import new_folder, write_model
 from minillm_jax import demo
 from minillm_jax.calibration import Tokens, cut, tokenise
-from minillm_jax.decoder import Decoder, build, final_hidden, initialise, parameter_count
-from minillm_jax.families import parse
-from minillm_jax.loss import perplexity, token_losses
-from minillm_jax.model import Model
+from minillm_jax.model.decoder import Decoder, build, final_hidden, initialise, parameter_count
+from minillm_jax.model.families import parse
+from minillm_jax.model.loaded import Model
+from minillm_jax.model.loss import perplexity, token_losses
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

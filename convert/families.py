@@ -1,14 +1,14 @@
 """One table a family: Hugging Face name and axes ↔ our path, and what official checkpoints carry besides.
 
-Axes are written as in `minillm_jax.groups`, one word for each axis of the stored tensor: `"NH D"` is a matrix of
-N * H rows and D columns. Our own axes for the same letters stand in the table of groups, so a rule implies its
+Axes are written as in `minillm_jax.model.axis_table`, one word for each axis of the stored tensor: `"NH D"` is a matrix of
+N * H rows and D columns. Our own axes for the same letters stand in the table of axes, so a rule implies its
 transposition and its reshaping. A rule with several parts is a fused tensor: its parts lie below each other, or,
 interleaved, are so within each head.
 """
 
 from dataclasses import dataclass, replace
 
-from minillm_jax import groups
+from minillm_jax.model import axis_table
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def array(name: str, axes: str, path: str) -> tuple[Rule, ...]:
 
 def linear(name: str, path: str, bias: bool = True) -> tuple[Rule, ...]:
     """Weight (and bias) of a `torch.nn.Linear`, which stores outputs before inputs."""
-    inputs, outputs = (groups.BLOCK_AXES | groups.OUTER_AXES)[f"{path}.kernel"].split()
+    inputs, outputs = (axis_table.BLOCK_AXES | axis_table.OUTER_AXES)[f"{path}.kernel"].split()
     weight = array(f"{name}.weight", f"{outputs} {inputs}", f"{path}.kernel")
     return weight + (array(f"{name}.bias", outputs, f"{path}.bias") if bias else ())
 
@@ -78,7 +78,7 @@ def fused(name: str, *paths: str, interleaved: bool = False) -> tuple[Rule, ...]
 
 def norm(name: str, path: str) -> tuple[Rule, ...]:
     """Weight and bias of a norm."""
-    axes = (groups.BLOCK_AXES | groups.OUTER_AXES)[f"{path}.scale"]
+    axes = (axis_table.BLOCK_AXES | axis_table.OUTER_AXES)[f"{path}.scale"]
     return array(f"{name}.weight", axes, f"{path}.scale") + array(f"{name}.bias", axes, f"{path}.bias")
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from convert.families import TABLES
-from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.errors import InputError
-from minillm_jax.families import FAMILIES, PRUNED, Family
-from minillm_jax.layers import Rope, alibi_slopes
+from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
+from minillm_jax.model.families import FAMILIES, PRUNED, Family
+from minillm_jax.model.ops import Rope, alibi_slopes
 
 STOCK, PER_LAYER, PADDED, FLAX = FORMATS = ("stock", "per-layer", "padded", "flax")
 

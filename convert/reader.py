@@ -12,11 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from convert import memory, rules, sources
 from convert.sources import FLOATS, read_json
-from minillm_jax import families, groups
-from minillm_jax.decoder import Decoder, build, named_arrays
 from minillm_jax.errors import InputError, cause
 from minillm_jax.mesh import parts, shardings
-from minillm_jax.model import Model
+from minillm_jax.model import axis_table, families
+from minillm_jax.model.decoder import Decoder, build, named_arrays
+from minillm_jax.model.loaded import Model
 
 CONFIG = "config.json"
 FLAX_WEIGHTS = "flax_weights"
@@ -116,7 +116,7 @@ def _read_flax(abstract: Decoder, folder: Path, dtype: np.dtype | None, places: 
         single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
         def want(path: jax.tree_util.KeyPath, leaf: Any) -> jax.ShapeDtypeStruct:
-            place = places.get(groups.array_path(path), single)
+            place = places.get(axis_table.array_path(path), single)
             return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place)
 
         wanted = jax.tree_util.tree_map_with_path(want, stored)
@@ -133,7 +133,7 @@ def _read_flax(abstract: Decoder, folder: Path, dtype: np.dtype | None, places: 
 
 def _check_stored(abstract: Decoder, stored: Any, where: str) -> None:
     """Whether a checkpoint holds just the arrays that the configuration has a place for."""
-    expected = {path: leaf.shape for path, leaf in named_arrays(abstract) if not groups.is_data(path)}
+    expected = {path: leaf.shape for path, leaf in named_arrays(abstract) if not axis_table.is_data(path)}
     found = {path: leaf.shape for path, leaf in named_arrays(stored)}
     for path in sorted(expected.keys() | found.keys()):
         if expected.get(path) != found.get(path):

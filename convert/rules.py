@@ -12,9 +12,10 @@ from jax.sharding import NamedSharding
 
 from convert import memory
 from convert.families import TABLES, FamilyTable, Part, Rule
-from minillm_jax import groups, mesh
-from minillm_jax.decoder import Decoder, depth, named_arrays, outer_letters, run_letters
+from minillm_jax import mesh
 from minillm_jax.errors import InputError
+from minillm_jax.model import axis_table
+from minillm_jax.model.decoder import Decoder, depth, named_arrays, outer_letters, run_letters
 
 
 @runtime_checkable
@@ -62,7 +63,7 @@ class Binding:
     def same_order(self) -> bool:
         """Whether our array has the numbers of the stored tensor in the same order."""
         first, *more = self.rule.parts
-        return not more and _our_letters(first) == groups.letters(first.axes)
+        return not more and _our_letters(first) == axis_table.letters(first.axes)
 
     def to_flax(self, tensor: np.ndarray) -> list[np.ndarray]:
         """The parts of a stored tensor in our layout (views where it is not interleaved)."""
@@ -90,14 +91,14 @@ class Binding:
         return self.sizes[self.rule.parts[0].axes[0]] if self.rule.interleaved else 1
 
     def _ours(self, piece: np.ndarray, part: Part) -> np.ndarray:
-        stored = groups.letters(part.axes)
+        stored = axis_table.letters(part.axes)
         split = piece.reshape([self.sizes[letter] for letter in stored])
         return split.transpose([stored.index(letter) for letter in _our_letters(part)])
 
 
 def _our_letters(part: Part) -> str:
     """Axis letters of our array, without the leading L."""
-    return groups.letters((groups.BLOCK_AXES | groups.OUTER_AXES)[part.path])
+    return axis_table.letters((axis_table.BLOCK_AXES | axis_table.OUTER_AXES)[part.path])
 
 
 def table_of(decoder: Decoder) -> FamilyTable:
@@ -166,8 +167,8 @@ def fill_tree(
     data_places = places or {}
 
     def leaf(path: jax.tree_util.KeyPath, expected: Any) -> jax.Array:
-        name = groups.array_path(path)
-        return mesh.place(jnp.asarray(expected), data_places.get(name)) if groups.is_data(name) else arrays[name]
+        name = axis_table.array_path(path)
+        return mesh.place(jnp.asarray(expected), data_places.get(name)) if axis_table.is_data(name) else arrays[name]
 
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 

@@ -19,11 +19,12 @@ from safetensors.numpy import save_file
 from convert import formats, rules
 from convert.reader import COMPANIONS, CONFIG, FLAX_WEIGHTS, RECORD
 from convert.sources import INDEX
-from minillm_jax import groups, mesh
-from minillm_jax.config import Sizes
-from minillm_jax.decoder import Decoder, build, group_counts, named_arrays, parameter_count, sizes_of
+from minillm_jax import mesh
 from minillm_jax.errors import InputError, cause
-from minillm_jax.model import Model
+from minillm_jax.model import axis_table
+from minillm_jax.model.config import Sizes
+from minillm_jax.model.decoder import Decoder, build, group_counts, named_arrays, parameter_count, sizes_of
+from minillm_jax.model.loaded import Model
 from minillm_jax.shrink.padding import pad_groups
 
 MAX_SHARD_SIZE = "5GB"
@@ -207,7 +208,7 @@ def _places(model: Model, sizes: Sizes) -> dict[str, list[np.ndarray]]:
     """Where each layer's groups stand among the padded ones: their original places where these are known."""
     decoder, target = model.decoder, sizes.layers[0]
     found: dict[str, list[np.ndarray]] = {
-        kind: [np.arange(n) for n in group_counts(decoder, kind)] for kind in groups.KINDS
+        kind: [np.arange(n) for n in group_counts(decoder, kind)] for kind in axis_table.KINDS
     }
     if decoder.config.alibi_heads is not None:
         layers = sizes_of(decoder).layers

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from minillm_jax.calibration import Calibration as Calibration
     from minillm_jax.errors import InputError as InputError
     from minillm_jax.estimate.settings import Estimation as Estimation
-    from minillm_jax.model import Model as Model
+    from minillm_jax.model.loaded import Model as Model
     from minillm_jax.pipeline import calibrate as calibrate
     from minillm_jax.pipeline import evaluate as evaluate
     from minillm_jax.pipeline import load as load
@@ -36,7 +36,7 @@ _HOME = {
     "Calibration": "calibration",
     "Estimation": "estimate.settings",
     "InputError": "errors",
-    "Model": "model",
+    "Model": "model.loaded",
     "Restoration": "shrink.restore",
     "Scores": "scoring",
     "Scoring": "scoring",

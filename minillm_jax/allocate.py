@@ -5,10 +5,10 @@ from functools import partial
 
 import numpy as np
 
-from minillm_jax import costs
 from minillm_jax.calibration import Calibration
-from minillm_jax.decoder import Decoder, group_counts, layer_count, part_counts
 from minillm_jax.errors import InputError, one_of
+from minillm_jax.model import costs
+from minillm_jax.model.decoder import Decoder, group_counts, layer_count, part_counts
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.select import budget as budgets
 from minillm_jax.select.budget import Budget, Counts, Stock

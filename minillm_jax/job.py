@@ -8,19 +8,13 @@ from functools import partial
 import numpy as np
 
 from convert import formats, writer
-from minillm_jax import allocate, costs, groups, loss, mesh
+from minillm_jax import allocate, mesh
 from minillm_jax import calibration as text
 from minillm_jax.calibration import Calibration
-from minillm_jax.decoder import (
-    build,
-    group_counts,
-    hidden_size,
-    layer_count,
-    part_counts,
-    sizes_of,
-)
 from minillm_jax.errors import InputError, one_of
-from minillm_jax.model import Model
+from minillm_jax.model import axis_table, costs, loss
+from minillm_jax.model.decoder import build, group_counts, hidden_size, layer_count, part_counts, sizes_of
+from minillm_jax.model.loaded import Model
 from minillm_jax.pipeline import (
     calibrate,
     check_rounds,
@@ -77,7 +71,7 @@ class Job:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of groups that go inside each block."""
-        found = {"heads": groups.HEADS[self.heads], "channels": "channel"}
+        found = {"heads": axis_table.HEADS[self.heads], "channels": "channel"}
         return tuple(kind for structure, kind in found.items() if structure in self.structures)
 
     def check(self) -> None:
@@ -86,7 +80,7 @@ class Job:
         Raises:
           InputError: they do not.
         """
-        one_of("way to count heads", self.heads, groups.HEADS)
+        one_of("way to count heads", self.heads, axis_table.HEADS)
         for structure in self.structures:
             one_of("structure", structure, STRUCTURES)
         if not self.structures or len(set(self.structures)) < len(self.structures):

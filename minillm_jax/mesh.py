@@ -17,10 +17,10 @@ from jax import numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
-from minillm_jax import groups
-from minillm_jax.decoder import Decoder, named_arrays, outer_letters, run_letters
 from minillm_jax.errors import InputError, cause
 from minillm_jax.estimate.directions import Directions
+from minillm_jax.model import axis_table
+from minillm_jax.model.decoder import Decoder, named_arrays, outer_letters, run_letters
 
 DATA, MODEL = "data", "model"
 
@@ -97,10 +97,10 @@ def shardings(decoder: Decoder, mesh: Mesh) -> dict[str, NamedSharding]:
     sizes = [run_letters(run) for run in decoder.runs]
 
     def one(path: str) -> NamedSharding:
-        if groups.is_data(path):  # a few numbers, which every host reads
+        if axis_table.is_data(path):  # a few numbers, which every host reads
             return NamedSharding(mesh, PartitionSpec())
         letters = sizes[int(path.split(".")[1])] if path.startswith("runs.") else outer_letters(decoder)
-        return NamedSharding(mesh, spec(groups.axes_of(path), letters, mesh.shape[MODEL]))
+        return NamedSharding(mesh, spec(axis_table.axes_of(path), letters, mesh.shape[MODEL]))
 
     return {path: one(path) for path, _ in named_arrays(decoder)}
 
@@ -117,7 +117,7 @@ def spec(axes: str, sizes: Mapping[str, int], devices: int) -> PartitionSpec:
     def cut(letter: str) -> str | None:
         return MODEL if letter in SHARDED and sizes[SHARDED[letter]] % devices == 0 else None
 
-    return PartitionSpec(*(cut(letter) for letter in groups.letters(axes)))
+    return PartitionSpec(*(cut(letter) for letter in axis_table.letters(axes)))
 
 
 def constrain(
@@ -126,7 +126,7 @@ def constrain(
     """Inside a compiled program: one layer's array, by its name in the layer, lies where the rules say."""
     if mesh is None:
         return array
-    where = PartitionSpec() if groups.is_data(name) else spec(groups.BLOCK_AXES[name], sizes, mesh.shape[MODEL])
+    where = PartitionSpec() if axis_table.is_data(name) else spec(axis_table.BLOCK_AXES[name], sizes, mesh.shape[MODEL])
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, where))
 
 
@@ -149,7 +149,9 @@ def shard(decoder: Decoder, mesh: Mesh | None) -> Decoder:
     if mesh is None:
         return decoder
     places = shardings(decoder, mesh)
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: place(leaf, places[groups.array_path(path)]), decoder)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: place(leaf, places[axis_table.array_path(path)]), decoder
+    )
 
 
 def shard_batch(tokens: Int[np.ndarray, "B T"], mesh: Mesh | None) -> Int[Array, "B T"]:

@@ -20,10 +20,12 @@ from jax import numpy as jnp
 from jax.sharding import Mesh
 
 from convert import reader, writer
-from minillm_jax import __version__, allocate, groups, loss, mesh
+from minillm_jax import __version__, allocate, mesh
 from minillm_jax import calibration as text
 from minillm_jax.calibration import Calibration
-from minillm_jax.decoder import (
+from minillm_jax.errors import InputError
+from minillm_jax.model import axis_table, loss
+from minillm_jax.model.decoder import (
     Decoder,
     build,
     group_counts,
@@ -33,8 +35,7 @@ from minillm_jax.decoder import (
     part_counts,
     sizes_of,
 )
-from minillm_jax.errors import InputError
-from minillm_jax.model import Model
+from minillm_jax.model.loaded import Model
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.scoring import Scores, Scoring, hidden_scores, score, summaries
 from minillm_jax.select.budget import Budget, Counts, by_ratio, choose, kept_count
@@ -105,7 +106,7 @@ def with_biases(model: Model) -> Model:
     arrays = dict(named_arrays(model.decoder))
 
     def leaf(path: jax.tree_util.KeyPath, shape: Any) -> jax.Array:
-        name = groups.array_path(path)
+        name = axis_table.array_path(path)
         return arrays[name] if name in arrays else jnp.zeros(shape.shape, shape.dtype)
 
     decoder = mesh.shard(jax.tree_util.tree_map_with_path(leaf, abstract), mesh.of(model.decoder))
@@ -152,7 +153,7 @@ def prune_in_rounds(
         if number:
             scores = score(replace(model, decoder=decoder), calibration, scoring, progress)
         decoder, stay = _shrink(decoder, scores, counts, restoration, calibration, progress)
-        kept = stay if kept is None else groups.kept_of_kept(kept, stay)
+        kept = stay if kept is None else axis_table.kept_of_kept(kept, stay)
     assert kept is not None, "there is at least one round"
     return recorded(model, decoder, kept, scores, budget, restoration, more)
 
@@ -196,7 +197,7 @@ def _shrink(
     restoration: Restoration,
     calibration: Calibration | None,
     progress: StageProgress | None,
-) -> tuple[Decoder, groups.Kept]:
+) -> tuple[Decoder, axis_table.Kept]:
     """The smaller decoder, and what it kept."""
     told = partial(tell, progress, "restoration")
     restored = restoration.method != "none"
@@ -213,7 +214,7 @@ def _shrink(
 def recorded(
     model: Model,
     pruned: Decoder,
-    kept: groups.Kept,
+    kept: axis_table.Kept,
     scores: Scores,
     budget: Budget,
     restoration: Restoration,

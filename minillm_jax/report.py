@@ -12,7 +12,7 @@ from rich.text import Text
 from minillm_jax import card, pages, pictures
 from minillm_jax.figures import FORMAT_WORDS, advice, amount, result_json, rows
 from minillm_jax.job import Result
-from minillm_jax.loss import Perplexity
+from minillm_jax.model.loss import Perplexity
 from minillm_jax.presets import COMMON, PRESETS
 
 

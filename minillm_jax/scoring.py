@@ -10,9 +10,17 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax import groups, mesh
+from minillm_jax import mesh
 from minillm_jax.calibration import Calibration, check_seed
-from minillm_jax.decoder import (
+from minillm_jax.errors import InputError, one_of
+from minillm_jax.estimate import directions
+from minillm_jax.estimate.exact import RunGradients
+from minillm_jax.estimate.loop import Estimate, estimate, gate_slopes
+from minillm_jax.estimate.rebuild import rebuild
+from minillm_jax.estimate.settings import Estimation
+from minillm_jax.estimate.statistics import ACTIVATION_NORMS, RunStatistics, activation_norms
+from minillm_jax.model import axis_table
+from minillm_jax.model.decoder import (
     Decoder,
     depth,
     group_count,
@@ -22,15 +30,8 @@ from minillm_jax.decoder import (
     layer_count,
     run_letters,
 )
-from minillm_jax.errors import InputError, one_of
-from minillm_jax.estimate import directions
-from minillm_jax.estimate.exact import RunGradients
-from minillm_jax.estimate.loop import Estimate, estimate, gate_slopes
-from minillm_jax.estimate.rebuild import rebuild
-from minillm_jax.estimate.settings import Estimation
-from minillm_jax.estimate.statistics import ACTIVATION_NORMS, RunStatistics, activation_norms
-from minillm_jax.model import Model
-from minillm_jax.modules import Block
+from minillm_jax.model.loaded import Model
+from minillm_jax.model.modules import Block
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.select import criteria
 from minillm_jax.select.criteria import CRITERIA, Criterion
@@ -61,7 +62,7 @@ class Scoring:
     across: str | None = None
     seed: int = 0
     factors: tuple[str, ...] | None = None
-    kinds: tuple[str, ...] = groups.KINDS
+    kinds: tuple[str, ...] = axis_table.KINDS
 
     def resolve(self) -> tuple[Criterion, Estimation]:
         """The criterion with its reductions, and the estimate in the space that it takes.
@@ -351,7 +352,7 @@ def _score_structure(
     One matrix of one layer at a time: ĝ is rebuilt, used and forgotten, so this takes the memory of the weights and a
     few times that of one matrix.
     """
-    axes = groups.matrices()[name]
+    axes = axis_table.matrices()[name]
 
     def one(layer_of: tuple[Array, Array | None, Array | None, Array | None, Array]) -> Array:
         kernel, norm, slope, squares, layer = layer_of

@@ -17,20 +17,11 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax import layers
-from minillm_jax.config import DecoderConfig
-from minillm_jax.decoder import (
-    Decoder,
-    Half,
-    attention_half,
-    depth,
-    embed,
-    layer_count,
-    mlp_half,
-    rotary_angles,
-)
-from minillm_jax.loss import batches
-from minillm_jax.modules import Angles, Block, Linear
+from minillm_jax.model import ops
+from minillm_jax.model.config import DecoderConfig
+from minillm_jax.model.decoder import Decoder, Half, attention_half, depth, embed, layer_count, mlp_half, rotary_angles
+from minillm_jax.model.loss import batches
+from minillm_jax.model.modules import Angles, Block, Linear
 
 # The output projection of each kind of group: what reads the groups of the kind, and nothing else.
 PROJECTIONS = {"head": "attention.o", "channel": "mlp.down"}
@@ -216,7 +207,7 @@ def _input_moments(
     """Of one batch; the norms before the matrices are those of the dense layer, which nobody changes."""
     name = "attention.q" if kind == "head" else "mlp.up"
     goal, x = (_half(kind, run, config, state, angles).inputs[name] for state in (dense, pruned))
-    gram, cross = layers.einsum("BTD,BTE->DE", x, x), layers.einsum("BTD,BTE->DE", x, goal)
+    gram, cross = ops.einsum("BTD,BTE->DE", x, x), ops.einsum("BTD,BTE->DE", x, goal)
     return InputMoments(gram, jnp.sum(x, axis=(0, 1)), cross, jnp.sum(goal, axis=(0, 1)))
 
 
@@ -229,5 +220,5 @@ def _moments(
     gap = goal - made.base
     gap = gap if bias is None else gap - jnp.broadcast_to(bias[0], gap.shape)
     a = made.inputs[PROJECTIONS[kind]].reshape(*gap.shape[:2], -1)  # [B, T, I]
-    gram, cross = layers.einsum("BTI,BTJ->IJ", a, a), layers.einsum("BTI,BTD->ID", a, gap)
+    gram, cross = ops.einsum("BTI,BTJ->IJ", a, a), ops.einsum("BTI,BTD->ID", a, gap)
     return Moments(gram, jnp.sum(a, axis=(0, 1)), cross, jnp.sum(gap, axis=(0, 1)))

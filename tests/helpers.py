@@ -12,14 +12,14 @@ import transformers
 from jax import numpy as jnp
 
 from convert import modeling_pruned
-from minillm_jax import groups
-from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
-from minillm_jax.decoder import Decoder, build, initialise
 from minillm_jax.estimate.directions import Directions
 from minillm_jax.estimate.gradient import paired_losses
 from minillm_jax.estimate.spaces import Weights, finite
-from minillm_jax.layers import Rope
-from minillm_jax.modules import Block
+from minillm_jax.model import axis_table
+from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
+from minillm_jax.model.decoder import Decoder, build, initialise
+from minillm_jax.model.modules import Block
+from minillm_jax.model.ops import Rope
 from minillm_jax.select.budget import choose, kept_count
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -187,7 +187,7 @@ def small_decoder(
     keys = iter(jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(decoder))))
 
     def shake(path: Any, leaf: jax.Array) -> jax.Array:
-        if groups.is_data(groups.array_path(path)):
+        if axis_table.is_data(axis_table.array_path(path)):
             return leaf
         return leaf + 0.1 * jax.random.normal(next(keys), leaf.shape)
 
@@ -208,7 +208,7 @@ def pairs_of(
     return found.reshape(-1, *found.shape[2:])
 
 
-def best_of(scores: dict[str, list[np.ndarray]], ratio: float) -> groups.Kept:
+def best_of(scores: dict[str, list[np.ndarray]], ratio: float) -> axis_table.Kept:
     """The groups with the highest scores, the same share in every layer."""
     counts = {kind: [kept_count(len(values), ratio) for values in rows] for kind, rows in scores.items()}
     return choose(scores, counts, {kind: [1] * len(rows) for kind, rows in scores.items()})

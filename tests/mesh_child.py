@@ -18,17 +18,18 @@ from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from convert import reader, writer
-from minillm_jax import groups, loss, mesh
-from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
-from minillm_jax.decoder import Decoder, build, named_arrays
+from minillm_jax import mesh
 from minillm_jax.estimate import directions, gradient
 from minillm_jax.estimate.directions import Directions
 from minillm_jax.estimate.loop import estimate
 from minillm_jax.estimate.settings import Estimation
 from minillm_jax.estimate.spaces import Gates, LowRank, Space, Weights
 from minillm_jax.estimate.statistics import activation_norms
-from minillm_jax.layers import Rope
 from minillm_jax.mesh import MeshShape
+from minillm_jax.model import axis_table, loss
+from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
+from minillm_jax.model.decoder import Decoder, build, named_arrays
+from minillm_jax.model.ops import Rope
 from minillm_jax.shrink.restore import restore
 from minillm_jax.shrink.slicing import slice_groups
 
@@ -210,8 +211,10 @@ def directions_are_equal() -> dict[str, bool]:
     key, layer, made = directions.direction_keys(3, 0, 1)[0], jnp.int32(1), make_mesh(1, 8)
     found = {}
     for kind, name in product(("gaussian", "rademacher"), ("attention.q", "mlp.up")):
-        axes = groups.matrices()[name]
-        draw = partial(directions.draw, layer=layer, name=name, shape=groups.shape(axes, letters), distribution=kind)
+        axes = axis_table.matrices()[name]
+        draw = partial(
+            directions.draw, layer=layer, name=name, shape=axis_table.shape(axes, letters), distribution=kind
+        )
         sharded = jax.jit(draw, out_shardings=NamedSharding(made, mesh.spec(axes, letters, 8)))(key)
         alone = jax.jit(draw)(key)
         assert {one.data.size for one in sharded.addressable_shards} == {alone.size // 8}

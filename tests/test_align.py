@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from minillm_jax.decoder import kernels
-from minillm_jax.loss import sequence_losses
-from minillm_jax.modules import Block
+from minillm_jax.model.decoder import kernels
+from minillm_jax.model.loss import sequence_losses
+from minillm_jax.model.modules import Block
 from minillm_jax.shrink.align import INNER, align
 from minillm_jax.shrink.restore import Restoration, restore
 from minillm_jax.shrink.slicing import slice_layers

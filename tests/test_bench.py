@@ -18,10 +18,10 @@ import torch
 from jax import numpy as jnp
 
 from convert.reader import read_model
-from minillm_jax.config import LayerSizes, Sizes
-from minillm_jax.decoder import Decoder, apply_block, build, finish, project_to_vocabulary, rotary_angles
-from minillm_jax.loss import sequence_losses
-from minillm_jax.modules import Block
+from minillm_jax.model.config import LayerSizes, Sizes
+from minillm_jax.model.decoder import Decoder, apply_block, build, finish, project_to_vocabulary, rotary_angles
+from minillm_jax.model.loss import sequence_losses
+from minillm_jax.model.modules import Block
 
 ROOT = Path(__file__).parents[1]
 EPSILON = 1e-3

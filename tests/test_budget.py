@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm_jax import allocate, costs, groups
+from minillm_jax import allocate
 from minillm_jax.calibration import Calibration
-from minillm_jax.decoder import Decoder, group_counts
 from minillm_jax.errors import InputError
-from minillm_jax.loss import perplexity
-from minillm_jax.model import Model
+from minillm_jax.model import axis_table, costs
+from minillm_jax.model.decoder import Decoder, group_counts
+from minillm_jax.model.loaded import Model
+from minillm_jax.model.loss import perplexity
 from minillm_jax.pipeline import prune, prune_in_rounds
 from minillm_jax.scoring import Scoring, score
 from minillm_jax.select import budget as budgets
@@ -226,7 +227,7 @@ def test_rounds_end_with_the_same_counts_and_remember_what_was_kept_of_the_dense
     model = small_model()
     once = prune_in_rounds(model, CALIBRATION, Scoring("magnitude"), Budget(0.5))
     thrice = prune_in_rounds(model, CALIBRATION, Scoring("magnitude"), Budget(0.5), rounds=3)
-    for kind in groups.KINDS:
+    for kind in axis_table.KINDS:
         assert group_counts(once.decoder, kind) == group_counts(thrice.decoder, kind)
     kept = {k: [np.asarray(r) for r in rows] for k, rows in (thrice.record or {})["kept"].items()}
     same: Decoder = slice_groups(model.decoder, kept)

@@ -20,10 +20,10 @@ from convert.reader import FLAX_WEIGHTS, read_model
 from convert.rules import bindings
 from convert.sources import INDEX, SINGLE
 from convert.writer import new_folder, write_flax, write_model
-from minillm_jax import groups
-from minillm_jax.decoder import named_arrays, sizes_of
 from minillm_jax.errors import InputError
-from minillm_jax.families import FAMILIES
+from minillm_jax.model import axis_table
+from minillm_jax.model.decoder import named_arrays, sizes_of
+from minillm_jax.model.families import FAMILIES
 from tests.helpers import CONFIGURATIONS, arrays_equal, edit_json, hugging_face_folder, load_stock, shared
 
 
@@ -132,17 +132,17 @@ def test_table_covers_every_array_once_and_names_every_axis(tmp_path: Path, name
     assert len({binding.name for binding in bound}) == len(bound)
     layers = [(path, binding.index) for binding in bound for path in binding.paths]
     assert len(set(layers)) == len(layers)
-    assert {path for path, _ in layers} == {p for p, _ in named_arrays(decoder) if not groups.is_data(p)}
-    axes = groups.BLOCK_AXES | groups.OUTER_AXES
+    assert {path for path, _ in layers} == {p for p, _ in named_arrays(decoder) if not axis_table.is_data(p)}
+    axes = axis_table.BLOCK_AXES | axis_table.OUTER_AXES
     for part in (part for binding in bound for part in binding.rule.parts):
-        assert sorted(groups.letters(part.axes)) == sorted(groups.letters(axes[part.path]))
+        assert sorted(axis_table.letters(part.axes)) == sorted(axis_table.letters(axes[part.path]))
 
 
 def test_every_array_of_the_axes_belongs_to_some_family() -> None:
     """No array of the table is dead, and no family has a rule for one that is not in it."""
     ruled = {part.path for table in TABLES.values() for rule in (*table.outer, *table.block) for part in rule.parts}
-    known = groups.BLOCK_AXES.keys() | groups.OUTER_AXES.keys()
-    assert known - ruled == set(groups.DATA)
+    known = axis_table.BLOCK_AXES.keys() | axis_table.OUTER_AXES.keys()
+    assert known - ruled == set(axis_table.DATA)
     assert TABLES.keys() == FAMILIES.keys()
 
 

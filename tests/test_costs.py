@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from minillm_jax import costs, groups
-from minillm_jax.config import LayerSizes, Sizes
-from minillm_jax.decoder import Decoder, apply_block, group_counts, named_arrays, part_counts, rotary_angles
 from minillm_jax.errors import InputError
+from minillm_jax.model import axis_table, costs
+from minillm_jax.model.config import LayerSizes, Sizes
+from minillm_jax.model.decoder import Decoder, apply_block, group_counts, named_arrays, part_counts, rotary_angles
 from minillm_jax.shrink.slicing import slice_groups
 from tests.helpers import small_decoder
 from tests.test_stream import BIASED
@@ -42,7 +42,7 @@ def test_macs_of_the_whole_add_the_head_and_grow_with_the_square_of_the_window()
 def test_parameters_and_memory_are_sums_over_arrays(changes: dict[str, bool]) -> None:
     """Half precision halves the memory; the window adds keys and values of 3 layers, 4 heads of 4."""
     decoder = small_decoder(**changes)
-    arrays = [leaf for path, leaf in named_arrays(decoder) if not groups.is_data(path)]
+    arrays = [leaf for path, leaf in named_arrays(decoder) if not axis_table.is_data(path)]
     assert costs.all_costs(decoder, 7) == {
         "parameters": sum(leaf.size for leaf in arrays),
         "macs": costs.cost(decoder, "macs", 7),

@@ -16,7 +16,7 @@ from convert.reader import read_model
 from minillm_jax.calibration import Calibration
 from minillm_jax.errors import InputError
 from minillm_jax.estimate.settings import Estimation
-from minillm_jax.model import Model
+from minillm_jax.model.loaded import Model
 from minillm_jax.scoring import Scoring, score
 from tests.helpers import hugging_face_folder, load_torch, random_tokens
 

@@ -13,11 +13,11 @@ from jax import numpy as jnp
 
 from convert.reader import read_model
 from convert.writer import write_model
-from minillm_jax import groups, layers
-from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
-from minillm_jax.decoder import NO_WINDOW, build, final_hidden, group_counts, parameter_count, scan_layers
 from minillm_jax.errors import InputError
-from minillm_jax.layers import Rope
+from minillm_jax.model import axis_table, ops
+from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
+from minillm_jax.model.decoder import NO_WINDOW, build, final_hidden, group_counts, parameter_count, scan_layers
+from minillm_jax.model.ops import Rope
 from minillm_jax.shrink.slicing import slice_groups
 from tests.helpers import (
     CONFIGURATIONS,
@@ -46,7 +46,7 @@ def difference(folder: Path, tokens: np.ndarray) -> float:
 def pruned_folder(folder: Path, output: Path, ratio: float, seed: int = 0) -> Path:
     model = read_model(folder)
     rng = np.random.default_rng(seed)
-    scores = {kind: [rng.random(n) for n in group_counts(model.decoder, kind)] for kind in groups.KINDS}
+    scores = {kind: [rng.random(n) for n in group_counts(model.decoder, kind)] for kind in axis_table.KINDS}
     decoder = slice_groups(model.decoder, best_of(scores, ratio))
     write_model(dataclasses.replace(model, decoder=decoder), output)
     return output
@@ -234,7 +234,7 @@ def test_half_precision_scores_do_not_overflow() -> None:
     """Products of queries and keys stay float32 until the softmax."""
     q = jnp.full((1, 3, 2, 16), 100.0, jnp.float16)
     k = jnp.full((1, 3, 1, 16), 100.0, jnp.float16)
-    mixed = layers.attend(q, k, jnp.ones_like(k), layers.causal_mask(3, None))
+    mixed = ops.attend(q, k, jnp.ones_like(k), ops.causal_mask(3, None))
     assert mixed.dtype == jnp.float16
     np.testing.assert_allclose(mixed, 1.0)
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from minillm_jax import groups
-from minillm_jax.decoder import kernels, scan_layers
 from minillm_jax.estimate import directions
+from minillm_jax.model import axis_table
+from minillm_jax.model.decoder import kernels, scan_layers
 from tests.helpers import perturb, small_decoder
 
 SHAPES = {"attention.q": (48, 8, 4), "attention.o": (8, 4, 48), "mlp.down": (37, 48)}
@@ -99,7 +99,7 @@ def test_perturb_moves_every_matrix_and_nothing_else(distribution: str) -> None:
             z = jitted(key, jnp.int32(layer), name, kernel.shape[1:], distribution)
             np.testing.assert_allclose(moved[name][layer], kernel[layer] + 0.5 * z, rtol=1e-6, atol=1e-6)
     for path in ("attention_norm.scale", "attention.q.bias"):
-        assert path in groups.BLOCK_AXES
+        assert path in axis_table.BLOCK_AXES
     np.testing.assert_array_equal(after.attention.q.bias[...], before.attention.q.bias[...])
     np.testing.assert_array_equal(after.mlp_norm.scale[...], before.mlp_norm.scale[...])
 

@@ -8,7 +8,7 @@ import transformers
 
 from convert.reader import read_model
 from minillm_jax.errors import InputError
-from minillm_jax.families import FAMILIES, parse
+from minillm_jax.model.families import FAMILIES, parse
 from tests.helpers import SMALL, edit_json, hugging_face_folder
 
 

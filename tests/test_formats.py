@@ -17,10 +17,10 @@ from jax import numpy as jnp
 from convert import formats
 from convert.reader import read_model
 from convert.writer import check_shard_size, write_model
-from minillm_jax import groups
-from minillm_jax.decoder import Decoder, build, group_counts, hidden_size, layer_count, named_arrays, sizes_of
 from minillm_jax.errors import InputError
-from minillm_jax.model import Model
+from minillm_jax.model import axis_table
+from minillm_jax.model.decoder import Decoder, build, group_counts, hidden_size, layer_count, named_arrays, sizes_of
+from minillm_jax.model.loaded import Model
 from minillm_jax.pipeline import prune
 from minillm_jax.scoring import Scores
 from minillm_jax.select.budget import Budget, kept_count
@@ -41,11 +41,11 @@ from tests.helpers import (
 TOKENS = random_tokens(97, 2, 40)
 
 
-def pruned(model: Model, seed: int = 0, equal: bool = False, kinds: tuple[str, ...] = groups.KINDS) -> Model:
+def pruned(model: Model, seed: int = 0, equal: bool = False, kinds: tuple[str, ...] = axis_table.KINDS) -> Model:
     """A model with random groups left of the kinds given: equally many in all layers, or different numbers."""
     rng = np.random.default_rng(seed)
     kept = {}
-    for kind in groups.KINDS:
+    for kind in axis_table.KINDS:
         counts = group_counts(model.decoder, kind)
         stay = [max(1, counts[0] - 1 if equal else n - 1 - layer) for layer, n in enumerate(counts)]
         stay = stay if kind in kinds else counts
@@ -238,7 +238,7 @@ def test_sizes_of_a_decoder_build_it_again(dense: dict[str, Path]) -> None:
         assert jax.tree.structure(built) == jax.tree.structure(decoder)
         for (path, ours), (_, theirs) in zip(named_arrays(built), named_arrays(decoder), strict=True):
             assert ours.shape == theirs.shape
-            if groups.is_data(path):
+            if axis_table.is_data(path):
                 np.testing.assert_array_equal(ours, theirs)
 
 
@@ -270,7 +270,9 @@ def test_sizes_are_rounded_for_the_hardware(tmp_path: Path) -> None:
     """The record says what was asked and what was kept."""
     model = read_model(hugging_face_folder(tmp_path / "dense", intermediate_size=300, num_key_value_heads=8))
     scores = Scores(
-        {kind: [np.arange(n, dtype=float) for n in group_counts(model.decoder, kind)] for kind in groups.KINDS}, {}, {}
+        {kind: [np.arange(n, dtype=float) for n in group_counts(model.decoder, kind)] for kind in axis_table.KINDS},
+        {},
+        {},
     )
     rounded = prune(model, scores, Budget(0.4, layers=(1, 3), round_heads_to=4, round_width_to=64))
     assert group_counts(rounded.decoder, "head") == [8, 8, 8]  # 5 asked, the next multiple of 4 is 8

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from minillm_jax.config import LayerSizes, Sizes
-from minillm_jax.decoder import Decoder, kernels, with_runs
 from minillm_jax.errors import InputError
 from minillm_jax.estimate import chunks, directions
 from minillm_jax.estimate.directions import Directions
@@ -17,7 +15,9 @@ from minillm_jax.estimate.loop import estimate
 from minillm_jax.estimate.rebuild import rebuild
 from minillm_jax.estimate.settings import Estimation
 from minillm_jax.estimate.spaces import Weights
-from minillm_jax.loss import sequence_losses
+from minillm_jax.model.config import LayerSizes, Sizes
+from minillm_jax.model.decoder import Decoder, kernels, with_runs
+from minillm_jax.model.loss import sequence_losses
 from tests.helpers import pairs_of, perturb, random_tokens, small_decoder
 
 # About 400 weights, so that a few thousand directions span them several times over.

@@ -10,9 +10,9 @@ import torch
 from jax import numpy as jnp
 
 from convert.reader import read_model
-from minillm_jax import loss
-from minillm_jax.decoder import final_hidden
 from minillm_jax.errors import InputError
+from minillm_jax.model import loss
+from minillm_jax.model.decoder import final_hidden
 from tests.helpers import hugging_face_folder, load_torch, random_tokens, small_decoder, torch_logits
 
 

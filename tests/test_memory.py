@@ -6,13 +6,13 @@ import jax
 import pytest
 from jax import numpy as jnp
 
-from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
-from minillm_jax.decoder import Decoder, build, depth, kernels
 from minillm_jax.estimate import directions, gradient
 from minillm_jax.estimate.directions import Directions
 from minillm_jax.estimate.spaces import Gates, LowRank, Space, Weights
-from minillm_jax.layers import Rope
-from minillm_jax.loss import sequence_losses
+from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
+from minillm_jax.model.decoder import Decoder, build, depth, kernels
+from minillm_jax.model.loss import sequence_losses
+from minillm_jax.model.ops import Rope
 from minillm_jax.scoring import _score_structure
 from minillm_jax.select.criteria import CRITERIA
 

@@ -12,7 +12,7 @@ import pytest
 
 from convert.reader import read_model
 from convert.writer import write_model
-from minillm_jax.families import FAMILIES
+from minillm_jax.model.families import FAMILIES
 from tests.helpers import CONFIGURATIONS, hugging_face_folder
 
 ROOT = Path(__file__).parents[1]

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from minillm_jax import calibration, loss
+from minillm_jax import calibration
 from minillm_jax.job import Job, run
+from minillm_jax.model import loss
 from minillm_jax.pipeline import load
 from minillm_jax.scoring import Scoring
 from minillm_jax.select.budget import Budget

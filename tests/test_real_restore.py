@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from minillm_jax import calibration, demo, groups, loss
-from minillm_jax.decoder import group_counts
+from minillm_jax import calibration, demo
+from minillm_jax.model import axis_table, loss
+from minillm_jax.model.decoder import group_counts
 from minillm_jax.pipeline import load
 from minillm_jax.scoring import Scoring, score
 from minillm_jax.select.budget import kept_count
@@ -27,7 +28,7 @@ def test_restoration_of_a_trained_model() -> None:
     scores = score(model, calibration.Calibration(calibrate, "stories", 0), Scoring("wanda"))
     for ratio, bound in BOUNDS.items():
         kept = best_of(scores.groups, ratio)
-        counts = {kind: [kept_count(n, ratio) for n in group_counts(model.decoder, kind)] for kind in groups.KINDS}
+        counts = {kind: [kept_count(n, ratio) for n in group_counts(model.decoder, kind)] for kind in axis_table.KINDS}
         found = {
             "wanda": slice_groups(model.decoder, kept),
             "least squares": restore(model.decoder, kept, calibrate),
@@ -43,9 +44,9 @@ def test_a_trained_model_is_pruned_alike_on_host_and_device() -> None:
     model = load(demo.FOLDER)
     tokens = calibration.tokenise(demo.held_out_text(), model.folder)
     windows = calibration.sample(calibration.Tokens(tokens, "held out", 1), 24, 128, seed=0)
-    counts = {kind: [n // 2 for n in group_counts(model.decoder, kind)] for kind in groups.KINDS}
+    counts = {kind: [n // 2 for n in group_counts(model.decoder, kind)] for kind in axis_table.KINDS}
     host, device = (prune_by_obs(model.decoder, counts, windows[:8], Restoration(solver=s)) for s in linear.SOLVERS)
-    for kind in groups.KINDS:
+    for kind in axis_table.KINDS:
         for ours, theirs in zip(host[1][kind], device[1][kind], strict=True):
             np.testing.assert_array_equal(ours, theirs)
     found, other = (loss.perplexity(decoder, windows[8:]).perplexity for decoder, _ in (host, device))

@@ -110,7 +110,7 @@ def test_the_folder_holds_the_figures_as_json_page_and_card(wanda: tuple[Result,
     assert same_figures(result, written)
     assert written["format"] == "per-layer"
     before, after = read_model(result.job.model).decoder, result.pruned.decoder
-    from minillm_jax import costs
+    from minillm_jax.model import costs
 
     assert written["costs"] == {
         "window": 128,

@@ -8,10 +8,10 @@ import pytest
 from jax import numpy as jnp
 
 from convert.reader import read_model
-from minillm_jax import groups
-from minillm_jax.decoder import Decoder, final_hidden, group_counts, named_arrays, sizes_of
 from minillm_jax.errors import InputError
-from minillm_jax.modules import Block
+from minillm_jax.model import axis_table
+from minillm_jax.model.decoder import Decoder, final_hidden, group_counts, named_arrays, sizes_of
+from minillm_jax.model.modules import Block
 from minillm_jax.shrink import linear, obs
 from minillm_jax.shrink import restore as restoring
 from minillm_jax.shrink.restore import Restoration, can_compensate, prune_by_obs, restore
@@ -72,9 +72,9 @@ def test_refit_is_the_least_squares_solution_on_collected_activations(alpha: flo
 
 def test_what_removes_nothing_changes_nothing() -> None:
     decoder = small_decoder(**BIASED)
-    everything = {kind: [np.arange(n) for n in group_counts(decoder, kind)] for kind in groups.KINDS}
+    everything = {kind: [np.arange(n) for n in group_counts(decoder, kind)] for kind in axis_table.KINDS}
     assert arrays_equal(restore(decoder, everything, WINDOWS), decoder)
-    counts = {kind: group_counts(decoder, kind) for kind in groups.KINDS}
+    counts = {kind: group_counts(decoder, kind) for kind in axis_table.KINDS}
     pruned, kept = prune_by_obs(decoder, counts, WINDOWS)
     assert arrays_equal(pruned, decoder)
     assert [len(rows) for rows in kept["head"]] == counts["head"]
@@ -84,7 +84,7 @@ def test_what_removes_nothing_changes_nothing() -> None:
 def test_removing_groups_of_zeros_changes_nothing(settings: Restoration) -> None:
     """And structured OBS finds them."""
     decoder = small_decoder(**BIASED)
-    for kind in groups.KINDS:
+    for kind in axis_table.KINDS:
         kernel = projection(decoder.runs[0], kind).kernel
         old = np.asarray(kernel)
         stays = np.isin(np.arange(old[0].size // 16), feature_rows(kind, old[0].size // 16))
@@ -94,7 +94,7 @@ def test_removing_groups_of_zeros_changes_nothing(settings: Restoration) -> None
     np.testing.assert_allclose(hidden(restored, WINDOWS), hidden(decoder, WINDOWS), atol=1e-5)
     counts = {kind: [len(rows)] * 3 for kind, rows in KEPT.items()}
     pruned, kept = prune_by_obs(decoder, counts, WINDOWS, settings)
-    assert all((rows == KEPT[kind]).all() for kind in groups.KINDS for rows in kept[kind])
+    assert all((rows == KEPT[kind]).all() for kind in axis_table.KINDS for rows in kept[kind])
     np.testing.assert_allclose(hidden(pruned, WINDOWS), hidden(decoder, WINDOWS), atol=1e-5)
 
 

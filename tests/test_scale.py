@@ -15,8 +15,8 @@ from transformers import AutoConfig
 
 from convert import rules
 from convert.sources import INDEX
-from minillm_jax.decoder import build
-from minillm_jax.families import parse
+from minillm_jax.model.decoder import build
+from minillm_jax.model.families import parse
 from tests.helpers import hugging_face_folder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import numpy as jnp
 
-from minillm_jax import groups
 from minillm_jax.errors import InputError
 from minillm_jax.estimate import directions
+from minillm_jax.model import axis_table
 from minillm_jax.select import criteria
 from minillm_jax.select.budget import Budget, Stock, by_ratio, choose, kept_count
 from tests.helpers import best_of
@@ -139,8 +139,8 @@ def test_scores_that_are_not_finite_are_an_error() -> None:
 
 
 def test_axes_of_the_table_name_each_letter_once() -> None:
-    for axes in (groups.OUTER_AXES | groups.BLOCK_AXES).values():
-        letters = groups.letters(axes)
+    for axes in (axis_table.OUTER_AXES | axis_table.BLOCK_AXES).values():
+        letters = axis_table.letters(axes)
         assert len(set(letters)) == len(letters)
         assert set(letters) <= set("DNKHFVEM")
-    assert jax.tree.all({kind: kind in groups.KINDS for kind in ("head", "channel")})
+    assert jax.tree.all({kind: kind in axis_table.KINDS for kind in ("head", "channel")})

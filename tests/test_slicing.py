@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from jax import numpy as jnp
 
 from convert.reader import read_model
-from minillm_jax import groups
-from minillm_jax.config import LayerSizes, Sizes
-from minillm_jax.decoder import Decoder, group_counts, layer_count, named_arrays, sizes_of
+from minillm_jax.model import axis_table
+from minillm_jax.model.config import LayerSizes, Sizes
+from minillm_jax.model.decoder import Decoder, group_counts, layer_count, named_arrays, sizes_of
 from minillm_jax.shrink.slicing import slice_groups, slice_hidden, slice_layers, slice_sizes
 from tests.helpers import (
     CONFIGURATIONS,
@@ -51,7 +51,7 @@ def zeroed(decoder: Decoder, kept: dict[str, list[np.ndarray]]) -> Decoder:
 def random_kept(decoder: Decoder, seed: int, equal: bool) -> dict[str, list[np.ndarray]]:
     rng = np.random.default_rng(seed)
     kept = {}
-    for kind in groups.KINDS:
+    for kind in axis_table.KINDS:
         counts = group_counts(decoder, kind)
         stay = rng.integers(1, counts[0] + 1)
         chosen = [rng.choice(n, stay if equal else rng.integers(1, n + 1), replace=False) for n in counts]
@@ -160,7 +160,7 @@ def test_layers_are_removed_with_their_windows_and_slopes(tmp_path: Path, family
     for stay in ([0, 1], [1, 2], [2], [0, 2], [0, 1, 2]):
         fewer = slice_layers(decoder, stay)
         assert layer_count(fewer) == len(stay)
-        for kind in groups.KINDS:
+        for kind in axis_table.KINDS:
             assert group_counts(fewer, kind) == [group_counts(decoder, kind)[layer] for layer in stay]
     tokens = random_tokens(97, 2, 30)
     del (dense.model.layers if family == "gemma2" else dense.transformer.h)[1]
@@ -192,7 +192,7 @@ def test_unequal_layers_become_runs_and_equal_neighbours_one_run() -> None:
 
 def test_nothing_removed_is_the_same_model() -> None:
     decoder = small_decoder()
-    kept = {kind: [np.arange(n) for n in group_counts(decoder, kind)] for kind in groups.KINDS}
+    kept = {kind: [np.arange(n) for n in group_counts(decoder, kind)] for kind in axis_table.KINDS}
     assert arrays_equal(slice_groups(decoder, kept), decoder)
 
 
@@ -201,10 +201,10 @@ def test_split_and_take_agree(axes: str) -> None:
     """The parts that `take_groups` keeps are the rows of `split_groups`."""
     kind = "channel" if "F" in axes else "head"
     sizes = {"D": 5, "N": 8, "K": 4, "H": 3, "F": 4}
-    array = jnp.arange(np.prod(groups.shape(axes, sizes)), dtype=jnp.float32).reshape(groups.shape(axes, sizes))
+    array = jnp.arange(np.prod(axis_table.shape(axes, sizes)), dtype=jnp.float32).reshape(axis_table.shape(axes, sizes))
     kept = jnp.asarray([1, 3])
-    taken = groups.take_groups(array, axes, kind, kept, 4)
-    rows = np.sort(np.asarray(groups.split_groups(array, axes, kind, 4))[[1, 3]].ravel())
+    taken = axis_table.take_groups(array, axes, kind, kept, 4)
+    rows = np.sort(np.asarray(axis_table.split_groups(array, axes, kind, 4))[[1, 3]].ravel())
     np.testing.assert_array_equal(np.sort(np.asarray(taken).ravel()), rows)
 
 

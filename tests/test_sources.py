@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from convert import memory, rules
 from convert.reader import locate, read_model
 from convert.sources import INDEX, SINGLE, TORCH_INDEX, TORCH_SINGLE, SafetensorsFolder, TorchFolder, open_folder
-from minillm_jax.decoder import named_arrays
 from minillm_jax.errors import InputError
+from minillm_jax.model.decoder import named_arrays
 from tests.helpers import arrays_equal, hugging_face_folder
 
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from convert.reader import read_model
-from minillm_jax import groups
 from minillm_jax.estimate import statistics
 from minillm_jax.estimate.statistics import ACTIVATION_NORMS, activation_norms
-from minillm_jax.loss import batches
+from minillm_jax.model import axis_table
+from minillm_jax.model.loss import batches
 from tests.helpers import hugging_face_folder, load_torch, random_tokens, small_decoder
 
 MODULES = {
@@ -43,7 +43,7 @@ def test_norms_equal_those_of_the_inputs_in_pytorch(tmp_path: Path, norm: str) -
         "none": lambda x: torch.ones(x.shape[1]),
     }[norm]
     (found,) = activation_norms(read_model(folder).decoder, windows, norm)
-    assert found.keys() == groups.matrices().keys() == MODULES.keys()
+    assert found.keys() == axis_table.matrices().keys() == MODULES.keys()
     for (name, layer), inputs in seen.items():
         np.testing.assert_allclose(found[name][layer].ravel(), reference(inputs).numpy(), rtol=1e-4, err_msg=name)
 
@@ -53,7 +53,7 @@ def test_norms_have_the_input_axes_of_their_matrix_and_do_not_depend_on_batches(
 ) -> None:
     decoder, windows = small_decoder(), random_tokens(61, 5, 9)
     (whole,) = activation_norms(decoder, windows)
-    for name, axes in groups.matrices().items():
+    for name, axes in axis_table.matrices().items():
         assert whole[name].ndim == 1 + len(axes.split()[0])
     monkeypatch.setattr(statistics, "batches", lambda windows, devices: batches(windows, 18, devices))
     (split,) = activation_norms(decoder, windows)

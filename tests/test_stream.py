@@ -8,10 +8,11 @@ import pytest
 from jax import numpy as jnp
 
 from convert.reader import read_model
-from minillm_jax import groups, stream
-from minillm_jax.decoder import Decoder, apply_block, embed, rotary_angles, with_runs
-from minillm_jax.loss import batches
-from minillm_jax.modules import Block
+from minillm_jax import stream
+from minillm_jax.model import axis_table
+from minillm_jax.model.decoder import Decoder, apply_block, embed, rotary_angles, with_runs
+from minillm_jax.model.loss import batches
+from minillm_jax.model.modules import Block
 from minillm_jax.shrink import slicing
 from minillm_jax.stream import PROJECTIONS, Moments, Site, projection, walk
 from tests.helpers import CONFIGURATIONS, arrays_equal, hugging_face_folder, logits_of, random_tokens, small_decoder
@@ -28,7 +29,7 @@ def without_mlp(block: Block) -> Block:
     """A layer whose stream after it is that after its attention."""
 
     def leaf(path: jax.tree_util.KeyPath, array: jax.Array) -> jax.Array:
-        return jnp.zeros_like(array) if groups.array_path(path).startswith("mlp.down") else array
+        return jnp.zeros_like(array) if axis_table.array_path(path).startswith("mlp.down") else array
 
     return jax.tree_util.tree_map_with_path(leaf, block)
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from minillm_jax import groups
 from minillm_jax.calibration import Calibration
-from minillm_jax.decoder import group_counts, hidden_size, layer_count
 from minillm_jax.errors import InputError
 from minillm_jax.job import Job, Result, run
-from minillm_jax.loss import perplexity
-from minillm_jax.model import Model
+from minillm_jax.model import axis_table
+from minillm_jax.model.decoder import group_counts, hidden_size, layer_count
+from minillm_jax.model.loaded import Model
+from minillm_jax.model.loss import perplexity
 from minillm_jax.pipeline import drop_layers, narrow, prune
 from minillm_jax.scoring import Scoring, score
 from minillm_jax.select.budget import Budget
@@ -47,7 +47,7 @@ def test_query_heads_are_sliced_as_if_they_were_zero() -> None:
     kept = {"query": [np.array([1, 2, 4, 7]), np.array([0, 3, 5, 6]), np.array([1, 3, 5, 7])]}
 
     def leaf(path: jax.tree_util.KeyPath, array: jax.Array) -> jax.Array:
-        if not groups.array_path(path).endswith("attention.o.kernel"):
+        if not axis_table.array_path(path).endswith("attention.o.kernel"):
             return array
         mask = np.zeros((3, 8, 1, 1), np.float32)
         for layer, heads in enumerate(kept["query"]):

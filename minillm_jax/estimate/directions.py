@@ -10,7 +10,7 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
-from minillm_jax import groups
+from minillm_jax.model import axis_table
 
 # Named, because the default of `jax.random.key` is a setting of the process and would change the directions. Both are
 # the same bits whatever is vmapped and however arrays are sharded; JAX's `rbg` and `philox4x32` are not, or not yet.
@@ -24,7 +24,7 @@ GAUSSIAN_PARTS = 16
 # `sphere` draws Gaussian entries; the whole direction is then scaled to the length √d (see `spaces.lengths`).
 DISTRIBUTIONS = ("gaussian", "rademacher", "sphere")
 
-_ORDINAL = {name: ordinal for ordinal, name in enumerate(groups.matrices())}
+_ORDINAL = {name: ordinal for ordinal, name in enumerate(axis_table.matrices())}
 
 # Streams that must never meet: directions of the estimate, the noise of its control, random scores.
 _STREAMS = {"direction": 0, "noise": 1, "random": 2}
@@ -93,14 +93,14 @@ def add(
       scale: how far.
       key: key of the direction.
       layer: index of the layer in the whole model.
-      name: the matrix, as the table of groups calls it (`attention.q`).
+      name: the matrix, as the table of axes calls it (`attention.q`).
       distribution: of the entries of z, zero mean and unit variance: `gaussian` (as for `sphere`), or `rademacher`
         (signs, as in Spall 1992), 32 of them from one random word.
     """
     key = part_key(key, layer, name)
     if distribution == "rademacher":
         return target + scale * _signs(key, target.shape)
-    axis = groups.letters(groups.matrices()[name]).index("D")
+    axis = axis_table.letters(axis_table.matrices()[name]).index("D")
     return _add_gaussian(target, scale, key, axis)
 
 

@@ -11,7 +11,8 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax.decoder import (
+from minillm_jax.estimate import spaces
+from minillm_jax.model.decoder import (
     Decoder,
     apply_block,
     depth,
@@ -23,9 +24,8 @@ from minillm_jax.decoder import (
     rotary_angles,
     scan_layers,
 )
-from minillm_jax.estimate import spaces
-from minillm_jax.loss import token_losses
-from minillm_jax.modules import Block
+from minillm_jax.model.loss import token_losses
+from minillm_jax.model.modules import Block
 
 # For each run: matrix -> gradient stacked like the run, or kind of group -> [L, B, groups].
 RunGradients = list[dict[str, Float[Array, "L ..."]]]

@@ -11,7 +11,6 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minillm_jax import mesh
-from minillm_jax.decoder import Decoder
 from minillm_jax.errors import InputError
 from minillm_jax.estimate import gradient, rebuild, spaces
 from minillm_jax.estimate.chunks import Plan, shared_plan
@@ -20,7 +19,8 @@ from minillm_jax.estimate.exact import RunGradients, gate_gradients, weight_grad
 from minillm_jax.estimate.resume import Checkpoint, identity
 from minillm_jax.estimate.settings import Estimation
 from minillm_jax.estimate.step import StepReport, choose_epsilon
-from minillm_jax.loss import batches, window_losses
+from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.loss import batches, window_losses
 
 Progress = Callable[[int, int], None]
 

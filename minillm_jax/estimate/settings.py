@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from minillm_jax.calibration import check_seed
-from minillm_jax.decoder import Decoder
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.estimate import spaces
 from minillm_jax.estimate.directions import (
@@ -19,6 +18,7 @@ from minillm_jax.estimate.directions import (
     has_implementation,
 )
 from minillm_jax.estimate.gradient import DIFFERENCES
+from minillm_jax.model.decoder import Decoder
 
 
 @dataclass(frozen=True)

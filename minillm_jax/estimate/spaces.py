@@ -18,10 +18,10 @@ from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from minillm_jax import groups, layers
-from minillm_jax.decoder import Decoder, depth, group_count, kernels, replace_kernels, scan_layers
 from minillm_jax.estimate import directions
-from minillm_jax.modules import MLP, Attention, Block, Linear
+from minillm_jax.model import axis_table, ops
+from minillm_jax.model.decoder import Decoder, depth, group_count, kernels, replace_kernels, scan_layers
+from minillm_jax.model.modules import MLP, Attention, Block, Linear
 
 SPACES = ("weights", "low-rank", "gates")
 
@@ -145,7 +145,7 @@ class LowRank:
     def _factors(
         self, key: Key[Array, ""], layer: Array, name: str, shape: tuple[int, ...]
     ) -> tuple[Float[Array, "*inputs r"], Float[Array, "r *outputs"]]:
-        inputs = len(groups.matrices()[name].split()[0])
+        inputs = len(axis_table.matrices()[name].split()[0])
         key_u, key_v = jax.random.split(directions.part_key(key, layer, name))
         u = directions.sample(key_u, (*shape[:inputs], self.rank), self.distribution)
         return u, directions.sample(key_v, (self.rank, *shape[inputs:]), self.distribution) * self.rank**-0.5
@@ -259,8 +259,8 @@ class LowRankLinear(Linear):
         added = kernel[len(contracted) :]
 
         def add(target: Array, scale: Array) -> Array:
-            narrow = layers.einsum(f"{x_letters},{''.join(contracted)}R->{thin}", x, self.u[...])
-            return target + layers.einsum(f"{thin},R{added}->{outputs}", narrow, scale * self.v[...])
+            narrow = ops.einsum(f"{x_letters},{''.join(contracted)}R->{thin}", x, self.u[...])
+            return target + ops.einsum(f"{thin},R{added}->{outputs}", narrow, scale * self.v[...])
 
         return self.step(super().__call__(equation, x), add)
 

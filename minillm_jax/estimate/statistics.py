@@ -9,9 +9,9 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minillm_jax import mesh
-from minillm_jax.decoder import Decoder, apply_block, embed, rotary_angles, scan_layers
-from minillm_jax.loss import batches
-from minillm_jax.modules import Block
+from minillm_jax.model.decoder import Decoder, apply_block, embed, rotary_angles, scan_layers
+from minillm_jax.model.loss import batches
+from minillm_jax.model.modules import Block
 
 ACTIVATION_NORMS = ("l2", "rms", "mean-abs", "std", "none")
 

@@ -7,10 +7,10 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minillm_jax import mesh
-from minillm_jax.decoder import Decoder
 from minillm_jax.errors import InputError
 from minillm_jax.estimate import gradient
 from minillm_jax.estimate.settings import Estimation
+from minillm_jax.model.decoder import Decoder
 
 # Steps that are compared when none is given.
 CANDIDATES = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)

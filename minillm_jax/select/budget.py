@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from minillm_jax.errors import InputError, one_of
-from minillm_jax.groups import Kept
+from minillm_jax.model.axis_table import Kept
 
 COUNTED = ("groups", "blocks", "model")
 ALLOCATIONS = ("uniform", "global", "measured")

@@ -16,7 +16,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from minillm_jax import groups
+from minillm_jax.model import axis_table
 
 WITHIN = ("sum", "mean", "max", "l2", "vector", "standardised")
 ACROSS = ("max", "sum", "mean", "prod", "last")
@@ -90,7 +90,7 @@ FMS_FACTORS = CRITERIA["fms"].factors
 
 def scored_matrices(criterion: Criterion, kind: str) -> dict[str, str]:
     """The matrices whose structures a criterion scores for a kind of group, and their axes."""
-    found = groups.structures(kind)
+    found = axis_table.structures(kind)
     if criterion.outputs_only:
         return {name: axes for name, axes in found.items() if axes.endswith(" D")}
     return found
@@ -137,7 +137,7 @@ def reduce_structure(
     FLAP's (arXiv 2312.11983): the sum of squares of each feature that the groups slice, in standard deviations from the
     mean of all such features of the matrix, and the mean of that over the features of a group.
     """
-    parts = groups.split_groups(values, axes, kind, count)
+    parts = axis_table.split_groups(values, axes, kind, count)
     match within:
         case "sum":
             return jnp.sum(jnp.abs(parts), axis=1)
@@ -154,8 +154,8 @@ def reduce_structure(
 
 def _standardised(values: Float[Array, "..."], axes: str, kind: str, count: int) -> Float[Array, " count"]:
     """See `reduce_structure`."""
-    (side,) = (side for side in axes.split() if set(side) & set(groups.GROUP_LETTERS[kind]))
-    others = tuple(i for i, letter in enumerate(groups.letters(axes)) if letter not in side)
+    (side,) = (side for side in axes.split() if set(side) & set(axis_table.GROUP_LETTERS[kind]))
+    others = tuple(i for i, letter in enumerate(axis_table.letters(axes)) if letter not in side)
     features = jnp.sum(jnp.square(values), axis=others).ravel()
     spread = jnp.std(features, ddof=1)
     # Features that are all alike are no better or worse than each other.

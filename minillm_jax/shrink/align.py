@@ -14,11 +14,11 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from minillm_jax import groups, layers
-from minillm_jax.decoder import named_arrays
 from minillm_jax.errors import InputError
 from minillm_jax.mesh import gather
-from minillm_jax.modules import Block
+from minillm_jax.model import axis_table, ops
+from minillm_jax.model.decoder import named_arrays
+from minillm_jax.model.modules import Block
 from minillm_jax.shrink import linear
 from minillm_jax.stream import InputMoments
 
@@ -65,13 +65,13 @@ def _turned(run: Block, names: tuple[str, ...], turn: Float[Array, "D D"], shift
     old = dict(named_arrays(run))
 
     def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
-        name = groups.array_path(path)
+        name = axis_table.array_path(path)
         matrix, _, part = name.rpartition(".")
         if matrix not in names:
             return array
         if part == "kernel":
-            return layers.einsum("DE,LE...->LD...", turn, array.astype(jnp.float32)).astype(array.dtype)
-        moved = layers.einsum("D,LD...->L...", shift, old[f"{matrix}.kernel"].astype(jnp.float32))
+            return ops.einsum("DE,LE...->LD...", turn, array.astype(jnp.float32)).astype(array.dtype)
+        moved = ops.einsum("D,LD...->L...", shift, old[f"{matrix}.kernel"].astype(jnp.float32))
         return (array.astype(jnp.float32) + moved).astype(array.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, run)

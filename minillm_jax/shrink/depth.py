@@ -8,9 +8,9 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from minillm_jax.decoder import Decoder, apply_block, embed, finish, layer_count, rotary_angles, scan_layers
-from minillm_jax.loss import token_losses, window_losses
-from minillm_jax.modules import Block
+from minillm_jax.model.decoder import Decoder, apply_block, embed, finish, layer_count, rotary_angles, scan_layers
+from minillm_jax.model.loss import token_losses, window_losses
+from minillm_jax.model.modules import Block
 
 
 def best_layers(

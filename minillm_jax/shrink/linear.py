@@ -7,7 +7,7 @@ import scipy.linalg
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from minillm_jax import layers
+from minillm_jax.model import ops
 
 SOLVERS = ("host", "device")
 
@@ -65,4 +65,4 @@ def _on_device(matrix: Float[Array, "I I"], right: Float[Array, "I D"]) -> Float
 
 @jax.jit
 def _product_on_device(left: Float[Array, "I J"], right: Float[Array, "J K"]) -> Float[Array, "I K"]:
-    return layers.einsum("IJ,JK->IK", left, right)
+    return ops.einsum("IJ,JK->IK", left, right)

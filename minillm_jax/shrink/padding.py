@@ -7,10 +7,10 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Int
 
-from minillm_jax import groups
-from minillm_jax.config import Sizes
-from minillm_jax.decoder import Decoder, build, depth, group_count, named_arrays, with_runs
-from minillm_jax.modules import Block
+from minillm_jax.model import axis_table
+from minillm_jax.model.config import Sizes
+from minillm_jax.model.decoder import Decoder, build, depth, group_count, named_arrays, with_runs
+from minillm_jax.model.modules import Block
 
 
 def pad_groups(decoder: Decoder, sizes: Sizes, places: dict[str, list[Int[np.ndarray, " _"]]]) -> Decoder:
@@ -40,11 +40,11 @@ def _pad(run: Block, places: dict[str, Int[Array, "L _"]], counts: tuple[tuple[s
     """One run of equal layers, with `counts` groups of every kind."""
 
     def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
-        axes = groups.BLOCK_AXES[groups.array_path(path)]
+        axes = axis_table.BLOCK_AXES[axis_table.array_path(path)]
         for kind, after in counts:
-            if groups.group_axis(axes, kind) is not None:
+            if axis_table.group_axis(axes, kind) is not None:
                 sizes = {"axes": axes, "kind": kind, "before": group_count(run, kind), "after": after}
-                array = jax.vmap(partial(groups.put_groups, **sizes))(array, places=places[kind])
+                array = jax.vmap(partial(axis_table.put_groups, **sizes))(array, places=places[kind])
         return array
 
     return jax.tree_util.tree_map_with_path(leaf, run)
@@ -52,10 +52,10 @@ def _pad(run: Block, places: dict[str, Int[Array, "L _"]], counts: tuple[tuple[s
 
 def _with_data(decoder: Decoder, sizes: Sizes) -> Decoder:
     """The data of the layers as these sizes have them: all heads' slopes, not zeros between those that were kept."""
-    data = {path: leaf for path, leaf in named_arrays(build(decoder.config, sizes)) if groups.is_data(path)}
+    data = {path: leaf for path, leaf in named_arrays(build(decoder.config, sizes)) if axis_table.is_data(path)}
 
     def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
-        name = groups.array_path(path)
+        name = axis_table.array_path(path)
         return jnp.asarray(data[name]) if name in data else array
 
     return jax.tree_util.tree_map_with_path(leaf, decoder)

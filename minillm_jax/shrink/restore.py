@@ -21,12 +21,12 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax import groups
-from minillm_jax.config import DecoderConfig
-from minillm_jax.decoder import Decoder, group_count, part_count, with_runs
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.mesh import gather, of, shard
-from minillm_jax.modules import Block
+from minillm_jax.model import axis_table
+from minillm_jax.model.config import DecoderConfig
+from minillm_jax.model.decoder import Decoder, group_count, part_count, with_runs
+from minillm_jax.model.modules import Block
 from minillm_jax.shrink import linear, obs, slicing
 from minillm_jax.shrink.align import align
 from minillm_jax.stream import PROJECTIONS, InputMoments, Site, projection, walk
@@ -95,7 +95,7 @@ def can_compensate(config: DecoderConfig) -> bool:
 
 def restore(
     decoder: Decoder,
-    kept: groups.Kept,
+    kept: axis_table.Kept,
     windows: Int[np.ndarray, "B T"],
     restoration: Restoration | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -286,7 +286,7 @@ def _with_projection(
     """A layer with another kernel of one projection, and its bias shifted; rounded to the types they have."""
 
     def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
-        match groups.array_path(path).removeprefix(f"{name}."):
+        match axis_table.array_path(path).removeprefix(f"{name}."):
             case "kernel":
                 return jnp.asarray(kernel.reshape(array.shape), array.dtype)
             case "bias" if shift is not None:

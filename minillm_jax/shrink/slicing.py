@@ -11,14 +11,14 @@ from jax import numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from minillm_jax import groups
-from minillm_jax.config import Sizes
-from minillm_jax.decoder import Decoder, depth, group_count, run_letters, with_runs
 from minillm_jax.mesh import constrain, of
-from minillm_jax.modules import Block
+from minillm_jax.model import axis_table
+from minillm_jax.model.config import Sizes
+from minillm_jax.model.decoder import Decoder, depth, group_count, run_letters, with_runs
+from minillm_jax.model.modules import Block
 
 
-def slice_groups(decoder: Decoder, kept: groups.Kept) -> Decoder:
+def slice_groups(decoder: Decoder, kept: axis_table.Kept) -> Decoder:
     """A decoder with only the kept groups of every layer; embeddings, norms and head are shared with the original.
 
     Layers of a run that keep equal numbers are sliced together, without a copy of each layer in between; neighbouring
@@ -38,7 +38,7 @@ def slice_groups(decoder: Decoder, kept: groups.Kept) -> Decoder:
     return with_runs(decoder, merge(pieces))
 
 
-def slice_sizes(sizes: Sizes, kept: groups.Kept) -> Sizes:
+def slice_sizes(sizes: Sizes, kept: axis_table.Kept) -> Sizes:
     """What `slice_groups` makes of a decoder's sizes."""
     layers = []
     for number, layer in enumerate(sizes.layers):
@@ -65,10 +65,10 @@ def slice_hidden(decoder: Decoder, kept: Int[np.ndarray, " kept"]) -> Decoder:
       decoder: the model.
       kept: the hidden dimensions that stay, ascending.
     """
-    sliced = "D" if decoder.config.embedding_projection else groups.GROUP_LETTERS["hidden"]
+    sliced = "D" if decoder.config.embedding_projection else axis_table.GROUP_LETTERS["hidden"]
 
     def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
-        letters = groups.letters(groups.axes_of(groups.array_path(path)))
+        letters = axis_table.letters(axis_table.axes_of(axis_table.array_path(path)))
         axes = [axis for axis, letter in enumerate(letters) if letter in sliced]
         return jnp.take(array, jnp.asarray(kept), axis=axes[0]) if axes else array
 
@@ -92,7 +92,7 @@ def merge(pieces: list[Block]) -> list[Block]:
     return [_concatenate(list(equal)) for _, equal in groupby(pieces, _layer_shapes)]
 
 
-def _segments(kept: groups.Kept, first: int, last: int) -> Iterator[tuple[int, int]]:
+def _segments(kept: axis_table.Kept, first: int, last: int) -> Iterator[tuple[int, int]]:
     """Ranges of consecutive layers that keep equal numbers of every kind."""
     for _, layers in groupby(range(first, last), lambda layer: [len(rows[layer]) for rows in kept.values()]):
         found = list(layers)
@@ -106,15 +106,15 @@ def take(run: Block, kept: dict[str, Int[Array, "L kept"]], start: int, stop: in
     Layer by layer, since a device may not hold a whole stacked array: what it lacks passes through it here.
     """
     counts = {kind: group_count(run, kind) for kind in kept}
-    sizes = run_letters(run) | {groups.GROUP_LETTERS[kind][0]: rows.shape[1] for kind, rows in kept.items()}
+    sizes = run_letters(run) | {axis_table.GROUP_LETTERS[kind][0]: rows.shape[1] for kind, rows in kept.items()}
 
     def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
-        name = groups.array_path(path)
+        name = axis_table.array_path(path)
 
         def one_layer(of_layer: tuple[Array, dict[str, Array]]) -> Array:
             taken, indices = of_layer
             for kind, rows in indices.items():
-                taken = groups.take_groups(taken, groups.BLOCK_AXES[name], kind, rows, counts[kind])
+                taken = axis_table.take_groups(taken, axis_table.BLOCK_AXES[name], kind, rows, counts[kind])
             return constrain(taken, name, sizes, mesh)
 
         return jax.lax.map(one_layer, (array[start:stop], kept))

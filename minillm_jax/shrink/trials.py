@@ -13,8 +13,8 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax import groups
-from minillm_jax.decoder import (
+from minillm_jax.model import axis_table
+from minillm_jax.model.decoder import (
     Decoder,
     apply_block,
     embed,
@@ -24,8 +24,8 @@ from minillm_jax.decoder import (
     rotary_angles,
     scan_layers,
 )
-from minillm_jax.loss import token_losses, window_losses
-from minillm_jax.modules import Block
+from minillm_jax.model.loss import token_losses, window_losses
+from minillm_jax.model.modules import Block
 from minillm_jax.shrink.restore import Restoration, fit_of, pruned_kind, removal_order
 from minillm_jax.stream import PROJECTIONS, Site, projection, walk
 
@@ -125,7 +125,7 @@ def _losses(
     def step(x: Array, block: Block, layer: Array, extra: None) -> tuple[Array, None]:
         def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
             here = layer == place
-            match groups.array_path(path).removeprefix(f"{name}."):
+            match axis_table.array_path(path).removeprefix(f"{name}."):
                 case "kernel" if array.shape == kernel.shape:  # layers of other sizes are not the one
                     return jnp.where(here, kernel.astype(array.dtype), array)
                 case "bias":

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from minillm_jax import groups
-from minillm_jax.decoder import Decoder, depth, group_count, kernels, named_arrays, parameter_count, run_letters
 from minillm_jax.errors import one_of
-from minillm_jax.modules import Block
+from minillm_jax.model import axis_table
+from minillm_jax.model.decoder import Decoder, depth, group_count, kernels, named_arrays, parameter_count, run_letters
+from minillm_jax.model.modules import Block
 
 MEASURES = ("parameters", "macs", "memory")
 
@@ -36,7 +36,7 @@ def cost(decoder: Decoder, measure: str, window: int = WINDOW) -> int:
             outer = (decoder.project_in, decoder.project_out)
             matrices = sum(linear.kernel.size for linear in outer if linear is not None)
             return window * (matrices + decoder.embedding.size) + sum(_run_macs(run, window) for run in decoder.runs)
-    weights = sum(_bytes(leaf) for path, leaf in named_arrays(decoder) if not groups.is_data(path))
+    weights = sum(_bytes(leaf) for path, leaf in named_arrays(decoder) if not axis_table.is_data(path))
     return weights + sum(depth(run) * 2 * window * _key_bytes(run, group_count(run, "head")) for run in decoder.runs)
 
 
@@ -67,7 +67,7 @@ def _key_bytes(run: Block, heads: int) -> int:
 def block_parameters(decoder: Decoder) -> int:
     """Parameters of the layers, without embeddings, final norm and head."""
     return sum(
-        leaf.size for path, leaf in named_arrays(decoder) if path.startswith("runs.") and not groups.is_data(path)
+        leaf.size for path, leaf in named_arrays(decoder) if path.startswith("runs.") and not axis_table.is_data(path)
     )
 
 
@@ -87,7 +87,7 @@ def _group_cost(run: Block, kind: str, measure: str, window: int) -> int:
     arrays = [
         leaf
         for path, leaf in named_arrays(run)
-        if not groups.is_data(path) and groups.group_axis(groups.BLOCK_AXES[path], kind) is not None
+        if not axis_table.is_data(path) and axis_table.group_axis(axis_table.BLOCK_AXES[path], kind) is not None
     ]
     if measure == "memory":
         keys = 2 * window * _key_bytes(run, 1) if kind == "head" else 0
@@ -97,7 +97,7 @@ def _group_cost(run: Block, kind: str, measure: str, window: int) -> int:
     sliced = [
         kernel.size
         for name, kernel in kernels(run).items()
-        if groups.group_axis(groups.matrices()[name], kind) is not None
+        if axis_table.group_axis(axis_table.matrices()[name], kind) is not None
     ]
     size = run_letters(run)
     heads = {"head": size["N"] // size["K"], "query": 1}.get(kind, 0)

@@ -1,4 +1,4 @@
-"""The parts of a decoder: plain pytrees of arrays that know how to compute their part (letters: see `groups`)."""
+"""The parts of a decoder: plain pytrees of arrays that know how to compute their part (letters: see `axis_table`)."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from minillm_jax import layers
-from minillm_jax.config import DecoderConfig
+from minillm_jax.model import ops
+from minillm_jax.model.config import DecoderConfig
 
 # Cosine and sine of the rotary angles, or None where positions come in otherwise.
 Angles = tuple[Float[Array, "T half"], Float[Array, "T half"]] | None
@@ -26,7 +26,7 @@ class Linear(nnx.Module):
 
     def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """The product along the equation's axes, plus the bias along its last ones."""
-        y = layers.einsum(equation, x, self.kernel[...])
+        y = ops.einsum(equation, x, self.kernel[...])
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
 
 
@@ -41,7 +41,7 @@ class Norm(nnx.Module):
         """The norm over the last axis."""
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
-        return layers.norm(x, scale, bias, config.norm, config.norm_epsilon)
+        return ops.norm(x, scale, bias, config.norm, config.norm_epsilon)
 
 
 class Attention(nnx.Module):
@@ -71,10 +71,10 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, config), self.k_norm(k, config)
         if angles is not None and config.rope is not None:
-            q, k = (layers.rotate(x, angles, config.rope.interleaved) for x in (q, k))
-        mask = layers.causal_mask(h.shape[1], None if self.window is None else self.window[...])
+            q, k = (ops.rotate(x, angles, config.rope.interleaved) for x in (q, k))
+        mask = ops.causal_mask(h.shape[1], None if self.window is None else self.window[...])
         slopes = None if self.slopes is None else self.slopes[...]
-        mixed = layers.attend(q, k, v, mask, config.query_scale, config.attention_cap, slopes)
+        mixed = ops.attend(q, k, v, mask, config.query_scale, config.attention_cap, slopes)
         return self.o("BTNH,NHD->BTD", mixed), mixed
 
 
@@ -88,7 +88,7 @@ class MLP(nnx.Module):
         self, m: Float[Array, "B T D"], config: DecoderConfig
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T F"]]:
         """What the MLP adds to the stream, and the wide activations that went into the down projection."""
-        activation = layers.ACTIVATIONS[config.activation]
+        activation = ops.ACTIVATIONS[config.activation]
         wide = self.up("BTD,DF->BTF", m)
         wide = activation(wide) if self.gate is None else activation(self.gate("BTD,DF->BTF", m)) * wide
         return self.down("BTF,FD->BTD", wide), wide

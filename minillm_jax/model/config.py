@@ -6,7 +6,7 @@ off the arrays, so slicing cannot make a configuration lie. `Sizes` exists only 
 
 from dataclasses import dataclass
 
-from minillm_jax.layers import Rope
+from minillm_jax.model.ops import Rope
 
 
 @dataclass(frozen=True)

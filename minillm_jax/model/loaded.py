@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minillm_jax.decoder import Decoder
+from minillm_jax.model.decoder import Decoder
 
 
 @dataclass(frozen=True)

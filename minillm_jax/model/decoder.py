@@ -1,4 +1,4 @@
-"""The one decoder: embedding, runs of equal blocks, final norm, head (letters: see `groups`).
+"""The one decoder: embedding, runs of equal blocks, final norm, head (letters: see `axis_table`).
 
 The modules are plain pytrees of arrays. Consecutive layers of equal shape are stacked along a leading axis L and
 scanned; a model pruned unequally is a longer list of such runs behind the same interface. Sizes are read off the
@@ -15,10 +15,10 @@ from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from minillm_jax import groups, layers
-from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.errors import InputError
-from minillm_jax.modules import MLP, Angles, Attention, Block, Linear, Norm
+from minillm_jax.model import axis_table, ops
+from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
+from minillm_jax.model.modules import MLP, Angles, Attention, Block, Linear, Norm
 
 # The window of a layer that has none, in a model where others have one: no sequence fills it.
 NO_WINDOW = np.iinfo(np.int32).max
@@ -86,7 +86,7 @@ def build(config: DecoderConfig, sizes: Sizes, dtype: DTypeLike = jnp.float32) -
 
     def leaves(table: Mapping[str, str], letters: dict[str, int], *stack: int) -> dict[str, Any]:
         return {
-            path: jax.ShapeDtypeStruct((*stack, *groups.shape(axes, letters)), dtype)
+            path: jax.ShapeDtypeStruct((*stack, *axis_table.shape(axes, letters)), dtype)
             for path, axes in table.items()
             if config.has_array(path)
         }
@@ -94,9 +94,9 @@ def build(config: DecoderConfig, sizes: Sizes, dtype: DTypeLike = jnp.float32) -
     runs = []
     for (n, k, f), equal in groupby(sizes.layers, lambda layer: (layer.N, layer.K, layer.F)):
         run = list(equal)
-        arrays = leaves(groups.BLOCK_AXES, letters | {"N": n, "K": k, "F": f}, len(run))
+        arrays = leaves(axis_table.BLOCK_AXES, letters | {"N": n, "K": k, "F": f}, len(run))
         runs.append(_build_block(arrays | _layer_data(config, run)))
-    return assemble(config, leaves(groups.OUTER_AXES, letters), runs)
+    return assemble(config, leaves(axis_table.OUTER_AXES, letters), runs)
 
 
 def _layer_data(config: DecoderConfig, run: Sequence[LayerSizes]) -> dict[str, np.ndarray]:
@@ -156,8 +156,8 @@ def initialise(abstract: Decoder, key: Array, deviation: float = 0.02) -> Decode
     unit = 0.0 if abstract.config.norm == "rms_plus_one" else 1.0
 
     def fill(path: jax.tree_util.KeyPath, leaf: Any) -> Array:
-        name = groups.array_path(path)
-        if groups.is_data(name):
+        name = axis_table.array_path(path)
+        if axis_table.is_data(name):
             return jnp.asarray(leaf)
         if name.endswith(".scale"):
             return jnp.full(leaf.shape, unit, leaf.dtype)
@@ -311,7 +311,7 @@ def rotary_angles(decoder: Decoder, length: int) -> Angles:
     rope = decoder.config.rope
     if rope is None:
         return None
-    return layers.rotary_angles(rope, decoder.runs[0].attention.k.kernel.shape[-1], length)
+    return ops.rotary_angles(rope, decoder.runs[0].attention.k.kernel.shape[-1], length)
 
 
 def final_hidden(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
@@ -334,10 +334,10 @@ def finish(decoder: Decoder, x: Float[Array, "*batch D"]) -> Float[Array, "*batc
 def project_to_vocabulary(decoder: Decoder, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
     """Float32 logits of final hidden states."""
     if decoder.head is None:
-        logits = layers.einsum("...E,VE->...V", hidden, decoder.embedding[...], out=jnp.float32)
+        logits = ops.einsum("...E,VE->...V", hidden, decoder.embedding[...], out=jnp.float32)
     else:
-        logits = layers.einsum("...E,EV->...V", hidden, decoder.head.kernel[...], out=jnp.float32)
-    return layers.soft_cap(logits, decoder.config.logit_cap)
+        logits = ops.einsum("...E,EV->...V", hidden, decoder.head.kernel[...], out=jnp.float32)
+    return ops.soft_cap(logits, decoder.config.logit_cap)
 
 
 # --------------------------------------------------------------------------------------------- reading the tree
@@ -415,7 +415,7 @@ def part_counts(decoder: Decoder, kinds: Iterable[str]) -> dict[str, list[int]]:
 def kernels(block: Block) -> dict[str, nnx.Param]:
     """The matrices that a block has, by name, in the order of the table."""
     found = {}
-    for name in groups.matrices():
+    for name in axis_table.matrices():
         part, matrix = name.split(".")
         linear = getattr(getattr(block, part), matrix)
         if linear is not None:
@@ -427,7 +427,7 @@ def replace_kernels(block: Block, new: Callable[[str, Array], Array]) -> Block:
     """A block with every matrix W replaced by `new(name, W)`, the rest shared with the original."""
 
     def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
-        name = groups.array_path(path)
+        name = axis_table.array_path(path)
         return new(name.removesuffix(".kernel"), array) if name.endswith(".kernel") else array
 
     return jax.tree_util.tree_map_with_path(leaf, block)
@@ -436,9 +436,9 @@ def replace_kernels(block: Block, new: Callable[[str, Array], Array]) -> Block:
 def named_arrays(tree: Any) -> Iterator[tuple[str, Any]]:
     """Every array of a decoder, or of a tree with its structure, by its dotted path (`runs.0.attention.q.kernel`)."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield groups.array_path(path), leaf
+        yield axis_table.array_path(path), leaf
 
 
 def parameter_count(decoder: Decoder) -> int:
     """Number of parameters; tied embeddings count once."""
-    return sum(leaf.size for path, leaf in named_arrays(decoder) if not groups.is_data(path))
+    return sum(leaf.size for path, leaf in named_arrays(decoder) if not axis_table.is_data(path))

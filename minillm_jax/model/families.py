@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minillm_jax.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.errors import InputError
-from minillm_jax.layers import ROPE_KINDS, Rope, alibi_slopes, rotary_frequencies
+from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
+from minillm_jax.model.ops import ROPE_KINDS, Rope, alibi_slopes, rotary_frequencies
 
 # No model is near it; a configuration that asks for more is broken, and would exhaust the memory before it is noticed.
 LARGEST_SIZE = 2**24

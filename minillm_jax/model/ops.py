@@ -1,4 +1,4 @@
-"""Norms, rotary positions, ALiBi, attention, activations: free functions over arrays (letters: see `groups`).
+"""Norms, rotary positions, ALiBi, attention, activations: free functions over arrays (letters: see `axis_table`).
 
 Dtype policy: matrix products run in the type their operands promote to and accumulate in float32; norms, softmax and
 rotary angles are float32 whatever that type is. float32 products ask for precision HIGHEST, because accelerators
