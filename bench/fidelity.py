@@ -28,7 +28,7 @@ from jax import numpy as jnp
 from scipy.stats import spearmanr
 from texts import add_arguments, load
 
-from minillm_jax.calibration import Calibration, Tokens, sample
+from minillm_jax.data.text import Calibration, Tokens, sample
 from minillm_jax.estimate.exact import RunGradients, gated_losses
 from minillm_jax.estimate.loop import Estimate, estimate, gate_slopes
 from minillm_jax.estimate.rebuild import rebuild

@@ -25,7 +25,7 @@ from environment import environment, peak_bytes, restart_peak
 from texts import add_arguments, load
 
 from minillm_jax import pipeline
-from minillm_jax.calibration import Calibration, Tokens, sample
+from minillm_jax.data.text import Calibration, Tokens, sample
 from minillm_jax.estimate.settings import Estimation
 from minillm_jax.model.decoder import parameter_count
 from minillm_jax.model.loaded import Model

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from minillm_jax import demo, pipeline
-from minillm_jax.calibration import Tokens, tokenise
+from minillm_jax.data.text import Tokens, tokenise
 from minillm_jax.model.loaded import Model
 
 

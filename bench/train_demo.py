@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from convert.writer import new_folder, write_model
 from minillm_jax import demo
-from minillm_jax.calibration import Tokens, cut, tokenise
+from minillm_jax.data.text import Tokens, cut, tokenise
 from minillm_jax.model.decoder import Decoder, build, final_hidden, initialise, parameter_count
 from minillm_jax.model.families import parse
 from minillm_jax.model.loaded import Model

@@ -1,7 +1,7 @@
 """One table a family: Hugging Face name and axes ↔ our path, and what official checkpoints carry besides.
 
-Axes are written as in `minillm_jax.model.axis_table`, one word for each axis of the stored tensor: `"NH D"` is a matrix of
-N * H rows and D columns. Our own axes for the same letters stand in the table of axes, so a rule implies its
+Axes are written as in `minillm_jax.model.axis_table`, one word for each axis of the stored tensor: `"NH D"` is a
+matrix of N * H rows and D columns. Our own axes for the same letters stand in the table of axes, so a rule implies its
 transposition and its reshaping. A rule with several parts is a fused tensor: its parts lie below each other, or,
 interleaved, are so within each head.
 """

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minillm_jax.calibration import Calibration as Calibration
+    from minillm_jax.data.text import Calibration as Calibration
     from minillm_jax.errors import InputError as InputError
     from minillm_jax.estimate.settings import Estimation as Estimation
     from minillm_jax.model.loaded import Model as Model
@@ -33,7 +33,7 @@ __version__ = "0.1.0"
 # Resolved on first use: `import minillm_jax.config`, or the help of a command, must not import JAX and transformers.
 _HOME = {
     "Budget": "select.budget",
-    "Calibration": "calibration",
+    "Calibration": "data.text",
     "Estimation": "estimate.settings",
     "InputError": "errors",
     "Model": "model.loaded",

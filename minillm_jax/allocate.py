@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from minillm_jax.calibration import Calibration
+from minillm_jax.data.text import Calibration
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.model import costs
 from minillm_jax.model.decoder import Decoder, group_counts, layer_count, part_counts

@@ -9,8 +9,8 @@ import numpy as np
 
 from convert import formats, writer
 from minillm_jax import allocate, mesh
-from minillm_jax import calibration as text
-from minillm_jax.calibration import Calibration
+from minillm_jax.data import text as text
+from minillm_jax.data.text import Calibration
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.model import axis_table, costs, loss
 from minillm_jax.model.decoder import build, group_counts, hidden_size, layer_count, part_counts, sizes_of

@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 
 from convert import reader, writer
 from minillm_jax import __version__, allocate, mesh
-from minillm_jax import calibration as text
-from minillm_jax.calibration import Calibration
+from minillm_jax.data import text as text
+from minillm_jax.data.text import Calibration
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table, loss
 from minillm_jax.model.decoder import (

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minillm_jax import mesh
-from minillm_jax.calibration import Calibration, check_seed
+from minillm_jax.data.text import Calibration, check_seed
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.estimate import directions
 from minillm_jax.estimate.exact import RunGradients

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm_jax import allocate
-from minillm_jax.calibration import Calibration
+from minillm_jax.data.text import Calibration
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table, costs
 from minillm_jax.model.decoder import Decoder, group_counts

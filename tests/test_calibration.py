@@ -11,8 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from minillm_jax import calibration, demo
-from minillm_jax.calibration import Tokens, cut, read_documents, read_tokens, sample, tokenise
+from minillm_jax import demo
+from minillm_jax.data import text
+from minillm_jax.data.text import Tokens, cut, read_documents, read_tokens, sample, tokenise
 from minillm_jax.errors import InputError
 
 FOLDER, VOCABULARY = demo.FOLDER, 1024
@@ -162,7 +163,7 @@ def test_hub_data_sets_stream_their_text(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "datasets", Hub)
     assert list(read_documents("owner/name-v1.5")) == ["owner/name-v1.5 None train True"]
     assert list(read_documents("owner/name/config:test")) == ["owner/name config test True"]
-    monkeypatch.setattr(calibration, "HUB_CHARACTERS", 1200)
+    monkeypatch.setattr(text, "HUB_CHARACTERS", 1200)
     assert len(list(read_documents("owner/endless"))) == 3
     with pytest.raises(InputError, match=r"the Hub could not provide it \(offline\)"):
         list(read_documents("owner/lost"))

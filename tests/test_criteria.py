@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from convert.reader import read_model
-from minillm_jax.calibration import Calibration
+from minillm_jax.data.text import Calibration
 from minillm_jax.errors import InputError
 from minillm_jax.estimate.settings import Estimation
 from minillm_jax.model.loaded import Model

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 import minillm_jax
 from minillm_jax import demo
-from minillm_jax.calibration import Calibration
+from minillm_jax.data.text import Calibration
 from minillm_jax.errors import InputError
 from minillm_jax.estimate import directions
 from minillm_jax.estimate.settings import Estimation

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from minillm_jax import calibration
 from minillm_jax.job import Job, run
 from minillm_jax.model import loss
 from minillm_jax.pipeline import load
@@ -36,7 +35,7 @@ def test_pruned_and_loaded_in_both_frameworks(
     folder, text = shared(f"models/{name}"), shared(TEXT)
     start = text.read_text(encoding="utf-8")[:60_000]
     (tmp_path / "text.txt").write_text(start, encoding="utf-8")
-    windows = calibration.cut(calibration.read_tokens(tmp_path / "text.txt", folder, 2048), 128)[:32]
+    windows = text.cut(text.read_tokens(tmp_path / "text.txt", folder, 2048), 128)[:32]
     perplexities = {}
     for form in (None, "padded"):
         output = tmp_path / str(form)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from minillm_jax import calibration, demo
+from minillm_jax import demo
+from minillm_jax.data import text
 from minillm_jax.model import axis_table, loss
 from minillm_jax.model.decoder import group_counts
 from minillm_jax.pipeline import load
@@ -22,10 +23,10 @@ def test_restoration_of_a_trained_model() -> None:
     """64 windows calibrate, 96 others are measured: least squares takes back more than half of what pruning cost."""
     folder, text = shared("models/stories260K"), shared("data/tinystories/tinystories_sample_2MiB.txt")
     model = load(folder)
-    windows = calibration.sample(calibration.read_tokens(text, folder, 512), 160, 128, seed=0)
+    windows = text.sample(text.read_tokens(text, folder, 512), 160, 128, seed=0)
     calibrate, held_out = windows[:64], windows[64:]
     dense = loss.perplexity(model.decoder, held_out).perplexity
-    scores = score(model, calibration.Calibration(calibrate, "stories", 0), Scoring("wanda"))
+    scores = score(model, text.Calibration(calibrate, "stories", 0), Scoring("wanda"))
     for ratio, bound in BOUNDS.items():
         kept = best_of(scores.groups, ratio)
         counts = {kind: [kept_count(n, ratio) for n in group_counts(model.decoder, kind)] for kind in axis_table.KINDS}
@@ -42,8 +43,8 @@ def test_restoration_of_a_trained_model() -> None:
 def test_a_trained_model_is_pruned_alike_on_host_and_device() -> None:
     """The same groups in float32 as in float64, and the same perplexity."""
     model = load(demo.FOLDER)
-    tokens = calibration.tokenise(demo.held_out_text(), model.folder)
-    windows = calibration.sample(calibration.Tokens(tokens, "held out", 1), 24, 128, seed=0)
+    tokens = text.tokenise(demo.held_out_text(), model.folder)
+    windows = text.sample(text.Tokens(tokens, "held out", 1), 24, 128, seed=0)
     counts = {kind: [n // 2 for n in group_counts(model.decoder, kind)] for kind in axis_table.KINDS}
     host, device = (prune_by_obs(model.decoder, counts, windows[:8], Restoration(solver=s)) for s in linear.SOLVERS)
     for kind in axis_table.KINDS:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from minillm_jax.calibration import Calibration
+from minillm_jax.data.text import Calibration
 from minillm_jax.errors import InputError
 from minillm_jax.job import Job, Result, run
 from minillm_jax.model import axis_table

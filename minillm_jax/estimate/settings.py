@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minillm_jax.calibration import check_seed
+from minillm_jax.data.text import check_seed
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.estimate import spaces
 from minillm_jax.estimate.directions import (
