@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from convert import memory, rules, sources
 from convert.sources import FLOATS, read_json
+from minillm_jax.devices.sharding import parts, shardings
 from minillm_jax.errors import InputError, cause
-from minillm_jax.mesh import parts, shardings
 from minillm_jax.model import axis_table, families
 from minillm_jax.model.decoder import Decoder, build, named_arrays
 from minillm_jax.model.loaded import Model

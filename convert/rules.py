@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from convert import memory
 from convert.families import TABLES, FamilyTable, Part, Rule
-from minillm_jax import mesh
+from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder, depth, named_arrays, outer_letters, run_letters
@@ -154,7 +154,9 @@ def fill(
     places = places or {}
     for paths, pieces in together.items():
         whole = _assemble(pieces, stored, source, [shapes[path] for path in paths], dtype, scratch)
-        arrays |= {path: mesh.place(whole.pop(0), places.get(path)) for path in paths}  # one copy goes as another comes
+        arrays |= {
+            path: sharding.place(whole.pop(0), places.get(path)) for path in paths
+        }  # one copy goes as another comes
     decoder = fill_tree(abstract, arrays, places)
     _check_tied_copy(decoder, stored, source)
     return decoder
@@ -168,7 +170,9 @@ def fill_tree(
 
     def leaf(path: jax.tree_util.KeyPath, expected: Any) -> jax.Array:
         name = axis_table.array_path(path)
-        return mesh.place(jnp.asarray(expected), data_places.get(name)) if axis_table.is_data(name) else arrays[name]
+        return (
+            sharding.place(jnp.asarray(expected), data_places.get(name)) if axis_table.is_data(name) else arrays[name]
+        )
 
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
@@ -252,7 +256,7 @@ def _check_tied_copy(decoder: Decoder, stored: Mapping[str, str], source: Tensor
     copy = source.read(name, memory.aligned_empty)
     ours = decoder.embedding[...]
     if copy.shape != ours.shape or not all(
-        np.array_equal(copy[index].astype(ours.dtype), part) for index, part in mesh.parts(ours)
+        np.array_equal(copy[index].astype(ours.dtype), part) for index, part in sharding.parts(ours)
     ):
         raise InputError(f"{source.where}: {name!r} differs from the embedding, but the configuration ties them")
 
@@ -272,7 +276,7 @@ def tensors(decoder: Decoder, wanted: Container[str]) -> Iterator[tuple[str, np.
 def _on_host(array: jax.Array, index: int | None) -> np.ndarray:
     """An array, or one layer of it; a view where the array is in the host's memory in one piece."""
     if index is None:
-        return mesh.gather(array)
+        return sharding.gather(array)
     if [device.platform for device in array.devices()] == ["cpu"]:
         return np.asarray(array)[index]
-    return mesh.gather(array[index])
+    return sharding.gather(array[index])

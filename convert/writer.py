@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from convert import formats, rules
 from convert.reader import COMPANIONS, CONFIG, FLAX_WEIGHTS, RECORD
 from convert.sources import INDEX
-from minillm_jax import mesh
+from minillm_jax.devices import hosts
 from minillm_jax.errors import InputError, cause
 from minillm_jax.model import axis_table
 from minillm_jax.model.config import Sizes
@@ -37,7 +37,7 @@ def check_new(output: str | Path) -> Path:
       InputError: something is there already, or no folder can be made there.
     """
     path = Path(output).expanduser().absolute()
-    mesh.decide(lambda: _check_free(path))
+    hosts.decide(lambda: _check_free(path))
     return path
 
 
@@ -146,11 +146,11 @@ def write_model(
     if described.format == formats.PADDED:
         decoder = pad_groups(decoder, described.sizes, _places(model, described.sizes))
     check_new(output)
-    if mesh.is_writer():
+    if hosts.is_writer():
         _write_folder(replace(model, decoder=decoder), Path(output), described, max_shard_size, extra)
     else:
         _give_tensors(decoder, max_shard_size)
-    mesh.wait()
+    hosts.wait()
     return Written(described.format, parameter_count(decoder))
 
 
@@ -185,7 +185,7 @@ def write_flax(model: Model, output: str | Path, extra: Mapping[str, str] | None
     code = {"auto_map"}  # there are no PyTorch weights for it to load
     config = {key: value for key, value in described.config.items() if key not in code}
     check_new(output)
-    if mesh.is_writer():
+    if hosts.is_writer():
         with new_folder(output) as scratch:
             _write_json(scratch / CONFIG, config | _dtype_keys(model.decoder))
             _write_orbax(model.decoder, str((scratch / FLAX_WEIGHTS).resolve()))
@@ -193,7 +193,7 @@ def write_flax(model: Model, output: str | Path, extra: Mapping[str, str] | None
             _write_extra(scratch, extra)
     else:
         _write_orbax(model.decoder, "")
-    mesh.wait()
+    hosts.wait()
     return Path(output).expanduser()
 
 
@@ -201,7 +201,7 @@ def _write_orbax(decoder: Decoder, path: str) -> None:
     """The weights by Orbax, at the path that process 0 gives."""
     from orbax.checkpoint import v1 as ocp
 
-    ocp.save(mesh.agree(path), nnx.to_pure_dict(nnx.state(decoder, nnx.Param)))
+    ocp.save(hosts.agree(path), nnx.to_pure_dict(nnx.state(decoder, nnx.Param)))
 
 
 def _places(model: Model, sizes: Sizes) -> dict[str, list[np.ndarray]]:

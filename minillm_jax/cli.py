@@ -284,11 +284,12 @@ def _target(chosen: dict[str, Any]) -> tuple[str, float] | None:
 
 def _run(job: "Job", as_json: bool) -> None:
     from minillm_jax import job as jobs
-    from minillm_jax import mesh, report
+    from minillm_jax import report
+    from minillm_jax.devices import hosts
 
     with _progress(quiet=as_json) as progress:
         result = jobs.run(job, progress, report.documents)
-    if mesh.is_writer():
+    if hosts.is_writer():
         _show(as_json, lambda: report.result_json(result), lambda: report.result_table(result))
 
 

@@ -8,9 +8,10 @@ from functools import partial
 import numpy as np
 
 from convert import formats, writer
-from minillm_jax import allocate, mesh
+from minillm_jax import allocate
 from minillm_jax.data import text as text
 from minillm_jax.data.text import Calibration
+from minillm_jax.devices import hosts, sharding
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.model import axis_table, costs, loss
 from minillm_jax.model.decoder import build, group_counts, hidden_size, layer_count, part_counts, sizes_of
@@ -158,13 +159,13 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     Raises:
       InputError: see the steps above; nothing has been written then.
     """
-    shape = mesh.parse_mesh(job.mesh)
+    shape = sharding.parse_mesh(job.mesh)
     if job.hosts is not None:
-        mesh.initialise_hosts(mesh.parse_hosts(job.hosts))
+        hosts.initialise_hosts(hosts.parse_hosts(job.hosts))
     writer.check_new(job.output)
     job.check()
     clock = _Clock()
-    model = load(job.model, job.dtype, mesh.make(shape))
+    model = load(job.model, job.dtype, sharding.make(shape))
     costs_before = costs.all_costs(model.decoder, job.budget.window)
     if job.restoration.method == "bias":
         model = with_biases(model)
@@ -184,7 +185,7 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     costs_after = costs.all_costs(pruned.decoder, job.budget.window)
     planned = writer.planned(pruned, job.format)
     result = Result(job, pruned, planned, dict(clock.seconds), before, after, costs_before, costs_after)
-    extra = documents(result) if documents is not None and mesh.is_writer() else {}
+    extra = documents(result) if documents is not None and hosts.is_writer() else {}
     written = save(pruned, job.output, job.format, job.max_shard_size, extra)
     clock.lap("save")
     return replace(result, written=written, seconds=clock.seconds)

@@ -20,9 +20,10 @@ from jax import numpy as jnp
 from jax.sharding import Mesh
 
 from convert import reader, writer
-from minillm_jax import __version__, allocate, mesh
+from minillm_jax import __version__, allocate
 from minillm_jax.data import text as text
 from minillm_jax.data.text import Calibration
+from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table, loss
 from minillm_jax.model.decoder import (
@@ -109,7 +110,7 @@ def with_biases(model: Model) -> Model:
         name = axis_table.array_path(path)
         return arrays[name] if name in arrays else jnp.zeros(shape.shape, shape.dtype)
 
-    decoder = mesh.shard(jax.tree_util.tree_map_with_path(leaf, abstract), mesh.of(model.decoder))
+    decoder = sharding.shard(jax.tree_util.tree_map_with_path(leaf, abstract), sharding.of(model.decoder))
     raw = {**model.raw_config, "attention_bias": True, "mlp_bias": True}
     return replace(model, decoder=decoder, raw_config=raw)
 

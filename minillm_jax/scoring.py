@@ -10,8 +10,8 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax import mesh
 from minillm_jax.data.text import Calibration, check_seed
+from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.estimate import directions
 from minillm_jax.estimate.exact import RunGradients
@@ -252,7 +252,7 @@ def _gate_scores(
 ) -> dict[str, list[np.ndarray]]:
     runs = gate_slopes(decoder, found)
     return {
-        kind: [criteria.gate_importance(layer, criterion) for run in runs for layer in mesh.gather(run[kind])]
+        kind: [criteria.gate_importance(layer, criterion) for run in runs for layer in sharding.gather(run[kind])]
         for kind in kinds
     }
 
@@ -328,7 +328,7 @@ def _score_run(
             for name in criteria.scored_matrices(criterion, kind)
             if name in kernels(run)
         ]
-        found[kind] = criteria.reduce_group(np.stack([mesh.gather(part) for part in structures]), criterion.across)
+        found[kind] = criteria.reduce_group(np.stack([sharding.gather(part) for part in structures]), criterion.across)
     return found
 
 

@@ -18,14 +18,14 @@ from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from convert import reader, writer
-from minillm_jax import mesh
+from minillm_jax.devices import hosts, sharding
+from minillm_jax.devices.sharding import MeshShape
 from minillm_jax.estimate import directions, gradient
 from minillm_jax.estimate.directions import Directions
 from minillm_jax.estimate.loop import estimate
 from minillm_jax.estimate.settings import Estimation
 from minillm_jax.estimate.spaces import Gates, LowRank, Space, Weights
 from minillm_jax.estimate.statistics import activation_norms
-from minillm_jax.mesh import MeshShape
 from minillm_jax.model import axis_table, loss
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder, build, named_arrays
@@ -70,7 +70,7 @@ def make_tokens(count: int, vocabulary: int) -> np.ndarray:
 
 
 def make_mesh(data: int, model: int) -> Mesh:
-    made = mesh.make(MeshShape(data, model))
+    made = sharding.make(MeshShape(data, model))
     assert made is not None
     return made
 
@@ -99,10 +99,10 @@ def quickly(quick: bool) -> None:
 
 def paired(decoder: Decoder, tokens: np.ndarray, space: Space) -> tuple[np.ndarray, Any]:
     """The losses of two directions on the decoder's devices, and the program that found them."""
-    batch, drawn = mesh.shard_batch(tokens, mesh.of(decoder)), plain(2).stacked(1)
+    batch, drawn = sharding.shard_batch(tokens, sharding.of(decoder)), plain(2).stacked(1)
     windows = jnp.arange(len(tokens), dtype=jnp.int32)
     compiled = gradient.paired_losses.lower(decoder, drawn, batch, windows, EPSILON, space).compile()
-    return mesh.gather(compiled(decoder, drawn, batch, windows, EPSILON)), compiled
+    return sharding.gather(compiled(decoder, drawn, batch, windows, EPSILON)), compiled
 
 
 def plain(count: int) -> Directions:
@@ -125,7 +125,7 @@ def estimates(decoder: Decoder, tokens: np.ndarray, checkpoint: Path | None = No
         found[name] = made.projected
     exact = estimate(decoder, tokens, Estimation("exact", "gates")).exact
     assert exact is not None
-    return found | {"exact": mesh.gather(exact[0]["channel"]).sum(-1)}
+    return found | {"exact": sharding.gather(exact[0]["channel"]).sum(-1)}
 
 
 @cache
@@ -155,9 +155,9 @@ def devices(folder: str, out: str) -> dict[str, Any]:
 def on_mesh(shape: tuple[int, int], sizes: Sizes, count: int, names: Sequence[str]) -> tuple[dict, dict]:
     """How far losses and statistics on a mesh are from those on one device, and what is sent for the losses."""
     single, tokens, made = make_decoder(sizes), make_tokens(count, sizes.V), make_mesh(*shape)
-    decoder, batch = mesh.shard(single, made), mesh.shard_batch(tokens, made)
+    decoder, batch = sharding.shard(single, made), sharding.shard_batch(tokens, made)
     found = {
-        "sequences": apart(mesh.gather(loss.sequence_losses(decoder, batch)), loss.sequence_losses(single, tokens)),
+        "sequences": apart(sharding.gather(loss.sequence_losses(decoder, batch)), loss.sequence_losses(single, tokens)),
         "perplexity": apart(loss.perplexity(decoder, tokens).loss, loss.perplexity(single, tokens).loss),
         "norms": apart(activation_norms(decoder, tokens), activation_norms(single, tokens)),
     }
@@ -171,7 +171,9 @@ def on_mesh(shape: tuple[int, int], sizes: Sizes, count: int, names: Sequence[st
 def gathering() -> list[tuple[str, list[int]]]:
     """What is sent when the losses of two directions come together."""
     made = make_mesh(8, 1)
-    spread, everywhere = (NamedSharding(made, spec) for spec in (PartitionSpec(None, None, mesh.DATA), PartitionSpec()))
+    spread, everywhere = (
+        NamedSharding(made, spec) for spec in (PartitionSpec(None, None, sharding.DATA), PartitionSpec())
+    )
     losses = jax.ShapeDtypeStruct((2, 2, 8), jnp.float32, sharding=spread)
     return sent(jax.jit(lambda losses: losses, out_shardings=everywhere).lower(losses).compile())
 
@@ -180,18 +182,18 @@ def directions_over_data() -> dict[str, Any]:
     """Each device follows directions of its own on the whole batch: how far the losses are, and what is sent."""
     single, tokens, made = make_decoder(EVEN), make_tokens(3, EVEN.V), make_mesh(4, 1)
     stacked, windows, space = plain(4).stacked(4), jnp.arange(3, dtype=jnp.int32), SPACES["rademacher"]
-    decoder, spread = mesh.shard(single, made), mesh.shard_directions(stacked, made)
-    batch = mesh.shard_batch(tokens, made)  # three do not divide
+    decoder, spread = sharding.shard(single, made), sharding.shard_directions(stacked, made)
+    batch = sharding.shard_batch(tokens, made)  # three do not divide
     compiled = gradient.paired_losses.lower(decoder, spread, batch, windows, EPSILON, space).compile()
     expected = gradient.paired_losses(single, stacked, jnp.asarray(tokens), windows, EPSILON, space)
-    found = mesh.gather(compiled(decoder, spread, batch, windows, EPSILON))
+    found = sharding.gather(compiled(decoder, spread, batch, windows, EPSILON))
     return {"apart": apart(found, expected), "sent": sent(compiled)}
 
 
 def estimates_apart() -> dict[str, float]:
     """How far whole estimates on a mesh are from those of one device, relative to the largest; seven do not divide."""
     single, tokens = make_decoder(EVEN), make_tokens(7, EVEN.V)
-    decoder = mesh.shard(single, make_mesh(2, 4))
+    decoder = sharding.shard(single, make_mesh(2, 4))
     expected, found = estimates(single, tokens), estimates(decoder, tokens)
     return {name: float(np.abs(found[name] - one).max() / np.abs(one).max()) for name, one in expected.items()}
 
@@ -200,7 +202,7 @@ def restored() -> dict[str, Any]:
     """How far the loss of a model that was pruned and restored on a mesh is from that on one device; its shares."""
     single, tokens = make_decoder(EVEN), make_tokens(8, EVEN.V)
     kept = {kind: [np.arange(0, n, 2)] * 2 for kind, n in (("head", 8), ("channel", 64))}
-    on_mesh = restore(mesh.shard(single, make_mesh(2, 4)), kept, tokens)
+    on_mesh = restore(sharding.shard(single, make_mesh(2, 4)), kept, tokens)
     alone, together = (loss.perplexity(one, tokens).loss for one in (restore(single, kept, tokens), on_mesh))
     return {"apart": apart(together, alone), "shares": shares(on_mesh)}
 
@@ -215,7 +217,7 @@ def directions_are_equal() -> dict[str, bool]:
         draw = partial(
             directions.draw, layer=layer, name=name, shape=axis_table.shape(axes, letters), distribution=kind
         )
-        sharded = jax.jit(draw, out_shardings=NamedSharding(made, mesh.spec(axes, letters, 8)))(key)
+        sharded = jax.jit(draw, out_shardings=NamedSharding(made, sharding.spec(axes, letters, 8)))(key)
         alone = jax.jit(draw)(key)
         assert {one.data.size for one in sharded.addressable_shards} == {alone.size // 8}
         found[f"{kind} {name}"] = np.array_equal(np.asarray(sharded), np.asarray(alone))
@@ -230,7 +232,7 @@ def slices_are_equal() -> dict[str, Any]:
         single = jax.tree.map(
             lambda leaf, dtype=dtype: jnp.where(leaf > 0.1, leaf, -0.0).astype(dtype), make_decoder(EVEN)
         )
-        sliced = slice_groups(mesh.shard(single, make_mesh(2, 4)), kept)
+        sliced = slice_groups(sharding.shard(single, make_mesh(2, 4)), kept)
         pairs = zip(named_arrays(sliced), named_arrays(slice_groups(single, kept)), strict=True)
         found[dtype] = all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for (_, a), (_, b) in pairs)
         found["shares"] = shares(sliced)
@@ -263,7 +265,7 @@ def shares(decoder: Decoder) -> dict[str, list[float]]:
 
 
 def same(left: Decoder, right: Decoder) -> bool:
-    same = jax.tree.map(lambda a, b: np.array_equal(mesh.gather(a), mesh.gather(b)), left, right)
+    same = jax.tree.map(lambda a, b: np.array_equal(sharding.gather(a), sharding.gather(b)), left, right)
     return all(jax.tree.leaves(same))
 
 
@@ -277,12 +279,12 @@ def losses(decoder: Decoder) -> list[float]:
     return [*pairs.ravel().tolist(), loss.perplexity(decoder, tokens).loss]
 
 
-def hosts(folder: str, out: str, said: str) -> dict[str, Any]:
+def two_hosts(folder: str, out: str, said: str) -> dict[str, Any]:
     """What one of several processes finds, with the batch and then the weights spread over all of them."""
-    mesh.initialise_hosts(mesh.parse_hosts(said))
+    hosts.initialise_hosts(hosts.parse_hosts(said))
     quickly(True)
     count = jax.device_count()
-    found: dict[str, Any] = {"writer": mesh.is_writer(), "processes": jax.process_count(), "devices": count}
+    found: dict[str, Any] = {"writer": hosts.is_writer(), "processes": jax.process_count(), "devices": count}
     for name, shape in (("batch", (count, 1)), ("weights", (1, count))):
         model = reader.read_model(folder, mesh=make_mesh(*shape))
         found[name] = losses(model.decoder)
@@ -301,7 +303,7 @@ def hosts(folder: str, out: str, said: str) -> dict[str, Any]:
     return found
 
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {"devices": devices, "hosts": hosts}
+FUNCTIONS: dict[str, Callable[..., Any]] = {"devices": devices, "hosts": two_hosts}
 
 if __name__ == "__main__":
     sys.stdout.write(json.dumps(FUNCTIONS[sys.argv[1]](*sys.argv[2:])))

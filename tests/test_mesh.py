@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from convert import reader, writer
-from minillm_jax import mesh
+from minillm_jax.devices import hosts, sharding
+from minillm_jax.devices.hosts import Hosts
+from minillm_jax.devices.sharding import MeshShape
 from minillm_jax.errors import InputError
-from minillm_jax.mesh import Hosts, MeshShape
 from tests import mesh_child
 from tests.helpers import hugging_face_folder
 
@@ -194,37 +195,37 @@ def test_what_process_0_refuses_all_refuse(joined: list[dict[str, Any]]) -> None
 
 
 def test_meshes_are_read() -> None:
-    assert mesh.parse_mesh(None) is None
-    assert mesh.parse_mesh("auto") is None
-    assert mesh.parse_mesh("data=2,model=4") == MeshShape(2, 4)
-    assert mesh.parse_mesh("model=4, data=2") == MeshShape(2, 4)
-    assert mesh.parse_mesh("model=8") == MeshShape(1, 8)
+    assert sharding.parse_mesh(None) is None
+    assert sharding.parse_mesh("auto") is None
+    assert sharding.parse_mesh("data=2,model=4") == MeshShape(2, 4)
+    assert sharding.parse_mesh("model=4, data=2") == MeshShape(2, 4)
+    assert sharding.parse_mesh("model=8") == MeshShape(1, 8)
 
 
 @pytest.mark.parametrize("text", ["", "2,4", "data", "data=0", "data=-1", "data=2,data=2", "rows=2", "data=2;model=4"])
 def test_meshes_that_are_not_understood(text: str) -> None:
     with pytest.raises(InputError, match=r"is not understood at .*; expected data=A,model=B"):
-        mesh.parse_mesh(text)
+        sharding.parse_mesh(text)
 
 
 def test_one_device_needs_no_mesh_and_two_are_not_there() -> None:
-    assert mesh.make(None) is None
+    assert sharding.make(None) is None
     with pytest.raises(InputError, match="the mesh is for 8 devices, but there are 1"):
-        mesh.make(MeshShape(2, 4))
+        sharding.make(MeshShape(2, 4))
 
 
 def test_hosts_are_read() -> None:
-    assert mesh.parse_hosts("auto") == Hosts()
-    assert mesh.parse_hosts("10.0.0.1:1234,4,3") == Hosts("10.0.0.1:1234", 4, 3)
+    assert hosts.parse_hosts("auto") == Hosts()
+    assert hosts.parse_hosts("10.0.0.1:1234,4,3") == Hosts("10.0.0.1:1234", 4, 3)
 
 
 @pytest.mark.parametrize("text", ["", "10.0.0.1,2,0", "10.0.0.1:1234", "10.0.0.1:1234,2,2", "10.0.0.1:1234,2,-1"])
 def test_hosts_that_are_not_understood(text: str) -> None:
     with pytest.raises(InputError, match="expected auto or ADDRESS:PORT,COUNT,NUMBER"):
-        mesh.parse_hosts(text)
+        hosts.parse_hosts(text)
 
 
 def test_a_process_that_has_devices_cannot_join() -> None:
-    mesh.make(None)  # asks for the devices
+    sharding.make(None)  # asks for the devices
     with pytest.raises(InputError, match=r"could not be joined .*--hosts ADDRESS:PORT,COUNT,NUMBER says"):
-        mesh.initialise_hosts(Hosts("127.0.0.1:1", 2, 0))
+        hosts.initialise_hosts(Hosts("127.0.0.1:1", 2, 0))

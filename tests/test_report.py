@@ -16,7 +16,8 @@ from jax import numpy as jnp
 
 from convert import writer
 from convert.reader import read_model
-from minillm_jax import card, demo, figures, mesh, pages, pictures, report
+from minillm_jax import card, demo, figures, pages, pictures, report
+from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.job import Job, Result, run
 from minillm_jax.scoring import QUANTILES, Scores, Scoring, summaries
@@ -278,7 +279,7 @@ def test_documents_never_take_the_place_of_a_model_s_file(tmp_path: Path) -> Non
 
 
 def test_only_the_writing_process_makes_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mesh, "is_writer", lambda: False)
+    monkeypatch.setattr(sharding, "is_writer", lambda: False)
     run(job_of(tmp_path, evaluation=None), documents=lambda _: pytest.fail("made by another process"))
     assert not (tmp_path / "out").exists()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from minillm_jax import mesh
+from minillm_jax.devices import hosts
 from minillm_jax.estimate.settings import Estimation
 from minillm_jax.model.decoder import Decoder, hidden_size, parameter_count, run_letters
 from minillm_jax.model.loss import LOGITS_AT_ONCE, TOKENS_AT_ONCE
@@ -46,7 +46,7 @@ class Plan:
 
 def shared_plan(decoder: Decoder, length: int, settings: Estimation) -> Plan:
     """As `plan`, and the same in all processes: by the memory of process 0."""
-    return Plan(**json.loads(mesh.agree(json.dumps(asdict(plan(decoder, length, settings))))))
+    return Plan(**json.loads(hosts.agree(json.dumps(asdict(plan(decoder, length, settings))))))
 
 
 def plan(decoder: Decoder, length: int, settings: Estimation) -> Plan:

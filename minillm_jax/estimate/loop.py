@@ -10,7 +10,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax import mesh
+from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.estimate import gradient, rebuild, spaces
 from minillm_jax.estimate.chunks import Plan, shared_plan
@@ -143,8 +143,8 @@ def measure_call(
     """
     stacked = settings.draw(decoder, first, first + chunks.per_call).stacked(chunks.per_step)
     parts = [
-        mesh.gather(_run(decoder, *_spread(decoder, stacked, tokens), numbers, settings)).astype(np.float64)
-        for tokens, numbers in numbered_batches(windows, chunks.tokens, mesh.data_size(mesh.of(decoder)))
+        sharding.gather(_run(decoder, *_spread(decoder, stacked, tokens), numbers, settings)).astype(np.float64)
+        for tokens, numbers in numbered_batches(windows, chunks.tokens, sharding.data_size(sharding.of(decoder)))
     ]
     whole = np.concatenate(parts, axis=-1)
     return whole.reshape(chunks.per_call, *whole.shape[2:])[: last - first]
@@ -152,10 +152,10 @@ def measure_call(
 
 def _spread(decoder: Decoder, stacked: Directions, tokens: np.ndarray) -> tuple[Directions, Array]:
     """Over the devices of `data`: the sequences, or the directions where the sequences do not divide."""
-    devices = mesh.of(decoder)
-    batch = mesh.shard_batch(tokens, devices)
-    divides = len(tokens) % mesh.data_size(devices) == 0
-    return stacked if divides else mesh.shard_directions(stacked, devices), batch
+    devices = sharding.of(decoder)
+    batch = sharding.shard_batch(tokens, devices)
+    divides = len(tokens) % sharding.data_size(devices) == 0
+    return stacked if divides else sharding.shard_directions(stacked, devices), batch
 
 
 def numbered_batches(
@@ -181,11 +181,11 @@ def _exact(decoder: Decoder, windows: np.ndarray, settings: Estimation, progress
     total: RunGradients | None = None
     squares: RunGradients | None = None
     done = 0
-    by_gates, devices = settings.space == "gates", mesh.of(decoder)
+    by_gates, devices = settings.space == "gates", sharding.of(decoder)
     one_by_one = settings.curvature  # each window's own gradient is squared
-    cut = batches(windows, 1) if one_by_one else batches(windows, devices=mesh.data_size(devices))
+    cut = batches(windows, 1) if one_by_one else batches(windows, devices=sharding.data_size(devices))
     for batch in cut:
-        part = (gate_gradients if by_gates else weight_gradients)(decoder, mesh.shard_batch(batch, devices))
+        part = (gate_gradients if by_gates else weight_gradients)(decoder, sharding.shard_batch(batch, devices))
         part = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / predictions, part)
         if settings.curvature:
             squares = _add_squares(squares, part, len(windows))

@@ -8,7 +8,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax import mesh
+from minillm_jax.devices import sharding
 from minillm_jax.model.decoder import Decoder, apply_block, embed, rotary_angles, scan_layers
 from minillm_jax.model.loss import batches
 from minillm_jax.model.modules import Block
@@ -39,9 +39,9 @@ def activation_norms(decoder: Decoder, windows: Int[np.ndarray, "B T"], norm: st
 def _totals(decoder: Decoder, windows: np.ndarray, power: str, means: RunStatistics | None = None) -> RunStatistics:
     """The sums of all batches."""
     total: RunStatistics | None = None
-    devices = mesh.of(decoder)
-    for batch in batches(windows, devices=mesh.data_size(devices)):
-        part = _sums(decoder, mesh.shard_batch(batch, devices), means, power=power)
+    devices = sharding.of(decoder)
+    for batch in batches(windows, devices=sharding.data_size(devices)):
+        part = _sums(decoder, sharding.shard_batch(batch, devices), means, power=power)
         total = part if total is None else jax.tree.map(jnp.add, total, part)
     assert total is not None, "there is always at least one batch"
     return total

@@ -6,7 +6,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax import mesh
+from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.estimate import gradient
 from minillm_jax.estimate.settings import Estimation
@@ -70,7 +70,7 @@ def choose_epsilon(decoder: Decoder, windows: Int[np.ndarray, "B T"], settings: 
     Raises:
       InputError: no candidate has finite losses.
     """
-    tokens = mesh.shard_batch(windows[:COMPARED], mesh.of(decoder))
+    tokens = sharding.shard_batch(windows[:COMPARED], sharding.of(decoder))
     numbers, space = jnp.arange(len(tokens), dtype=jnp.int32), settings.make_space()
     directions = settings.draw(decoder, 0, COMPARED).stacked(1)
     true = _fetch(gradient.directional_derivatives(decoder, directions, tokens, numbers, space))
@@ -85,4 +85,4 @@ def choose_epsilon(decoder: Decoder, windows: Int[np.ndarray, "B T"], settings: 
 
 
 def _fetch(array: Float[Array, "..."]) -> Float[np.ndarray, "..."]:
-    return mesh.gather(array).astype(np.float64)
+    return sharding.gather(array).astype(np.float64)

@@ -9,8 +9,8 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from minillm_jax.devices.sharding import data_size, gather, of, shard_batch
 from minillm_jax.errors import InputError
-from minillm_jax.mesh import data_size, gather, of, shard_batch
 from minillm_jax.model.decoder import Decoder, final_hidden, project_to_vocabulary
 
 # Logits alive at once, in elements: 32 MiB of float32, whatever the length and the vocabulary; more only where those of

@@ -14,8 +14,8 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
+from minillm_jax.devices.sharding import gather
 from minillm_jax.errors import InputError
-from minillm_jax.mesh import gather
 from minillm_jax.model import axis_table, ops
 from minillm_jax.model.decoder import named_arrays
 from minillm_jax.model.modules import Block

@@ -21,8 +21,8 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from minillm_jax.devices.sharding import gather, of, shard
 from minillm_jax.errors import InputError, one_of
-from minillm_jax.mesh import gather, of, shard
 from minillm_jax.model import axis_table
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder, group_count, part_count, with_runs

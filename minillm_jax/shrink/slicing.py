@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from minillm_jax.mesh import constrain, of
+from minillm_jax.devices.sharding import constrain, of
 from minillm_jax.model import axis_table
 from minillm_jax.model.config import Sizes
 from minillm_jax.model.decoder import Decoder, depth, group_count, run_letters, with_runs
