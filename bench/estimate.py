@@ -43,11 +43,11 @@ from rich.table import Table
 from shapes import CONFIG, SHAPES, layer_bytes, random_decoder, random_tokens
 from timing import Program, medians, seconds, take_turns
 
-from minillm_jax.estimate.exact import gate_gradients, weight_gradients
-from minillm_jax.estimate.gradient import directional_derivatives, paired_losses
-from minillm_jax.estimate.settings import Estimation
 from minillm_jax.model.decoder import Decoder, build, parameter_count
 from minillm_jax.model.loss import sequence_losses
+from minillm_jax.scoring.gradient.exact import gate_gradients, weight_gradients
+from minillm_jax.scoring.gradient.settings import Estimation
+from minillm_jax.scoring.gradient.slopes import directional_derivatives, paired_losses
 
 DTYPES = ("float32", "bfloat16")
 EPSILON = 1e-3

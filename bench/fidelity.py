@@ -29,16 +29,16 @@ from scipy.stats import spearmanr
 from texts import add_arguments, load
 
 from minillm_jax.data.text import Calibration, Tokens, sample
-from minillm_jax.estimate.exact import RunGradients, gated_losses
-from minillm_jax.estimate.loop import Estimate, estimate, gate_slopes
-from minillm_jax.estimate.rebuild import rebuild
-from minillm_jax.estimate.settings import Estimation
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder, depth, group_counts, kernels
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import sequence_losses
-from minillm_jax.scoring import Scoring, score, scores_from
-from minillm_jax.select.criteria import CRITERIA
+from minillm_jax.scoring.criteria import CRITERIA
+from minillm_jax.scoring.gradient.estimate import Estimate, estimate, gate_slopes
+from minillm_jax.scoring.gradient.exact import RunGradients, gated_losses
+from minillm_jax.scoring.gradient.rebuild import rebuild
+from minillm_jax.scoring.gradient.settings import Estimation
+from minillm_jax.scoring.score import Scoring, score, scores_from
 
 Groups = dict[str, list[np.ndarray]]  # kind -> layer -> one number for each group
 

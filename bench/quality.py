@@ -26,11 +26,11 @@ from texts import add_arguments, load
 
 from minillm_jax import pipeline
 from minillm_jax.data.text import Calibration, Tokens, sample
-from minillm_jax.estimate.settings import Estimation
 from minillm_jax.model.decoder import parameter_count
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import perplexity
-from minillm_jax.scoring import Scoring, score
+from minillm_jax.scoring.gradient.settings import Estimation
+from minillm_jax.scoring.score import Scoring, score
 from minillm_jax.select.budget import Budget
 from minillm_jax.shrink.restore import Restoration, can_compensate
 

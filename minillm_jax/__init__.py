@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from minillm_jax.data.text import Calibration as Calibration
     from minillm_jax.errors import InputError as InputError
-    from minillm_jax.estimate.settings import Estimation as Estimation
     from minillm_jax.model.loaded import Model as Model
     from minillm_jax.pipeline import calibrate as calibrate
     from minillm_jax.pipeline import evaluate as evaluate
     from minillm_jax.pipeline import load as load
     from minillm_jax.pipeline import prune as prune
     from minillm_jax.pipeline import save as save
-    from minillm_jax.scoring import Scores as Scores
-    from minillm_jax.scoring import Scoring as Scoring
-    from minillm_jax.scoring import score as score
+    from minillm_jax.scoring.gradient.settings import Estimation as Estimation
+    from minillm_jax.scoring.score import Scores as Scores
+    from minillm_jax.scoring.score import Scoring as Scoring
+    from minillm_jax.scoring.score import score as score
     from minillm_jax.select.budget import Budget as Budget
     from minillm_jax.shrink.restore import Restoration as Restoration
 
@@ -34,18 +34,18 @@ __version__ = "0.1.0"
 _HOME = {
     "Budget": "select.budget",
     "Calibration": "data.text",
-    "Estimation": "estimate.settings",
+    "Estimation": "scoring.gradient.settings",
     "InputError": "errors",
     "Model": "model.loaded",
     "Restoration": "shrink.restore",
-    "Scores": "scoring",
-    "Scoring": "scoring",
+    "Scores": "scoring.score",
+    "Scoring": "scoring.score",
     "calibrate": "pipeline",
     "evaluate": "pipeline",
     "load": "pipeline",
     "prune": "pipeline",
     "save": "pipeline",
-    "score": "scoring",
+    "score": "scoring.score",
 }
 
 __all__ = [

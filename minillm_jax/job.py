@@ -30,7 +30,7 @@ from minillm_jax.pipeline import (
     with_biases,
 )
 from minillm_jax.progress import StageProgress
-from minillm_jax.scoring import Scores, Scoring, check_hidden
+from minillm_jax.scoring.score import Scores, Scoring, check_hidden
 from minillm_jax.select.budget import Budget, choose, kept_count
 from minillm_jax.shrink.restore import Restoration
 from minillm_jax.shrink.slicing import slice_sizes

@@ -38,7 +38,7 @@ from minillm_jax.model.decoder import (
 )
 from minillm_jax.model.loaded import Model
 from minillm_jax.progress import StageProgress, tell
-from minillm_jax.scoring import Scores, Scoring, hidden_scores, score, summaries
+from minillm_jax.scoring.score import Scores, Scoring, hidden_scores, score, summaries
 from minillm_jax.select.budget import Budget, Counts, by_ratio, choose, kept_count
 from minillm_jax.shrink.depth import best_layers
 from minillm_jax.shrink.restore import Restoration, can_compensate, prune_by_obs, restore

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from minillm_jax.errors import InputError
-from minillm_jax.select.criteria import CRITERIA, Criterion
+from minillm_jax.scoring.criteria import CRITERIA, Criterion
 
 DIRECTIONS = ("directions", "distribution", "rank", "per_sequence", "directions_per_step", "memory", "rng")
 RESTORATION = ("alpha", "ridge", "inner", "solver")

@@ -20,16 +20,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from convert import reader, writer
 from minillm_jax.devices import hosts, sharding
 from minillm_jax.devices.sharding import MeshShape
-from minillm_jax.estimate import directions, gradient
-from minillm_jax.estimate.directions import Directions
-from minillm_jax.estimate.loop import estimate
-from minillm_jax.estimate.settings import Estimation
-from minillm_jax.estimate.spaces import Gates, LowRank, Space, Weights
-from minillm_jax.estimate.statistics import activation_norms
 from minillm_jax.model import axis_table, loss
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder, build, named_arrays
 from minillm_jax.model.ops import Rope
+from minillm_jax.scoring.activations import activation_norms
+from minillm_jax.scoring.gradient import directions, slopes
+from minillm_jax.scoring.gradient.directions import Directions
+from minillm_jax.scoring.gradient.estimate import estimate
+from minillm_jax.scoring.gradient.settings import Estimation
+from minillm_jax.scoring.gradient.spaces import Gates, LowRank, Space, Weights
 from minillm_jax.shrink.restore import restore
 from minillm_jax.shrink.slicing import slice_groups
 
@@ -101,7 +101,7 @@ def paired(decoder: Decoder, tokens: np.ndarray, space: Space) -> tuple[np.ndarr
     """The losses of two directions on the decoder's devices, and the program that found them."""
     batch, drawn = sharding.shard_batch(tokens, sharding.of(decoder)), plain(2).stacked(1)
     windows = jnp.arange(len(tokens), dtype=jnp.int32)
-    compiled = gradient.paired_losses.lower(decoder, drawn, batch, windows, EPSILON, space).compile()
+    compiled = slopes.paired_losses.lower(decoder, drawn, batch, windows, EPSILON, space).compile()
     return sharding.gather(compiled(decoder, drawn, batch, windows, EPSILON)), compiled
 
 
@@ -184,8 +184,8 @@ def directions_over_data() -> dict[str, Any]:
     stacked, windows, space = plain(4).stacked(4), jnp.arange(3, dtype=jnp.int32), SPACES["rademacher"]
     decoder, spread = sharding.shard(single, made), sharding.shard_directions(stacked, made)
     batch = sharding.shard_batch(tokens, made)  # three do not divide
-    compiled = gradient.paired_losses.lower(decoder, spread, batch, windows, EPSILON, space).compile()
-    expected = gradient.paired_losses(single, stacked, jnp.asarray(tokens), windows, EPSILON, space)
+    compiled = slopes.paired_losses.lower(decoder, spread, batch, windows, EPSILON, space).compile()
+    expected = slopes.paired_losses(single, stacked, jnp.asarray(tokens), windows, EPSILON, space)
     found = sharding.gather(compiled(decoder, spread, batch, windows, EPSILON))
     return {"apart": apart(found, expected), "sent": sent(compiled)}
 

@@ -17,7 +17,7 @@ from minillm_jax.model.decoder import Decoder, group_counts
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import perplexity
 from minillm_jax.pipeline import prune, prune_in_rounds
-from minillm_jax.scoring import Scoring, score
+from minillm_jax.scoring.score import Scoring, score
 from minillm_jax.select import budget as budgets
 from minillm_jax.select.budget import Budget, Stock
 from minillm_jax.shrink.restore import Restoration, restore

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from minillm_jax.errors import InputError
-from minillm_jax.estimate import chunks, gradient, loop, resume
-from minillm_jax.estimate.loop import estimate
-from minillm_jax.estimate.settings import Estimation
-from minillm_jax.estimate.step import CANDIDATES, StepReport
+from minillm_jax.scoring.gradient import checkpoint, plan, slopes
+from minillm_jax.scoring.gradient.estimate import batches, estimate, numbered_batches
+from minillm_jax.scoring.gradient.settings import Estimation
+from minillm_jax.scoring.gradient.step import CANDIDATES, StepReport
 from tests.helpers import random_tokens, small_decoder
 
 SPSA = Estimation("spsa", directions=5, epsilon=1e-2, distribution="rademacher", per_step=1)
@@ -36,35 +36,33 @@ def test_chunks_and_batches_do_not_change_the_estimate(monkeypatch: pytest.Monke
     tolerance = 1e-6 * 4.2 / 2e-2 if settings.difference == "spsa" else 1e-6
     whole = projected_of(settings, windows)
     np.testing.assert_allclose(projected_of(replace(settings, per_step=3), windows), whole, rtol=1e-5, atol=tolerance)
-    monkeypatch.setattr(chunks, "TOKENS_AT_ONCE", 48)
-    assert chunks.plan(small_decoder(), 16, settings).tokens == 48
+    monkeypatch.setattr(plan, "TOKENS_AT_ONCE", 48)
+    assert plan.plan(small_decoder(), 16, settings).tokens == 48
     np.testing.assert_allclose(projected_of(settings, windows), whole, rtol=1e-5, atol=tolerance)
 
 
 def test_calls_of_another_length_are_bit_equal_and_nothing_is_compiled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     windows = random_tokens(61, 7, 16)
-    monkeypatch.setattr(chunks, "TOKENS_AT_ONCE", 48)
-    assert {len(batch) for batch in loop.batches(windows, 48)} == {2, 3}
+    monkeypatch.setattr(plan, "TOKENS_AT_ONCE", 48)
+    assert {len(batch) for batch in batches(windows, 48)} == {2, 3}
     jax.clear_caches()
     whole = projected_of(GATES, windows)
-    assert gradient.directional_derivatives._cache_size() == 2, "one program for each size of a batch"
-    monkeypatch.setattr(chunks, "WORK_PER_CALL", 1.0)
+    assert slopes.directional_derivatives._cache_size() == 2, "one program for each size of a batch"
+    monkeypatch.setattr(plan, "WORK_PER_CALL", 1.0)
     settings = replace(GATES, directions=4, per_step=1)
-    assert chunks.plan(small_decoder(), 16, settings).chunks == 1
+    assert plan.plan(small_decoder(), 16, settings).chunks == 1
     np.testing.assert_array_equal(projected_of(settings, windows), whole[:4])
-    assert gradient.directional_derivatives._cache_size() == 4
+    assert slopes.directional_derivatives._cache_size() == 4
     projected_of(replace(settings, directions=3, seed=5), windows)
-    assert gradient.directional_derivatives._cache_size() == 4, "seeds and numbers of directions compile nothing"
+    assert slopes.directional_derivatives._cache_size() == 4, "seeds and numbers of directions compile nothing"
 
 
 def test_directions_per_step_follow_the_memory() -> None:
     decoder = small_decoder()
-    one = chunks.direction_bytes(decoder, 512, 128, GATES.resolve())
-    for memory, expected in ((one // 2, 1), (3 * one, 3), (100 * one, chunks.MOST_PER_STEP)):
-        assert (
-            chunks.plan(decoder, 128, replace(GATES, directions=64, per_step=None, memory=memory)).per_step == expected
-        )
-    assert chunks.plan(decoder, 128, replace(GATES, directions=2, per_step=None, memory=100 * one)).per_step == 2
+    one = plan.direction_bytes(decoder, 512, 128, GATES.resolve())
+    for memory, expected in ((one // 2, 1), (3 * one, 3), (100 * one, plan.MOST_PER_STEP)):
+        assert plan.plan(decoder, 128, replace(GATES, directions=64, per_step=None, memory=memory)).per_step == expected
+    assert plan.plan(decoder, 128, replace(GATES, directions=2, per_step=None, memory=100 * one)).per_step == 2
 
 
 def test_memory_of_a_direction_is_bounded_by_the_formula() -> None:
@@ -74,16 +72,16 @@ def test_memory_of_a_direction_is_bounded_by_the_formula() -> None:
         temporary = []
         for per_step in (4, 8):
             stacked = settings.draw(decoder, 0, 8).stacked(per_step)
-            tokens, numbers = next(loop.numbered_batches(windows, 512))
-            lowered = gradient.directional_derivatives.lower(decoder, stacked, tokens, numbers, settings.make_space())
+            tokens, numbers = next(numbered_batches(windows, 512))
+            lowered = slopes.directional_derivatives.lower(decoder, stacked, tokens, numbers, settings.make_space())
             temporary.append(lowered.compile().memory_analysis().temp_size_in_bytes)
-        bound = 4 * chunks.direction_bytes(decoder, 512, 128, settings.resolve())
+        bound = 4 * plan.direction_bytes(decoder, 512, 128, settings.resolve())
         assert 0 < temporary[1] - temporary[0] <= bound
 
 
 def test_an_interrupted_estimate_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "WORK_PER_CALL", 1.0)
-    monkeypatch.setattr(resume, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(plan, "WORK_PER_CALL", 1.0)
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0.0)
     decoder, windows, settings = small_decoder(), random_tokens(61, 3, 16), replace(GATES, per_step=2)
     whole = estimate(decoder, windows, settings).projected
 
@@ -94,7 +92,7 @@ def test_an_interrupted_estimate_goes_on_bit_for_bit(tmp_path: Path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         estimate(decoder, windows, settings, stop, tmp_path / "saved")
     seen: list[int] = []
-    monkeypatch.setattr(chunks, "WORK_PER_CALL", 1e12)  # the stored plan is used, not a new one
+    monkeypatch.setattr(plan, "WORK_PER_CALL", 1e12)  # the stored plan is used, not a new one
     again = estimate(
         decoder, windows, replace(settings, per_step=1), lambda done, _: seen.append(done), tmp_path / "saved"
     )
@@ -149,7 +147,7 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytes
                 process.send_signal(signal.SIGKILL)
                 break
     assert process.returncode == -signal.SIGKILL
-    monkeypatch.setattr(chunks, "WORK_PER_CALL", 1.0)
+    monkeypatch.setattr(plan, "WORK_PER_CALL", 1.0)
     decoder, windows, seen = small_decoder(), random_tokens(61, 3, 16), []
     again = estimate(decoder, windows, GATES, lambda done, _: seen.append(done), tmp_path / "saved")
     assert seen == [4, 5]

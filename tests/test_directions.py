@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from minillm_jax.estimate import directions
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import kernels, scan_layers
+from minillm_jax.scoring.gradient import directions
 from tests.helpers import perturb, small_decoder
 
 SHAPES = {"attention.q": (48, 8, 4), "attention.o": (8, 4, 48), "mlp.down": (37, 48)}

@@ -9,15 +9,15 @@ import pytest
 from jax import numpy as jnp
 
 from minillm_jax.errors import InputError
-from minillm_jax.estimate import chunks, directions
-from minillm_jax.estimate.directions import Directions
-from minillm_jax.estimate.loop import estimate
-from minillm_jax.estimate.rebuild import rebuild
-from minillm_jax.estimate.settings import Estimation
-from minillm_jax.estimate.spaces import Weights
 from minillm_jax.model.config import LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder, kernels, with_runs
 from minillm_jax.model.loss import sequence_losses
+from minillm_jax.scoring.gradient import directions, plan
+from minillm_jax.scoring.gradient.directions import Directions
+from minillm_jax.scoring.gradient.estimate import estimate
+from minillm_jax.scoring.gradient.rebuild import rebuild
+from minillm_jax.scoring.gradient.settings import Estimation
+from minillm_jax.scoring.gradient.spaces import Weights
 from tests.helpers import pairs_of, perturb, random_tokens, small_decoder
 
 # About 400 weights, so that a few thousand directions span them several times over.
@@ -137,7 +137,7 @@ def test_a_direction_on_the_sphere_has_length_root_d() -> None:
 
 
 def test_estimate_reports_progress_and_is_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "WORK_PER_CALL", 1.0)
+    monkeypatch.setattr(plan, "WORK_PER_CALL", 1.0)
     decoder, windows, seen = small_decoder(), random_tokens(61, 2, 9), []
     settings = Estimation(directions=5, per_step=2)
     first = estimate(decoder, windows, settings, lambda done, total: seen.append((done, total))).projected

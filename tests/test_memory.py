@@ -6,15 +6,15 @@ import jax
 import pytest
 from jax import numpy as jnp
 
-from minillm_jax.estimate import directions, gradient
-from minillm_jax.estimate.directions import Directions
-from minillm_jax.estimate.spaces import Gates, LowRank, Space, Weights
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder, build, depth, kernels
 from minillm_jax.model.loss import sequence_losses
 from minillm_jax.model.ops import Rope
-from minillm_jax.scoring import _score_structure
-from minillm_jax.select.criteria import CRITERIA
+from minillm_jax.scoring.criteria import CRITERIA
+from minillm_jax.scoring.gradient import directions, slopes
+from minillm_jax.scoring.gradient.directions import Directions
+from minillm_jax.scoring.gradient.spaces import Gates, LowRank, Space, Weights
+from minillm_jax.scoring.score import _score_structure
 
 CONFIG = DecoderConfig("llama", 1e-5, Rope(10000.0))
 MEDIUM = build(CONFIG, Sizes(V=512, D=512, H=64, layers=(LayerSizes(N=8, K=8, F=1376),) * 8))
@@ -36,7 +36,7 @@ def layer_bytes(decoder: Decoder) -> float:
 def pair(decoder: Decoder, space: Space) -> tuple[int, int]:
     drawn = jax.eval_shape(lambda: Directions.plain(directions.direction_keys(0, 0, 16)).stacked(1))
     epsilon, windows = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.int32)
-    return account(gradient.paired_losses.lower(decoder, drawn, TOKENS, windows, epsilon, space))
+    return account(slopes.paired_losses.lower(decoder, drawn, TOKENS, windows, epsilon, space))
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])

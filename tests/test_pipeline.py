@@ -12,17 +12,17 @@ import minillm_jax
 from minillm_jax import demo
 from minillm_jax.data.text import Calibration
 from minillm_jax.errors import InputError
-from minillm_jax.estimate import directions
-from minillm_jax.estimate.settings import Estimation
-from minillm_jax.estimate.statistics import activation_norms
 from minillm_jax.job import Job, run
 from minillm_jax.model.decoder import group_counts, kernels
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import perplexity
 from minillm_jax.pipeline import calibrate, evaluate, load, prune, save
-from minillm_jax.scoring import Scores, Scoring, score
+from minillm_jax.scoring.activations import activation_norms
+from minillm_jax.scoring.criteria import CRITERIA
+from minillm_jax.scoring.gradient import directions
+from minillm_jax.scoring.gradient.settings import Estimation
+from minillm_jax.scoring.score import Scores, Scoring, score
 from minillm_jax.select.budget import Budget, kept_count
-from minillm_jax.select.criteria import CRITERIA
 from minillm_jax.shrink.restore import Restoration
 from tests.helpers import (
     arrays_equal,

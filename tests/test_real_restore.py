@@ -8,7 +8,7 @@ from minillm_jax.data import text
 from minillm_jax.model import axis_table, loss
 from minillm_jax.model.decoder import group_counts
 from minillm_jax.pipeline import load
-from minillm_jax.scoring import Scoring, score
+from minillm_jax.scoring.score import Scoring, score
 from minillm_jax.select.budget import kept_count
 from minillm_jax.shrink import linear
 from minillm_jax.shrink.restore import Restoration, prune_by_obs, restore

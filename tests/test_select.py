@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from jax import numpy as jnp
 
 from minillm_jax.errors import InputError
-from minillm_jax.estimate import directions
 from minillm_jax.model import axis_table
-from minillm_jax.select import criteria
+from minillm_jax.scoring import criteria
+from minillm_jax.scoring.gradient import directions
 from minillm_jax.select.budget import Budget, Stock, by_ratio, choose, kept_count
 from tests.helpers import best_of
 

@@ -16,7 +16,7 @@ from minillm_jax.model.decoder import group_counts, hidden_size, layer_count
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import perplexity
 from minillm_jax.pipeline import drop_layers, narrow, prune
-from minillm_jax.scoring import Scoring, score
+from minillm_jax.scoring.score import Scoring, score
 from minillm_jax.select.budget import Budget
 from minillm_jax.shrink.depth import best_layers
 from minillm_jax.shrink.restore import Restoration

@@ -18,9 +18,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
 from minillm_jax.errors import InputError
-from minillm_jax.estimate.directions import Directions
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder, named_arrays, outer_letters, run_letters
+from minillm_jax.scoring.gradient.directions import Directions
 
 DATA, MODEL = "data", "model"
 

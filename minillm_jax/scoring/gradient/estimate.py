@@ -12,15 +12,15 @@ from jaxtyping import Array, Float, Int
 
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
-from minillm_jax.estimate import gradient, rebuild, spaces
-from minillm_jax.estimate.chunks import Plan, shared_plan
-from minillm_jax.estimate.directions import Directions
-from minillm_jax.estimate.exact import RunGradients, gate_gradients, weight_gradients
-from minillm_jax.estimate.resume import Checkpoint, identity
-from minillm_jax.estimate.settings import Estimation
-from minillm_jax.estimate.step import StepReport, choose_epsilon
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import batches, window_losses
+from minillm_jax.scoring.gradient import rebuild, slopes, spaces
+from minillm_jax.scoring.gradient.checkpoint import Checkpoint, identity
+from minillm_jax.scoring.gradient.directions import Directions
+from minillm_jax.scoring.gradient.exact import RunGradients, gate_gradients, weight_gradients
+from minillm_jax.scoring.gradient.plan import Plan, shared_plan
+from minillm_jax.scoring.gradient.settings import Estimation
+from minillm_jax.scoring.gradient.step import StepReport, choose_epsilon
 
 Progress = Callable[[int, int], None]
 
@@ -171,8 +171,8 @@ def numbered_batches(
 def _run(decoder: Decoder, stacked: Directions, tokens: Array, numbers: Array, settings: Estimation) -> Array:
     space = settings.make_space()
     if settings.difference == "jvp":
-        return gradient.directional_derivatives(decoder, stacked, tokens, numbers, space)
-    return gradient.paired_losses(decoder, stacked, tokens, numbers, jnp.float32(settings.step()), space)
+        return slopes.directional_derivatives(decoder, stacked, tokens, numbers, space)
+    return slopes.paired_losses(decoder, stacked, tokens, numbers, jnp.float32(settings.step()), space)
 
 
 def _exact(decoder: Decoder, windows: np.ndarray, settings: Estimation, progress: Progress | None) -> Estimate:

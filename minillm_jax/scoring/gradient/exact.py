@@ -11,7 +11,6 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax.estimate import spaces
 from minillm_jax.model.decoder import (
     Decoder,
     apply_block,
@@ -26,6 +25,7 @@ from minillm_jax.model.decoder import (
 )
 from minillm_jax.model.loss import token_losses
 from minillm_jax.model.modules import Block
+from minillm_jax.scoring.gradient import spaces
 
 # For each run: matrix -> gradient stacked like the run, or kind of group -> [L, B, groups].
 RunGradients = list[dict[str, Float[Array, "L ..."]]]

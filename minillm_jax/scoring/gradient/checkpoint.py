@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minillm_jax.errors import InputError, cause
-from minillm_jax.estimate.chunks import Plan
-from minillm_jax.estimate.settings import Estimation
+from minillm_jax.scoring.gradient.plan import Plan
+from minillm_jax.scoring.gradient.settings import Estimation
 
 # Seconds of work that a kill may cost, beyond the call that was under way.
 SAVE_EVERY = 15.0

@@ -8,8 +8,9 @@ import numpy as np
 
 from minillm_jax.data.text import check_seed
 from minillm_jax.errors import InputError, one_of
-from minillm_jax.estimate import spaces
-from minillm_jax.estimate.directions import (
+from minillm_jax.model.decoder import Decoder
+from minillm_jax.scoring.gradient import spaces
+from minillm_jax.scoring.gradient.directions import (
     DISTRIBUTIONS,
     IMPLEMENTATION,
     IMPLEMENTATIONS,
@@ -17,8 +18,7 @@ from minillm_jax.estimate.directions import (
     direction_keys,
     has_implementation,
 )
-from minillm_jax.estimate.gradient import DIFFERENCES
-from minillm_jax.model.decoder import Decoder
+from minillm_jax.scoring.gradient.slopes import DIFFERENCES
 
 
 @dataclass(frozen=True)

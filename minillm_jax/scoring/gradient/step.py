@@ -8,9 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
-from minillm_jax.estimate import gradient
-from minillm_jax.estimate.settings import Estimation
 from minillm_jax.model.decoder import Decoder
+from minillm_jax.scoring.gradient import slopes
+from minillm_jax.scoring.gradient.settings import Estimation
 
 # Steps that are compared when none is given.
 CANDIDATES = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
@@ -73,12 +73,12 @@ def choose_epsilon(decoder: Decoder, windows: Int[np.ndarray, "B T"], settings: 
     tokens = sharding.shard_batch(windows[:COMPARED], sharding.of(decoder))
     numbers, space = jnp.arange(len(tokens), dtype=jnp.int32), settings.make_space()
     directions = settings.draw(decoder, 0, COMPARED).stacked(1)
-    true = _fetch(gradient.directional_derivatives(decoder, directions, tokens, numbers, space))
+    true = _fetch(slopes.directional_derivatives(decoder, directions, tokens, numbers, space))
     errors = []
     for epsilon in CANDIDATES:
-        ends = _fetch(gradient.paired_losses(decoder, directions, tokens, numbers, jnp.float32(epsilon), space))
-        slopes = (ends[..., 0, :] - ends[..., 1, :]) / (2 * epsilon)
-        errors.append(np.linalg.norm((slopes - true).sum(-1)))
+        ends = _fetch(slopes.paired_losses(decoder, directions, tokens, numbers, jnp.float32(epsilon), space))
+        differences = (ends[..., 0, :] - ends[..., 1, :]) / (2 * epsilon)
+        errors.append(np.linalg.norm((differences - true).sum(-1)))
     if not np.isfinite(errors).any():
         raise InputError("the loss is not finite at any step that could be chosen; use --difference jvp")
     return CANDIDATES[int(np.nanargmin(errors))]

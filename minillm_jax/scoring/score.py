@@ -13,12 +13,6 @@ from jaxtyping import Array, Float, Int
 from minillm_jax.data.text import Calibration, check_seed
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError, one_of
-from minillm_jax.estimate import directions
-from minillm_jax.estimate.exact import RunGradients
-from minillm_jax.estimate.loop import Estimate, estimate, gate_slopes
-from minillm_jax.estimate.rebuild import rebuild
-from minillm_jax.estimate.settings import Estimation
-from minillm_jax.estimate.statistics import ACTIVATION_NORMS, RunStatistics, activation_norms
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import (
     Decoder,
@@ -33,8 +27,14 @@ from minillm_jax.model.decoder import (
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.modules import Block
 from minillm_jax.progress import StageProgress, tell
-from minillm_jax.select import criteria
-from minillm_jax.select.criteria import CRITERIA, Criterion
+from minillm_jax.scoring import criteria
+from minillm_jax.scoring.activations import ACTIVATION_NORMS, RunStatistics, activation_norms
+from minillm_jax.scoring.criteria import CRITERIA, Criterion
+from minillm_jax.scoring.gradient import directions
+from minillm_jax.scoring.gradient.estimate import Estimate, estimate, gate_slopes
+from minillm_jax.scoring.gradient.exact import RunGradients
+from minillm_jax.scoring.gradient.rebuild import rebuild
+from minillm_jax.scoring.gradient.settings import Estimation
 
 
 @dataclass(frozen=True)

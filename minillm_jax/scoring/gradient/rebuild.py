@@ -6,8 +6,8 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax.estimate.directions import Directions
-from minillm_jax.estimate.spaces import Gates, LowRank, Weights
+from minillm_jax.scoring.gradient.directions import Directions
+from minillm_jax.scoring.gradient.spaces import Gates, LowRank, Weights
 
 
 def rebuild(

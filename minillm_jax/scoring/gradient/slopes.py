@@ -17,12 +17,12 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax.estimate import spaces
-from minillm_jax.estimate.directions import Directions
-from minillm_jax.estimate.spaces import Space
 from minillm_jax.model.decoder import Decoder, apply_block, embed, finish, rotary_angles, scan_layers
 from minillm_jax.model.loss import token_losses
 from minillm_jax.model.modules import Angles, Block
+from minillm_jax.scoring.gradient import spaces
+from minillm_jax.scoring.gradient.directions import Directions
+from minillm_jax.scoring.gradient.spaces import Space
 
 DIFFERENCES = ("spsa", "jvp", "exact")
 

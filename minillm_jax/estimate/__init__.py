@@ -1,1 +1,0 @@
-"""Forward passes in, numbers out: directions, projected gradients, activation statistics."""

@@ -1,0 +1,1 @@
+"""One number for every group: activations, gradients, criteria."""
