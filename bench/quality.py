@@ -25,13 +25,13 @@ from environment import environment, peak_bytes, restart_peak
 from texts import add_arguments, load
 
 from minillm_jax import pipeline
+from minillm_jax.budget.budget import Budget
 from minillm_jax.data.text import Calibration, Tokens, sample
 from minillm_jax.model.decoder import parameter_count
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import perplexity
 from minillm_jax.scoring.gradient.settings import Estimation
 from minillm_jax.scoring.score import Scoring, score
-from minillm_jax.select.budget import Budget
 from minillm_jax.shrink.restore import Restoration, can_compensate
 
 # What scores groups without a gradient, with an estimated one, and with the exact one.

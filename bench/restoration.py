@@ -34,9 +34,9 @@ import numpy as np
 from environment import environment, peak_bytes
 from shapes import SHAPES, layer_bytes, random_decoder
 
+from minillm_jax.budget.budget import kept_count
 from minillm_jax.model.axis_table import KINDS
 from minillm_jax.model.decoder import group_counts
-from minillm_jax.select.budget import kept_count
 from minillm_jax.shrink import linear, obs, restore
 
 PARTS = {

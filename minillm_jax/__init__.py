@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minillm_jax.budget.budget import Budget as Budget
     from minillm_jax.data.text import Calibration as Calibration
     from minillm_jax.errors import InputError as InputError
     from minillm_jax.model.loaded import Model as Model
@@ -25,14 +26,13 @@ if TYPE_CHECKING:
     from minillm_jax.scoring.score import Scores as Scores
     from minillm_jax.scoring.score import Scoring as Scoring
     from minillm_jax.scoring.score import score as score
-    from minillm_jax.select.budget import Budget as Budget
     from minillm_jax.shrink.restore import Restoration as Restoration
 
 __version__ = "0.1.0"
 
 # Resolved on first use: `import minillm_jax.config`, or the help of a command, must not import JAX and transformers.
 _HOME = {
-    "Budget": "select.budget",
+    "Budget": "budget.budget",
     "Calibration": "data.text",
     "Estimation": "scoring.gradient.settings",
     "InputError": "errors",

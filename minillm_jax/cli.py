@@ -224,10 +224,10 @@ def show_presets(as_json: JsonOption = False) -> None:
 
 def _job(chosen: dict[str, Any]) -> "Job":
     """The job that the options of `prune` describe, by their names."""
+    from minillm_jax.budget.budget import Budget
     from minillm_jax.job import Job
     from minillm_jax.scoring.gradient.settings import Estimation
     from minillm_jax.scoring.score import Scoring
-    from minillm_jax.select.budget import Budget
     from minillm_jax.shrink.restore import Restoration
 
     estimation = Estimation(

@@ -8,7 +8,8 @@ from functools import partial
 import numpy as np
 
 from convert import formats, writer
-from minillm_jax import allocate
+from minillm_jax.budget import allocate
+from minillm_jax.budget.budget import Budget, choose, kept_count
 from minillm_jax.data import text as text
 from minillm_jax.data.text import Calibration
 from minillm_jax.devices import hosts, sharding
@@ -31,7 +32,6 @@ from minillm_jax.pipeline import (
 )
 from minillm_jax.progress import StageProgress
 from minillm_jax.scoring.score import Scores, Scoring, check_hidden
-from minillm_jax.select.budget import Budget, choose, kept_count
 from minillm_jax.shrink.restore import Restoration
 from minillm_jax.shrink.slicing import slice_sizes
 

@@ -20,7 +20,9 @@ from jax import numpy as jnp
 from jax.sharding import Mesh
 
 from convert import reader, writer
-from minillm_jax import __version__, allocate
+from minillm_jax import __version__
+from minillm_jax.budget import allocate
+from minillm_jax.budget.budget import Budget, Counts, by_ratio, choose, kept_count
 from minillm_jax.data import text as text
 from minillm_jax.data.text import Calibration
 from minillm_jax.devices import sharding
@@ -39,7 +41,6 @@ from minillm_jax.model.decoder import (
 from minillm_jax.model.loaded import Model
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.scoring.score import Scores, Scoring, hidden_scores, score, summaries
-from minillm_jax.select.budget import Budget, Counts, by_ratio, choose, kept_count
 from minillm_jax.shrink.depth import best_layers
 from minillm_jax.shrink.restore import Restoration, can_compensate, prune_by_obs, restore
 from minillm_jax.shrink.slicing import slice_groups, slice_hidden, slice_layers

@@ -12,6 +12,7 @@ import transformers
 from jax import numpy as jnp
 
 from convert import modeling_pruned
+from minillm_jax.budget.budget import choose, kept_count
 from minillm_jax.model import axis_table
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder, build, initialise
@@ -20,7 +21,6 @@ from minillm_jax.model.ops import Rope
 from minillm_jax.scoring.gradient.directions import Directions
 from minillm_jax.scoring.gradient.slopes import paired_losses
 from minillm_jax.scoring.gradient.spaces import Weights, finite
-from minillm_jax.select.budget import choose, kept_count
 
 SHARED = Path(__file__).parents[2] / "shared"
 

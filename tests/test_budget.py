@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm_jax import allocate
+from minillm_jax.budget import allocate
+from minillm_jax.budget import budget as budgets
+from minillm_jax.budget.budget import Budget, Stock
+from minillm_jax.budget.measured_losses import level_losses
 from minillm_jax.data.text import Calibration
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table, costs
@@ -18,11 +21,8 @@ from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import perplexity
 from minillm_jax.pipeline import prune, prune_in_rounds
 from minillm_jax.scoring.score import Scoring, score
-from minillm_jax.select import budget as budgets
-from minillm_jax.select.budget import Budget, Stock
 from minillm_jax.shrink.restore import Restoration, restore
 from minillm_jax.shrink.slicing import slice_groups
-from minillm_jax.shrink.trials import level_losses
 from tests.helpers import random_tokens, small_decoder
 
 WINDOWS = random_tokens(61, 24, 12)

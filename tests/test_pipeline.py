@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 import minillm_jax
 from minillm_jax import demo
+from minillm_jax.budget.budget import Budget, kept_count
 from minillm_jax.data.text import Calibration
 from minillm_jax.errors import InputError
 from minillm_jax.job import Job, run
@@ -22,7 +23,6 @@ from minillm_jax.scoring.criteria import CRITERIA
 from minillm_jax.scoring.gradient import directions
 from minillm_jax.scoring.gradient.settings import Estimation
 from minillm_jax.scoring.score import Scores, Scoring, score
-from minillm_jax.select.budget import Budget, kept_count
 from minillm_jax.shrink.restore import Restoration
 from tests.helpers import (
     arrays_equal,

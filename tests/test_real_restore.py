@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from minillm_jax import demo
+from minillm_jax.budget.budget import kept_count
 from minillm_jax.data import text
 from minillm_jax.model import axis_table, loss
 from minillm_jax.model.decoder import group_counts
 from minillm_jax.pipeline import load
 from minillm_jax.scoring.score import Scoring, score
-from minillm_jax.select.budget import kept_count
 from minillm_jax.shrink import linear
 from minillm_jax.shrink.restore import Restoration, prune_by_obs, restore
 from minillm_jax.shrink.slicing import slice_groups

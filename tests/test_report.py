@@ -17,11 +17,11 @@ from jax import numpy as jnp
 from convert import writer
 from convert.reader import read_model
 from minillm_jax import card, demo, figures, pages, pictures, report
+from minillm_jax.budget.budget import Budget
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.job import Job, Result, run
 from minillm_jax.scoring.score import QUANTILES, Scores, Scoring, summaries
-from minillm_jax.select.budget import Budget
 from minillm_jax.shrink.restore import Restoration
 from tests.helpers import hugging_face_folder, load_torch, random_tokens
 

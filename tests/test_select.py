@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import numpy as jnp
 
+from minillm_jax.budget.budget import Budget, Stock, by_ratio, choose, kept_count
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.scoring import criteria
 from minillm_jax.scoring.gradient import directions
-from minillm_jax.select.budget import Budget, Stock, by_ratio, choose, kept_count
 from tests.helpers import best_of
 
 RNG = np.random.default_rng(0)

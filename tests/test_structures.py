@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
+from minillm_jax.budget.budget import Budget
 from minillm_jax.data.text import Calibration
 from minillm_jax.errors import InputError
 from minillm_jax.job import Job, Result, run
@@ -17,7 +18,6 @@ from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import perplexity
 from minillm_jax.pipeline import drop_layers, narrow, prune
 from minillm_jax.scoring.score import Scoring, score
-from minillm_jax.select.budget import Budget
 from minillm_jax.shrink.depth import best_layers
 from minillm_jax.shrink.restore import Restoration
 from minillm_jax.shrink.slicing import slice_groups, slice_layers

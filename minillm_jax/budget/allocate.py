@@ -5,15 +5,15 @@ from functools import partial
 
 import numpy as np
 
+from minillm_jax.budget import budget as budgets
+from minillm_jax.budget.budget import Budget, Counts, Stock
+from minillm_jax.budget.measured_losses import level_losses
 from minillm_jax.data.text import Calibration
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.model import costs
 from minillm_jax.model.decoder import Decoder, group_counts, layer_count, part_counts
 from minillm_jax.progress import StageProgress, tell
-from minillm_jax.select import budget as budgets
-from minillm_jax.select.budget import Budget, Counts, Stock
 from minillm_jax.shrink.restore import Restoration
-from minillm_jax.shrink.trials import level_losses
 
 # Shares of the groups of a layer that are tried on their own for measured budgets.
 SHARES = tuple(n / 10 for n in range(1, 10))

@@ -1,1 +1,0 @@
-"""Numbers in, kept indices out. Nothing here runs a model."""
