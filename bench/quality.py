@@ -30,9 +30,9 @@ from minillm_jax.data.text import Calibration, Tokens, sample
 from minillm_jax.model.decoder import parameter_count
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import perplexity
+from minillm_jax.pruning.refit import Restoration, can_compensate
 from minillm_jax.scoring.gradient.settings import Estimation
 from minillm_jax.scoring.score import Scoring, score
-from minillm_jax.shrink.restore import Restoration, can_compensate
 
 # What scores groups without a gradient, with an estimated one, and with the exact one.
 CRITERIA = ("random", "noise", "magnitude", "magnitude-l1", "wanda", "flap", "fms", "gate", "gate-square")

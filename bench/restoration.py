@@ -37,14 +37,14 @@ from shapes import SHAPES, layer_bytes, random_decoder
 from minillm_jax.budget.budget import kept_count
 from minillm_jax.model.axis_table import KINDS
 from minillm_jax.model.decoder import group_counts
-from minillm_jax.shrink import linear, obs, restore
+from minillm_jax.pruning import refit, removal_order, solve
 
 PARTS = {
-    "system": (restore, "fit_of"),
-    "inverse": (linear, "inverse"),
-    "products": (obs, "products_of_best"),
-    "order": (obs, "greedy_removal"),
-    "solve": (linear, "solve"),
+    "system": (refit, "fit_of"),
+    "inverse": (solve, "inverse"),
+    "products": (removal_order, "products_of_best"),
+    "order": (removal_order, "greedy_removal"),
+    "solve": (solve, "solve"),
 }
 
 
@@ -83,7 +83,7 @@ def layers(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     decoder = random_decoder(arguments.preset, arguments.dtype, layers=arguments.layers)
     windows = np.random.default_rng(1).integers(0, sizes.V, (arguments.samples, arguments.length), np.int32)
     counts = {kind: [kept_count(n, arguments.ratio) for n in group_counts(decoder, kind)] for kind in KINDS}
-    settings = restore.Restoration(solver=arguments.solver)
+    settings = refit.Restoration(solver=arguments.solver)
     rows: list[dict[str, Any]] = []
     with watched() as taken:
         last, before = [time.perf_counter()], dict(taken)
@@ -100,7 +100,7 @@ def layers(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             before.update(taken)
             print(json.dumps(rows[-1]), flush=True)
 
-        pruned, _ = restore.prune_by_obs(decoder, counts, windows, settings, progress)
+        pruned, _ = refit.prune_by_obs(decoder, counts, windows, settings, progress)
         jax.block_until_ready(jax.tree.leaves(pruned))
     assert all(math.isfinite(float(leaf.sum())) for leaf in jax.tree.leaves(pruned)), "a restored array is not finite"
     yield from rows
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.2)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--solver", choices=linear.SOLVERS, default="host")
+    parser.add_argument("--solver", choices=solve.SOLVERS, default="host")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     rows = list(layers(arguments))

@@ -25,7 +25,7 @@ from minillm_jax.model import axis_table
 from minillm_jax.model.config import Sizes
 from minillm_jax.model.decoder import Decoder, build, group_counts, named_arrays, parameter_count, sizes_of
 from minillm_jax.model.loaded import Model
-from minillm_jax.shrink.padding import pad_groups
+from minillm_jax.pruning.padding import pad_groups
 
 MAX_SHARD_SIZE = "5GB"
 

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from minillm_jax.pipeline import load as load
     from minillm_jax.pipeline import prune as prune
     from minillm_jax.pipeline import save as save
+    from minillm_jax.pruning.refit import Restoration as Restoration
     from minillm_jax.scoring.gradient.settings import Estimation as Estimation
     from minillm_jax.scoring.score import Scores as Scores
     from minillm_jax.scoring.score import Scoring as Scoring
     from minillm_jax.scoring.score import score as score
-    from minillm_jax.shrink.restore import Restoration as Restoration
 
 __version__ = "0.1.0"
 
@@ -37,7 +37,7 @@ _HOME = {
     "Estimation": "scoring.gradient.settings",
     "InputError": "errors",
     "Model": "model.loaded",
-    "Restoration": "shrink.restore",
+    "Restoration": "pruning.refit",
     "Scores": "scoring.score",
     "Scoring": "scoring.score",
     "calibrate": "pipeline",

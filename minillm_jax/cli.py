@@ -226,9 +226,9 @@ def _job(chosen: dict[str, Any]) -> "Job":
     """The job that the options of `prune` describe, by their names."""
     from minillm_jax.budget.budget import Budget
     from minillm_jax.job import Job
+    from minillm_jax.pruning.refit import Restoration
     from minillm_jax.scoring.gradient.settings import Estimation
     from minillm_jax.scoring.score import Scoring
-    from minillm_jax.shrink.restore import Restoration
 
     estimation = Estimation(
         epsilon=_epsilon(chosen["epsilon"]),

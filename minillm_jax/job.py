@@ -31,9 +31,9 @@ from minillm_jax.pipeline import (
     with_biases,
 )
 from minillm_jax.progress import StageProgress
+from minillm_jax.pruning.refit import Restoration
+from minillm_jax.pruning.slicing import slice_sizes
 from minillm_jax.scoring.score import Scores, Scoring, check_hidden
-from minillm_jax.shrink.restore import Restoration
-from minillm_jax.shrink.slicing import slice_sizes
 
 STRUCTURES = ("heads", "channels", "hidden", "layers")
 

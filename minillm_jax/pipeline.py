@@ -40,10 +40,10 @@ from minillm_jax.model.decoder import (
 )
 from minillm_jax.model.loaded import Model
 from minillm_jax.progress import StageProgress, tell
+from minillm_jax.pruning.drop_layers import best_layers
+from minillm_jax.pruning.refit import Restoration, can_compensate, prune_by_obs, restore
+from minillm_jax.pruning.slicing import slice_groups, slice_hidden, slice_layers
 from minillm_jax.scoring.score import Scores, Scoring, hidden_scores, score, summaries
-from minillm_jax.shrink.depth import best_layers
-from minillm_jax.shrink.restore import Restoration, can_compensate, prune_by_obs, restore
-from minillm_jax.shrink.slicing import slice_groups, slice_hidden, slice_layers
 
 RECORDED_PACKAGES = ("jax", "flax", "transformers", "numpy")
 

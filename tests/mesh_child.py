@@ -24,14 +24,14 @@ from minillm_jax.model import axis_table, loss
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder, build, named_arrays
 from minillm_jax.model.ops import Rope
+from minillm_jax.pruning.refit import restore
+from minillm_jax.pruning.slicing import slice_groups
 from minillm_jax.scoring.activations import activation_norms
 from minillm_jax.scoring.gradient import directions, slopes
 from minillm_jax.scoring.gradient.directions import Directions
 from minillm_jax.scoring.gradient.estimate import estimate
 from minillm_jax.scoring.gradient.settings import Estimation
 from minillm_jax.scoring.gradient.spaces import Gates, LowRank, Space, Weights
-from minillm_jax.shrink.restore import restore
-from minillm_jax.shrink.slicing import slice_groups
 
 CONFIG = DecoderConfig("llama", 1e-5, Rope(10000.0))
 EVEN = Sizes(V=64, D=32, H=4, layers=(LayerSizes(N=16, K=8, F=64),) * 2)

@@ -7,10 +7,10 @@ from jax import numpy as jnp
 from minillm_jax.model.decoder import kernels
 from minillm_jax.model.loss import sequence_losses
 from minillm_jax.model.modules import Block
-from minillm_jax.shrink.align import INNER, align
-from minillm_jax.shrink.restore import Restoration, restore
-from minillm_jax.shrink.slicing import slice_layers
-from minillm_jax.stream import InputMoments
+from minillm_jax.pruning.refit import Restoration, restore
+from minillm_jax.pruning.refit_inputs import INNER, align
+from minillm_jax.pruning.slicing import slice_layers
+from minillm_jax.pruning.walk import InputMoments
 from tests.helpers import arrays_equal, random_tokens, small_decoder
 from tests.test_stream import BIASED, KEPT
 

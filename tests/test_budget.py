@@ -20,9 +20,9 @@ from minillm_jax.model.decoder import Decoder, group_counts
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import perplexity
 from minillm_jax.pipeline import prune, prune_in_rounds
+from minillm_jax.pruning.refit import Restoration, restore
+from minillm_jax.pruning.slicing import slice_groups
 from minillm_jax.scoring.score import Scoring, score
-from minillm_jax.shrink.restore import Restoration, restore
-from minillm_jax.shrink.slicing import slice_groups
 from tests.helpers import random_tokens, small_decoder
 
 WINDOWS = random_tokens(61, 24, 12)

@@ -9,7 +9,7 @@ from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table, costs
 from minillm_jax.model.config import LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder, apply_block, group_counts, named_arrays, part_counts, rotary_angles
-from minillm_jax.shrink.slicing import slice_groups
+from minillm_jax.pruning.slicing import slice_groups
 from tests.helpers import small_decoder
 from tests.test_stream import BIASED
 

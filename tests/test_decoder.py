@@ -18,7 +18,7 @@ from minillm_jax.model import axis_table, ops
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.decoder import NO_WINDOW, build, final_hidden, group_counts, parameter_count, scan_layers
 from minillm_jax.model.ops import Rope
-from minillm_jax.shrink.slicing import slice_groups
+from minillm_jax.pruning.slicing import slice_groups
 from tests.helpers import (
     CONFIGURATIONS,
     SMALL,

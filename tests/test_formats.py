@@ -23,8 +23,8 @@ from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder, build, group_counts, hidden_size, layer_count, named_arrays, sizes_of
 from minillm_jax.model.loaded import Model
 from minillm_jax.pipeline import prune
+from minillm_jax.pruning.slicing import slice_groups, slice_hidden, slice_layers
 from minillm_jax.scoring.score import Scores
-from minillm_jax.shrink.slicing import slice_groups, slice_hidden, slice_layers
 from tests.helpers import (
     CONFIGURATIONS,
     LLAMA_ROPE,

@@ -18,12 +18,12 @@ from minillm_jax.model.decoder import group_counts, kernels
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import perplexity
 from minillm_jax.pipeline import calibrate, evaluate, load, prune, save
+from minillm_jax.pruning.refit import Restoration
 from minillm_jax.scoring.activations import activation_norms
 from minillm_jax.scoring.criteria import CRITERIA
 from minillm_jax.scoring.gradient import directions
 from minillm_jax.scoring.gradient.settings import Estimation
 from minillm_jax.scoring.score import Scores, Scoring, score
-from minillm_jax.shrink.restore import Restoration
 from tests.helpers import (
     arrays_equal,
     hugging_face_folder,

@@ -9,10 +9,10 @@ from minillm_jax.data import text
 from minillm_jax.model import axis_table, loss
 from minillm_jax.model.decoder import group_counts
 from minillm_jax.pipeline import load
+from minillm_jax.pruning import solve
+from minillm_jax.pruning.refit import Restoration, prune_by_obs, restore
+from minillm_jax.pruning.slicing import slice_groups
 from minillm_jax.scoring.score import Scoring, score
-from minillm_jax.shrink import linear
-from minillm_jax.shrink.restore import Restoration, prune_by_obs, restore
-from minillm_jax.shrink.slicing import slice_groups
 from tests.helpers import best_of, shared
 
 # Ratio -> the most that structured OBS may cost, as a multiple of the dense model's perplexity.
@@ -46,7 +46,7 @@ def test_a_trained_model_is_pruned_alike_on_host_and_device() -> None:
     tokens = text.tokenise(demo.held_out_text(), model.folder)
     windows = text.sample(text.Tokens(tokens, "held out", 1), 24, 128, seed=0)
     counts = {kind: [n // 2 for n in group_counts(model.decoder, kind)] for kind in axis_table.KINDS}
-    host, device = (prune_by_obs(model.decoder, counts, windows[:8], Restoration(solver=s)) for s in linear.SOLVERS)
+    host, device = (prune_by_obs(model.decoder, counts, windows[:8], Restoration(solver=s)) for s in solve.SOLVERS)
     for kind in axis_table.KINDS:
         for ours, theirs in zip(host[1][kind], device[1][kind], strict=True):
             np.testing.assert_array_equal(ours, theirs)

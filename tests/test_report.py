@@ -21,8 +21,8 @@ from minillm_jax.budget.budget import Budget
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.job import Job, Result, run
+from minillm_jax.pruning.refit import Restoration
 from minillm_jax.scoring.score import QUANTILES, Scores, Scoring, summaries
-from minillm_jax.shrink.restore import Restoration
 from tests.helpers import hugging_face_folder, load_torch, random_tokens
 
 HOSTILE = 'a"b: `c`<script src=http://x>|d\n---\n# e & f\u2028\udc80'

@@ -12,11 +12,11 @@ from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder, final_hidden, group_counts, named_arrays, sizes_of
 from minillm_jax.model.modules import Block
-from minillm_jax.shrink import linear, obs
-from minillm_jax.shrink import restore as restoring
-from minillm_jax.shrink.restore import Restoration, can_compensate, prune_by_obs, restore
-from minillm_jax.shrink.slicing import slice_groups, slice_sizes
-from minillm_jax.stream import Site, projection, walk
+from minillm_jax.pruning import refit as restoring
+from minillm_jax.pruning import removal_order, solve
+from minillm_jax.pruning.refit import Restoration, can_compensate, prune_by_obs, restore
+from minillm_jax.pruning.slicing import slice_groups, slice_sizes
+from minillm_jax.pruning.walk import Site, projection, walk
 from tests.helpers import (
     CONFIGURATIONS,
     arrays_equal,
@@ -203,16 +203,16 @@ def test_half_precision_weights_stay_what_they_are() -> None:
 
 def test_device_and_host_agree() -> None:
     decoder = small_decoder(**BIASED)
-    host, device = (restore(decoder, kept_in(decoder), WINDOWS, Restoration(solver=s)) for s in linear.SOLVERS)
+    host, device = (restore(decoder, kept_in(decoder), WINDOWS, Restoration(solver=s)) for s in solve.SOLVERS)
     for (path, left), (_, right) in zip(named_arrays(host), named_arrays(device), strict=True):
         np.testing.assert_allclose(left, right, atol=1e-4 * float(jnp.abs(left).max()), err_msg=path)
 
 
-@pytest.mark.parametrize("solver", linear.SOLVERS)
+@pytest.mark.parametrize("solver", solve.SOLVERS)
 def test_what_rounding_made_indefinite_is_solved_with_the_ridge_as_least_eigenvalue(solver: str) -> None:
     vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0]
     right = np.arange(10.0).reshape(5, 2)
-    found = linear.solve(vectors @ np.diag([-1e-3, 1.0, 2.0, 3.0, 4.0]) @ vectors.T, right, 0.5, solver)
+    found = solve.solve(vectors @ np.diag([-1e-3, 1.0, 2.0, 3.0, 4.0]) @ vectors.T, right, 0.5, solver)
     np.testing.assert_allclose(found, vectors @ np.diag([2.0, 1, 1 / 2, 1 / 3, 1 / 4]) @ vectors.T @ right)
 
 
@@ -232,7 +232,7 @@ def updated(inverse: np.ndarray, weights: np.ndarray, gone: np.ndarray, count: i
     return weights[np.delete(all_rows, gone, axis=0).ravel()]
 
 
-@pytest.mark.parametrize("solver", linear.SOLVERS)
+@pytest.mark.parametrize("solver", solve.SOLVERS)
 @pytest.mark.parametrize("gathered", [128, 3])
 @pytest.mark.parametrize("width", [1, 3])
 def test_greedy_removal_equals_brute_force(width: int, gathered: int, solver: str) -> None:
@@ -254,13 +254,13 @@ def test_greedy_removal_equals_brute_force(width: int, gathered: int, solver: st
         return np.stack([matrix[i : i + width, i : i + width] for i in range(0, size, width)])
 
     alone = [best([g for g in range(count) if g != gone])[0] for gone in range(count)]
-    np.testing.assert_allclose(obs.removal_errors(blocks(inverse), blocks(products)), alone)
+    np.testing.assert_allclose(removal_order.removal_errors(blocks(inverse), blocks(products)), alone)
     stay, order = list(range(count)), []
     for keep in range(count - 1, 0, -1):
         order.append(min(stay, key=lambda gone, stay=stay: best([g for g in stay if g != gone])[0]))
         stay.remove(order[-1])
         if solver == "host" or keep == 1:
-            found = obs.greedy_removal(inverse.copy(), products.copy(), count, keep, 1, solver, gathered)
+            found = removal_order.greedy_removal(inverse.copy(), products.copy(), count, keep, 1, solver, gathered)
             assert found.tolist() == order
             np.testing.assert_allclose(updated(inverse, weights, found, count), best(stay)[1], rtol=1e-9, atol=1e-12)
 
@@ -268,24 +268,24 @@ def test_greedy_removal_equals_brute_force(width: int, gathered: int, solver: st
 def test_equally_many_groups_go_of_each_part() -> None:
     """Although those of the second part cost nothing."""
     products = np.diag([4.0, 3.0, 2.0, 1.0, 0.4, 0.3, 0.2, 0.1])
-    assert obs.greedy_removal(np.eye(8), products.copy(), 8, 4).tolist() == [7, 6, 5, 4]
-    for solver in linear.SOLVERS:
-        assert obs.greedy_removal(np.eye(8), products.copy(), 8, 4, 2, solver).tolist() == [7, 6, 3, 2]
+    assert removal_order.greedy_removal(np.eye(8), products.copy(), 8, 4).tolist() == [7, 6, 5, 4]
+    for solver in solve.SOLVERS:
+        assert removal_order.greedy_removal(np.eye(8), products.copy(), 8, 4, 2, solver).tolist() == [7, 6, 3, 2]
 
 
 def test_what_float32_cannot_order_is_ordered_on_the_host() -> None:
     inverse, products = np.diag([1e-60, 1e-60, 1e-60]), np.diag([3.0, 1.0, 2.0])
-    assert obs.greedy_removal(inverse, products, 3, 1, 1, "device").tolist() == [1, 2]
+    assert removal_order.greedy_removal(inverse, products, 3, 1, 1, "device").tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("solver", linear.SOLVERS)
+@pytest.mark.parametrize("solver", solve.SOLVERS)
 def test_inverses_are_symmetric_and_mended_like_other_systems(solver: str) -> None:
     vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0]
     for values, inverses in (
         ([1, 2, 3, 4, 5], [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]),
         ([-1e-3, 1, 2, 4, 5], [2, 1, 1 / 2, 1 / 4, 1 / 5]),
     ):
-        found = linear.inverse(vectors @ np.diag(values) @ vectors.T, 0.5, solver)
+        found = solve.inverse(vectors @ np.diag(values) @ vectors.T, 0.5, solver)
         np.testing.assert_allclose(found, vectors @ np.diag(inverses) @ vectors.T, atol=1e-6)
 
 
@@ -306,7 +306,7 @@ def test_the_update_of_obs_is_the_refit_of_what_stays(alpha: float) -> None:
         if alpha == 0:
             np.testing.assert_allclose(full, fit.kernel, rtol=1e-6, atol=1e-9)
         count = {"head": 4, "channel": 12}[site.kind]
-        gone = obs.greedy_removal(inverse.copy(), full @ full.T, count, counts[site.kind][0])
+        gone = removal_order.greedy_removal(inverse.copy(), full @ full.T, count, counts[site.kind][0])
         stay = np.delete(np.arange(count), gone)
         assert (stay == kept[site.kind][site.layer]).all()
         rows = np.arange(len(full)).reshape(count, -1)[stay].ravel()
@@ -320,7 +320,7 @@ def test_the_update_of_obs_is_the_refit_of_what_stays(alpha: float) -> None:
 def test_obs_on_the_device_chooses_and_restores_as_on_the_host() -> None:
     decoder, counts = small_decoder(**BIASED), {kind: [len(rows)] * 3 for kind, rows in KEPT.items()}
     (host, kept), (device, stayed) = (
-        prune_by_obs(decoder, counts, WINDOWS, Restoration(solver=solver)) for solver in linear.SOLVERS
+        prune_by_obs(decoder, counts, WINDOWS, Restoration(solver=solver)) for solver in solve.SOLVERS
     )
     assert {kind: np.asarray(rows).tolist() for kind, rows in kept.items()} == {
         kind: np.asarray(rows).tolist() for kind, rows in stayed.items()

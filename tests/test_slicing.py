@@ -15,7 +15,7 @@ from convert.reader import read_model
 from minillm_jax.model import axis_table
 from minillm_jax.model.config import LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder, group_counts, layer_count, named_arrays, sizes_of
-from minillm_jax.shrink.slicing import slice_groups, slice_hidden, slice_layers, slice_sizes
+from minillm_jax.pruning.slicing import slice_groups, slice_hidden, slice_layers, slice_sizes
 from tests.helpers import (
     CONFIGURATIONS,
     SMALL,

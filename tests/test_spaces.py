@@ -13,6 +13,7 @@ from convert.reader import read_model
 from minillm_jax.errors import InputError
 from minillm_jax.model.decoder import Decoder, depth, final_hidden, group_count, kernels, with_runs
 from minillm_jax.model.loss import sequence_losses
+from minillm_jax.pruning.slicing import slice_groups
 from minillm_jax.scoring.gradient import directions
 from minillm_jax.scoring.gradient.estimate import estimate, gate_slopes
 from minillm_jax.scoring.gradient.exact import gate_gradients, gated_losses, weight_gradients
@@ -20,7 +21,6 @@ from minillm_jax.scoring.gradient.settings import Estimation
 from minillm_jax.scoring.gradient.slopes import directional_derivatives
 from minillm_jax.scoring.gradient.spaces import GATED, Gates, LowRank, Weights
 from minillm_jax.scoring.score import Scoring
-from minillm_jax.shrink.slicing import slice_groups
 from tests.helpers import CONFIGURATIONS, hugging_face_folder, pairs_of, random_tokens, small_decoder
 
 SPACES = [LowRank(1), LowRank(3, "rademacher"), Gates(), Gates("rademacher")]

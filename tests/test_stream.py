@@ -8,13 +8,13 @@ import pytest
 from jax import numpy as jnp
 
 from convert.reader import read_model
-from minillm_jax import stream
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder, apply_block, embed, rotary_angles, with_runs
 from minillm_jax.model.loss import batches
 from minillm_jax.model.modules import Block
-from minillm_jax.shrink import slicing
-from minillm_jax.stream import PROJECTIONS, Moments, Site, projection, walk
+from minillm_jax.pruning import slicing
+from minillm_jax.pruning import walk as walking
+from minillm_jax.pruning.walk import PROJECTIONS, Moments, Site, projection, walk
 from tests.helpers import CONFIGURATIONS, arrays_equal, hugging_face_folder, logits_of, random_tokens, small_decoder
 
 BIASED = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
@@ -132,7 +132,7 @@ def test_the_pruned_stream_is_that_of_the_sliced_model(tmp_path: Path, name: str
 def test_moments_do_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, windows = small_decoder(), random_tokens(61, 7, 9)
     whole = collect(decoder, windows)
-    monkeypatch.setattr(stream, "batches", lambda windows: batches(windows, 18))
+    monkeypatch.setattr(walking, "batches", lambda windows: batches(windows, 18))
     for site, moments in collect(decoder, windows).items():
         for split, together in zip(moments, whole[site], strict=True):
             np.testing.assert_allclose(split, together, atol=1e-6 * float(jnp.abs(together).max()))
@@ -142,9 +142,9 @@ def test_equal_layers_share_their_programs_and_moments_nobody_asks_for_are_not_c
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     decoder, steps = small_decoder(layers=5), []
-    programs = (stream._layer, stream._begin, stream._advance)
+    programs = (walking._layer, walking._begin, walking._advance)
     before = [program._cache_size() for program in programs]
-    monkeypatch.setattr(stream, "_moments", None)
+    monkeypatch.setattr(walking, "_moments", None)
     walk(decoder, random_tokens(61, 5, 11), slice_half, lambda done, total: steps.append((done, total)))
     after = [program._cache_size() for program in programs]
     assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1, 4]

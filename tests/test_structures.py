@@ -17,10 +17,10 @@ from minillm_jax.model.decoder import group_counts, hidden_size, layer_count
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import perplexity
 from minillm_jax.pipeline import drop_layers, narrow, prune
+from minillm_jax.pruning.drop_layers import best_layers
+from minillm_jax.pruning.refit import Restoration
+from minillm_jax.pruning.slicing import slice_groups, slice_layers
 from minillm_jax.scoring.score import Scoring, score
-from minillm_jax.shrink.depth import best_layers
-from minillm_jax.shrink.restore import Restoration
-from minillm_jax.shrink.slicing import slice_groups, slice_layers
 from tests.helpers import (
     hugging_face_folder,
     load_stock,

@@ -13,7 +13,7 @@ from minillm_jax.errors import InputError, one_of
 from minillm_jax.model import costs
 from minillm_jax.model.decoder import Decoder, group_counts, layer_count, part_counts
 from minillm_jax.progress import StageProgress, tell
-from minillm_jax.shrink.restore import Restoration
+from minillm_jax.pruning.refit import Restoration
 
 # Shares of the groups of a layer that are tried on their own for measured budgets.
 SHARES = tuple(n / 10 for n in range(1, 10))

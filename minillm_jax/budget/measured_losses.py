@@ -26,8 +26,8 @@ from minillm_jax.model.decoder import (
 )
 from minillm_jax.model.loss import token_losses, window_losses
 from minillm_jax.model.modules import Block
-from minillm_jax.shrink.restore import Restoration, fit_of, pruned_kind, removal_order
-from minillm_jax.stream import PROJECTIONS, Site, projection, walk
+from minillm_jax.pruning.refit import Restoration, fit_of, pruned_kind, removal_order
+from minillm_jax.pruning.walk import PROJECTIONS, Site, projection, walk
 
 
 def level_losses(

@@ -19,8 +19,8 @@ from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table, ops
 from minillm_jax.model.decoder import named_arrays
 from minillm_jax.model.modules import Block
-from minillm_jax.shrink import linear
-from minillm_jax.stream import InputMoments
+from minillm_jax.pruning import solve
+from minillm_jax.pruning.walk import InputMoments
 
 INNER = {
     "head": ("attention.q", "attention.k", "attention.v"),
@@ -55,7 +55,7 @@ def align(
         gram, cross = gram - np.outer(mean, inputs), cross - np.outer(mean, goals)
     floor = ridge * (np.trace(gram) / len(gram) or 1.0)
     own = floor * np.eye(len(gram))
-    turn = linear.solve(gram + own, (1 - beta) * gram + beta * cross + own, floor, solver)
+    turn = solve.solve(gram + own, (1 - beta) * gram + beta * cross + own, floor, solver)
     shift = (1 - beta) * mean + beta * goal - mean @ turn
     return _turned(run, names, jnp.asarray(turn, jnp.float32), jnp.asarray(shift, jnp.float32))
 

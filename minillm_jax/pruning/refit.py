@@ -27,9 +27,10 @@ from minillm_jax.model import axis_table
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder, group_count, part_count, with_runs
 from minillm_jax.model.modules import Block
-from minillm_jax.shrink import linear, obs, slicing
-from minillm_jax.shrink.align import align
-from minillm_jax.stream import PROJECTIONS, InputMoments, Site, projection, walk
+from minillm_jax.pruning import slicing, solve
+from minillm_jax.pruning.refit_inputs import align
+from minillm_jax.pruning.removal_order import greedy_removal, products_of_best
+from minillm_jax.pruning.walk import PROJECTIONS, InputMoments, Site, projection, walk
 
 METHODS = ("none", "bias", "least-squares")
 
@@ -66,7 +67,7 @@ class Restoration:
           InputError: a name is unknown, a number out of its range, or the model lacks what the method needs.
         """
         one_of("restoration", self.method, METHODS)
-        one_of("solver", self.solver, linear.SOLVERS)
+        one_of("solver", self.solver, solve.SOLVERS)
         if self.method == "bias" and not can_compensate(config):
             raise InputError(
                 f"restoration by bias needs output projections with biases, which this {config.family} model does not "
@@ -187,10 +188,10 @@ def pruned_kind(half: str, kinds: Container[str]) -> str | None:
 
 def removal_order(site: Site, kind: str, keep: int, fit: "Fit", solver: str = "host") -> Int[np.ndarray, " gone"]:
     """The groups that structured OBS removes, first to last, until `keep` are left."""
-    inverse = linear.inverse(fit.hessian, fit.ridge, solver)
-    products = obs.products_of_best(inverse, fit.right, solver)
+    inverse = solve.inverse(fit.hessian, fit.ridge, solver)
+    products = products_of_best(inverse, fit.right, solver)
     count, parts = group_count(site.run, kind), part_count(site.run, kind)
-    return obs.greedy_removal(inverse, products, count, keep, parts, solver)
+    return greedy_removal(inverse, products, count, keep, parts, solver)
 
 
 def _choose(site: Site, kind: str, keep: int, settings: Restoration) -> tuple[np.ndarray, "Fit | None"]:
@@ -247,7 +248,7 @@ class Fit:
 
     def rows(self, rows: Int[np.ndarray, " kept"], solver: str) -> Float[np.ndarray, "kept D"]:
         """The best kernel with only those rows."""
-        return linear.solve(self.hessian[np.ix_(rows, rows)], self.right[rows], self.ridge, solver)
+        return solve.solve(self.hessian[np.ix_(rows, rows)], self.right[rows], self.ridge, solver)
 
     def shift(self, rows: Int[np.ndarray, " kept"], kernel: Float[np.ndarray, "kept D"]) -> np.ndarray | None:
         """What the bias has to change by for a kernel with only those rows to keep the mean of the target."""
@@ -274,7 +275,7 @@ def fit_of(site: Site, settings: Restoration) -> Fit:
         gram, cross = gram - np.outer(mean, inputs), cross - np.outer(mean, gaps)
     # Inputs that are all zero leave the old kernel, whatever the ridge.
     ridge = settings.ridge * (np.trace(gram) / len(gram) or 1.0)
-    right = (1 - alpha) * linear.product(gram, kernel, settings.solver) + alpha * cross + ridge * kernel
+    right = (1 - alpha) * solve.product(gram, kernel, settings.solver) + alpha * cross + ridge * kernel
     target = (1 - alpha) * (mean @ kernel) + alpha * gap
     np.fill_diagonal(gram, gram.diagonal() + ridge)  # in place: at 7B this is a gigabyte
     return Fit(gram, right, ridge, kernel, mean if biased else None, target)

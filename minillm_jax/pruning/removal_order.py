@@ -26,7 +26,7 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from minillm_jax.shrink import linear
+from minillm_jax.pruning import solve
 
 GATHERED = 128
 
@@ -62,8 +62,8 @@ def products_of_best(
     inverse: Float[np.ndarray, "I I"], right: Float[np.ndarray, "I D"], solver: str = "host"
 ) -> Float[np.ndarray, "I I"]:
     """M = W Wᵀ of the best weights at full width, W = H⁻¹ · right; the solver is that of `linear.solve`."""
-    best = linear.product(inverse, right, solver)
-    return linear.product(best, best.T, solver)
+    best = solve.product(inverse, right, solver)
+    return solve.product(best, best.T, solver)
 
 
 def greedy_removal(

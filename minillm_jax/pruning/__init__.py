@@ -1,0 +1,1 @@
+"""Removing groups: walk the layers, choose, slice, refit."""

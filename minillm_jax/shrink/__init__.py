@@ -1,1 +1,0 @@
-"""Kept indices in, a smaller pytree out."""
