@@ -185,12 +185,13 @@ def evaluate_model(
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity over non-overlapping windows of a whole text."""
-    from minillm_jax import pipeline, report
+    from minillm_jax import pipeline
+    from minillm_jax.report import tables
 
     with _progress(quiet=as_json) as progress:
         found = pipeline.evaluate(pipeline.load(model, dtype), text, window, bos, progress)
     _show(
-        as_json, lambda: report.perplexity_json(model, text, found), lambda: report.perplexity_table(model, text, found)
+        as_json, lambda: tables.perplexity_json(model, text, found), lambda: tables.perplexity_table(model, text, found)
     )
 
 
@@ -217,9 +218,9 @@ def demo(
 @app.command("presets")
 def show_presets(as_json: JsonOption = False) -> None:
     """The recipes that --preset knows, and what they set."""
-    from minillm_jax import report
+    from minillm_jax.report import tables
 
-    _show(as_json, report.presets_json, report.presets_table)
+    _show(as_json, tables.presets_json, tables.presets_table)
 
 
 def _job(chosen: dict[str, Any]) -> "Job":
@@ -284,13 +285,13 @@ def _target(chosen: dict[str, Any]) -> tuple[str, float] | None:
 
 def _run(job: "Job", as_json: bool) -> None:
     from minillm_jax import job as jobs
-    from minillm_jax import report
     from minillm_jax.devices import hosts
+    from minillm_jax.report import tables
 
     with _progress(quiet=as_json) as progress:
-        result = jobs.run(job, progress, report.documents)
+        result = jobs.run(job, progress, tables.documents)
     if hosts.is_writer():
-        _show(as_json, lambda: report.result_json(result), lambda: report.result_table(result))
+        _show(as_json, lambda: tables.result_json(result), lambda: tables.result_table(result))
 
 
 def _show(as_json: bool, value: Callable[[], dict[str, Any]], table: Callable[[], "Table"]) -> None:

@@ -16,12 +16,13 @@ from jax import numpy as jnp
 
 from convert import writer
 from convert.reader import read_model
-from minillm_jax import card, demo, figures, pages, pictures, report
+from minillm_jax import demo
 from minillm_jax.budget.budget import Budget
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.job import Job, Result, run
 from minillm_jax.pruning.refit import Restoration
+from minillm_jax.report import html, model_card, plots, summary, tables
 from minillm_jax.scoring.score import QUANTILES, Scores, Scoring, summaries
 from tests.helpers import hugging_face_folder, load_torch, random_tokens
 
@@ -89,13 +90,13 @@ def job_of(tmp_path: Path, **changes: Any) -> Job:
 
 
 def finish(job: Job) -> tuple[Result, dict[str, Any]]:
-    result = run(job, documents=report.documents)
+    result = run(job, documents=tables.documents)
     return result, json.loads(Path(job.output, "report.json").read_text())
 
 
 def same_figures(result: Result, written: dict[str, Any]) -> bool:
     """Whether the file says what `--json` prints, but for the seconds of saving, which were still to come."""
-    found = json.loads(json.dumps(report.result_json(result)))
+    found = json.loads(json.dumps(tables.result_json(result)))
     assert found["seconds"].pop("save") > 0
     return found == written
 
@@ -119,7 +120,7 @@ def test_the_folder_holds_the_figures_as_json_page_and_card(wanda: tuple[Result,
         "after": costs.all_costs(after, 128),
     }
     page = check_page((folder / "report.html").read_text(), drawn=5)
-    for row in figures.rows(written):
+    for row in summary.rows(written):
         assert row.before in page.words
         assert row.change in page.words
     assert "http" not in (folder / "report.html").read_text()
@@ -127,7 +128,7 @@ def test_the_folder_holds_the_figures_as_json_page_and_card(wanda: tuple[Result,
     assert "words of the base model" not in text
     front = yaml.safe_load(text.split("---\n")[1])
     assert front == {"base_model": "model", "library_name": "transformers", "tags": ["pruned", "minillm-jax"]}
-    for row in figures.rows(written):
+    for row in summary.rows(written):
         assert f"| {' | '.join(row)} |" in text
     assert str(folder.parent) not in text + page.words, "where it lay is nobody's business"
     assert folder.joinpath("modeling_pruned.py").exists()
@@ -143,8 +144,8 @@ def test_measured_losses_and_scores_before_pruning_are_told(wanda: tuple[Result,
 
 def test_the_same_figures_give_the_same_bytes(wanda: tuple[Result, dict[str, Any], Path]) -> None:
     result, written, folder = wanda
-    again = report.documents(result)
-    assert pictures.draw(written) == pictures.draw(written)
+    again = tables.documents(result)
+    assert plots.draw(written) == plots.draw(written)
     body = re.compile(r"<footer>.*</footer>", re.DOTALL)  # the seconds
     assert body.sub("", again["report.html"]) == body.sub("", (folder / "report.html").read_text())
 
@@ -170,7 +171,7 @@ def test_whole_structures_have_their_rows_and_no_empty_pictures(tmp_path: Path) 
     assert same_figures(result, written)
     page = check_page((tmp_path / "out" / "report.html").read_text(), drawn=2)
     assert "chooses the groups" not in page.words
-    assert [tuple(row) for row in figures.rows(written)[-3:-1]] == [
+    assert [tuple(row) for row in summary.rows(written)[-3:-1]] == [
         ("layers", "3", "2", ""),
         ("hidden size", "64", "45", ""),
     ]
@@ -198,7 +199,7 @@ def test_without_matplotlib_there_is_a_page_that_says_so(
     wanda: tuple[Result, dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    text = report.documents(wanda[0])["report.html"]
+    text = tables.documents(wanda[0])["report.html"]
     assert "pip install minillm-jax[report]" in check_page(text, drawn=0).words
 
 
@@ -208,11 +209,11 @@ def test_names_from_outside_are_only_text(wanda: tuple[Result, dict[str, Any], P
     hostile = json.loads(json.dumps(written)) | {"base_model": HOSTILE, "evaluation": HOSTILE}
     hostile["settings"]["calibration"]["source"] = HOSTILE
     hostile["settings"]["preset"] = HOSTILE
-    text = pages.page(hostile, pictures.draw(hostile))
+    text = html.page(hostile, plots.draw(hostile))
     page = check_page(text, drawn=5)
-    assert page.tags == check_page(pages.page(written, pictures.draw(written)), drawn=5).tags
+    assert page.tags == check_page(html.page(written, plots.draw(written)), drawn=5).tags
     assert "<script" in page.words
-    made = card.card(hostile)
+    made = model_card.card(hostile)
     for document in (text, made):
         document.encode()
     lines = made.splitlines()
@@ -221,12 +222,12 @@ def test_names_from_outside_are_only_text(wanda: tuple[Result, dict[str, Any], P
     assert "<script" not in re.sub(r"(`+).*?(?<!`)\1(?!`)", "", made.split("---\n")[2])
     front = yaml.safe_load(made.split("---\n")[1])
     assert front.keys() == {"base_model", "library_name", "tags"}
-    assert front["base_model"] in figures.printable(HOSTILE)
+    assert front["base_model"] in summary.printable(HOSTILE)
 
 
 @pytest.mark.parametrize("text", ["", "plain", "`", "a`b``c", "``", " ", "x\ny"])
 def test_code_spans_hold_any_text(text: str) -> None:
-    span = card.code(text)
+    span = model_card.code(text)
     fence = re.match("`+", span)
     assert fence is not None
     inner = span[len(fence[0]) : -len(fence[0])]
@@ -235,14 +236,14 @@ def test_code_spans_hold_any_text(text: str) -> None:
 
 
 def test_names_are_short_and_sizes_are_readable() -> None:
-    assert figures.short_name("owner/name") == "owner/name"
-    assert figures.short_name("owner/name/part:train") == "owner/name/part:train"
-    assert figures.short_name("../model") == "model"
-    assert figures.short_name("owner/name:train") == "owner/name:train"
-    assert figures.short_name("/home/somebody/model") == "model"
-    assert figures.short_name("../x/y.txt") == "y.txt"
-    assert [figures.short(n) for n in (12, 999, 1500, 864_026_050_560)] == ["12", "999", "1.5 k", "864.0 G"]
-    assert [figures.size(n) for n in (12, 12_550_000_000)] == ["12 B", "12.6 GB"]
+    assert summary.short_name("owner/name") == "owner/name"
+    assert summary.short_name("owner/name/part:train") == "owner/name/part:train"
+    assert summary.short_name("../model") == "model"
+    assert summary.short_name("owner/name:train") == "owner/name:train"
+    assert summary.short_name("/home/somebody/model") == "model"
+    assert summary.short_name("../x/y.txt") == "y.txt"
+    assert [summary.short(n) for n in (12, 999, 1500, 864_026_050_560)] == ["12", "999", "1.5 k", "864.0 G"]
+    assert [summary.size(n) for n in (12, 12_550_000_000)] == ["12 B", "12.6 GB"]
 
 
 def test_summaries_are_the_quartiles_of_every_layer() -> None:
@@ -267,7 +268,7 @@ def test_an_interruption_while_documents_are_made_or_written_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     monkeypatch.setattr(writer, "_write_extra", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(job, documents=report.documents)
+        run(job, documents=tables.documents)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -286,7 +287,7 @@ def test_only_the_writing_process_makes_documents(tmp_path: Path, monkeypatch: p
 
 def test_rounds_keep_the_scores_of_the_dense_model(tmp_path: Path) -> None:
     once = run(job_of(tmp_path, evaluation=None))
-    twice = run(Job(**vars(once.job) | {"rounds": 2, "output": str(tmp_path / "rounds")}), documents=report.documents)
+    twice = run(Job(**vars(once.job) | {"rounds": 2, "output": str(tmp_path / "rounds")}), documents=tables.documents)
     assert twice.pruned.record["scores"] == once.pruned.record["scores"]
     assert json.loads((tmp_path / "rounds" / "report.json").read_text())["settings"]["rounds"] == 2
 

@@ -9,11 +9,11 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from minillm_jax import card, pages, pictures
-from minillm_jax.figures import FORMAT_WORDS, advice, amount, result_json, rows
 from minillm_jax.job import Result
 from minillm_jax.model.loss import Perplexity
 from minillm_jax.presets import COMMON, PRESETS
+from minillm_jax.report import html, model_card, plots
+from minillm_jax.report.summary import FORMAT_WORDS, advice, amount, result_json, rows
 
 
 def documents(result: Result) -> dict[str, str]:
@@ -21,8 +21,8 @@ def documents(result: Result) -> dict[str, str]:
     figures = result_json(result)
     return {
         "report.json": json.dumps(figures, indent=2) + "\n",
-        "report.html": pages.page(figures, pictures.draw(figures)),
-        "README.md": card.card(figures),
+        "report.html": html.page(figures, plots.draw(figures)),
+        "README.md": model_card.card(figures),
     }
 
 

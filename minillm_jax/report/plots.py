@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
-from minillm_jax.figures import KIND_WORDS, MEASURE_WORDS, Figures, short, size, span
+from minillm_jax.report.summary import KIND_WORDS, MEASURE_WORDS, Figures, short, size, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

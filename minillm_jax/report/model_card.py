@@ -3,7 +3,7 @@
 import json
 import re
 
-from minillm_jax.figures import FORMAT_WORDS, Figures, printable, recipe, rows, short_name
+from minillm_jax.report.summary import FORMAT_WORDS, Figures, printable, recipe, rows, short_name
 
 _STOCK = """\
 ```python

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from html import escape
 
-from minillm_jax.figures import FORMAT_WORDS, Figures, Row, advice, amount, printable, recipe, rows, short_name
-from minillm_jax.pictures import Picture
+from minillm_jax.report.plots import Picture
+from minillm_jax.report.summary import FORMAT_WORDS, Figures, Row, advice, amount, printable, recipe, rows, short_name
 
 NO_PICTURES = "There are no pictures because matplotlib is not installed; pip install minillm-jax[report] brings it."
 ON_THE_WAY = (

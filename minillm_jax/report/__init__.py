@@ -1,0 +1,1 @@
+"""What happened: summary, tables, page with plots, model card."""
