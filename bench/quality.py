@@ -24,7 +24,7 @@ from typing import Any
 from environment import environment, peak_bytes, restart_peak
 from texts import add_arguments, load
 
-from minillm_jax import pipeline
+from minillm_jax import api
 from minillm_jax.budget.budget import Budget
 from minillm_jax.data.text import Calibration, Tokens, sample
 from minillm_jax.model.decoder import parameter_count
@@ -93,7 +93,7 @@ def measure(model: Model, tokens: Tokens, seed: int, arguments: argparse.Namespa
         for ratio in arguments.ratios:
             start = time.perf_counter()
             budget = Budget(ratio, allocation=recipe.allocation)
-            pruned = pipeline.prune(model, scores, budget, recipe.restoration, calibration)
+            pruned = api.prune(model, scores, budget, recipe.restoration, calibration)
             taken = scored + time.perf_counter() - start
             found = perplexity(pruned.decoder, held_out).perplexity
             yield {

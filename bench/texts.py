@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from minillm_jax import demo, pipeline
+from minillm_jax import api, demo
 from minillm_jax.data.text import Tokens, tokenise
 from minillm_jax.model.loaded import Model
 
@@ -24,7 +24,7 @@ def load(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> tupl
     """The model and the tokens that the arguments name."""
     if arguments.text is None and arguments.model != demo.FOLDER:
         parser.error("a model needs a text")
-    model = pipeline.load(arguments.model)
+    model = api.load(arguments.model)
     text = demo.held_out_text() if arguments.text is None else documents(arguments.text)
     name = "the demo's held-out text" if arguments.text is None else arguments.text.name
     return model, Tokens(tokenise(text, model.folder), name, 1)

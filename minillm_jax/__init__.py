@@ -13,15 +13,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minillm_jax.api import calibrate as calibrate
+    from minillm_jax.api import evaluate as evaluate
+    from minillm_jax.api import load as load
+    from minillm_jax.api import prune as prune
+    from minillm_jax.api import save as save
     from minillm_jax.budget.budget import Budget as Budget
     from minillm_jax.data.text import Calibration as Calibration
     from minillm_jax.errors import InputError as InputError
     from minillm_jax.model.loaded import Model as Model
-    from minillm_jax.pipeline import calibrate as calibrate
-    from minillm_jax.pipeline import evaluate as evaluate
-    from minillm_jax.pipeline import load as load
-    from minillm_jax.pipeline import prune as prune
-    from minillm_jax.pipeline import save as save
     from minillm_jax.pruning.refit import Restoration as Restoration
     from minillm_jax.scoring.gradient.settings import Estimation as Estimation
     from minillm_jax.scoring.score import Scores as Scores
@@ -40,11 +40,11 @@ _HOME = {
     "Restoration": "pruning.refit",
     "Scores": "scoring.score",
     "Scoring": "scoring.score",
-    "calibrate": "pipeline",
-    "evaluate": "pipeline",
-    "load": "pipeline",
-    "prune": "pipeline",
-    "save": "pipeline",
+    "calibrate": "api",
+    "evaluate": "api",
+    "load": "api",
+    "prune": "api",
+    "save": "api",
     "score": "scoring.score",
 }
 

@@ -21,8 +21,8 @@ from minillm_jax.errors import InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from minillm_jax.job import Job
     from minillm_jax.progress import StageProgress
+    from minillm_jax.run import Job
 
 app = typer.Typer(
     help="Make a language model physically smaller with forward passes alone.",
@@ -185,11 +185,11 @@ def evaluate_model(
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity over non-overlapping windows of a whole text."""
-    from minillm_jax import pipeline
+    from minillm_jax import api
     from minillm_jax.report import tables
 
     with _progress(quiet=as_json) as progress:
-        found = pipeline.evaluate(pipeline.load(model, dtype), text, window, bos, progress)
+        found = api.evaluate(api.load(model, dtype), text, window, bos, progress)
     _show(
         as_json, lambda: tables.perplexity_json(model, text, found), lambda: tables.perplexity_table(model, text, found)
     )
@@ -226,8 +226,8 @@ def show_presets(as_json: JsonOption = False) -> None:
 def _job(chosen: dict[str, Any]) -> "Job":
     """The job that the options of `prune` describe, by their names."""
     from minillm_jax.budget.budget import Budget
-    from minillm_jax.job import Job
     from minillm_jax.pruning.refit import Restoration
+    from minillm_jax.run import Job
     from minillm_jax.scoring.gradient.settings import Estimation
     from minillm_jax.scoring.score import Scoring
 
@@ -284,7 +284,7 @@ def _target(chosen: dict[str, Any]) -> tuple[str, float] | None:
 
 
 def _run(job: "Job", as_json: bool) -> None:
-    from minillm_jax import job as jobs
+    from minillm_jax import run as jobs
     from minillm_jax.devices import hosts
     from minillm_jax.report import tables
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minillm_jax.api import prune, prune_in_rounds
 from minillm_jax.budget import allocate
 from minillm_jax.budget import budget as budgets
 from minillm_jax.budget.budget import Budget, Stock
@@ -19,7 +20,6 @@ from minillm_jax.model import axis_table, costs
 from minillm_jax.model.decoder import Decoder, group_counts
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import perplexity
-from minillm_jax.pipeline import prune, prune_in_rounds
 from minillm_jax.pruning.refit import Restoration, restore
 from minillm_jax.pruning.slicing import slice_groups
 from minillm_jax.scoring.score import Scoring, score

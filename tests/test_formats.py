@@ -17,12 +17,12 @@ from jax import numpy as jnp
 from convert import formats
 from convert.reader import read_model
 from convert.writer import check_shard_size, write_model
+from minillm_jax.api import prune
 from minillm_jax.budget.budget import Budget, kept_count
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder, build, group_counts, hidden_size, layer_count, named_arrays, sizes_of
 from minillm_jax.model.loaded import Model
-from minillm_jax.pipeline import prune
 from minillm_jax.pruning.slicing import slice_groups, slice_hidden, slice_layers
 from minillm_jax.scoring.score import Scores
 from tests.helpers import (

@@ -10,15 +10,15 @@ from jax import numpy as jnp
 
 import minillm_jax
 from minillm_jax import demo
+from minillm_jax.api import calibrate, evaluate, load, prune, save
 from minillm_jax.budget.budget import Budget, kept_count
 from minillm_jax.data.text import Calibration
 from minillm_jax.errors import InputError
-from minillm_jax.job import Job, run
 from minillm_jax.model.decoder import group_counts, kernels
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import perplexity
-from minillm_jax.pipeline import calibrate, evaluate, load, prune, save
 from minillm_jax.pruning.refit import Restoration
+from minillm_jax.run import Job, run
 from minillm_jax.scoring.activations import activation_norms
 from minillm_jax.scoring.criteria import CRITERIA
 from minillm_jax.scoring.gradient import directions
@@ -260,7 +260,7 @@ def test_bad_jobs_fail_before_any_work_and_write_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, message: str
 ) -> None:
     (tmp_path / "text.txt").write_text(demo.training_text()[:20_000])
-    monkeypatch.setattr("minillm_jax.pipeline.score", lambda *_: pytest.fail("scored before checking"))
+    monkeypatch.setattr("minillm_jax.api.score", lambda *_: pytest.fail("scored before checking"))
     job = {
         "model": str(demo.FOLDER),
         "calibration": str(tmp_path / "text.txt"),

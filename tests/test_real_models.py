@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from minillm_jax.api import load
 from minillm_jax.budget.budget import Budget
-from minillm_jax.job import Job, run
 from minillm_jax.model import loss
-from minillm_jax.pipeline import load
+from minillm_jax.run import Job, run
 from minillm_jax.scoring.score import Scoring
 from tests.helpers import load_stock, load_torch, shared, torch_logits
 

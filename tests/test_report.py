@@ -20,9 +20,9 @@ from minillm_jax import demo
 from minillm_jax.budget.budget import Budget
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
-from minillm_jax.job import Job, Result, run
 from minillm_jax.pruning.refit import Restoration
 from minillm_jax.report import html, model_card, plots, summary, tables
+from minillm_jax.run import Job, Result, run
 from minillm_jax.scoring.score import QUANTILES, Scores, Scoring, summaries
 from tests.helpers import hugging_face_folder, load_torch, random_tokens
 

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
+from minillm_jax.api import drop_layers, narrow, prune
 from minillm_jax.budget.budget import Budget
 from minillm_jax.data.text import Calibration
 from minillm_jax.errors import InputError
-from minillm_jax.job import Job, Result, run
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import group_counts, hidden_size, layer_count
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import perplexity
-from minillm_jax.pipeline import drop_layers, narrow, prune
 from minillm_jax.pruning.drop_layers import best_layers
 from minillm_jax.pruning.refit import Restoration
 from minillm_jax.pruning.slicing import slice_groups, slice_layers
+from minillm_jax.run import Job, Result, run
 from minillm_jax.scoring.score import Scoring, score
 from tests.helpers import (
     hugging_face_folder,
@@ -235,7 +235,7 @@ def test_combinations_that_make_no_sense_fail_before_any_work(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
 ) -> None:
     for name in ("score", "best_layers", "hidden_scores"):
-        monkeypatch.setattr(f"minillm_jax.pipeline.{name}", lambda *_, **__: pytest.fail("worked before checking"))
+        monkeypatch.setattr(f"minillm_jax.api.{name}", lambda *_, **__: pytest.fail("worked before checking"))
     with pytest.raises(InputError, match=words):
         job(folder, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()

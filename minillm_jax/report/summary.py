@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from minillm_jax.job import Result
+from minillm_jax.run import Result
 
 Figures = Mapping[str, Any]
 

@@ -9,11 +9,11 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from minillm_jax.job import Result
 from minillm_jax.model.loss import Perplexity
 from minillm_jax.presets import COMMON, PRESETS
 from minillm_jax.report import html, model_card, plots
 from minillm_jax.report.summary import FORMAT_WORDS, advice, amount, result_json, rows
+from minillm_jax.run import Result
 
 
 def documents(result: Result) -> dict[str, str]:

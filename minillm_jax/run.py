@@ -8,16 +8,7 @@ from functools import partial
 import numpy as np
 
 from convert import formats, writer
-from minillm_jax.budget import allocate
-from minillm_jax.budget.budget import Budget, choose, kept_count
-from minillm_jax.data import text as text
-from minillm_jax.data.text import Calibration
-from minillm_jax.devices import hosts, sharding
-from minillm_jax.errors import InputError, one_of
-from minillm_jax.model import axis_table, costs, loss
-from minillm_jax.model.decoder import build, group_counts, hidden_size, layer_count, part_counts, sizes_of
-from minillm_jax.model.loaded import Model
-from minillm_jax.pipeline import (
+from minillm_jax.api import (
     calibrate,
     check_rounds,
     drop_layers,
@@ -30,6 +21,15 @@ from minillm_jax.pipeline import (
     tokens_of,
     with_biases,
 )
+from minillm_jax.budget import allocate
+from minillm_jax.budget.budget import Budget, choose, kept_count
+from minillm_jax.data import text as text
+from minillm_jax.data.text import Calibration
+from minillm_jax.devices import hosts, sharding
+from minillm_jax.errors import InputError, one_of
+from minillm_jax.model import axis_table, costs, loss
+from minillm_jax.model.decoder import build, group_counts, hidden_size, layer_count, part_counts, sizes_of
+from minillm_jax.model.loaded import Model
 from minillm_jax.progress import StageProgress
 from minillm_jax.pruning.refit import Restoration
 from minillm_jax.pruning.slicing import slice_sizes
