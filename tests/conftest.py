@@ -23,7 +23,7 @@ install_import_hook(("minillm_jax", "convert"), "beartype.beartype")
 torch.set_num_threads(1)
 
 # What these modules say holds for code as users compile it.
-OPTIMISED = ("test_chunks", "test_directions", "test_memory", "test_real_models")
+OPTIMISED = ("test_estimate", "test_directions", "test_memory", "test_real_models")
 
 
 @pytest.fixture(scope="module", autouse=True)

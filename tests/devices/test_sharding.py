@@ -20,10 +20,10 @@ from minillm_jax.devices import hosts, sharding
 from minillm_jax.devices.hosts import Hosts
 from minillm_jax.devices.sharding import MeshShape
 from minillm_jax.errors import InputError
-from tests import mesh_child
+from tests.devices import mesh_child
 from tests.helpers import hugging_face_folder
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PATIENCE = 300  # seconds, after which a process that waits for another is stopped
 
 
@@ -31,7 +31,7 @@ def start(devices: int, name: str, *arguments: object) -> subprocess.Popen[str]:
     """A process with that many devices that runs a function of `mesh_child`."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     variables = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "-m", "tests.mesh_child", name, *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.devices.mesh_child", name, *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -1,4 +1,4 @@
-"""What test_mesh.py runs in processes of their own: how many devices there are is settled when JAX starts.
+"""What test_sharding.py runs in processes of their own: how many devices there are is settled when JAX starts.
 
 `python -m tests.mesh_child NAME ARGUMENTS...` calls the function of that name and prints what it returns as JSON.
 """

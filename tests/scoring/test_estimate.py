@@ -125,7 +125,7 @@ import sys
 from minillm_jax.estimate import chunks, resume
 from minillm_jax.estimate.loop import estimate
 from tests.helpers import random_tokens, small_decoder
-from tests.test_chunks import GATES
+from tests.scoring.test_estimate import GATES
 chunks.WORK_PER_CALL, resume.SAVE_EVERY = 1.0, 0.0
 def tell(done, total):
     print(done, flush=True)
@@ -137,7 +137,7 @@ estimate(small_decoder(), random_tokens(61, 3, 16), GATES, tell, sys.argv[1])
 
 def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path / "saved")]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:

@@ -467,7 +467,7 @@ def test_importing_is_cheap() -> None:
         "assert not [name for name in sys.modules if '.modeling_llama' in name or '.modeling_bloom' in name]\n"
         "assert not {'jax', 'minillm_jax', 'peft'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_unknown_names() -> None:

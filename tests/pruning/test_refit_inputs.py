@@ -12,7 +12,7 @@ from minillm_jax.pruning.refit_inputs import INNER, align
 from minillm_jax.pruning.slicing import slice_layers
 from minillm_jax.pruning.walk import InputMoments
 from tests.helpers import arrays_equal, random_tokens, small_decoder
-from tests.test_stream import BIASED, KEPT
+from tests.pruning.test_walk import BIASED, KEPT
 
 WINDOWS = random_tokens(61, 24, 12)
 

@@ -24,7 +24,7 @@ from tests.helpers import (
     random_tokens,
     small_decoder,
 )
-from tests.test_stream import BIASED, KEPT, halves
+from tests.pruning.test_walk import BIASED, KEPT, halves
 
 WINDOWS = random_tokens(61, 6, 11)
 

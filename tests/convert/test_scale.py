@@ -113,7 +113,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any
         (root / "out").mkdir()
         places = [str(path) for path in (small, root / "model", root / "out")]
         child = [sys.executable, "-c", CHILD, *places, f"{SHARD // 10**6}MB"]
-        done = subprocess.run(child, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+        done = subprocess.run(child, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout.splitlines()[-1])
         assert found["weights"] > 9e8

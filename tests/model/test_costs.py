@@ -11,7 +11,7 @@ from minillm_jax.model.config import LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder, apply_block, group_counts, named_arrays, part_counts, rotary_angles
 from minillm_jax.pruning.slicing import slice_groups
 from tests.helpers import small_decoder
-from tests.test_stream import BIASED
+from tests.pruning.test_walk import BIASED
 
 # Matrices large enough that norms, rotations and softmax are little beside them.
 LARGE = Sizes(V=61, D=256, H=32, layers=(LayerSizes(N=8, K=4, F=640),))
