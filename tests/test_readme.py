@@ -1,4 +1,4 @@
-"""The README quotes the committed results, and its tree is the repository's."""
+"""README and docs quote the committed results, and the tree in CONTRIBUTING.md is the repository's."""
 
 import importlib.util
 import re
@@ -16,7 +16,14 @@ from minillm_jax.model.families import FAMILIES
 from tests.helpers import CONFIGURATIONS, hugging_face_folder
 
 ROOT = Path(__file__).parents[1]
-README = " ".join((ROOT / "README.md").read_text().split())
+
+
+def words_of(page: str) -> str:
+    """A page of the repository with single spaces, so that line breaks do not matter."""
+    return " ".join((ROOT / page).read_text().split())
+
+
+README = words_of("README.md")
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +37,23 @@ def tables() -> ModuleType:
 
 
 def test_every_figure_comes_from_a_committed_result(tables: ModuleType) -> None:
-    quoted = [*tables.quality_rows("stories260K", tables.SHOWN), *tables.conversion_rows()]
-    quoted += [*tables.estimate_rows(), *tables.estimate_torch_rows(), *tables.estimate_memory_rows()]
-    quoted += [*tables.process_rows(), *tables.forward_rows(), *tables.compile_rows()]
-    assert len(quoted) > 30
+    quoted = tables.quality_rows("stories260K", tables.SHOWN)
+    assert len(quoted) == len(tables.SHOWN)
     for line in quoted:
         assert " ".join(line.split()) in README, f"the README does not say {line!r}; run python bench/tables.py"
 
 
+def test_every_figure_of_the_benchmarks_comes_from_a_committed_result(tables: ModuleType) -> None:
+    benchmarks = words_of("docs/benchmarks.md")
+    quoted = [*tables.conversion_rows(), *tables.process_rows(), *tables.forward_rows(), *tables.compile_rows()]
+    quoted += [*tables.estimate_rows(), *tables.estimate_torch_rows(), *tables.estimate_memory_rows()]
+    assert len(quoted) > 30
+    for line in quoted:
+        assert " ".join(line.split()) in benchmarks, f"docs/benchmarks.md lacks {line!r}; run python bench/tables.py"
+
+
 def test_every_figure_of_the_fidelity_study_comes_from_a_committed_result(tables: ModuleType) -> None:
-    study = " ".join((ROOT / "docs" / "fidelity.md").read_text().split())
+    study = words_of("docs/fidelity.md")
     quoted = [*tables.fidelity_rows(), *tables.plain_rows()]
     assert len(quoted) > 25
     for line in quoted:
@@ -47,7 +61,7 @@ def test_every_figure_of_the_fidelity_study_comes_from_a_committed_result(tables
 
 
 def test_every_figure_of_the_quality_study_comes_from_a_committed_result(tables: ModuleType) -> None:
-    study = " ".join((ROOT / "docs" / "quality.md").read_text().split())
+    study = words_of("docs/quality.md")
     quoted = [row for model in tables.MODELS for row in tables.quality_rows(model)]
     quoted += [*tables.beaten_rows(), *tables.cost_rows(), *tables.restoration_rows()]
     assert len(quoted) > 150
@@ -66,15 +80,16 @@ def test_results_name_hardware_versions_and_a_clean_commit() -> None:
 
 
 def test_every_module_stands_in_the_tree() -> None:
+    contributing = words_of("CONTRIBUTING.md")
     for package in ("minillm_jax", "convert"):
         for path in (ROOT / package).rglob("*.py"):
             if not path.name.startswith("__"):
-                assert path.name in README, path
+                assert path.name in contributing, path
 
 
-def test_flax_checkpoints_load_as_the_readme_says(tmp_path: Path) -> None:
-    """The three lines for other JAX programs, as they stand there."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_flax_checkpoints_load_as_documented(tmp_path: Path) -> None:
+    """The three lines for other JAX programs, as docs/families.md gives them."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "families.md").read_text(), re.DOTALL)
     (lines,) = (block for block in blocks if "orbax" in block)
     write_model(read_model(hugging_face_folder(tmp_path / "model")), tmp_path / "flax-folder", "flax")
     found: dict[str, Any] = {}
@@ -87,12 +102,13 @@ def test_flax_checkpoints_load_as_the_readme_says(tmp_path: Path) -> None:
 
 
 def test_counts_in_words_are_true() -> None:
-    assert f"for all twelve families in {len(CONFIGURATIONS)} configurations" in README
+    families = words_of("docs/families.md")
+    assert f"for all twelve families in {len(CONFIGURATIONS)} configurations" in words_of("docs/benchmarks.md")
     assert len(FAMILIES) == 12
     lines = len((ROOT / "convert" / "modeling_pruned.py").read_text().splitlines())
-    assert f"the {round(lines, -1)} lines of `modeling_pruned.py`" in README
+    assert f"the {round(lines, -1)} lines of `modeling_pruned.py`" in families
     for family in FAMILIES:
-        assert f"`{family}`" in README
+        assert f"`{family}`" in families
 
 
 def test_options_of_prune_are_documented() -> None:
