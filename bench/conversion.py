@@ -26,7 +26,7 @@ from transformers import AutoConfig
 from convert import memory, rules
 from convert.reader import read_model
 from convert.writer import write_model
-from minillm_jax.model.decoder import build
+from minillm_jax.model.build import build
 from minillm_jax.model.families import parse
 from minillm_jax.model.loaded import Model
 

@@ -43,8 +43,10 @@ from rich.table import Table
 from shapes import CONFIG, SHAPES, layer_bytes, random_decoder, random_tokens
 from timing import Program, medians, seconds, take_turns
 
-from minillm_jax.model.decoder import Decoder, build, parameter_count
+from minillm_jax.model.build import build
+from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import sequence_losses
+from minillm_jax.model.tree import parameter_count
 from minillm_jax.scoring.gradient.exact import gate_gradients, weight_gradients
 from minillm_jax.scoring.gradient.settings import Estimation
 from minillm_jax.scoring.gradient.slopes import directional_derivatives, paired_losses

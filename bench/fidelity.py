@@ -30,9 +30,11 @@ from texts import add_arguments, load
 
 from minillm_jax.data.text import Calibration, Tokens, sample
 from minillm_jax.model import axis_table
-from minillm_jax.model.decoder import Decoder, depth, group_counts, kernels
+from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import sequence_losses
+from minillm_jax.model.modules import depth
+from minillm_jax.model.tree import group_counts, kernels
 from minillm_jax.scoring.criteria import CRITERIA
 from minillm_jax.scoring.gradient.estimate import Estimate, estimate, gate_slopes
 from minillm_jax.scoring.gradient.exact import RunGradients, gated_losses

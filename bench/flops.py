@@ -22,8 +22,9 @@ from jaxtyping import DTypeLike
 from timing import Program
 
 from minillm_jax.model import ops
-from minillm_jax.model.decoder import Decoder, kernels, run_letters
+from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block
+from minillm_jax.model.tree import kernels, run_letters
 
 # Dense peaks in FLOP/s by `device_kind`, from the makers' data sheets: bfloat16, and float32 without TF32. A TPU's
 # float32 product of precision HIGHEST is six bfloat16 passes, so its peak is a sixth.

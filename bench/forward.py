@@ -40,8 +40,10 @@ from shapes import CONFIG, SHAPES, random_decoder, random_tokens
 from timing import medians, take_turns
 
 from convert.reader import read_model
-from minillm_jax.model.decoder import Decoder, build, layer_count, parameter_count
+from minillm_jax.model.build import build
+from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import sequence_losses
+from minillm_jax.model.tree import layer_count, parameter_count
 
 DTYPES = ("float32", "bfloat16")
 

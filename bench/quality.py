@@ -27,9 +27,9 @@ from texts import add_arguments, load
 from minillm_jax import api
 from minillm_jax.budget.budget import Budget
 from minillm_jax.data.text import Calibration, Tokens, sample
-from minillm_jax.model.decoder import parameter_count
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import perplexity
+from minillm_jax.model.tree import parameter_count
 from minillm_jax.pruning.refit import Restoration, can_compensate
 from minillm_jax.scoring.gradient.settings import Estimation
 from minillm_jax.scoring.score import Scoring, score

@@ -36,7 +36,7 @@ from shapes import SHAPES, layer_bytes, random_decoder
 
 from minillm_jax.budget.budget import kept_count
 from minillm_jax.model.axis_table import KINDS
-from minillm_jax.model.decoder import group_counts
+from minillm_jax.model.tree import group_counts
 from minillm_jax.pruning import refit, removal_order, solve
 
 PARTS = {

@@ -14,8 +14,10 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import DTypeLike
 
+from minillm_jax.model.build import build, initialise
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
-from minillm_jax.model.decoder import Decoder, build, depth, initialise
+from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.modules import depth
 from minillm_jax.model.ops import Rope
 
 CONFIG = DecoderConfig("llama", 1e-5, Rope(10000.0))

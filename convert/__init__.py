@@ -1,1 +1,1 @@
-"""Conversion between Hugging Face folders and Flax pytrees: one rule table, read in both directions."""
+"""Conversion between Hugging Face folders and Flax pytrees; one rule table per family serves both directions."""

@@ -1,4 +1,4 @@
-"""`python -m convert to-flax MODEL OUT` and `python -m convert to-torch CKPT OUT`."""
+"""Command line of the converter: `python -m convert to-flax MODEL OUT` and `python -m convert to-torch CKPT OUT`."""
 
 import argparse
 import sys
@@ -8,27 +8,33 @@ from minillm_jax.errors import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Convert, and say where the result lies; bad input is one sentence on standard error and exit status 2."""
+    """Run one conversion and print the output folder and its format.
+
+    An `InputError` is printed as one sentence on standard error, and the exit status is 2.
+
+    Args:
+      arguments: command-line arguments; `sys.argv[1:]` by default.
+    """
     parser = argparse.ArgumentParser(prog="python -m convert", description="Hugging Face folders ↔ Flax checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, source, words in (
+    for name, source, description in (
         ("to-flax", "MODEL", "Hugging Face folder or Hub id → Orbax checkpoint of the Flax pytree"),
         ("to-torch", "CKPT", "Flax checkpoint → Hugging Face folder"),
     ):
-        command = commands.add_parser(name, help=words, description=words)
+        command = commands.add_parser(name, help=description, description=description)
         command.add_argument("source", metavar=source)
-        command.add_argument("output", metavar="OUT", help="folder to write; it must not exist")
-        command.add_argument("--dtype", help="float32, bfloat16 or float16; the stored type by default")
+        command.add_argument("output", metavar="OUT", help="output folder; it must not exist")
+        command.add_argument("--dtype", help="float32, bfloat16 or float16; by default the stored type")
         if name == "to-torch":
             command.add_argument(
                 "--format",
                 choices=("stock", "per-layer", "padded"),
-                help="stock, per-layer or padded; by default what holds the shapes",
+                help="output format; by default stock where a stock class holds the shapes, else per-layer",
             )
-            command.add_argument("--max-shard-size", default="5GB", help="of the weight files")
-    chosen = vars(parser.parse_args(arguments))
+            command.add_argument("--max-shard-size", default="5GB", help="largest size of a weight file; default 5GB")
+    options = vars(parser.parse_args(arguments))
     try:
-        print(f"written to {chosen['output']} ({convert(**chosen)})")
+        print(f"written to {options['output']} ({convert(**options)})")
     except InputError as error:
         print(f"convert: {error}", file=sys.stderr)
         sys.exit(2)
@@ -42,7 +48,15 @@ def convert(
     format: str | None = None,  # noqa: A002  the name of the option
     max_shard_size: str = "5GB",
 ) -> str:
-    """Read a model from `source`, write it as `to-flax` or `to-torch` to `output`, and return the format.
+    """Read a model, write it in another format, and return the name of that format.
+
+    Args:
+      command: `to-flax` or `to-torch`.
+      source: Hugging Face folder, Flax checkpoint or Hub id.
+      output: output folder, which must not exist.
+      dtype: float32, bfloat16 or float16; the stored type by default.
+      format: `stock`, `per-layer` or `padded`, for `to-torch` only; by default `formats.describe` chooses.
+      max_shard_size: largest size of a weight file, for `to-torch` only.
 
     Raises:
       InputError: the source cannot be read, the output exists, or the format cannot hold the model.
@@ -53,8 +67,8 @@ def convert(
     formats.check_format(format)
     writer.check_shard_size(max_shard_size)
     model = reader.read_model(source, dtype)
-    wanted = formats.FLAX if command == "to-flax" else format
-    return writer.write_model(model, output, wanted, max_shard_size).format
+    output_format = formats.FLAX if command == "to-flax" else format
+    return writer.write_model(model, output, output_format, max_shard_size).format
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""One table a family: Hugging Face name and axes ↔ our path, and what official checkpoints carry besides.
+"""Rule tables, one per family: Hugging Face tensor name and axes ↔ path of a decoder array.
 
-Axes are written as in `minillm_jax.model.axis_table`, one word for each axis of the stored tensor: `"NH D"` is a
-matrix of N * H rows and D columns. Our own axes for the same letters stand in the table of axes, so a rule implies its
-transposition and its reshaping. A rule with several parts is a fused tensor: its parts lie below each other, or,
-interleaved, are so within each head.
+A rule writes axes as `minillm_jax.model.axis_table` does, one word per axis of the stored tensor: `"NH D"` is a matrix
+of N * H rows and D columns. The axis table lists the axes of the decoder array by the same letters, so a rule implies
+its transposition and its reshaping. A rule with several parts describes a fused projection: the parts are concatenated
+along the first axis, or, when interleaved, along the rows of each head.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from minillm_jax.model import axis_table
 
 @dataclass(frozen=True)
 class Part:
-    """One of our arrays in a stored tensor: its axes there, and its path in the decoder."""
+    """A decoder array inside a stored tensor: its axes in the tensor, and its path in the decoder."""
 
     axes: str
     path: str
@@ -21,7 +21,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Rule:
-    """One stored tensor: its name (in a block after the prefix of the layer), and the arrays of ours that it holds."""
+    """A stored tensor: its name (in a layer without the layer's prefix) and the decoder arrays that it holds."""
 
     name: str
     parts: tuple[Part, ...]
@@ -30,20 +30,21 @@ class Rule:
 
 @dataclass(frozen=True)
 class FamilyTable:
-    """The rules of a family, and which pruned shapes its stock class can hold.
+    """The rules of a family and the pruned shapes that its stock class accepts.
 
     Attributes:
-      stem: how transformers' class names of the family begin.
+      stem: prefix of the family's class names in transformers, `Llama` of `LlamaForCausalLM`.
       outer: rules of the arrays outside the layers.
-      layer: how the names of a layer's tensors begin.
+      layer: prefix of the tensor names of a layer, with a field `{layer}` for its number.
       block: rules of the arrays of one layer.
-      prefix: how the names of the decoder begin; some official checkpoints leave it out, which is accepted.
-      head: name of the head's tensor.
-      head_elsewhere: another name of it: `transformers` renames it when it saves and loads its own classes.
-      harmless: patterns of whole names that official checkpoints carry and that hold no weights.
-      stock_heads: head counts of the stock class: `any`, those that `divide` the hidden size, or the `dense` one only,
-        because the class computes the head size as hidden size / heads.
-      stock_width: whether the stock class takes any MLP width.
+      prefix: prefix of the decoder's tensor names; the reader accepts names without it, as some official checkpoints
+        have them.
+      head: name of the tensor of the language-model head.
+      head_alias: second name of that tensor, where transformers renames it as it loads and saves its own classes.
+      ignored: regular expressions of the full names of buffers in official checkpoints, which hold no weights.
+      stock_heads: head counts that the stock class accepts: `any`; `divide`, the divisors of the hidden size; or
+        `dense`, only the original count, because the class computes the head size as hidden size / heads.
+      stock_width: whether the stock class accepts every MLP width.
     """
 
     stem: str
@@ -52,32 +53,34 @@ class FamilyTable:
     block: tuple[Rule, ...]
     prefix: str
     head: str = "lm_head.weight"
-    head_elsewhere: str | None = None
-    harmless: tuple[str, ...] = ()
+    head_alias: str | None = None
+    ignored: tuple[str, ...] = ()
     stock_heads: str = "any"
     stock_width: bool = True
 
 
 def array(name: str, axes: str, path: str) -> tuple[Rule, ...]:
-    """The rule of one tensor that is one array."""
+    """The rule of a tensor that holds one whole array."""
     return (Rule(name, (Part(axes, path),)),)
 
 
 def linear(name: str, path: str, bias: bool = True) -> tuple[Rule, ...]:
-    """Weight (and bias) of a `torch.nn.Linear`, which stores outputs before inputs."""
+    """The rules of a `torch.nn.Linear`: its weight, stored [outputs, inputs], and its bias."""
     inputs, outputs = (axis_table.BLOCK_AXES | axis_table.OUTER_AXES)[f"{path}.kernel"].split()
     weight = array(f"{name}.weight", f"{outputs} {inputs}", f"{path}.kernel")
     return weight + (array(f"{name}.bias", outputs, f"{path}.bias") if bias else ())
 
 
 def fused(name: str, *paths: str, interleaved: bool = False) -> tuple[Rule, ...]:
-    """Weight and bias of a `torch.nn.Linear` that holds several of our matrices."""
-    kinds = zip(*(linear(name, path) for path in paths), strict=True)  # the weights, the biases
-    return tuple(Rule(kind[0].name, tuple(rule.parts[0] for rule in kind), interleaved) for kind in kinds)
+    """The rules of a `torch.nn.Linear` that holds several of the decoder's matrices: its weight and its bias."""
+    weights, biases = zip(*(linear(name, path) for path in paths), strict=True)
+    return tuple(
+        Rule(rules[0].name, tuple(rule.parts[0] for rule in rules), interleaved) for rules in (weights, biases)
+    )
 
 
 def norm(name: str, path: str) -> tuple[Rule, ...]:
-    """Weight and bias of a norm."""
+    """The rules of a norm: its weight (our scale) and its bias."""
     axes = (axis_table.BLOCK_AXES | axis_table.OUTER_AXES)[f"{path}.scale"]
     return array(f"{name}.weight", axes, f"{path}.scale") + array(f"{name}.bias", axes, f"{path}.bias")
 
@@ -98,7 +101,7 @@ LLAMA_NORMS = (*norm("input_layernorm", "attention_norm"), *norm("post_attention
 
 
 def _llama_like(stem: str, *block: Rule, stock_heads: str = "any") -> FamilyTable:
-    """The many families whose model is laid out as Llama's."""
+    """The table of a family whose tensor names follow Llama's."""
     return FamilyTable(
         stem=stem,
         prefix="model.",
@@ -109,8 +112,8 @@ def _llama_like(stem: str, *block: Rule, stock_heads: str = "any") -> FamilyTabl
         ),
         layer="model.layers.{layer}.",
         block=(*block, *linear("self_attn.o_proj", "attention.o")),
-        # Rotary frequencies that transformers stored as buffers until 4.32; they follow from the configuration.
-        harmless=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq"),
+        # transformers stored the rotary frequencies as buffers until 4.32; the configuration determines them.
+        ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq"),
         stock_heads=stock_heads,
     )
 
@@ -215,9 +218,9 @@ GPT_NEOX = FamilyTable(
         *linear("mlp.dense_4h_to_h", "mlp.down"),
     ),
     head="embed_out.weight",
-    head_elsewhere="lm_head.weight",
-    # Causal masks and rotary frequencies that transformers stored as buffers.
-    harmless=(
+    head_alias="lm_head.weight",
+    # transformers stored causal masks and rotary frequencies as buffers.
+    ignored=(
         r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias)",
         r"gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq",
     ),

@@ -1,8 +1,11 @@
-"""Which format holds a decoder's shapes, and its config.json: from shapes alone, nothing is read or written here.
+"""Output formats: the choice of a format for a decoder's shapes, and the config.json of that format.
 
-stock       the family's own class, no remote code
-per-layer   layers of unequal size, or shapes the stock class refuses: `per_layer_config` and remote code
-padded      zero-padded until a stock class holds it: equal, but less is saved
+Formats depend on shapes only; this module reads and writes no files.
+
+    stock       the family's class in transformers, without remote code
+    per-layer   `per_layer_config` and remote code: holds unequal layers and shapes that the stock class refuses
+    padded      stock, after padding with zeros to a shape that the stock class holds: same outputs, larger files
+    flax        Orbax checkpoint of the Flax pytree
 """
 
 from collections.abc import Mapping
@@ -17,98 +20,109 @@ from minillm_jax.model.ops import Rope, alibi_slopes
 
 STOCK, PER_LAYER, PADDED, FLAX = FORMATS = ("stock", "per-layer", "padded", "flax")
 
-# The module that is written beside per-layer weights; its classes can also be imported from `convert`.
+# Name of the module that is copied beside per-layer weights; `convert.modeling_pruned` is the same module.
 REMOTE_CODE = "modeling_pruned"
 
-# What does not hold for other weights, or is said anew by the format.
+# Keys of the input's config.json that are not copied: they describe the input's weight files, or the output format
+# sets them itself.
 _DROPPED = ("quantization_config", "auto_map", "per_layer_config", "alibi_heads", "embedding_scale", "head_dim")
 
 
 @dataclass(frozen=True)
 class Described:
-    """A format, the sizes that its files have (larger than the decoder's when padded), and its config.json."""
+    """An output format for a model.
+
+    Attributes:
+      format: `stock`, `per-layer` or `padded`.
+      sizes: sizes of the stored tensors, which are larger than the decoder's when padded.
+      config: content of config.json, without the dtype.
+    """
 
     format: str
     sizes: Sizes
     config: dict[str, Any]
 
 
-def describe(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any], wanted: str | None = None) -> Described:
-    """The format of a model and its configuration.
+def describe(
+    config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any], format_name: str | None = None
+) -> Described:
+    """Choose the format of a model and make its config.json.
 
     Args:
-      config: how the decoder computes.
-      sizes: its sizes.
-      raw: the configuration it was read with.
-      wanted: `stock`, `per-layer` or `padded`; by default `stock` where a stock class holds the shapes, else
+      config: the decoder's configuration.
+      sizes: the decoder's sizes.
+      raw: config.json that the model was read with.
+      format_name: `stock`, `per-layer` or `padded`; by default `stock` where a stock class holds the shapes, else
         `per-layer`.
 
     Raises:
       InputError: the format is unknown, or cannot hold the shapes.
     """
-    check_format(wanted)
-    refused = stock_refuses(config, sizes)
-    if wanted == STOCK and refused is not None:
-        raise InputError(f"no stock class can hold this model: {refused}; use the format per-layer or padded")
-    if wanted == PADDED:
+    check_format(format_name)
+    refusal = stock_refusal(config, sizes)
+    if format_name == STOCK and refusal is not None:
+        raise InputError(f"no stock class can hold this model: {refusal}; use the format per-layer or padded")
+    if format_name == PADDED:
         sizes = padded_sizes(config, sizes)
         return Described(PADDED, sizes, stock_config(config, sizes, raw))
-    if wanted == PER_LAYER or refused is not None:
+    if format_name == PER_LAYER or refusal is not None:
         return Described(PER_LAYER, sizes, per_layer_config(config, sizes, raw))
     return Described(STOCK, sizes, stock_config(config, sizes, raw))
 
 
-def check_format(wanted: str | None) -> None:
-    """Whether there is such a format.
+def check_format(format_name: str | None) -> None:
+    """Check that a format exists; None is accepted.
 
     Raises:
-      InputError: there is not.
+      InputError: the format is unknown.
     """
-    if wanted is not None and wanted not in FORMATS:
-        raise InputError(f"unknown format {wanted!r}; expected one of {', '.join(FORMATS)}")
+    if format_name is not None and format_name not in FORMATS:
+        raise InputError(f"unknown format {format_name!r}; expected one of {', '.join(FORMATS)}")
 
 
-def stock_refuses(config: DecoderConfig, sizes: Sizes) -> str | None:
-    """Why no stock class of transformers holds these shapes, or None when one does."""
+def stock_refusal(config: DecoderConfig, sizes: Sizes) -> str | None:
+    """The reason why no stock class of transformers holds these shapes, or None where one does."""
     table, first = TABLES[config.family], sizes.layers[0]
-    for words, counts in (
+    for counted, counts in (
         ("query heads", [layer.N for layer in sizes.layers]),
         ("key/value heads", [layer.K for layer in sizes.layers]),
         ("MLP channels", [layer.F for layer in sizes.layers]),
     ):
         if len(set(counts)) > 1:
-            return f"the layers keep unequal numbers of {words} ({', '.join(map(str, counts))})"
-    if table.stock_heads == "dense" and (first.N * sizes.H != sizes.D or not _all_slopes(config, sizes)):
+            return f"the layers keep unequal numbers of {counted} ({', '.join(map(str, counts))})"
+    if table.stock_heads == "dense" and (first.N * sizes.H != sizes.D or not _keeps_all_slopes(config, sizes)):
         kept = f"{first.N} heads of {sizes.H} are kept with a hidden size of {sizes.D}"
         return f"{table.stem} computes the head size as hidden size / heads, but {kept}"
     if table.stock_heads == "divide" and sizes.D % first.N and not _fits_mistral(config):
-        return f"{first.N} heads do not divide the hidden size {sizes.D}, which {table.stem} asks for"
+        return f"{table.stem} needs a head count that divides the hidden size, but {first.N} does not divide {sizes.D}"
     if not table.stock_width and first.F != 4 * sizes.D:
-        return f"{table.stem} has an MLP of four times the hidden size, but {first.F} channels are kept"
-    if config.embedding_scale is not None and not _own_scale(config, sizes):
-        return f"{table.stem} scales its embedding by the square root of the hidden size, which has changed"
+        kept = f"{first.F} channels are kept with a hidden size of {sizes.D}"
+        return f"{table.stem} has an MLP of four times the hidden size, but {kept}"
+    if config.embedding_scale is not None and not _has_stock_scale(config, sizes):
+        scales = f"the square root of the hidden size {sizes.D}, but this model's scale is {config.embedding_scale:g}"
+        return f"{table.stem} scales its embedding by {scales}"
     return None
 
 
 def padded_sizes(config: DecoderConfig, sizes: Sizes) -> Sizes:
-    """The least sizes, in all layers at least as large, that a stock class holds.
+    """The smallest sizes that a stock class holds and that are, in every layer, at least those given.
 
     Raises:
-      InputError: padding heads and channels is not enough.
+      InputError: no number of padded heads and channels gives a shape that a stock class holds.
     """
     per_group = sizes.layers[0].N // sizes.layers[0].K
     width = max(layer.F for layer in sizes.layers) if TABLES[config.family].stock_width else 4 * sizes.D
-    kv_heads = _stock_heads(config, sizes, per_group, max(layer.K for layer in sizes.layers))
+    kv_heads = _stock_kv_heads(config, sizes, per_group, max(layer.K for layer in sizes.layers))
     slopes = () if config.alibi_heads is None else tuple(map(float, alibi_slopes(config.alibi_heads)))
     layers = (LayerSizes(kv_heads * per_group, kv_heads, width, layer.window, slopes) for layer in sizes.layers)
-    found = replace(sizes, layers=tuple(layers))
-    if (refused := stock_refuses(config, found)) is not None:
-        raise InputError(f"padding cannot make a stock model of this: {refused}")
-    return found
+    padded = replace(sizes, layers=tuple(layers))
+    if (refusal := stock_refusal(config, padded)) is not None:
+        raise InputError(f"padding cannot fit this model into a stock class: {refusal}; use the format per-layer")
+    return padded
 
 
-def _stock_heads(config: DecoderConfig, sizes: Sizes, per_group: int, widest: int) -> int:
-    """The least number of key/value heads from `widest` on that the stock class takes, if any does."""
+def _stock_kv_heads(config: DecoderConfig, sizes: Sizes, per_group: int, widest: int) -> int:
+    """The smallest count of key/value heads, at least `widest`, that the stock class accepts; else `widest`."""
     rule = TABLES[config.family].stock_heads
     if rule == "dense":
         return sizes.D // (sizes.H * per_group)
@@ -118,89 +132,95 @@ def _stock_heads(config: DecoderConfig, sizes: Sizes, per_group: int, widest: in
 
 
 def stock_config(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a stock class, from the one the model was read with and its sizes.
+    """config.json of a stock class, with layers of equal sizes.
 
-    `LlamaConfig` refuses a head count that does not divide the hidden size; `MistralConfig` takes any, computes the
-    same, and names its parameters alike, so such a model is written as Mistral.
+    `LlamaConfig` refuses a head count that does not divide the hidden size. `MistralConfig` accepts every head count,
+    and its model has the same forward pass and parameter names, so such a Llama is written as Mistral.
     """
     table, family, first = TABLES[config.family], FAMILIES[config.family], sizes.layers[0]
-    written = _common(config, sizes, raw) | _counts(family, first)
-    written |= {"model_type": config.family, "architectures": [f"{table.stem}ForCausalLM"]}
+    keys = _common_keys(config, sizes, raw) | _size_keys(family, first)
+    keys |= {"model_type": config.family, "architectures": [f"{table.stem}ForCausalLM"]}
     if table.stock_heads != "dense":
-        written["head_dim"] = sizes.H
+        keys["head_dim"] = sizes.H
     if not table.stock_width:
-        written.pop(family.width)
+        keys.pop(family.width)
     if config.family == "llama" and sizes.D % first.N:
-        return _as_mistral(written)
-    return written
+        return _as_mistral(keys)
+    return keys
 
 
 def per_layer_config(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with what each layer keeps, and the remote code that reads it.
+    """config.json with the sizes of each layer and a reference to the remote code that reads them.
 
-    The values outside `per_layer_config` are those of the widest layer.
+    The keys outside `per_layer_config` hold the sizes of the widest layer. `per_layer_config` maps the number of a
+    layer to the keys whose values differ from those.
     """
     table, family = TABLES[config.family], FAMILIES[config.family]
     widest = LayerSizes(*(max(getattr(layer, letter) for layer in sizes.layers) for letter in "NKF"))
-    globally = _counts(family, widest)
+    global_keys = _size_keys(family, widest)
     if config.alibi_heads is not None:
-        globally[family.heads] = config.alibi_heads  # the slopes are those of this many heads
-    changes = {}
+        global_keys[family.heads] = config.alibi_heads  # transformers computes the slopes from this head count
+    layers: dict[str, dict[str, Any]] = {}
     for number, layer in enumerate(sizes.layers):
-        own: dict[str, Any] = {key: value for key, value in _counts(family, layer).items() if value != globally[key]}
-        if not _all_slopes(config, sizes):
-            own["alibi_heads"] = kept_heads(config, layer)
-        if own:
-            changes[str(number)] = own
+        layer_keys: dict[str, Any] = {
+            key: value for key, value in _size_keys(family, layer).items() if value != global_keys[key]
+        }
+        if not _keeps_all_slopes(config, sizes):
+            layer_keys["alibi_heads"] = kept_heads(config, layer)
+        if layer_keys:
+            layers[str(number)] = layer_keys
     classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
-    written = _common(config, sizes, raw) | globally | {"head_dim": sizes.H}
-    if config.embedding_scale is not None and not _own_scale(config, sizes):
-        written["embedding_scale"] = config.embedding_scale
-    return written | {
+    keys = _common_keys(config, sizes, raw) | global_keys | {"head_dim": sizes.H}
+    if config.embedding_scale is not None and not _has_stock_scale(config, sizes):
+        keys["embedding_scale"] = config.embedding_scale
+    return keys | {
         "model_type": PRUNED + config.family,
         "architectures": [f"Pruned{table.stem}ForCausalLM"],
-        "auto_map": {auto: f"{REMOTE_CODE}.Pruned{table.stem}{end}" for auto, end in classes.items()},
-        "per_layer_config": changes,
+        "auto_map": {auto: f"{REMOTE_CODE}.Pruned{table.stem}{suffix}" for auto, suffix in classes.items()},
+        "per_layer_config": layers,
     }
 
 
-def renamed(config: DecoderConfig, written: str) -> dict[str, str]:
-    """Stored names that differ in a format: transformers renames some for its own classes only."""
+def renamed(config: DecoderConfig, format_name: str) -> dict[str, str]:
+    """Tensor name in the rule table → tensor name in a format, for the tensors that the format renames.
+
+    transformers renames the head of some families, but for its own classes only.
+    """
     table = TABLES[config.family]
-    if written != PER_LAYER or table.head_elsewhere is None:
+    if format_name != PER_LAYER or table.head_alias is None:
         return {}
-    return {table.head: table.head_elsewhere}
+    return {table.head: table.head_alias}
 
 
 def kept_heads(config: DecoderConfig, layer: LayerSizes) -> list[int]:
-    """The original indices of a layer's heads, found by their ALiBi slopes, which are all different."""
-    assert config.alibi_heads is not None, "only called for models with slopes"
+    """The indices that a layer's heads had in the dense model; the ALiBi slopes, all different, identify them."""
+    assert config.alibi_heads is not None, "the model has no ALiBi slopes"
     dense = [float(slope) for slope in alibi_slopes(config.alibi_heads)]
     return [dense.index(slope) for slope in layer.slopes]
 
 
-def _counts(family: Family, layer: LayerSizes) -> dict[str, int]:
-    """The sizes of a layer under the family's keys."""
-    found = {family.heads: layer.N, family.width: layer.F}
-    return found if family.kv_heads is None else found | {family.kv_heads: layer.K}
+def _size_keys(family: Family, layer: LayerSizes) -> dict[str, int]:
+    """The sizes of a layer under the family's configuration keys."""
+    keys = {family.heads: layer.N, family.width: layer.F}
+    return keys if family.kv_heads is None else keys | {family.kv_heads: layer.K}
 
 
-def _common(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What every format says: the configuration as it was read, with the sizes of the whole and the rotary settings."""
+def _common_keys(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of every format: config.json as it was read, with the current global sizes and rotary settings."""
     family = FAMILIES[config.family]
     aliases = {"num_attention_heads", "num_hidden_layers", "n_embed"} - {family.heads, family.layers}
-    kept = {key: value for key, value in raw.items() if key not in aliases.union(_DROPPED)}
-    written = kept | {"vocab_size": sizes.V, "hidden_size": sizes.D, family.layers: len(sizes.layers)}
+    keys = {key: value for key, value in raw.items() if key not in aliases.union(_DROPPED)}
+    keys |= {"vocab_size": sizes.V, "hidden_size": sizes.D, family.layers: len(sizes.layers)}
     if config.position_offset is not None:
-        written["word_embed_proj_dim"] = sizes.E
+        keys["word_embed_proj_dim"] = sizes.E
     if family.windows == "layer_types":
         kinds = {True: "sliding_attention", False: "full_attention"}
-        written["layer_types"] = [kinds[layer.window is not None] for layer in sizes.layers]
-    return written if config.rope is None else written | _rope_keys(config.rope, config.family)
+        keys["layer_types"] = [kinds[layer.window is not None] for layer in sizes.layers]
+    return keys if config.rope is None else keys | _rope_keys(config.rope, config.family)
 
 
 def _rope_keys(rope: Rope, family: str) -> dict[str, Any]:
-    """Rotary settings under today's key and under those that older versions of transformers and llama.cpp read."""
+    """Rotary settings under the current key and under the keys that old versions of transformers and llama.cpp read."""
     scaling: dict[str, Any] = {"rope_type": rope.kind}
     if rope.kind != "default":
         scaling["factor"] = rope.factor
@@ -208,7 +228,7 @@ def _rope_keys(rope: Rope, family: str) -> dict[str, Any]:
         scaling["low_freq_factor"] = rope.low_freq_factor
         scaling["high_freq_factor"] = rope.high_freq_factor
         scaling["original_max_position_embeddings"] = rope.original_length
-    # Until transformers 4.42 `linear` had to have just these two keys.
+    # transformers up to version 4.42 accepts a `linear` entry only with exactly these two keys.
     linear = {"type": "linear", "factor": rope.factor}
     old = {"default": None, "linear": linear}.get(rope.kind, scaling | {"type": rope.kind})
     keys = {"rope_parameters": scaling | {"rope_theta": rope.theta}, "rope_theta": rope.theta, "rope_scaling": old}
@@ -221,21 +241,24 @@ def _rope_keys(rope: Rope, family: str) -> dict[str, Any]:
 
 
 def _fits_mistral(config: DecoderConfig) -> bool:
+    """Whether a model is a Llama without biases, which Mistral's class can hold."""
     return config.family == "llama" and not (config.qkv_bias or config.output_bias or config.mlp_bias)
 
 
-def _as_mistral(config: dict[str, Any]) -> dict[str, Any]:
+def _as_mistral(llama_keys: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a Llama as a Mistral of the same shapes."""
     llama_only = ("attention_bias", "mlp_bias", "pretraining_tp")
-    kept = {key: value for key, value in config.items() if key not in llama_only}
-    return kept | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    keys = {key: value for key, value in llama_keys.items() if key not in llama_only}
+    return keys | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
 
 
-def _own_scale(config: DecoderConfig, sizes: Sizes) -> bool:
+def _has_stock_scale(config: DecoderConfig, sizes: Sizes) -> bool:
+    """Whether the embedding scale is the one that the stock class computes from the hidden size."""
     return config.embedding_scale == sizes.D**0.5
 
 
-def _all_slopes(config: DecoderConfig, sizes: Sizes) -> bool:
-    """Whether every layer still has all heads' slopes (or there are none)."""
+def _keeps_all_slopes(config: DecoderConfig, sizes: Sizes) -> bool:
+    """Whether every layer keeps the ALiBi slopes of all heads; True for a model without slopes."""
     if config.alibi_heads is None:
         return True
     return all(len(layer.slopes) == config.alibi_heads for layer in sizes.layers)

@@ -1,10 +1,10 @@
 """Pruned language models for transformers: the stock model of each family, with layers of unequal sizes.
 
-This file stands beside the weights of a pruned model, and `trust_remote_code=True` runs it. Whoever would rather not
-run code out of a model folder can install minillm-jax and call `register()` of its `convert.modeling_pruned` instead.
+minillm-jax copies this file beside the weights of a pruned model, and `trust_remote_code=True` runs the copy. To run no
+code from a model folder, install minillm-jax and call `convert.modeling_pruned.register()` before loading.
 
-All that computes is transformers' own code. What is written here is how the layers are built: `per_layer_config` in
-config.json says what each keeps of its heads and channels, and everything else is as in the dense model.
+transformers' own code computes the forward pass. This module only builds the layers: `per_layer_config` in config.json
+gives the number of heads and channels that each layer keeps; every other setting is that of the dense model.
 """
 
 import copy
@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 
 
 class _Family(NamedTuple):
-    """How transformers spells a model family."""
+    """Names that transformers uses for a model family."""
 
-    stem: str  # the first part of its class names
-    layer: str = "DecoderLayer"  # the class of a layer, after the stem
-    layers: str = "layers"  # where the layers are in the model
-    # Where transformers takes the size of a head to be hidden size / heads: the linear maps of a layer that lead from
-    # the heads and from the channels back to the hidden size.
+    stem: str  # prefix of the class names
+    layer: str = "DecoderLayer"  # class name of a layer, without the stem
+    layers: str = "layers"  # path of the list of layers in the base model
+    # Only for families whose attention computes the head size as hidden size / heads: the linear maps of a layer whose
+    # output has the hidden size.
     outputs: tuple[str, ...] = ()
 
 
@@ -43,62 +43,63 @@ _FAMILIES = {
     "gpt_neox": _Family("GPTNeoX", "Layer", outputs=("attention.dense", "mlp.dense_4h_to_h")),
 }
 
-# What a class is made for, and the Auto class that finds it.
+# Suffix of a class name, and the Auto class that loads the class.
 _KINDS = {"Config": "AutoConfig", "Model": "AutoModel", "ForCausalLM": "AutoModelForCausalLM"}
 _CLASSES = {
     f"Pruned{family.stem}{kind}": (model_type, kind) for model_type, family in _FAMILIES.items() for kind in _KINDS
 }
 
 
-def _without_layers(config: Any) -> Any:
-    """A copy of a configuration in which the global sizes can be read: as they were in the dense model."""
-    plain = copy.copy(config)
-    plain.per_layer_config = None
-    return plain
+def _without_layer_sizes(config: Any) -> Any:
+    """A copy without per-layer sizes; transformers refuses to read global sizes from a configuration that has them."""
+    global_config = copy.copy(config)
+    global_config.per_layer_config = None
+    return global_config
 
 
 class _PrunedConfig:
-    """What the configurations of all families have in common."""
+    """Base of the configuration classes of all families."""
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Validate once everything is set, as the stock configurations do."""
+        """Validate the configuration after all attributes are set, as the stock classes do."""
         cast(Any, super()).__post_init__(**kwargs)
         self.validate()
 
     def validate(self) -> None:
-        """The stock checks, which all take the size of a head to be hidden size / heads, where that is so."""
-        plain = _without_layers(self)
-        if getattr(plain, "head_dim", None):
-            plain.hidden_size = plain.num_attention_heads * plain.head_dim
-        cast(Any, super(_PrunedConfig, plain)).validate()
+        """Run the stock checks, which assume head size = hidden size / heads, on a hidden size that satisfies this."""
+        global_config = _without_layer_sizes(self)
+        if getattr(global_config, "head_dim", None):
+            global_config.hidden_size = global_config.num_attention_heads * global_config.head_dim
+        cast(Any, super(_PrunedConfig, global_config)).validate()
 
 
 class _LayerConfig:
-    """The configuration as a layer sees it: its own sizes, and the rest as the model has it at the time of reading.
+    """View of the model's configuration with the sizes of one layer.
 
-    A copy would not notice `model.set_attn_implementation`.
+    All other attributes are read from the model's configuration at each access, because
+    `model.set_attn_implementation` changes it after the layers are built.
     """
 
     def __init__(self, config: Any, sizes: dict[str, Any]) -> None:
         vars(self).update(sizes, _config=config)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # copy and pickle ask for these before there is a `_config`
+        if name.startswith("__"):  # copy and pickle look these up before `_config` is set
             raise AttributeError(name)
         return getattr(vars(self)["_config"], name)
 
 
 class _PrunedModel(PreTrainedModel):
-    """The stock constructors make a model without layers; this adds them, each of its own size."""
+    """Base of the model classes: calls the stock constructor for zero layers, then adds layers of unequal sizes."""
 
     family: _Family
 
     def __init__(self, config: Any) -> None:
-        empty = _without_layers(config)
-        empty.num_hidden_layers = 0
-        super().__init__(empty)
-        config._attn_implementation = empty._attn_implementation  # chosen by the constructor
-        # Rotary embeddings keep the copy: some read the global sizes again while they run.
+        no_layers = _without_layer_sizes(config)
+        no_layers.num_hidden_layers = 0
+        super().__init__(no_layers)
+        config._attn_implementation = no_layers._attn_implementation  # the stock constructor selects it
+        # Rotary embeddings keep the copy, because some read the global sizes in the forward pass.
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
                 module.config = config
@@ -110,51 +111,51 @@ class _PrunedModel(PreTrainedModel):
 
 
 def _layer(family: _Family, config: Any, index: int) -> nn.Module:
-    """A stock layer of the sizes that are left of it."""
-    own = config.per_layer_config[index]
-    # `attribute_map`: BLOOM's code says n_head where everybody else says num_attention_heads.
-    sizes = {config.attribute_map.get(name, name): getattr(own, name) for name in config.per_layer_attributes or ()}
+    """A stock layer with the number of heads and channels that layer `index` keeps."""
+    kept = config.per_layer_config[index]
+    # `attribute_map` gives the attribute that the family's code reads: n_head for num_attention_heads in BLOOM.
+    sizes = {config.attribute_map.get(name, name): getattr(kept, name) for name in config.per_layer_attributes or ()}
     if family.outputs:
-        sizes["hidden_size"] = own.num_attention_heads * own.head_dim
+        sizes["hidden_size"] = kept.num_attention_heads * kept.head_dim
     code = sys.modules[getattr(transformers, f"{family.stem}Model").__module__]
     layer = getattr(code, family.stem + family.layer)(_LayerConfig(config, sizes), index)
     if family.outputs:
-        _set_hidden_size(layer, family.outputs, own)
-    if getattr(own, "alibi_heads", None) is not None:
-        layer.register_forward_pre_hook(partial(_select_slopes, own.alibi_heads), with_kwargs=True)
+        _set_hidden_size(layer, family.outputs, kept)
+    if getattr(kept, "alibi_heads", None) is not None:
+        layer.register_forward_pre_hook(partial(_select_slopes, kept.alibi_heads), with_kwargs=True)
     return layer
 
 
 def _set_hidden_size(layer: nn.Module, outputs: tuple[str, ...], config: Any) -> None:
-    """Join a layer that was built as wide as its heads to the hidden size of the model."""
+    """Rebuild the norms and linear maps of a layer, made for heads * head size, for the model's hidden size."""
     hidden = config.hidden_size
     for name, module in list(layer.named_modules()):
         if isinstance(module, nn.LayerNorm):
             layer.set_submodule(name, nn.LayerNorm(hidden, module.eps, module.elementwise_affine))
         elif isinstance(module, nn.Linear):
             inner = module.in_features if name in outputs else module.out_features
-            if name.startswith("mlp."):  # BLOOM's constructor knows 4 x hidden size only
+            if name.startswith("mlp."):  # BLOOM's constructor always builds 4 x hidden size channels
                 inner = getattr(config, "intermediate_size", 4 * hidden)
             shape = (inner, hidden) if name in outputs else (hidden, inner)
             layer.set_submodule(name, nn.Linear(*shape, bias=module.bias is not None))
 
 
 def _select_slopes(heads: list[int], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Give a BLOOM layer the ALiBi biases of the heads it has left, out of those of the dense model's heads."""
+    """Forward pre-hook of a BLOOM layer: select the ALiBi biases of the kept heads among those of all heads."""
     batch = args[0].shape[0]
     alibi = kwargs["alibi"].unflatten(0, (batch, -1))[:, heads].flatten(0, 1)
     return args, kwargs | {"alibi": alibi}
 
 
 def _scale_embedding(embedding: Any, scale: float) -> None:
-    """Gemma multiplies its embedding by sqrt(hidden size): that of the dense model, when it was pruned."""
-    embedding.scalar_embed_scale = scale  # from_pretrained fills the buffer from this,
-    embedding.embed_scale.fill_(scale)  # from_config does not
+    """Set the scale of Gemma's embedding to sqrt(hidden size of the dense model) after the hidden size was pruned."""
+    embedding.scalar_embed_scale = scale  # from_pretrained fills the buffer with this value
+    embedding.embed_scale.fill_(scale)  # from_config keeps the value of the buffer
 
 
 @cache
-def _make(name: str) -> type:
-    """One of the classes of `_CLASSES`: made when first asked for, as that imports the code of its family."""
+def _create_class(name: str) -> type:
+    """A class of `_CLASSES`, created on first access because creation imports the code of its family."""
     model_type, kind = _CLASSES[name]
     family = _FAMILIES[model_type]
     stock = getattr(transformers, family.stem + kind)
@@ -163,25 +164,25 @@ def _make(name: str) -> type:
     if kind == "Config":
         bases, members["model_type"] = (_PrunedConfig, stock), f"pruned_{model_type}"
     else:
-        members |= {"family": family, "config_class": _make(f"Pruned{family.stem}Config")}
-    if kind == "ForCausalLM":  # named once more, or the Auto class would derive a class of its own from Phi3's
+        members |= {"family": family, "config_class": _create_class(f"Pruned{family.stem}Config")}
+    if kind == "ForCausalLM":  # an Auto class would otherwise subclass the class for Phi3 to add this base
         bases += (transformers.GenerationMixin,)
-    made: Any = type(name, bases, members)
-    made.register_for_auto_class(_KINDS[kind])  # so that save_pretrained copies this file
-    return made
+    created: Any = type(name, bases, members)
+    created.register_for_auto_class(_KINDS[kind])  # makes save_pretrained copy this file
+    return created
 
 
 def __getattr__(name: str) -> Any:
-    """The classes of this module: `from convert.modeling_pruned import PrunedLlamaForCausalLM`."""
+    """Create the class for `from convert.modeling_pruned import PrunedLlamaForCausalLM`."""
     if name not in _CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _make(name)
+    return _create_class(name)
 
 
 def register() -> None:
-    """Make transformers load pruned models with this module's classes, without `trust_remote_code`."""
+    """Register the classes with transformers, which then loads pruned models without `trust_remote_code`."""
     for model_type, family in _FAMILIES.items():
-        config, model, causal = (_make(f"Pruned{family.stem}{kind}") for kind in _KINDS)
+        config, model, causal = (_create_class(f"Pruned{family.stem}{kind}") for kind in _KINDS)
         transformers.AutoConfig.register(f"pruned_{model_type}", config, exist_ok=True)
         transformers.AutoModel.register(config, model, exist_ok=True)
         transformers.AutoModelForCausalLM.register(config, causal, exist_ok=True)

@@ -15,7 +15,9 @@ from convert.families import TABLES, FamilyTable, Part, Rule
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
-from minillm_jax.model.decoder import Decoder, depth, named_arrays, outer_letters, run_letters
+from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.modules import depth
+from minillm_jax.model.tree import named_arrays, outer_letters, run_letters
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""Where stored tensors come from: a folder of safetensors or of PyTorch files, single or sharded."""
+"""Tensor sources: folders with safetensors or PyTorch files, as one file or as an index file and shards."""
 
 import json
 import pickle
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  teaches NumPy bfloat16
+import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -21,19 +21,20 @@ INDEX = "model.safetensors.index.json"
 TORCH_SINGLE = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 
-# What is fetched from the Hub: safetensors, and PyTorch files of a model that has nothing else.
+# Patterns of the weight files that are downloaded from the Hub. PyTorch files are downloaded only where a model has no
+# other weights.
 SAFETENSORS_FILES = ("model*.safetensors", INDEX)
 TORCH_FILES = (TORCH_SINGLE, "pytorch_model-*.bin", TORCH_INDEX)
 
-# The types of weights: safetensors' names and NumPy's (which are PyTorch's).
+# Accepted types of weights: name in a safetensors header → name in NumPy and PyTorch.
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def open_folder(folder: Path) -> rules.TensorSource:
-    """The tensors of a folder, from the files that transformers would take of it.
+    """The tensors of a folder, from the same weight files that transformers would load.
 
     Raises:
-      InputError: there are no weights, or they are damaged, incomplete, or no plain tensors.
+      InputError: the weight files are missing, damaged or incomplete, or hold something else than tensors.
     """
     if has_safetensors(folder):
         return SafetensorsFolder(folder)
@@ -45,7 +46,7 @@ def open_folder(folder: Path) -> rules.TensorSource:
 
 
 def has_safetensors(folder: Path) -> bool:
-    """Whether a folder has safetensors, which go before PyTorch files."""
+    """Whether a folder has safetensors files, which take precedence over PyTorch files."""
     return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
@@ -56,23 +57,23 @@ def read_json(path: Path) -> dict[str, Any]:
       InputError: the file is missing or holds no JSON object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: the file is missing; a model folder needs it") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
-# ---------------------------------------------------------------------------------------------------------- index
+# ---------------------------------------------------------------------------------------------------------- index files
 
 
 def _files(folder: Path, single: str, index: str) -> tuple[list[str], dict[str, str] | None]:
-    """Names of a folder's weight files, and the index's tensor name → file, None for a single file.
+    """Names of a folder's weight files, and the index file's map tensor name → file name, None for a single file.
 
-    In the order of transformers, which does not look at an index beside a single file.
+    As in transformers, a single file takes precedence over an index file.
     """
     if (folder / single).is_file():
         return [single], None
@@ -88,39 +89,49 @@ def _files(folder: Path, single: str, index: str) -> tuple[list[str], dict[str, 
     return names, weight_map
 
 
-def _owners(inside: Mapping[str, Iterable[str]], weight_map: Mapping[str, str] | None, where: Path) -> dict[str, str]:
-    """Tensor name → file name, where the files and the index agree.
+def _file_of_tensor(
+    contents: Mapping[str, Iterable[str]], weight_map: Mapping[str, str] | None, index: Path
+) -> dict[str, str]:
+    """Map tensor name → file name, after a check that the index file agrees with the contents of the files.
 
     Args:
-      inside: file name → the names of the tensors in it.
-      weight_map: what the index says, None for a single file.
-      where: path of the index, for errors.
+      contents: file name → names of the tensors in the file.
+      weight_map: map of the index file, tensor name → file name; None for a single file.
+      index: path of the index file, for messages.
 
     Raises:
-      InputError: a tensor is in two files, or not where the index says it is, or not in the index.
+      InputError: a tensor is in two files, is not in the file that the index names, or is not listed in the index.
     """
-    owner: dict[str, str] = {}
-    for file, keys in inside.items():
-        for key in keys:
-            if key in owner:
-                raise InputError(f"{where}: tensor {key!r} is in {owner[key]!r} and in {file!r}; remove one of them")
-            owner[key] = file
+    file_of: dict[str, str] = {}
+    for file, names in contents.items():
+        for name in names:
+            if name in file_of:
+                raise InputError(
+                    f"{index}: tensor {name!r} is in {file_of[name]!r} and in {file!r}; remove it from one of the files"
+                )
+            file_of[name] = file
     if weight_map is None:
-        return owner
-    for key, file in weight_map.items():
-        if owner.get(key) != file:
-            raise InputError(f"{where}: tensor {key!r} is not in {file!r}, where the index says it is")
-    extra = sorted(owner.keys() - weight_map.keys())
-    if extra:
-        raise InputError(f"{where}: tensor {extra[0]!r} of {owner[extra[0]]!r} is not listed in the index")
-    return owner
-
-
-def _check_type(found: str, known: Iterable[str], name: str, where: str) -> None:
-    if found not in known:
+        return file_of
+    for name, file in weight_map.items():
+        if file_of.get(name) != file:
+            raise InputError(
+                f"{index}: the index places tensor {name!r} in {file!r}, but the file does not hold it; "
+                "is the download complete?"
+            )
+    unlisted = sorted(file_of.keys() - weight_map.keys())
+    if unlisted:
         raise InputError(
-            f"{where}: tensor {name!r} is {found}, expected one of {', '.join(known)}; "
-            "save the model in one of these first"
+            f"{index}: tensor {unlisted[0]!r} of {file_of[unlisted[0]]!r} is not listed in the index; "
+            "does the index belong to these files?"
+        )
+    return file_of
+
+
+def _check_type(dtype: str, accepted: Iterable[str], name: str, where: str) -> None:
+    if dtype not in accepted:
+        raise InputError(
+            f"{where}: tensor {name!r} is {dtype}, expected one of {', '.join(accepted)}; "
+            "save the model in one of these types first"
         )
 
 
@@ -129,7 +140,7 @@ def _check_type(found: str, known: Iterable[str], name: str, where: str) -> None
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a tensor lies: its file, the offset of its first byte there, and what a header says of it."""
+    """A tensor in a safetensors file: its file, the offset of its first byte, and its type and shape by the header."""
 
     path: Path
     offset: int
@@ -138,34 +149,38 @@ class _Entry:
 
 
 class SafetensorsFolder:
-    """The tensors of a folder with `model.safetensors`, or with an index and shards; each is read by itself."""
+    """A tensor source: `model.safetensors`, or an index file and shards. Tensors are read one at a time."""
 
     def __init__(self, folder: Path):
         self.where = str(folder)
         files, weight_map = _files(folder, SINGLE, INDEX)
         entries = {file: _safetensors_entries(folder / file) for file in files}
-        owner = _owners(entries, weight_map, folder / INDEX)
-        self._entries = {key: entries[file][key] for key, file in owner.items()}
+        file_of = _file_of_tensor(entries, weight_map, folder / INDEX)
+        self._entries = {name: entries[file][name] for name, file in file_of.items()}
 
     def names(self) -> Iterable[str]:
-        """Every stored name."""
+        """Names of all stored tensors."""
         return self._entries
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the file's header.
+        """Shape of a tensor, from the safetensors header.
 
         Raises:
-          InputError: the tensor is of a type that holds no plain floating-point weights.
+          InputError: the type of the tensor is not in `FLOATS`.
         """
         entry = self._entries[name]
         _check_type(entry.dtype, FLOATS, name, self.where)
         return entry.shape
 
     def read(self, name: str, allocate: memory.Allocate = memory.aligned_empty) -> np.ndarray:
-        """One tensor.
+        """Read one tensor.
+
+        Args:
+          name: name of the tensor.
+          allocate: gives the array that the tensor is read into.
 
         Raises:
-          InputError: the file has changed since it was opened.
+          InputError: the type of the tensor is not in `FLOATS`, or the file has changed since its header was read.
         """
         entry = self._entries[name]
         _check_type(entry.dtype, FLOATS, name, self.where)
@@ -179,10 +194,10 @@ class SafetensorsFolder:
 
 
 def _read_part(entry: _Entry, data: np.ndarray, start: int, stop: int) -> None:
-    """Bytes start to stop of a tensor into their place in `data`.
+    """Read the bytes from `start` to `stop` of a tensor into the same range of `data`.
 
-    Neither by safetensors' own read, which takes its memory in small pages, nor by a mapping of the file, whose pages
-    would count as the process's memory.
+    safetensors' own read allocates memory in small pages, which is slow; the pages of a mapped file would count as
+    memory of the process.
     """
     with entry.path.open("rb", buffering=0) as file:
         file.seek(entry.offset + start)
@@ -194,7 +209,7 @@ def _read_part(entry: _Entry, data: np.ndarray, start: int, stop: int) -> None:
 
 
 def _safetensors_entries(path: Path) -> dict[str, _Entry]:
-    """Tensor name → where it lies. The header is checked by safetensors before its offsets are used."""
+    """Tensor name → entry of the header. safetensors checks the header before its offsets are used."""
     try:
         safe_open(path, framework="numpy", backend="pread")
         with path.open("rb") as file:
@@ -206,8 +221,8 @@ def _safetensors_entries(path: Path) -> dict[str, _Entry]:
         raise InputError(f"{path}: not a whole safetensors file ({error}); is the download complete?") from error
     header.pop("__metadata__", None)
     return {
-        name: _Entry(path, 8 + length + found["data_offsets"][0], found["dtype"], tuple(found["shape"]))
-        for name, found in header.items()
+        name: _Entry(path, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        for name, entry in header.items()
     }
 
 
@@ -215,74 +230,83 @@ def _safetensors_entries(path: Path) -> dict[str, _Entry]:
 
 
 class TorchFolder:
-    """The tensors of a folder with `pytorch_model.bin`, or with an index and shards, read by PyTorch.
+    """A tensor source: `pytorch_model.bin`, or an index file and shards, loaded by PyTorch.
 
-    Files of today's format are mapped, not read: their pages are the system's cache and not held.
+    Files in the format of PyTorch 1.6 and later are mapped, so their pages belong to the system's cache.
     """
 
     def __init__(self, folder: Path):
         self.where = str(folder)
         files, weight_map = _files(folder, TORCH_SINGLE, TORCH_INDEX)
-        loaded = {file: _load_torch(folder / file) for file in files}
-        owner = _owners(loaded, weight_map, folder / TORCH_INDEX)
-        self._tensors = {key: loaded[file][key] for key, file in owner.items()}
+        tensors = {file: _load_torch(folder / file) for file in files}
+        file_of = _file_of_tensor(tensors, weight_map, folder / TORCH_INDEX)
+        self._tensors = {name: tensors[file][name] for name, file in file_of.items()}
 
     def names(self) -> Iterable[str]:
-        """Every stored name."""
+        """Names of all stored tensors."""
         return self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor.
 
         Raises:
-          InputError: the tensor is sparse, quantised, without data, or of a type that holds no plain weights.
+          InputError: the tensor is sparse, nested or without data, or its type is not in `FLOATS`.
         """
         tensor = self._tensors[name]
         layout = str(tensor.layout).removeprefix("torch.")
         if layout != "strided" or tensor.is_nested or tensor.device.type != "cpu":
             kind = layout if layout != "strided" else "nested" if tensor.is_nested else "without data"
-            raise InputError(f"{self.where}: tensor {name!r} is {kind}, expected a dense one; save the model so first")
+            raise InputError(
+                f"{self.where}: tensor {name!r} is {kind}, expected a dense tensor; save the model with dense tensors first"
+            )
         _check_type(str(tensor.dtype).removeprefix("torch."), FLOATS.values(), name, self.where)
         return tuple(tensor.shape)
 
     def read(self, name: str, allocate: memory.Allocate = memory.aligned_empty) -> np.ndarray:
-        """One tensor, in memory of its own: it must not change when the mapped file does.
+        """Copy one tensor out of the mapped file, so that later changes of the file do not change the copy.
+
+        Args:
+          name: name of the tensor.
+          allocate: gives the array that the tensor is copied into.
 
         Raises:
-          InputError: as `shape`.
+          InputError: as for `shape`.
         """
         import torch
 
         shape, tensor = self.shape(name), self._tensors[name].detach()
-        half = tensor.dtype == torch.bfloat16  # which NumPy does not take from PyTorch
-        stored = tensor.view(torch.int16).numpy().view("bfloat16") if half else tensor.numpy()
-        own = allocate(shape, stored.dtype)
-        memory.copy_layout(own, stored)
-        return own
+        is_bfloat16 = tensor.dtype == torch.bfloat16  # PyTorch cannot export bfloat16 to NumPy
+        mapped = tensor.view(torch.int16).numpy().view("bfloat16") if is_bfloat16 else tensor.numpy()
+        copied = allocate(shape, mapped.dtype)
+        memory.copy_layout(copied, mapped)
+        return copied
 
 
 def _load_torch(path: Path) -> dict[str, Any]:
-    """The dictionary of tensors in a file of `torch.save`; code in it is never run."""
+    """The dictionary of tensors in a file of `torch.save`. Code in the file is never run."""
     torch = _import_torch(path)
     try:
         with path.open("rb") as file:
-            zipped = file.read(4) == b"PK\3\4"  # the format since PyTorch 1.6; only that can be mapped
+            zipped = file.read(4) == b"PK\3\4"  # the format since PyTorch 1.6; older files cannot be mapped
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is wrong with a file, InputError says
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            warnings.simplefilter("ignore")  # InputError reports what is wrong with the file
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except FileNotFoundError as error:
         raise InputError(f"{path}: the file is missing; is the download complete?") from error
     except Exception as error:  # damaged files raise many kinds
         raise InputError(f"{path}: {_refusal(error)}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a dictionary of tensors, found {type(found).__name__}")
-    for name, value in found.items():
+    if not isinstance(tensors, dict):
+        raise InputError(
+            f"{path}: expected a dictionary of tensors, found {type(tensors).__name__}; "
+            "save the model's state_dict alone"
+        )
+    for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise InputError(
                 f"{path}: expected a dictionary of tensors, found {type(value).__name__} under {name!r}; "
                 "save the model's state_dict alone"
             )
-    return found
+    return tensors
 
 
 def _import_torch(path: Path) -> Any:
@@ -296,11 +320,11 @@ def _import_torch(path: Path) -> Any:
 
 
 def _refusal(error: Exception) -> str:
-    """What is wrong with a file that PyTorch did not load; its own messages are pages that advise to run the code."""
+    """A sentence for a file that PyTorch refuses; its own messages are long and advise to run the code in the file."""
     code = re.search(r"GLOBAL:? (?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE)
     if isinstance(error, pickle.UnpicklingError) and code:
         return (
-            f"holds more than tensors ({code[1]}) and is not loaded; save the model as safetensors where you trust it"
+            f"holds more than tensors ({code[1]}) and is not loaded; if you trust the file, save it as safetensors first"
         )
-    said = "" if isinstance(error, pickle.UnpicklingError) else f" ({cause(error).split('. ')[0]})"
-    return f"not a whole PyTorch file of tensors{said}; is the download complete?"
+    reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({cause(error).split('. ')[0]})"
+    return f"not a whole PyTorch file of tensors{reason}; is the download complete?"

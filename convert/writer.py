@@ -22,9 +22,11 @@ from convert.sources import INDEX
 from minillm_jax.devices import hosts
 from minillm_jax.errors import InputError, cause
 from minillm_jax.model import axis_table
+from minillm_jax.model.build import build
 from minillm_jax.model.config import Sizes
-from minillm_jax.model.decoder import Decoder, build, group_counts, named_arrays, parameter_count, sizes_of
+from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
+from minillm_jax.model.tree import group_counts, named_arrays, parameter_count, sizes_of
 from minillm_jax.pruning.padding import pad_groups
 
 MAX_SHARD_SIZE = "5GB"

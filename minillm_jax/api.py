@@ -28,17 +28,10 @@ from minillm_jax.data.text import Calibration
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table, loss
-from minillm_jax.model.decoder import (
-    Decoder,
-    build,
-    group_counts,
-    layer_count,
-    named_arrays,
-    parameter_count,
-    part_counts,
-    sizes_of,
-)
+from minillm_jax.model.build import build
+from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
+from minillm_jax.model.tree import group_counts, layer_count, named_arrays, parameter_count, part_counts, sizes_of
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.pruning.drop_layers import best_layers
 from minillm_jax.pruning.refit import Restoration, can_compensate, prune_by_obs, restore

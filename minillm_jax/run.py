@@ -28,8 +28,9 @@ from minillm_jax.data.text import Calibration
 from minillm_jax.devices import hosts, sharding
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.model import axis_table, costs, loss
-from minillm_jax.model.decoder import build, group_counts, hidden_size, layer_count, part_counts, sizes_of
+from minillm_jax.model.build import build
 from minillm_jax.model.loaded import Model
+from minillm_jax.model.tree import group_counts, hidden_size, layer_count, part_counts, sizes_of
 from minillm_jax.progress import StageProgress
 from minillm_jax.pruning.refit import Restoration
 from minillm_jax.pruning.slicing import slice_sizes

@@ -14,8 +14,9 @@ from jax import numpy as jnp
 from convert import modeling_pruned
 from minillm_jax.budget.budget import choose, kept_count
 from minillm_jax.model import axis_table
+from minillm_jax.model.build import build, initialise
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
-from minillm_jax.model.decoder import Decoder, build, initialise
+from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block
 from minillm_jax.model.ops import Rope
 from minillm_jax.scoring.gradient.directions import Directions

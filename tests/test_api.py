@@ -14,9 +14,9 @@ from minillm_jax.api import calibrate, evaluate, load, prune, save
 from minillm_jax.budget.budget import Budget, kept_count
 from minillm_jax.data.text import Calibration
 from minillm_jax.errors import InputError
-from minillm_jax.model.decoder import group_counts, kernels
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import perplexity
+from minillm_jax.model.tree import group_counts, kernels
 from minillm_jax.pruning.refit import Restoration
 from minillm_jax.run import Job, run
 from minillm_jax.scoring.activations import activation_norms

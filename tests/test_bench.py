@@ -18,8 +18,10 @@ import torch
 from jax import numpy as jnp
 
 from convert.reader import read_model
+from minillm_jax.model.build import build
 from minillm_jax.model.config import LayerSizes, Sizes
-from minillm_jax.model.decoder import Decoder, apply_block, build, finish, project_to_vocabulary, rotary_angles
+from minillm_jax.model.decoder import Decoder, finish, project_to_vocabulary, rotary_angles
+from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.loss import sequence_losses
 from minillm_jax.model.modules import Block
 
@@ -46,7 +48,7 @@ def test_flops_are_those_the_compiler_counts(bench: Callable[[str], ModuleType])
     flops = bench("flops").loss_flops(decoder, batch, length)
 
     def one_block(block: Block, x: jax.Array) -> jax.Array:
-        return apply_block(block, config, x, rotary_angles(decoder, length))[0]
+        return apply_layer(block, config, x, rotary_angles(decoder, length))[0]
 
     def head(decoder: Decoder, x: jax.Array) -> jax.Array:
         return project_to_vocabulary(decoder, finish(decoder, x))

@@ -13,9 +13,9 @@ from minillm_jax.budget.budget import Budget
 from minillm_jax.data.text import Calibration
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
-from minillm_jax.model.decoder import group_counts, hidden_size, layer_count
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import perplexity
+from minillm_jax.model.tree import group_counts, hidden_size, layer_count
 from minillm_jax.pruning.drop_layers import best_layers
 from minillm_jax.pruning.refit import Restoration
 from minillm_jax.pruning.slicing import slice_groups, slice_layers

@@ -11,7 +11,8 @@ from minillm_jax.budget.measured_losses import level_losses
 from minillm_jax.data.text import Calibration
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.model import costs
-from minillm_jax.model.decoder import Decoder, group_counts, layer_count, part_counts
+from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.tree import group_counts, layer_count, part_counts
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.pruning.refit import Restoration
 

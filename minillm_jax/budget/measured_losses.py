@@ -14,18 +14,11 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minillm_jax.model import axis_table
-from minillm_jax.model.decoder import (
-    Decoder,
-    apply_block,
-    embed,
-    finish,
-    group_count,
-    layer_count,
-    rotary_angles,
-    scan_layers,
-)
+from minillm_jax.model.decoder import Decoder, embed, finish, rotary_angles, scan_layers
+from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.loss import token_losses, window_losses
 from minillm_jax.model.modules import Block
+from minillm_jax.model.tree import group_count, layer_count
 from minillm_jax.pruning.refit import Restoration, fit_of, pruned_kind, removal_order
 from minillm_jax.pruning.walk import PROJECTIONS, Site, projection, walk
 
@@ -133,7 +126,7 @@ def _losses(
             return array
 
         block = jax.tree_util.tree_map_with_path(leaf, block)
-        return apply_block(block, decoder.config, x, angles)[0], None
+        return apply_layer(block, decoder.config, x, angles)[0], None
 
     x, _ = scan_layers(decoder.runs, step, embed(decoder, tokens))
     return jnp.sum(token_losses(decoder, finish(decoder, x), tokens), axis=-1)

@@ -63,35 +63,12 @@ class Attention(nnx.Module):
         self.window = None if window is None else LayerData(window)
         self.slopes = None if slopes is None else LayerData(slopes)
 
-    def __call__(
-        self, h: Float[Array, "B T D"], config: DecoderConfig, angles: Angles
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T N H"]]:
-        """What attention adds to the stream, and the mixed values that went into the output projection."""
-        q, k, v = self.q("BTD,DNH->BTNH", h), self.k("BTD,DKH->BTKH", h), self.v("BTD,DKH->BTKH", h)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q, config), self.k_norm(k, config)
-        if angles is not None and config.rope is not None:
-            q, k = (ops.rotate(x, angles, config.rope.interleaved) for x in (q, k))
-        mask = ops.causal_mask(h.shape[1], None if self.window is None else self.window[...])
-        slopes = None if self.slopes is None else self.slopes[...]
-        mixed = ops.attend(q, k, v, mask, config.query_scale, config.attention_cap, slopes)
-        return self.o("BTNH,NHD->BTD", mixed), mixed
-
 
 class MLP(nnx.Module):
-    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate."""
+    """Projections of the MLP: down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate."""
 
     def __init__(self, gate: Linear | None, up: Linear, down: Linear):
         self.gate, self.up, self.down = gate, up, down
-
-    def __call__(
-        self, m: Float[Array, "B T D"], config: DecoderConfig
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T F"]]:
-        """What the MLP adds to the stream, and the wide activations that went into the down projection."""
-        activation = ops.ACTIVATIONS[config.activation]
-        wide = self.up("BTD,DF->BTF", m)
-        wide = activation(wide) if self.gate is None else activation(self.gate("BTD,DF->BTF", m)) * wide
-        return self.down("BTF,FD->BTD", wide), wide
 
 
 class Block(nnx.Module):
@@ -108,3 +85,8 @@ class Block(nnx.Module):
     ):
         self.attention_norm, self.attention, self.attention_post_norm = attention_norm, attention, attention_post_norm
         self.mlp_norm, self.mlp, self.mlp_post_norm = mlp_norm, mlp, mlp_post_norm
+
+
+def depth(run: Block) -> int:
+    """Number of layers of a run."""
+    return run.attention.q.kernel.shape[0]

@@ -8,9 +8,11 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from minillm_jax.model.decoder import Decoder, apply_block, embed, finish, layer_count, rotary_angles, scan_layers
+from minillm_jax.model.decoder import Decoder, embed, finish, rotary_angles, scan_layers
+from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.loss import token_losses, window_losses
 from minillm_jax.model.modules import Block
+from minillm_jax.model.tree import layer_count
 
 
 def best_layers(
@@ -53,7 +55,7 @@ def _losses_with(decoder: Decoder, tokens: Int[Array, "B T"], alive: Bool[Array,
     angles = rotary_angles(decoder, tokens.shape[1])
 
     def step(x: Array, block: Block, layer: Array, extra: None) -> tuple[Array, None]:
-        return jnp.where(alive[layer], apply_block(block, decoder.config, x, angles)[0], x), None
+        return jnp.where(alive[layer], apply_layer(block, decoder.config, x, angles)[0], x), None
 
     x, _ = scan_layers(decoder.runs, step, embed(decoder, tokens))
     return jnp.sum(token_losses(decoder, finish(decoder, x), tokens), axis=-1)

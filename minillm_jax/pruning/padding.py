@@ -8,9 +8,11 @@ from jax import numpy as jnp
 from jaxtyping import Array, Int
 
 from minillm_jax.model import axis_table
+from minillm_jax.model.build import build, with_runs
 from minillm_jax.model.config import Sizes
-from minillm_jax.model.decoder import Decoder, build, depth, group_count, named_arrays, with_runs
-from minillm_jax.model.modules import Block
+from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.modules import Block, depth
+from minillm_jax.model.tree import group_count, named_arrays
 
 
 def pad_groups(decoder: Decoder, sizes: Sizes, places: dict[str, list[Int[np.ndarray, " _"]]]) -> Decoder:

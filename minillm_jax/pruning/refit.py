@@ -24,9 +24,11 @@ from jaxtyping import Array, Float, Int
 from minillm_jax.devices.sharding import gather, of, shard
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.model import axis_table
+from minillm_jax.model.build import with_runs
 from minillm_jax.model.config import DecoderConfig
-from minillm_jax.model.decoder import Decoder, group_count, part_count, with_runs
+from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block
+from minillm_jax.model.tree import group_count, part_count
 from minillm_jax.pruning import slicing, solve
 from minillm_jax.pruning.refit_inputs import align
 from minillm_jax.pruning.removal_order import greedy_removal, products_of_best

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 from minillm_jax.devices.sharding import gather
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table, ops
-from minillm_jax.model.decoder import named_arrays
 from minillm_jax.model.modules import Block
+from minillm_jax.model.tree import named_arrays
 from minillm_jax.pruning import solve
 from minillm_jax.pruning.walk import InputMoments
 

@@ -13,9 +13,11 @@ from jaxtyping import Array, Int
 
 from minillm_jax.devices.sharding import constrain, of
 from minillm_jax.model import axis_table
+from minillm_jax.model.build import with_runs
 from minillm_jax.model.config import Sizes
-from minillm_jax.model.decoder import Decoder, depth, group_count, run_letters, with_runs
-from minillm_jax.model.modules import Block
+from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.modules import Block, depth
+from minillm_jax.model.tree import group_count, run_letters
 
 
 def slice_groups(decoder: Decoder, kept: axis_table.Kept) -> Decoder:

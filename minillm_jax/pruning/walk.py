@@ -19,9 +19,11 @@ from jaxtyping import Array, Float, Int
 
 from minillm_jax.model import ops
 from minillm_jax.model.config import DecoderConfig
-from minillm_jax.model.decoder import Decoder, Half, attention_half, depth, embed, layer_count, mlp_half, rotary_angles
+from minillm_jax.model.decoder import Decoder, embed, rotary_angles
+from minillm_jax.model.layer import Sublayer, attention_sublayer, mlp_sublayer
 from minillm_jax.model.loss import batches
-from minillm_jax.model.modules import Angles, Block, Linear
+from minillm_jax.model.modules import Angles, Block, Linear, depth
+from minillm_jax.model.tree import layer_count
 
 # The output projection of each kind of group: what reads the groups of the kind, and nothing else.
 PROJECTIONS = {"head": "attention.o", "channel": "mlp.down"}
@@ -165,11 +167,11 @@ def _begin(decoder: Decoder, tokens: Int[Array, "B T"]) -> State:
     return State(embed(decoder, tokens).astype(jnp.float32))
 
 
-def _half(kind: str, run: Block, config: DecoderConfig, state: State, angles: Angles) -> Half:
+def _half(kind: str, run: Block, config: DecoderConfig, state: State, angles: Angles) -> Sublayer:
     block = jax.tree.map(lambda array: array[0], run)
     if kind == "head":
-        return attention_half(block, config, state.stream, angles)
-    return mlp_half(block, config, state.stream if state.before is None else state.before, state.stream)
+        return attention_sublayer(block, config, state.stream, angles)
+    return mlp_sublayer(block, config, state.stream if state.before is None else state.before, state.stream)
 
 
 @partial(jax.jit, static_argnames=("kind", "config"))

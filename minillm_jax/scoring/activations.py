@@ -9,7 +9,8 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minillm_jax.devices import sharding
-from minillm_jax.model.decoder import Decoder, apply_block, embed, rotary_angles, scan_layers
+from minillm_jax.model.decoder import Decoder, embed, rotary_angles, scan_layers
+from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.loss import batches
 from minillm_jax.model.modules import Block
 
@@ -74,7 +75,7 @@ def _sums(
         return jnp.sum(apply(x32 if mean is None else x32 - jnp.broadcast_to(mean, x32.shape)), axis=(0, 1))
 
     def step(x: Array, block: Block, layer: Array, own: Any) -> tuple[Array, dict[str, Array]]:
-        x, inputs = apply_block(block, decoder.config, x, angles)
+        x, inputs = apply_layer(block, decoder.config, x, angles)
         return x, {name: total(value, None if own is None else own[name]) for name, value in inputs.items()}
 
     return scan_layers(decoder.runs, step, embed(decoder, tokens), per_layer=means)[1]

@@ -14,18 +14,10 @@ from minillm_jax.data.text import Calibration, check_seed
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.model import axis_table
-from minillm_jax.model.decoder import (
-    Decoder,
-    depth,
-    group_count,
-    group_counts,
-    hidden_size,
-    kernels,
-    layer_count,
-    run_letters,
-)
+from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
-from minillm_jax.model.modules import Block
+from minillm_jax.model.modules import Block, depth
+from minillm_jax.model.tree import group_count, group_counts, hidden_size, kernels, layer_count, run_letters
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.scoring import criteria
 from minillm_jax.scoring.activations import ACTIVATION_NORMS, RunStatistics, activation_norms

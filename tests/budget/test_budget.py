@@ -17,9 +17,10 @@ from minillm_jax.budget.measured_losses import level_losses
 from minillm_jax.data.text import Calibration
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table, costs
-from minillm_jax.model.decoder import Decoder, group_counts
+from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.loss import perplexity
+from minillm_jax.model.tree import group_counts
 from minillm_jax.pruning.refit import Restoration, restore
 from minillm_jax.pruning.slicing import slice_groups
 from minillm_jax.scoring.score import Scoring, score

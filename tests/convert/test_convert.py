@@ -22,8 +22,8 @@ from convert.sources import INDEX, SINGLE
 from convert.writer import new_folder, write_flax, write_model
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
-from minillm_jax.model.decoder import named_arrays, sizes_of
 from minillm_jax.model.families import FAMILIES
+from minillm_jax.model.tree import named_arrays, sizes_of
 from tests.helpers import CONFIGURATIONS, arrays_equal, edit_json, hugging_face_folder, load_stock, shared
 
 

@@ -21,8 +21,10 @@ from minillm_jax.api import prune
 from minillm_jax.budget.budget import Budget, kept_count
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
-from minillm_jax.model.decoder import Decoder, build, group_counts, hidden_size, layer_count, named_arrays, sizes_of
+from minillm_jax.model.build import build
+from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
+from minillm_jax.model.tree import group_counts, hidden_size, layer_count, named_arrays, sizes_of
 from minillm_jax.pruning.slicing import slice_groups, slice_hidden, slice_layers
 from minillm_jax.scoring.score import Scores
 from tests.helpers import (

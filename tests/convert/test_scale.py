@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from convert import rules
 from convert.sources import INDEX
-from minillm_jax.model.decoder import build
+from minillm_jax.model.build import build
 from minillm_jax.model.families import parse
 from tests.helpers import hugging_face_folder
 

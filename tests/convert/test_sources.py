@@ -24,7 +24,7 @@ from convert import memory, rules
 from convert.reader import locate, read_model
 from convert.sources import INDEX, SINGLE, TORCH_INDEX, TORCH_SINGLE, SafetensorsFolder, TorchFolder, open_folder
 from minillm_jax.errors import InputError
-from minillm_jax.model.decoder import named_arrays
+from minillm_jax.model.tree import named_arrays
 from tests.helpers import arrays_equal, hugging_face_folder
 
 UP = "model.layers.1.mlp.up_proj.weight"

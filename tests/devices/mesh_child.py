@@ -21,9 +21,11 @@ from convert import reader, writer
 from minillm_jax.devices import hosts, sharding
 from minillm_jax.devices.sharding import MeshShape
 from minillm_jax.model import axis_table, loss
+from minillm_jax.model.build import build
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
-from minillm_jax.model.decoder import Decoder, build, named_arrays
+from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.ops import Rope
+from minillm_jax.model.tree import named_arrays
 from minillm_jax.pruning.refit import restore
 from minillm_jax.pruning.slicing import slice_groups
 from minillm_jax.scoring.activations import activation_norms

@@ -8,7 +8,9 @@ from jax import numpy as jnp
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table, costs
 from minillm_jax.model.config import LayerSizes, Sizes
-from minillm_jax.model.decoder import Decoder, apply_block, group_counts, named_arrays, part_counts, rotary_angles
+from minillm_jax.model.decoder import Decoder, rotary_angles
+from minillm_jax.model.layer import apply_layer
+from minillm_jax.model.tree import group_counts, named_arrays, part_counts
 from minillm_jax.pruning.slicing import slice_groups
 from tests.helpers import small_decoder
 from tests.pruning.test_walk import BIASED
@@ -24,7 +26,7 @@ def test_macs_of_a_block_are_half_the_operations_that_xla_counts(window: int, ch
     block = jax.tree.map(lambda leaf: leaf[0], decoder.runs[0])
     angles = rotary_angles(decoder, window)
     stream = jnp.zeros((1, window, 256))
-    compiled = jax.jit(lambda block, x: apply_block(block, decoder.config, x, angles)[0]).lower(block, stream).compile()
+    compiled = jax.jit(lambda block, x: apply_layer(block, decoder.config, x, angles)[0]).lower(block, stream).compile()
     counted = compiled.cost_analysis()["flops"] / 2
     assert costs.block_macs(decoder.runs[0], window) == pytest.approx(counted, rel=0.04)
 

@@ -15,9 +15,11 @@ from convert.reader import read_model
 from convert.writer import write_model
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table, ops
+from minillm_jax.model.build import NO_WINDOW, build
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
-from minillm_jax.model.decoder import NO_WINDOW, build, final_hidden, group_counts, parameter_count, scan_layers
+from minillm_jax.model.decoder import final_hidden, scan_layers
 from minillm_jax.model.ops import Rope
+from minillm_jax.model.tree import group_counts, parameter_count
 from minillm_jax.pruning.slicing import slice_groups
 from tests.helpers import (
     CONFIGURATIONS,

@@ -8,7 +8,7 @@ from minillm_jax.api import load
 from minillm_jax.budget.budget import kept_count
 from minillm_jax.data import text
 from minillm_jax.model import axis_table, loss
-from minillm_jax.model.decoder import group_counts
+from minillm_jax.model.tree import group_counts
 from minillm_jax.pruning import solve
 from minillm_jax.pruning.refit import Restoration, prune_by_obs, restore
 from minillm_jax.pruning.slicing import slice_groups

@@ -10,8 +10,9 @@ from jax import numpy as jnp
 from convert.reader import read_model
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
-from minillm_jax.model.decoder import Decoder, final_hidden, group_counts, named_arrays, sizes_of
+from minillm_jax.model.decoder import Decoder, final_hidden
 from minillm_jax.model.modules import Block
+from minillm_jax.model.tree import group_counts, named_arrays, sizes_of
 from minillm_jax.pruning import refit as restoring
 from minillm_jax.pruning import removal_order, solve
 from minillm_jax.pruning.refit import Restoration, can_compensate, prune_by_obs, restore

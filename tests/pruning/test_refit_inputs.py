@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from minillm_jax.model.decoder import kernels
 from minillm_jax.model.loss import sequence_losses
 from minillm_jax.model.modules import Block
+from minillm_jax.model.tree import kernels
 from minillm_jax.pruning.refit import Restoration, restore
 from minillm_jax.pruning.refit_inputs import INNER, align
 from minillm_jax.pruning.slicing import slice_layers

@@ -14,7 +14,8 @@ from jax import numpy as jnp
 from convert.reader import read_model
 from minillm_jax.model import axis_table
 from minillm_jax.model.config import LayerSizes, Sizes
-from minillm_jax.model.decoder import Decoder, group_counts, layer_count, named_arrays, sizes_of
+from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.tree import group_counts, layer_count, named_arrays, sizes_of
 from minillm_jax.pruning.slicing import slice_groups, slice_hidden, slice_layers, slice_sizes
 from tests.helpers import (
     CONFIGURATIONS,

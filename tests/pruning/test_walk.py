@@ -9,7 +9,9 @@ from jax import numpy as jnp
 
 from convert.reader import read_model
 from minillm_jax.model import axis_table
-from minillm_jax.model.decoder import Decoder, apply_block, embed, rotary_angles, with_runs
+from minillm_jax.model.build import with_runs
+from minillm_jax.model.decoder import Decoder, embed, rotary_angles
+from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.loss import batches
 from minillm_jax.model.modules import Block
 from minillm_jax.pruning import slicing
@@ -34,7 +36,7 @@ def without_mlp(block: Block) -> Block:
     return jax.tree_util.tree_map_with_path(leaf, block)
 
 
-_apply = jax.jit(apply_block, static_argnames="config")
+_apply = jax.jit(apply_layer, static_argnames="config")
 
 
 def halves(

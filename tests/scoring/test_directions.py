@@ -6,7 +6,8 @@ import pytest
 from jax import numpy as jnp
 
 from minillm_jax.model import axis_table
-from minillm_jax.model.decoder import kernels, scan_layers
+from minillm_jax.model.decoder import scan_layers
+from minillm_jax.model.tree import kernels
 from minillm_jax.scoring.gradient import directions
 from tests.helpers import perturb, small_decoder
 

@@ -6,10 +6,13 @@ import jax
 import pytest
 from jax import numpy as jnp
 
+from minillm_jax.model.build import build
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
-from minillm_jax.model.decoder import Decoder, build, depth, kernels
+from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import sequence_losses
+from minillm_jax.model.modules import depth
 from minillm_jax.model.ops import Rope
+from minillm_jax.model.tree import kernels
 from minillm_jax.scoring.criteria import CRITERIA
 from minillm_jax.scoring.gradient import directions, slopes
 from minillm_jax.scoring.gradient.directions import Directions

@@ -9,9 +9,11 @@ import pytest
 from jax import numpy as jnp
 
 from minillm_jax.errors import InputError
+from minillm_jax.model.build import with_runs
 from minillm_jax.model.config import LayerSizes, Sizes
-from minillm_jax.model.decoder import Decoder, kernels, with_runs
+from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import sequence_losses
+from minillm_jax.model.tree import kernels
 from minillm_jax.scoring.gradient import directions, plan
 from minillm_jax.scoring.gradient.directions import Directions
 from minillm_jax.scoring.gradient.estimate import estimate

@@ -11,8 +11,11 @@ from jax import numpy as jnp
 
 from convert.reader import read_model
 from minillm_jax.errors import InputError
-from minillm_jax.model.decoder import Decoder, depth, final_hidden, group_count, kernels, with_runs
+from minillm_jax.model.build import with_runs
+from minillm_jax.model.decoder import Decoder, final_hidden
 from minillm_jax.model.loss import sequence_losses
+from minillm_jax.model.modules import depth
+from minillm_jax.model.tree import group_count, kernels
 from minillm_jax.pruning.slicing import slice_groups
 from minillm_jax.scoring.gradient import directions
 from minillm_jax.scoring.gradient.estimate import estimate, gate_slopes

@@ -11,20 +11,11 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax.model.decoder import (
-    Decoder,
-    apply_block,
-    depth,
-    embed,
-    finish,
-    group_count,
-    kernels,
-    replace_kernels,
-    rotary_angles,
-    scan_layers,
-)
+from minillm_jax.model.decoder import Decoder, embed, finish, rotary_angles, scan_layers
+from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.loss import token_losses
-from minillm_jax.model.modules import Block
+from minillm_jax.model.modules import Block, depth
+from minillm_jax.model.tree import group_count, kernels, replace_kernels
 from minillm_jax.scoring.gradient import spaces
 
 # For each run: matrix -> gradient stacked like the run, or kind of group -> [L, B, groups].
@@ -37,7 +28,7 @@ def _losses(decoder: Decoder, tokens: Int[Array, "B T"], parameters: Any, apply:
 
     @jax.checkpoint
     def layer_at(x: Array, block: Block, own: Any) -> Array:
-        return apply_block(apply(block, own), decoder.config, x, angles)[0]
+        return apply_layer(apply(block, own), decoder.config, x, angles)[0]
 
     def step(x: Array, block: Block, layer: Array, own: Any) -> tuple[Array, None]:
         return layer_at(x, block, own), None

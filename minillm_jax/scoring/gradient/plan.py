@@ -7,8 +7,9 @@ from typing import Any
 import jax
 
 from minillm_jax.devices import hosts
-from minillm_jax.model.decoder import Decoder, hidden_size, parameter_count, run_letters
+from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import LOGITS_AT_ONCE, TOKENS_AT_ONCE
+from minillm_jax.model.tree import hidden_size, parameter_count, run_letters
 from minillm_jax.scoring.gradient.settings import Estimation
 
 # More directions in one pass share hardly more.

@@ -17,7 +17,8 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax.model.decoder import Decoder, apply_block, embed, finish, rotary_angles, scan_layers
+from minillm_jax.model.decoder import Decoder, embed, finish, rotary_angles, scan_layers
+from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.loss import token_losses
 from minillm_jax.model.modules import Angles, Block
 from minillm_jax.scoring.gradient import spaces
@@ -78,7 +79,7 @@ def _pair(decoder: Decoder, moved: Any, x: Array, scale: Array, angles: Angles) 
     def step(carry: tuple[Array, Array, Array], block: Block, layer: Array, extra: None) -> tuple[Any, None]:
         here, other, scale = carry
         there = moved(block, layer=layer, step=spaces.finite(scale))
-        return (other, apply_block(there, decoder.config, here, angles)[0], -scale), None
+        return (other, apply_layer(there, decoder.config, here, angles)[0], -scale), None
 
     (plus, minus, _), _ = scan_layers(decoder.runs, step, (x, x, scale), visits=2)
     return jnp.stack([plus, minus])
@@ -102,7 +103,7 @@ def directional_derivatives(
             def one(key: Array, tangent: Array) -> tuple[Array, Array]:
                 def layer_at(scale: Array, x: Array) -> Array:
                     moved = space.moved(block, key, layer, spaces.derivative(scale), windows)
-                    return apply_block(moved, decoder.config, x, angles)[0]
+                    return apply_layer(moved, decoder.config, x, angles)[0]
 
                 return jax.jvp(layer_at, (jnp.float32(0), x), (jnp.float32(1), tangent))
 

@@ -19,8 +19,9 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from minillm_jax.model import axis_table, ops
-from minillm_jax.model.decoder import Decoder, depth, group_count, kernels, replace_kernels, scan_layers
-from minillm_jax.model.modules import MLP, Attention, Block, Linear
+from minillm_jax.model.decoder import Decoder, scan_layers
+from minillm_jax.model.modules import MLP, Attention, Block, Linear, depth
+from minillm_jax.model.tree import group_count, kernels, replace_kernels
 from minillm_jax.scoring.gradient import directions
 
 SPACES = ("weights", "low-rank", "gates")

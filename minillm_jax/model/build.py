@@ -1,0 +1,131 @@
+"""Decoders made from a configuration and sizes: abstract, with random weights, or with other layers."""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jaxtyping import Array, DTypeLike
+
+from minillm_jax.model import axis_table
+from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
+from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.modules import MLP, Attention, Block, Linear, Norm
+
+# The window of a layer that has none, in a model where others have one: no sequence fills it.
+NO_WINDOW = np.iinfo(np.int32).max
+
+
+def with_runs(decoder: Decoder, runs: Sequence[Block]) -> Decoder:
+    """A decoder with other layers; the rest is shared with the original."""
+    position = decoder.position_embedding
+    return Decoder(
+        decoder.config,
+        decoder.embedding[...],
+        runs,
+        final_norm=decoder.final_norm,
+        head=decoder.head,
+        position_embedding=None if position is None else position[...],
+        embedding_norm=decoder.embedding_norm,
+        project_in=decoder.project_in,
+        project_out=decoder.project_out,
+    )
+
+
+def build(config: DecoderConfig, sizes: Sizes, dtype: DTypeLike = jnp.float32) -> Decoder:
+    """The decoder with `jax.ShapeDtypeStruct` leaves: what loading, initialising and restoring fill in.
+
+    Data of the layers (windows, slopes) follow from the sizes and are there already, as NumPy arrays.
+
+    Example:
+      >>> abstract = build(config, sizes)
+      >>> decoder = initialise(abstract, jax.random.key(0))
+    """
+    letters = {"V": sizes.V, "D": sizes.D, "H": sizes.H, "E": sizes.E or sizes.D, "M": sizes.M}
+
+    def leaves(table: Mapping[str, str], letters: dict[str, int], *stack: int) -> dict[str, Any]:
+        return {
+            path: jax.ShapeDtypeStruct((*stack, *axis_table.shape(axes, letters)), dtype)
+            for path, axes in table.items()
+            if config.has_array(path)
+        }
+
+    runs = []
+    for (n, k, f), equal in groupby(sizes.layers, lambda layer: (layer.N, layer.K, layer.F)):
+        run = list(equal)
+        arrays = leaves(axis_table.BLOCK_AXES, letters | {"N": n, "K": k, "F": f}, len(run))
+        runs.append(_build_block(arrays | _layer_data(config, run)))
+    return assemble(config, leaves(axis_table.OUTER_AXES, letters), runs)
+
+
+def _layer_data(config: DecoderConfig, run: Sequence[LayerSizes]) -> dict[str, np.ndarray]:
+    """Windows and slopes of a run's layers, stacked, where the configuration has them."""
+    found: dict[str, np.ndarray] = {}
+    if config.windowed:
+        found["attention.window"] = np.asarray([layer.window or NO_WINDOW for layer in run], np.int32)
+    if config.alibi_heads is not None:
+        found["attention.slopes"] = np.asarray([layer.slopes for layer in run], np.float32)
+    return found
+
+
+def assemble(config: DecoderConfig, outer: Mapping[str, Any], runs: Sequence[Block]) -> Decoder:
+    """A decoder from the arrays outside its layers, by the names of the table, and its runs."""
+    return Decoder(
+        config,
+        outer["embedding"],
+        runs,
+        final_norm=_norm(outer, "final_norm") if config.final_norm else None,
+        head=_linear(outer, "head"),
+        position_embedding=outer.get("position_embedding"),
+        embedding_norm=_norm(outer, "embedding_norm") if config.embedding_norm else None,
+        project_in=_linear(outer, "project_in"),
+        project_out=_linear(outer, "project_out"),
+    )
+
+
+def _linear(arrays: Mapping[str, Any], name: str) -> Any:
+    kernel = arrays.get(f"{name}.kernel")
+    return None if kernel is None else Linear(kernel, arrays.get(f"{name}.bias"))
+
+
+def _norm(arrays: Mapping[str, Any], name: str) -> Norm:
+    return Norm(arrays.get(f"{name}.scale"), arrays.get(f"{name}.bias"))
+
+
+def _build_block(arrays: Mapping[str, Any]) -> Block:
+    def optional_norm(name: str) -> Norm | None:
+        return _norm(arrays, name) if f"{name}.scale" in arrays else None
+
+    q, k, v, o = (_linear(arrays, f"attention.{name}") for name in "qkvo")
+    q_norm, k_norm = optional_norm("attention.q_norm"), optional_norm("attention.k_norm")
+    data = (arrays.get("attention.window"), arrays.get("attention.slopes"))
+    gate, up, down = (_linear(arrays, f"mlp.{name}") for name in ("gate", "up", "down"))
+    return Block(
+        _norm(arrays, "attention_norm"),
+        Attention(q, k, v, o, q_norm, k_norm, *data),
+        _norm(arrays, "mlp_norm"),
+        MLP(gate, up, down),
+        optional_norm("attention_post_norm"),
+        optional_norm("mlp_post_norm"),
+    )
+
+
+def initialise(abstract: Decoder, key: Array, deviation: float = 0.02) -> Decoder:
+    """Random weights for an abstract decoder: normal matrices, norms that change nothing, zero biases."""
+    unit = 0.0 if abstract.config.norm == "rms_plus_one" else 1.0
+
+    def fill(path: jax.tree_util.KeyPath, leaf: Any) -> Array:
+        name = axis_table.array_path(path)
+        if axis_table.is_data(name):
+            return jnp.asarray(leaf)
+        if name.endswith(".scale"):
+            return jnp.full(leaf.shape, unit, leaf.dtype)
+        if name.endswith(".bias"):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        keys.append(jax.random.fold_in(key, len(keys)))
+        return (deviation * jax.random.normal(keys[-1], leaf.shape)).astype(leaf.dtype)
+
+    keys: list[Array] = []
+    return jax.tree_util.tree_map_with_path(fill, abstract)

@@ -1,0 +1,118 @@
+"""One layer's forward, top to bottom: the attention sublayer, the MLP sublayer (letters: see `axis_table`).
+
+    x ─┬─ norm ─ q, k, v ─ rotary positions ─ attention ─ output projection ─ (+) ─┬─ norm ─ gate, up ─ down ─ (+) ─
+       └───────────────────────── residual stream ─────────────────────────────┘   └─── residual stream ───────┘
+
+The configuration says which of these parts a family has and where its norms stand. The code branches on the
+configuration and on the arrays that exist, never on the family.
+"""
+
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+from minillm_jax.model import ops
+from minillm_jax.model.config import DecoderConfig
+from minillm_jax.model.modules import MLP, Angles, Attention, Block
+
+# The sublayers of a layer, in the order of the forward pass. Each adds one term to the residual stream.
+SUBLAYERS = ("attention", "mlp")
+
+
+class Sublayer(NamedTuple):
+    """What one sublayer computes.
+
+    Attributes:
+      stream: the residual stream after the sublayer.
+      total: the residual sum before a norm that follows it; equal to `stream` in models without such a norm.
+      base: the first term of the residual sum: the residual stream before the sublayer, or its norm (a BLOOM option).
+      inputs: the input of each of the sublayer's matrices, by name.
+    """
+
+    stream: Float[Array, "B T D"]
+    total: Float[Array, "B T D"]
+    base: Float[Array, "B T D"]
+    inputs: dict[str, Float[Array, "B T ..."]]
+
+
+def apply_layer(
+    block: Block, config: DecoderConfig, x: Float[Array, "B T D"], angles: Angles
+) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T ..."]]]:
+    """One layer.
+
+    Args:
+      block: the layer's arrays, without a leading axis L.
+      config: how the decoder computes.
+      x: the residual stream before the layer.
+      angles: the rotary angles of `decoder.rotary_angles`.
+
+    Returns:
+      The residual stream after the layer, and the input of every matrix by name. The compiler removes unused inputs.
+    """
+    with jax.named_scope("attention"):
+        attention = attention_sublayer(block, config, x, angles)
+    with jax.named_scope("mlp"):
+        mlp = mlp_sublayer(block, config, x, attention.stream)
+    return mlp.stream, attention.inputs | mlp.inputs
+
+
+def attention_sublayer(block: Block, config: DecoderConfig, x: Float[Array, "B T D"], angles: Angles) -> Sublayer:
+    """The attention sublayer of one layer; the arguments are those of `apply_layer`."""
+    h = x if config.norm_after else block.attention_norm(x, config)
+    mixed = attend(block.attention, config, h, angles)
+    update = block.attention.o("BTNH,NHD->BTD", mixed)
+    if block.attention_post_norm is not None:
+        update = block.attention_post_norm(update, config)
+    base = h if config.residual_from_norm else x
+    total = base + update.astype(x.dtype)
+    stream = block.attention_norm(total, config) if config.norm_after else total
+    inputs = {"attention.q": h, "attention.k": h, "attention.v": h, "attention.o": mixed}
+    return Sublayer(stream, total, base, inputs)
+
+
+def attend(
+    attention: Attention, config: DecoderConfig, h: Float[Array, "B T D"], angles: Angles
+) -> Float[Array, "B T N H"]:
+    """The values mixed by attention: the input of the output projection."""
+    q = attention.q("BTD,DNH->BTNH", h)
+    k = attention.k("BTD,DKH->BTKH", h)
+    v = attention.v("BTD,DKH->BTKH", h)
+    if attention.q_norm is not None and attention.k_norm is not None:
+        q, k = attention.q_norm(q, config), attention.k_norm(k, config)
+    if angles is not None and config.rope is not None:
+        q, k = (ops.rotate(heads, angles, config.rope.interleaved) for heads in (q, k))
+    mask = ops.causal_mask(h.shape[1], None if attention.window is None else attention.window[...])
+    slopes = None if attention.slopes is None else attention.slopes[...]
+    return ops.attend(q, k, v, mask, config.query_scale, config.attention_cap, slopes)
+
+
+def mlp_sublayer(
+    block: Block, config: DecoderConfig, x: Float[Array, "B T D"], after: Float[Array, "B T D"]
+) -> Sublayer:
+    """The MLP sublayer of one layer.
+
+    Args:
+      block: the layer's arrays.
+      config: how the decoder computes.
+      x: the residual stream before the layer; the MLP reads it in models with parallel sublayers.
+      after: the residual stream after the attention sublayer; the MLP reads it in all other models.
+    """
+    m = x if config.parallel else after
+    m = m if config.norm_after else block.mlp_norm(m, config)
+    wide = widen(block.mlp, config, m)
+    update = block.mlp.down("BTF,FD->BTD", wide)
+    if block.mlp_post_norm is not None:
+        update = block.mlp_post_norm(update, config)
+    base = m if config.residual_from_norm else after
+    total = base + update.astype(x.dtype)
+    stream = block.mlp_norm(total, config) if config.norm_after else total
+    gate = {} if block.mlp.gate is None else {"mlp.gate": m}
+    return Sublayer(stream, total, base, gate | {"mlp.up": m, "mlp.down": wide})
+
+
+def widen(mlp: MLP, config: DecoderConfig, m: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+    """The MLP's channels: activation(gate(m)) * up(m), or activation(up(m)) without a gate."""
+    activation = ops.ACTIVATIONS[config.activation]
+    up = mlp.up("BTD,DF->BTF", m)
+    return activation(up) if mlp.gate is None else activation(mlp.gate("BTD,DF->BTF", m)) * up

@@ -1,0 +1,110 @@
+"""Sizes, counts and names of a decoder's arrays, read off the arrays (letters: see `axis_table`)."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array
+
+from minillm_jax.model import axis_table
+from minillm_jax.model.build import NO_WINDOW
+from minillm_jax.model.config import LayerSizes, Sizes
+from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.modules import Block, depth
+
+
+def layer_count(decoder: Decoder) -> int:
+    """Number of layers."""
+    return sum(depth(run) for run in decoder.runs)
+
+
+def hidden_size(decoder: Decoder) -> int:
+    """Width D of the residual stream."""
+    return decoder.runs[0].attention.q.kernel.shape[1]
+
+
+def outer_letters(decoder: Decoder) -> dict[str, int]:
+    """The size of every axis letter outside the layers."""
+    vocabulary, width = decoder.embedding.shape
+    positions = 0 if decoder.position_embedding is None else decoder.position_embedding.shape[0]
+    return {"V": vocabulary, "E": width, "D": hidden_size(decoder), "M": positions}
+
+
+def run_letters(run: Block) -> dict[str, int]:
+    """The size of every axis letter of a run's layers."""
+    d, n, h = run.attention.q.kernel.shape[1:]
+    return {"D": d, "N": n, "H": h, "K": run.attention.k.kernel.shape[2], "F": run.mlp.down.kernel.shape[1]}
+
+
+def sizes_of(decoder: Decoder) -> Sizes:
+    """The sizes that `build` would make this decoder from, data of the layers included."""
+    outer, head_size = outer_letters(decoder), run_letters(decoder.runs[0])["H"]
+    layers = tuple(layer for run in decoder.runs for layer in _layers_of(run))
+    return Sizes(outer["V"], outer["D"], head_size, layers, outer["E"], outer["M"])
+
+
+def _layers_of(run: Block) -> Iterator[LayerSizes]:
+    attention, letters = run.attention, run_letters(run)
+    for index in range(depth(run)):
+        window = None if attention.window is None else int(attention.window[index])
+        slopes = () if attention.slopes is None else tuple(float(slope) for slope in attention.slopes[index])
+        own = None if window == NO_WINDOW else window
+        yield LayerSizes(letters["N"], letters["K"], letters["F"], own, slopes)
+
+
+def group_count(block: Block, kind: str) -> int:
+    """Number of groups of a kind (`head`: key/value heads, `query`: query heads, `channel`: MLP width) of a layer."""
+    match kind:
+        case "head":
+            return block.attention.k.kernel.shape[-2]
+        case "query":
+            return block.attention.q.kernel.shape[-2]
+    return block.mlp.down.kernel.shape[-2]
+
+
+def part_count(block: Block, kind: str) -> int:
+    """In how many parts the groups of a kind lie, from each of which equally many stay: query heads by key/value."""
+    return group_count(block, "head") if kind == "query" else 1
+
+
+def group_counts(decoder: Decoder, kind: str) -> list[int]:
+    """Number of groups of a kind in every layer."""
+    return [group_count(run, kind) for run in decoder.runs for _ in range(depth(run))]
+
+
+def part_counts(decoder: Decoder, kinds: Iterable[str]) -> dict[str, list[int]]:
+    """`part_count` of every layer, for each kind."""
+    return {kind: [part_count(run, kind) for run in decoder.runs for _ in range(depth(run))] for kind in kinds}
+
+
+def kernels(block: Block) -> dict[str, nnx.Param]:
+    """The matrices that a block has, by name, in the order of the table."""
+    found = {}
+    for name in axis_table.matrices():
+        part, matrix = name.split(".")
+        linear = getattr(getattr(block, part), matrix)
+        if linear is not None:
+            found[name] = linear.kernel
+    return found
+
+
+def replace_kernels(block: Block, new: Callable[[str, Array], Array]) -> Block:
+    """A block with every matrix W replaced by `new(name, W)`, the rest shared with the original."""
+
+    def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
+        name = axis_table.array_path(path)
+        return new(name.removesuffix(".kernel"), array) if name.endswith(".kernel") else array
+
+    return jax.tree_util.tree_map_with_path(leaf, block)
+
+
+def named_arrays(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Every array of a decoder, or of a tree with its structure, by its dotted path (`runs.0.attention.q.kernel`)."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield axis_table.array_path(path), leaf
+
+
+def parameter_count(decoder: Decoder) -> int:
+    """Number of parameters; tied embeddings count once."""
+    return sum(leaf.size for path, leaf in named_arrays(decoder) if not axis_table.is_data(path))
