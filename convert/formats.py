@@ -43,9 +43,7 @@ class Described:
     config: dict[str, Any]
 
 
-def describe(
-    config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any], format_name: str | None = None
-) -> Described:
+def describe(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any], format_name: str | None = None) -> Described:
     """Choose the format of a model and make its config.json.
 
     Args:

@@ -1,4 +1,4 @@
-"""Folders of weights in: Hugging Face folders and our Flax checkpoints (Orbax)."""
+"""Reading a model from a Hugging Face folder, from a Flax checkpoint (Orbax) or from the Hub."""
 
 import os
 import re
@@ -24,7 +24,7 @@ CONFIG = "config.json"
 FLAX_WEIGHTS = "flax_weights"
 RECORD = "pruning.json"
 
-# Everything of a model that is no weights: what is fetched from the Hub, and copied beside written weights.
+# Tokenizer files and generation settings: downloaded from the Hub, and copied beside written weights.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -43,11 +43,12 @@ def read_model(model: str | Path, dtype: str | None = None, mesh: Mesh | None = 
 
     Args:
       model: a Hugging Face folder, a folder written by `python -m convert to-flax`, or `owner/name` on the Hub.
-      dtype: float32, bfloat16 or float16; the stored type by default.
-      mesh: the devices that get the weights, each its own part only; one device by default.
+      dtype: type that the weights are cast to, float32, bfloat16 or float16; the stored type by default.
+      mesh: the devices that the weights are sharded over; one device by default.
 
     Raises:
-      InputError: the folder, its configuration or its weights cannot be used.
+      InputError: the folder does not exist, its configuration is not supported, or its weights are damaged or do not
+        match the configuration.
     """
     if dtype is not None and dtype not in FLOATS.values():
         raise InputError(f"dtype {dtype!r} is not supported; expected one of {', '.join(FLOATS.values())}")
@@ -66,49 +67,49 @@ def read_model(model: str | Path, dtype: str | None = None, mesh: Mesh | None = 
 
 
 def locate(model: str | Path) -> Path:
-    """The local folder of a model, fetched from the Hub when `model` is no local path.
+    """The local folder of a model; a model that is no local folder is downloaded from the Hub.
 
     Raises:
-      InputError: there is no such folder, and no such model can be fetched.
+      InputError: the folder does not exist, and the Hub cannot provide the model.
     """
     path, name = Path(model).expanduser(), str(model)
-    if name and os.path.isdir(path):  # noqa: PTH112  Path.is_dir raises for a name that is too long
+    if name and os.path.isdir(path):  # noqa: PTH112  Path.is_dir raises an error for a name that is too long
         return path
     if os.path.exists(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):  # noqa: PTH110
         raise InputError(f"{name}: no such folder; give a folder with a {CONFIG} or a Hub id like owner/name")
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = [CONFIG, RECORD, *COMPANIONS]
+        companions = [CONFIG, RECORD, *COMPANIONS]
         weights = [*sources.SAFETENSORS_FILES, f"{FLAX_WEIGHTS}/*"]
-        folder = Path(snapshot_download(name, allow_patterns=[*wanted, *weights]))
+        folder = Path(snapshot_download(name, allow_patterns=[*companions, *weights]))
         if not sources.has_safetensors(folder) and not (folder / FLAX_WEIGHTS).is_dir():
-            folder = Path(snapshot_download(name, allow_patterns=[*wanted, *sources.TORCH_FILES]))
+            folder = Path(snapshot_download(name, allow_patterns=[*companions, *sources.TORCH_FILES]))
         return folder
-    except Exception as error:  # the Hub client raises many kinds: offline, unknown, gated, ...
+    except Exception as error:  # the Hub client raises errors of many types: offline, unknown, gated, ...
         raise InputError(f"{name}: no such folder here, and the Hub could not provide it ({cause(error)})") from error
 
 
 def _complete(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The configuration with transformers' defaults and present-day names (`rope_parameters`) filled in."""
+    """The configuration with transformers' defaults, and with old keys renamed to current ones (`rope_parameters`)."""
     from transformers import AutoConfig
 
     base = families.family_of(raw, str(folder / CONFIG))
     families.check_layer_count(raw, str(folder / CONFIG))
-    plain = {key: value for key, value in raw.items() if key not in ("auto_map", "per_layer_config")}
-    own = {"model_type": raw["model_type"], "per_layer_config": raw.get("per_layer_config")}
+    stock_keys = {key: value for key, value in raw.items() if key not in ("auto_map", "per_layer_config")}
+    unchanged = {"model_type": raw["model_type"], "per_layer_config": raw.get("per_layer_config")}
     try:
         if raw["model_type"] != base:
-            # A stock class, asked for the defaults only, would refuse a hidden size that heads do not divide.
-            own["hidden_size"] = raw["hidden_size"]
-            plain["hidden_size"] = raw[families.FAMILIES[base].heads] * raw["head_dim"]
-        return AutoConfig.for_model(**plain | {"model_type": base}).to_dict() | own
-    except Exception as error:  # validation raises many kinds
+            # The stock class only fills in defaults here, and it refuses a hidden size that the heads do not divide.
+            unchanged["hidden_size"] = raw["hidden_size"]
+            stock_keys["hidden_size"] = raw[families.FAMILIES[base].heads] * raw["head_dim"]
+        return AutoConfig.for_model(**stock_keys | {"model_type": base}).to_dict() | unchanged
+    except Exception as error:  # validation raises errors of many types
         raise InputError(f"{folder / CONFIG}: transformers rejects the configuration ({cause(error)})") from error
 
 
 def _read_flax(abstract: Decoder, folder: Path, dtype: np.dtype | None, places: Mapping[str, NamedSharding]) -> Decoder:
-    """An abstract decoder filled from an Orbax checkpoint, in the types stored there unless one is asked for."""
+    """Fill an abstract decoder from an Orbax checkpoint; `dtype` None keeps the stored types."""
     from orbax.checkpoint import v1 as ocp
 
     where = str(folder.resolve())
@@ -117,15 +118,15 @@ def _read_flax(abstract: Decoder, folder: Path, dtype: np.dtype | None, places: 
         _check_stored(abstract, stored, where)
         single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-        def want(path: jax.tree_util.KeyPath, leaf: Any) -> jax.ShapeDtypeStruct:
+        def target(path: jax.tree_util.KeyPath, leaf: Any) -> jax.ShapeDtypeStruct:
             place = places.get(axis_table.array_path(path), single)
             return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place)
 
-        wanted = jax.tree_util.tree_map_with_path(want, stored)
-        arrays = dict(named_arrays(ocp.load(where, wanted)))
+        targets = jax.tree_util.tree_map_with_path(target, stored)
+        arrays = dict(named_arrays(ocp.load(where, targets)))
     except InputError:
         raise
-    except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
+    except Exception as error:  # Orbax raises errors of many types for a damaged checkpoint
         raise InputError(f"{folder}: not a whole Orbax checkpoint ({cause(error)})") from error
     for path, array in arrays.items():
         for _, part in parts(array):
@@ -134,12 +135,12 @@ def _read_flax(abstract: Decoder, folder: Path, dtype: np.dtype | None, places: 
 
 
 def _check_stored(abstract: Decoder, stored: Any, where: str) -> None:
-    """Whether a checkpoint holds just the arrays that the configuration has a place for."""
-    expected = {path: leaf.shape for path, leaf in named_arrays(abstract) if not axis_table.is_data(path)}
-    found = {path: leaf.shape for path, leaf in named_arrays(stored)}
-    for path in sorted(expected.keys() | found.keys()):
-        if expected.get(path) != found.get(path):
+    """Check that a checkpoint holds exactly the arrays of the configuration, with their shapes."""
+    expected_shapes = {path: leaf.shape for path, leaf in named_arrays(abstract) if not axis_table.is_data(path)}
+    stored_shapes = {path: leaf.shape for path, leaf in named_arrays(stored)}
+    for path in sorted(expected_shapes.keys() | stored_shapes.keys()):
+        if expected_shapes.get(path) != stored_shapes.get(path):
             raise InputError(
-                f"{where}: array {path!r} has shape {found.get(path, 'none: it is missing')}, "
-                f"but the configuration expects {expected.get(path, 'no such array')}"
+                f"{where}: array {path!r} has shape {stored_shapes.get(path, 'none: it is missing')}, "
+                f"but the configuration expects {expected_shapes.get(path, 'no such array')}"
             )

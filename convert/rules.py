@@ -1,4 +1,7 @@
-"""The engine that reads a family's table in both directions and fails on every surprise."""
+"""The engine of the conversion: applies the rule tables to a decoder, in both directions.
+
+Reading checks the name, shape and type of every tensor, and raises an `InputError` for the first that is unexpected.
+"""
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -22,12 +25,16 @@ from minillm_jax.model.tree import named_arrays, outer_letters, run_letters
 
 @runtime_checkable
 class TensorSource(Protocol):
-    """Named tensors that are read one at a time."""
+    """Stored tensors that are read by name, one at a time.
+
+    Attributes:
+      where: folder of the tensors, for messages.
+    """
 
     where: str
 
     def names(self) -> Iterable[str]:
-        """Every stored name."""
+        """Names of all stored tensors."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -35,20 +42,20 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str, allocate: memory.Allocate) -> np.ndarray:
-        """One tensor, in memory that `allocate` gives for its shape and type."""
+        """One tensor, in the array that `allocate` returns for its shape and type."""
         ...
 
 
 @dataclass(frozen=True)
 class Binding:
-    """A rule applied to a decoder: one stored tensor, and the arrays (and the layer of them) that it holds.
+    """A rule applied to a decoder: one stored tensor, and the decoder arrays that it holds for one layer.
 
     Attributes:
       rule: the rule.
-      name: the stored name.
-      paths: our arrays, by their paths in the decoder.
-      index: the layer's place in its run, None outside the layers.
-      sizes: the size of every axis letter.
+      name: name of the stored tensor.
+      paths: paths of the arrays in the decoder, one per part of the rule.
+      index: index of the layer in its run, None for arrays outside the layers.
+      sizes: axis letter → size.
     """
 
     rule: Rule
@@ -58,26 +65,26 @@ class Binding:
     sizes: dict[str, int]
 
     def stored_shape(self) -> tuple[int, ...]:
-        """The stored tensor's shape: the letters of a word multiply, and parts lie below each other."""
+        """Shape of the stored tensor: a word is the product of its letters' sizes; parts are concatenated on axis 0."""
         shapes = [self._part_shape(part) for part in self.rule.parts]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def same_order(self) -> bool:
-        """Whether our array has the numbers of the stored tensor in the same order."""
-        first, *more = self.rule.parts
-        return not more and _our_letters(first) == axis_table.letters(first.axes)
+        """Whether the decoder array has the elements of the stored tensor in the same order."""
+        first, *others = self.rule.parts
+        return not others and _decoder_letters(first) == axis_table.letters(first.axes)
 
     def to_flax(self, tensor: np.ndarray) -> list[np.ndarray]:
-        """The parts of a stored tensor in our layout (views where it is not interleaved)."""
+        """The parts of a stored tensor in the decoder's layout, as views unless the rule is interleaved."""
         shapes = [self._part_shape(part) for part in self.rule.parts]
         heads = self._heads()
         split = tensor.reshape(heads, -1, *tensor.shape[1:])
         ends = np.cumsum([shape[0] // heads for shape in shapes])[:-1]
         pieces = np.split(split, ends, axis=1) if len(shapes) > 1 else [split]
-        return [self._ours(piece, part) for piece, part in zip(pieces, self.rule.parts, strict=True)]
+        return [self._decoder_layout(piece, part) for piece, part in zip(pieces, self.rule.parts, strict=True)]
 
     def to_torch(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """Our arrays in the stored layout, C-contiguous: safetensors writes wrong data for anything else."""
+        """The stored tensor made of decoder arrays. It is C-contiguous; safetensors writes other arrays wrongly."""
         if self.same_order():
             return np.ascontiguousarray(arrays[0].reshape(self.stored_shape()))
         stored = memory.aligned_empty(self.stored_shape(), arrays[0].dtype)
@@ -89,17 +96,17 @@ class Binding:
         return tuple(int(np.prod([self.sizes[letter] for letter in word])) for word in part.axes.split())
 
     def _heads(self) -> int:
-        """How many times the parts of an interleaved tensor follow each other."""
+        """Number of repetitions of the sequence of parts: the head count when interleaved, else 1."""
         return self.sizes[self.rule.parts[0].axes[0]] if self.rule.interleaved else 1
 
-    def _ours(self, piece: np.ndarray, part: Part) -> np.ndarray:
+    def _decoder_layout(self, piece: np.ndarray, part: Part) -> np.ndarray:
         stored = axis_table.letters(part.axes)
         split = piece.reshape([self.sizes[letter] for letter in stored])
-        return split.transpose([stored.index(letter) for letter in _our_letters(part)])
+        return split.transpose([stored.index(letter) for letter in _decoder_letters(part)])
 
 
-def _our_letters(part: Part) -> str:
-    """Axis letters of our array, without the leading L."""
+def _decoder_letters(part: Part) -> str:
+    """Axis letters of a decoder array, without the leading L."""
     return axis_table.letters((axis_table.BLOCK_AXES | axis_table.OUTER_AXES)[part.path])
 
 
@@ -109,16 +116,16 @@ def table_of(decoder: Decoder) -> FamilyTable:
 
 
 def bindings(decoder: Decoder) -> list[Binding]:
-    """Every tensor that a decoder is stored as, in the order of the layers. The decoder may be abstract."""
+    """The bindings of all tensors of a decoder, in the order of the layers. The decoder may be abstract."""
     table = table_of(decoder)
-    found = list(_bind(table.outer, decoder, "", "", None, outer_letters(decoder)))
+    bound = list(_bind(table.outer, decoder, "", "", None, outer_letters(decoder)))
     layer = 0
     for position, run in enumerate(decoder.runs):
         sizes = run_letters(run)
         for index in range(depth(run)):
-            found += _bind(table.block, decoder, table.layer.format(layer=layer), f"runs.{position}.", index, sizes)
+            bound += _bind(table.block, decoder, table.layer.format(layer=layer), f"runs.{position}.", index, sizes)
             layer += 1
-    return found
+    return bound
 
 
 def _bind(
@@ -135,39 +142,53 @@ def fill(
     source: TensorSource,
     dtype: np.dtype | None = None,
     places: Mapping[str, NamedSharding] | None = None,
+    allocate: memory.Allocate = memory.aligned_empty,
 ) -> Decoder:
-    """An abstract decoder filled with the tensors of a source, cast to `dtype` when one is given.
+    """Fill an abstract decoder with the tensors of a source.
 
-    Every tensor is read once; those that go into the same stacked arrays are read one after the other. A stacked array
-    is put together in the host's memory, and goes from there into the shards that `places` says, by its path.
+    Every tensor is read once, and the tensors of a stacked array are read in sequence. The stacked array is assembled
+    in host memory and then placed on its devices.
+
+    Args:
+      abstract: decoder whose leaves have shapes only.
+      source: the stored tensors.
+      dtype: type that the tensors are cast to; the stored type by default.
+      places: path of an array → its sharding; one device by default.
+      allocate: gives the host memory of the decoder's arrays. The CPU device aliases it where it is aligned.
 
     Raises:
-      InputError: a key is unknown, missing or there twice, a shape differs, a tensor is not finite or of another type
-        than its fellows in the other layers.
+      InputError: a tensor is unknown, missing or stored twice, has a wrong shape, holds NaN or infinite values, or
+        differs in type from the same tensor of other layers.
     """
     bound = bindings(abstract)
-    stored = _match_names(bound, source, table_of(abstract))
+    stored_names = _match_names(bound, source, table_of(abstract))
     shapes = {path: leaf.shape for path, leaf in named_arrays(abstract)}
-    together: dict[tuple[str, ...], list[Binding]] = {}
+    bindings_of: dict[tuple[str, ...], list[Binding]] = {}
     for binding in bound:
-        together.setdefault(binding.paths, []).append(binding)
+        bindings_of.setdefault(binding.paths, []).append(binding)
     arrays: dict[str, jax.Array] = {}
     scratch = memory.Scratch()
     places = places or {}
-    for paths, pieces in together.items():
-        whole = _assemble(pieces, stored, source, [shapes[path] for path in paths], dtype, scratch)
-        arrays |= {
-            path: sharding.place(whole.pop(0), places.get(path)) for path in paths
-        }  # one copy goes as another comes
+    for paths, layers in bindings_of.items():
+        array_shapes = [shapes[path] for path in paths]
+        stacked = _assemble(layers, stored_names, source, array_shapes, dtype, scratch, allocate)
+        # `pop` frees each host array as soon as its device copy exists.
+        arrays |= {path: sharding.place(stacked.pop(0), places.get(path)) for path in paths}
     decoder = fill_tree(abstract, arrays, places)
-    _check_tied_copy(decoder, stored, source)
+    _check_tied_copy(decoder, stored_names, source)
     return decoder
 
 
 def fill_tree(
     abstract: Decoder, arrays: Mapping[str, jax.Array], places: Mapping[str, NamedSharding] | None = None
 ) -> Decoder:
-    """An abstract decoder with its arrays by path; the data of its layers it has already, and they are placed here."""
+    """Replace the leaves of an abstract decoder by arrays.
+
+    Args:
+      abstract: decoder whose parameters have shapes only; the data of its layers (windows, slopes) are arrays already.
+      arrays: path of a parameter → its array, already placed on its devices.
+      places: path of an array → its sharding, here used for the data of the layers only.
+    """
     data_places = places or {}
 
     def leaf(path: jax.tree_util.KeyPath, expected: Any) -> jax.Array:
@@ -180,7 +201,7 @@ def fill_tree(
 
 
 def _match_names(bound: list[Binding], source: TensorSource, table: FamilyTable) -> dict[str, str]:
-    """Canonical name → stored name; every surprise in the names or shapes is an error here, before any reading."""
+    """Map name in the rule table → stored name, after a check of all names and shapes; reads no tensor."""
     stored: dict[str, str] = {}
     for name in source.names():
         canonical = _canonical(name, table)
@@ -192,27 +213,29 @@ def _match_names(bound: list[Binding], source: TensorSource, table: FamilyTable)
     if missing:
         shape = expected[missing[0]].stored_shape()
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise InputError(f"{source.where}: tensor {missing[0]!r} of shape {shape} is missing{more}; is it complete?")
+        raise InputError(
+            f"{source.where}: tensor {missing[0]!r} of shape {shape} is missing{more}; is the download complete?"
+        )
     for name in sorted(stored.keys() - expected.keys()):
-        if name != table.head and not any(re.fullmatch(pattern, name) for pattern in table.harmless):
+        if name != table.head and not any(re.fullmatch(pattern, name) for pattern in table.ignored):
             shape = source.shape(stored[name])
             raise InputError(
                 f"{source.where}: unknown tensor {stored[name]!r} of shape {shape}; "
                 "the configuration has no place for it"
             )
     for name, binding in expected.items():
-        found = source.shape(stored[name])
-        if found != binding.stored_shape():
+        shape = source.shape(stored[name])
+        if shape != binding.stored_shape():
             raise InputError(
-                f"{source.where}: tensor {stored[name]!r} has shape {found}, "
+                f"{source.where}: tensor {stored[name]!r} has shape {shape}, "
                 f"but the configuration expects {binding.stored_shape()}"
             )
     return stored
 
 
 def _canonical(name: str, table: FamilyTable) -> str:
-    """A stored name with the family's prefix, where a checkpoint of the bare decoder leaves it out."""
-    if name in (table.head, table.head_elsewhere):
+    """The name in the rule table for a stored name: a checkpoint of the base model lacks the family's prefix."""
+    if name in (table.head, table.head_alias):
         return table.head
     if name.startswith(table.prefix):
         return name
@@ -220,63 +243,68 @@ def _canonical(name: str, table: FamilyTable) -> str:
 
 
 def _assemble(
-    pieces: list[Binding],
-    stored: Mapping[str, str],
+    layers: list[Binding],
+    stored_names: Mapping[str, str],
     source: TensorSource,
     shapes: Sequence[tuple[int, ...]],
     dtype: np.dtype | None,
     scratch: memory.Scratch,
+    allocate: memory.Allocate,
 ) -> list[np.ndarray]:
-    """Arrays of the tree that are stored together, from their tensors: a single one, or one for each layer of a run.
+    """The decoder arrays of one rule, filled from its tensors: one tensor, or one per layer of a run.
 
-    On the CPU the device aliases the buffers that are filled here, so that the weights are there once.
+    The CPU device aliases these host buffers, so the weights exist once.
     """
-    whole: list[np.ndarray] = []
-    for piece in pieces:
-        name = stored[piece.name]
-        as_stored = dtype is None and piece.index is None and piece.same_order()
-        tensor = source.read(name, memory.aligned_empty if as_stored else scratch.allocate)
-        found = dtype or tensor.dtype
-        whole = whole or ([tensor] if as_stored else [memory.aligned_empty(shape, found) for shape in shapes])
-        if found != whole[0].dtype:
+    arrays: list[np.ndarray] = []
+    for binding in layers:
+        name = stored_names[binding.name]
+        as_stored = dtype is None and binding.index is None and binding.same_order()
+        tensor = source.read(name, allocate if as_stored else scratch.allocate)
+        array_dtype = dtype or tensor.dtype
+        arrays = arrays or ([tensor] if as_stored else [allocate(shape, array_dtype) for shape in shapes])
+        if array_dtype != arrays[0].dtype:
             raise InputError(
-                f"{source.where}: tensor {name!r} is {found}, the same tensor of other layers "
-                f"{whole[0].dtype}; load it with one dtype (float32, bfloat16, float16)"
+                f"{source.where}: tensor {name!r} is {array_dtype}, the same tensor of other layers "
+                f"{arrays[0].dtype}; load the model with one dtype (float32, bfloat16 or float16)"
             )
-        for array, part in zip(whole, piece.to_flax(tensor), strict=True):
-            target = array if piece.index is None else array[piece.index]
+        for array, part in zip(arrays, binding.to_flax(tensor), strict=True):
+            target = array if binding.index is None else array[binding.index]
             if not as_stored:
                 memory.copy_layout(target, part)
             memory.check_finite(target, name, source.where, "" if dtype is None else f" as {dtype}")
-    return [array.reshape(shape) for array, shape in zip(whole, shapes, strict=True)]
+    return [array.reshape(shape) for array, shape in zip(arrays, shapes, strict=True)]
 
 
-def _check_tied_copy(decoder: Decoder, stored: Mapping[str, str], source: TensorSource) -> None:
-    name = stored.get(table_of(decoder).head)
+def _check_tied_copy(decoder: Decoder, stored_names: Mapping[str, str], source: TensorSource) -> None:
+    """Check that a stored head equals the embedding where the configuration ties them."""
+    name = stored_names.get(table_of(decoder).head)
     if name is None or not decoder.config.tie_embeddings:
         return
-    copy = source.read(name, memory.aligned_empty)
-    ours = decoder.embedding[...]
-    if copy.shape != ours.shape or not all(
-        np.array_equal(copy[index].astype(ours.dtype), part) for index, part in sharding.parts(ours)
+    head = source.read(name, memory.aligned_empty)
+    embedding = decoder.embedding[...]
+    if head.shape != embedding.shape or not all(
+        np.array_equal(head[index].astype(embedding.dtype), part) for index, part in sharding.parts(embedding)
     ):
-        raise InputError(f"{source.where}: {name!r} differs from the embedding, but the configuration ties them")
+        raise InputError(
+            f"{source.where}: {name!r} differs from the embedding, but the configuration ties them; "
+            "set tie_word_embeddings to false if the head is separate"
+        )
 
 
-def tensors(decoder: Decoder, wanted: Container[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """The stored tensors of a decoder whose names are wanted, one at a time, in the Hugging Face layout.
+def tensors(decoder: Decoder, names: Container[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the stored tensors with the given names as (name, tensor), one at a time, in the Hugging Face layout.
 
-    A tensor may be a view of the decoder's own memory, and is not to be changed. In several processes all of them have
-    to ask for the same tensors, since each holds a part.
+    A tensor may be a view of the decoder's memory, so callers must not change it. With several processes, every process
+    must request the same tensors, since each process holds only a part of them.
     """
     arrays = dict(named_arrays(decoder))
     for binding in bindings(decoder):
-        if binding.name in wanted:
+        if binding.name in names:
             yield binding.name, binding.to_torch([_on_host(arrays[path], binding.index) for path in binding.paths])
 
 
 def _on_host(array: jax.Array, index: int | None) -> np.ndarray:
-    """An array, or one layer of it; a view where the array is in the host's memory in one piece."""
+    """An array, or layer `index` of a stacked array, in host memory; a view where the CPU device holds it whole."""
     if index is None:
         return sharding.gather(array)
     if [device.platform for device in array.devices()] == ["cpu"]:

@@ -257,7 +257,7 @@ class TorchFolder:
         if layout != "strided" or tensor.is_nested or tensor.device.type != "cpu":
             kind = layout if layout != "strided" else "nested" if tensor.is_nested else "without data"
             raise InputError(
-                f"{self.where}: tensor {name!r} is {kind}, expected a dense tensor; save the model with dense tensors first"
+                f"{self.where}: tensor {name!r} is {kind}, expected a dense tensor; save the model with dense tensors"
             )
         _check_type(str(tensor.dtype).removeprefix("torch."), FLOATS.values(), name, self.where)
         return tuple(tensor.shape)
@@ -323,8 +323,6 @@ def _refusal(error: Exception) -> str:
     """A sentence for a file that PyTorch refuses; its own messages are long and advise to run the code in the file."""
     code = re.search(r"GLOBAL:? (?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE)
     if isinstance(error, pickle.UnpicklingError) and code:
-        return (
-            f"holds more than tensors ({code[1]}) and is not loaded; if you trust the file, save it as safetensors first"
-        )
+        return f"holds more than tensors ({code[1]}) and is not loaded; if you trust it, save it as safetensors first"
     reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({cause(error).split('. ')[0]})"
     return f"not a whole PyTorch file of tensors{reason}; is the download complete?"

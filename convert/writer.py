@@ -1,4 +1,4 @@
-"""Folders of weights out: Hugging Face folders and Flax checkpoints, whole or not at all."""
+"""Writing a model as a Hugging Face folder or a Flax checkpoint; an output folder is complete or does not exist."""
 
 import json
 import os
@@ -33,10 +33,12 @@ MAX_SHARD_SIZE = "5GB"
 
 
 def check_new(output: str | Path) -> Path:
-    """The path of an output folder that does not exist yet. Process 0 looks for all, since it alone writes.
+    """The absolute path of an output folder, after a check that it can be created.
+
+    With several processes only process 0 checks, because only process 0 writes.
 
     Raises:
-      InputError: something is there already, or no folder can be made there.
+      InputError: the path exists, or no folder can be created there.
     """
     path = Path(output).expanduser().absolute()
     hosts.decide(lambda: _check_free(path))
@@ -47,18 +49,18 @@ def _check_free(path: Path) -> None:
     try:
         if path.exists() or path.is_symlink():
             raise InputError(f"{path}: the output folder already exists; choose another or remove it first")
-        above = next(parent for parent in path.parents if parent.exists())
+        parent = next(parent for parent in path.parents if parent.exists())
     except (OSError, ValueError) as error:
         raise InputError(f"{str(path)!r}: no folder can be made there ({cause(error)})") from error
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: no folder can be made there; {above} is not a writable folder")
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: no folder can be made there; {parent} is not a writable folder")
 
 
 def check_shard_size(size: str) -> None:
-    """Whether a shard size can be used.
+    """Check that a shard size is a positive number with the unit KB, MB, GB or TB.
 
     Raises:
-      InputError: it is not written like `5GB`.
+      InputError: the text is not of that form.
     """
     if not re.fullmatch(r"(?=[\d.]*[1-9])\d{1,9}(\.\d{1,9})?\s*[KMGT]B", size, re.ASCII | re.IGNORECASE):
         raise InputError(
@@ -68,14 +70,14 @@ def check_shard_size(size: str) -> None:
 
 @contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
-    """A scratch folder beside `output` that becomes `output` when the block ends, and vanishes when it raises.
+    """A scratch folder beside `output`, renamed to `output` at the end of the block and removed if the block raises.
 
     Raises:
-      InputError: `output` exists or cannot be written, a full disk included.
+      InputError: `output` exists, or writing fails, for example on a full disk.
     """
     path = Path(output).expanduser().absolute()
     _check_free(path)
-    made = [parent for parent in path.parents if not parent.exists()]
+    created_parents = [parent for parent in path.parents if not parent.exists()]
     scratch = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +89,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     except BaseException as error:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
-        for parent in made:  # the innermost first
+        for parent in created_parents:  # innermost first, so that each is empty
             with suppress(OSError):
                 parent.rmdir()
         if isinstance(error, OSError):
@@ -97,33 +99,33 @@ def new_folder(output: str | Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_model` wrote: the format, and how many parameters the files hold (padding included)."""
+    """Result of `write_model`: the format, and the number of parameters in the files, padding included."""
 
     format: str
     parameters: int
 
 
-def planned(model: Model, wanted: str | None = None) -> Written:
-    """What `write_model` will have written, from the shapes alone.
+def planned(model: Model, format_name: str | None = None) -> Written:
+    """The result that `write_model` would return, computed from the shapes without writing.
 
     Raises:
-      InputError: the format cannot hold the model's shapes.
+      InputError: the format is unknown, or cannot hold the model's shapes.
     """
-    if wanted == formats.FLAX:
+    if format_name == formats.FLAX:
         return Written(formats.FLAX, parameter_count(model.decoder))
-    described = _described(model, wanted)
+    described = _described(model, format_name)
     abstract = build(model.decoder.config, described.sizes, model.decoder.embedding.dtype)
     return Written(described.format, parameter_count(abstract))
 
 
-def _described(model: Model, wanted: str | None = None) -> formats.Described:
-    return formats.describe(model.decoder.config, sizes_of(model.decoder), model.raw_config, wanted)
+def _described(model: Model, format_name: str | None = None) -> formats.Described:
+    return formats.describe(model.decoder.config, sizes_of(model.decoder), model.raw_config, format_name)
 
 
 def write_model(
     model: Model,
     output: str | Path,
-    wanted: str | None = None,
+    format_name: str | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
     extra: Mapping[str, str] | None = None,
 ) -> Written:
@@ -131,19 +133,20 @@ def write_model(
 
     Args:
       model: the model.
-      output: folder to write, which must not exist.
-      wanted: `stock`, `per-layer`, `padded` or `flax`; by default what `formats.describe` chooses.
-      max_shard_size: of the weight files, `5GB` for example.
-      extra: texts to write beside the weights, by file name; process 0 writes its own.
+      output: output folder, which must not exist.
+      format_name: `stock`, `per-layer`, `padded` or `flax`; by default `formats.describe` chooses.
+      max_shard_size: largest size of a weight file, `5GB` for example.
+      extra: file name → text of a file to write beside the weights; only process 0 uses it.
 
     Raises:
-      InputError: the output exists, or the format cannot hold the model's shapes.
+      InputError: the output exists or cannot be written, the shard size has no unit, or the format is unknown or cannot
+        hold the model's shapes.
     """
     check_shard_size(max_shard_size)
-    if wanted == formats.FLAX:
+    if format_name == formats.FLAX:
         write_flax(model, output, extra)
         return Written(formats.FLAX, parameter_count(model.decoder))
-    described = _described(model, wanted)
+    described = _described(model, format_name)
     decoder = model.decoder
     if described.format == formats.PADDED:
         decoder = pad_groups(decoder, described.sizes, _places(model, described.sizes))
@@ -151,7 +154,7 @@ def write_model(
     if hosts.is_writer():
         _write_folder(replace(model, decoder=decoder), Path(output), described, max_shard_size, extra)
     else:
-        _give_tensors(decoder, max_shard_size)
+        _gather_tensors(decoder, max_shard_size)
     hosts.wait()
     return Written(described.format, parameter_count(decoder))
 
@@ -171,21 +174,24 @@ def _write_folder(
 
 
 def write_flax(model: Model, output: str | Path, extra: Mapping[str, str] | None = None) -> Path:
-    """Write a model as a Flax checkpoint: config.json, tokenizer files, and the pytree by Orbax in `flax_weights`.
+    """Write a model as a Flax checkpoint: config.json, tokenizer files, and the pytree in `flax_weights` (Orbax).
 
-    In several processes each writes its shards, on a file system that all of them see.
+    With several processes, each writes its own shards, so the output must be on a file system that all of them share.
 
     Args:
       model: the model.
-      output: folder to write, which must not exist.
-      extra: texts to write beside the weights, by file name; process 0 writes its own.
+      output: output folder, which must not exist.
+      extra: file name → text of a file to write beside the weights; only process 0 uses it.
+
+    Returns:
+      The output folder.
 
     Raises:
-      InputError: the output exists.
+      InputError: the output exists or cannot be written.
     """
     described = _described(model)
-    code = {"auto_map"}  # there are no PyTorch weights for it to load
-    config = {key: value for key, value in described.config.items() if key not in code}
+    # `auto_map` refers to code that loads PyTorch weights, and a Flax checkpoint has none.
+    config = {key: value for key, value in described.config.items() if key != "auto_map"}
     check_new(output)
     if hosts.is_writer():
         with new_folder(output) as scratch:
@@ -200,78 +206,88 @@ def write_flax(model: Model, output: str | Path, extra: Mapping[str, str] | None
 
 
 def _write_orbax(decoder: Decoder, path: str) -> None:
-    """The weights by Orbax, at the path that process 0 gives."""
+    """Write the weights with Orbax, in every process at the path of process 0."""
     from orbax.checkpoint import v1 as ocp
 
     ocp.save(hosts.agree(path), nnx.to_pure_dict(nnx.state(decoder, nnx.Param)))
 
 
 def _places(model: Model, sizes: Sizes) -> dict[str, list[np.ndarray]]:
-    """Where each layer's groups stand among the padded ones: their original places where these are known."""
+    """Kind of group → per layer, the indices of the layer's groups among the padded groups.
+
+    Heads get the indices that they had in the dense model, where the ALiBi slopes or the pruning record tell them.
+    """
     decoder, target = model.decoder, sizes.layers[0]
-    found: dict[str, list[np.ndarray]] = {
+    places: dict[str, list[np.ndarray]] = {
         kind: [np.arange(n) for n in group_counts(decoder, kind)] for kind in axis_table.KINDS
     }
     if decoder.config.alibi_heads is not None:
         layers = sizes_of(decoder).layers
-        return found | {"head": [np.asarray(formats.kept_heads(decoder.config, layer)) for layer in layers]}
-    recorded = _recorded_heads(model.record or {}, [len(rows) for rows in found["head"]], target.K)
-    return found | {"head": recorded or found["head"]}
+        return places | {"head": [np.asarray(formats.kept_heads(decoder.config, layer)) for layer in layers]}
+    recorded = _recorded_heads(model.record or {}, [len(indices) for indices in places["head"]], target.K)
+    return places | {"head": recorded or places["head"]}
 
 
-def _recorded_heads(record: dict[str, Any], counts: list[int], heads: int) -> list[np.ndarray] | None:
-    """The heads that a record says were kept, when it can be believed: the first pruning of a model of that shape."""
+def _recorded_heads(record: dict[str, Any], counts: list[int], head_count: int) -> list[np.ndarray] | None:
+    """The kept heads of each layer by the pruning record, or None where the record does not fit the model.
+
+    Args:
+      record: content of the pruning record; the indices of a model that was pruned twice are not used.
+      counts: number of heads of each layer of the pruned model.
+      head_count: number of heads of a padded layer.
+    """
     kept = record.get("kept")
-    rows = kept.get("head") if isinstance(kept, dict) and "pruned_before" not in record else None
-    if not isinstance(rows, list) or [len(row) if isinstance(row, list) else None for row in rows] != counts:
+    layers = kept.get("head") if isinstance(kept, dict) and "pruned_before" not in record else None
+    if not isinstance(layers, list) or [len(heads) if isinstance(heads, list) else None for heads in layers] != counts:
         return None
-    for row in rows:
-        if not all(isinstance(head, int) and 0 <= head < heads for head in row) or sorted(set(row)) != row:
+    for heads in layers:
+        if not all(isinstance(head, int) and 0 <= head < head_count for head in heads) or sorted(set(heads)) != heads:
             return None
-    return [np.asarray(row, np.int32) for row in rows]
+    return [np.asarray(heads, np.int32) for heads in layers]
 
 
 def _dtype_keys(decoder: Decoder) -> dict[str, str]:
+    """The type of the weights under the current and the old key of config.json."""
     name = np.dtype(decoder.embedding.dtype).name
     return {"dtype": name, "torch_dtype": name}
 
 
 @dataclass(frozen=True)
-class _Planned:
-    """What shard planning needs to know of a tensor that is not made yet."""
+class _TensorSize:
+    """Stands for a tensor in the shard plan, before the tensor is created."""
 
     bytes: int
 
 
-def _plan(decoder: Decoder, max_shard_size: str) -> StateDictSplit:
-    """Which file each tensor goes to."""
+def _shard_plan(decoder: Decoder, max_shard_size: str) -> StateDictSplit:
+    """The assignment of tensors to weight files."""
     leaf_types = {name: leaf.dtype for name, leaf in named_arrays(decoder)}
-    planned = {
-        binding.name: _Planned(int(np.prod(binding.stored_shape())) * leaf_types[binding.paths[0]].itemsize)
+    tensor_sizes = {
+        binding.name: _TensorSize(int(np.prod(binding.stored_shape())) * leaf_types[binding.paths[0]].itemsize)
         for binding in rules.bindings(decoder)
     }
     return split_state_dict_into_shards_factory(
-        planned,
+        tensor_sizes,
         get_storage_size=lambda tensor: tensor.bytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
 
 
-def _give_tensors(decoder: Decoder, max_shard_size: str) -> None:
-    """What the other processes do while process 0 writes: they give their parts of every tensor, in the same order."""
-    for names in _plan(decoder, max_shard_size).filename_to_tensors.values():
+def _gather_tensors(decoder: Decoder, max_shard_size: str) -> None:
+    """In the other processes: send the local parts of every tensor, in the order in which process 0 writes them."""
+    for names in _shard_plan(decoder, max_shard_size).filename_to_tensors.values():
         for _ in rules.tensors(decoder, set(names)):
             pass
 
 
 def _write_shards(decoder: Decoder, folder: Path, max_shard_size: str, renamed: Mapping[str, str]) -> None:
-    plan = _plan(decoder, max_shard_size)
+    plan = _shard_plan(decoder, max_shard_size)
     for file, names in plan.filename_to_tensors.items():
         tensors = {renamed.get(name, name): tensor for name, tensor in rules.tensors(decoder, set(names))}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        del tensors  # else this shard would stay beside the next
-        (folder / file).chmod(0o644)  # safetensors makes its files readable by their owner alone
+        del tensors  # frees this shard before the next one is assembled
+        (folder / file).chmod(0o644)  # safetensors creates files that only their owner can read
     if plan.is_sharded:
         weight_map = {renamed.get(name, name): file for name, file in plan.tensor_to_filename.items()}
         _write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": weight_map})
@@ -287,12 +303,12 @@ def _write_companions(model: Model, folder: Path) -> None:
 
 def _write_extra(folder: Path, extra: Mapping[str, str] | None) -> None:
     for name, text in (extra or {}).items():
-        with (folder / name).open("x", encoding="utf-8") as file:  # never in the place of a model's file
+        with (folder / name).open("x", encoding="utf-8") as file:  # "x" never overwrites a model file
             file.write(text)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     text = json.dumps(value, indent=2)
-    # Lists of numbers (kept indices run to thousands) on one line.
-    compact = re.sub(r"\[\n[\s\d,.e+-]+\]", lambda numbers: " ".join(numbers[0].split()), text)
+    # One line per list of numbers, because lists of kept indices have thousands of entries.
+    compact = re.sub(r"\[\n[\s\d,.e+-]+\]", lambda match: " ".join(match[0].split()), text)
     path.write_text(compact + "\n", encoding="utf-8")

@@ -184,7 +184,7 @@ def test_official_prefixes_and_harmless_keys_are_accepted(tmp_path: Path, family
         for name in BUFFERS.get(family, []):
             tensors[name] = np.ones((1, 2), np.uint8)
         for name in list(tensors):
-            other = table.head_elsewhere if name == table.head and table.head_elsewhere else name
+            other = table.head_alias if name == table.head and table.head_alias else name
             tensors[other.removeprefix(table.prefix)] = tensors.pop(name)
 
     rewrite(folder, as_official)
@@ -330,7 +330,7 @@ DAMAGES = {
     "index leaves folder": r"shard '\.\./\.\./file\.safetensors' is not a plain file name",
     "index without map": r"expected an object weight_map",
     "index names missing shard": r"lost\.safetensors: the file is missing",
-    "index lies": r"tensor 'model\.other' is not in 'model-00001",
+    "index lies": r"the index places tensor 'model\.other' in 'model-00001.*', but the file does not hold it",
     "index forgets": r"tensor 'model\.norm\.weight' of 'model-00001-of-00001\.safetensors' is not listed",
 }
 

@@ -1,4 +1,4 @@
-"""Where tensors come from: PyTorch files beside safetensors, and an error for everything that is no plain tensor."""
+"""Tensor sources: PyTorch files give the same weights as safetensors, and other contents raise an `InputError`."""
 
 import builtins
 import itertools
@@ -7,7 +7,7 @@ import pickle
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from convert import memory, rules
 from convert.reader import locate, read_model
 from convert.sources import INDEX, SINGLE, TORCH_INDEX, TORCH_SINGLE, SafetensorsFolder, TorchFolder, open_folder
 from minillm_jax.errors import InputError
+from minillm_jax.model.build import build
+from minillm_jax.model.families import parse
 from minillm_jax.model.tree import named_arrays
 from tests.helpers import arrays_equal, hugging_face_folder
 
@@ -44,24 +46,24 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(dense: Path, tmp_path: Path) -> Path:
-    """A copy whose only weights are `pytorch_model.bin`, as PyTorch writes it today."""
+    """A copy of the dense folder with `pytorch_model.bin` instead of safetensors."""
     copy = Path(shutil.copytree(dense, tmp_path / "model"))
     torch.save(load_file(copy / SINGLE), copy / TORCH_SINGLE)
     (copy / SINGLE).unlink()
     return copy
 
 
-def rewrite(folder: Path, change: Callable[[Tensors], object], **how: Any) -> None:
-    """Change the tensors of a single PyTorch file in place."""
+def rewrite(folder: Path, change: Callable[[Tensors], object], **save_options: Any) -> None:
+    """Apply a change to the tensors of `pytorch_model.bin`."""
     tensors = torch.load(folder / TORCH_SINGLE, weights_only=True)
     change(tensors)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # quantised types are deprecated
-        torch.save(tensors, folder / TORCH_SINGLE, **how)
+        warnings.simplefilter("ignore")  # PyTorch warns that quantised types are deprecated
+        torch.save(tensors, folder / TORCH_SINGLE, **save_options)
 
 
 def split(folder: Path, save: Callable[[Tensors, Path], object], single: str, index: str) -> dict[str, str]:
-    """Turn a single PyTorch file into two shards and an index of any format; returns the index's map."""
+    """Replace `pytorch_model.bin` by two shards and an index file, in either format; returns the weight map."""
     tensors = torch.load(folder / TORCH_SINGLE, weights_only=True)
     (folder / TORCH_SINGLE).unlink()
     stem, suffix = single.rsplit(".", 1)
@@ -77,14 +79,16 @@ def split(folder: Path, save: Callable[[Tensors, Path], object], single: str, in
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_pytorch_file_is_read_as_the_safetensors_are(dense: Path, folder: Path, zipped: bool) -> None:
-    """Today's format, and the one before PyTorch 1.6, which cannot be mapped."""
+def test_pytorch_file_gives_the_same_weights_as_safetensors(dense: Path, folder: Path, zipped: bool) -> None:
+    """The zip format and the format before PyTorch 1.6, which cannot be mapped."""
     rewrite(folder, lambda tensors: None, _use_new_zipfile_serialization=zipped)
     assert arrays_equal(read_model(folder).decoder, read_model(dense).decoder)
 
 
 @BOTH_FORMATS
-def test_shards_are_read(dense: Path, folder: Path, save: Any, single: str, index: str) -> None:
+def test_shards_give_the_same_weights_as_one_file(
+    dense: Path, folder: Path, save: Any, single: str, index: str
+) -> None:
     split(folder, save, single, index)
     assert arrays_equal(read_model(folder).decoder, read_model(dense).decoder)
 
@@ -93,14 +97,14 @@ def test_shards_are_read(dense: Path, folder: Path, save: Any, single: str, inde
 def test_half_precision_is_read_bit_for_bit(folder: Path, dtype: torch.dtype) -> None:
     rewrite(folder, lambda tensors: tensors.update({name: t.to(dtype) for name, t in tensors.items()}))
     save_file(torch.load(folder / TORCH_SINGLE, weights_only=True), folder / SINGLE)
-    ours, safe = TorchFolder(folder), SafetensorsFolder(folder)
-    for name in safe.names():
-        left, right = ours.read(name), safe.read(name)
+    torch_source, safetensors_source = TorchFolder(folder), SafetensorsFolder(folder)
+    for name in safetensors_source.names():
+        left, right = torch_source.read(name), safetensors_source.read(name)
         assert left.dtype == right.dtype == np.dtype(str(dtype).removeprefix("torch."))
         assert left.tobytes() == right.tobytes(), name
 
 
-def test_tensors_are_read_in_order_whatever_their_strides(dense: Path, folder: Path) -> None:
+def test_tensors_with_any_strides_are_read(dense: Path, folder: Path) -> None:
     rewrite(
         folder, lambda tensors: tensors.update({key: t.mT.contiguous().mT for key, t in tensors.items() if t.ndim > 1})
     )
@@ -109,7 +113,7 @@ def test_tensors_are_read_in_order_whatever_their_strides(dense: Path, folder: P
     assert arrays_equal(read_model(folder).decoder, read_model(dense).decoder)
 
 
-def test_parameters_are_read_like_tensors(dense: Path, folder: Path) -> None:
+def test_parameters_are_read_as_tensors(dense: Path, folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({name: torch.nn.Parameter(t) for name, t in tensors.items()}))
     assert arrays_equal(read_model(folder).decoder, read_model(dense).decoder)
 
@@ -123,21 +127,23 @@ def test_head_that_is_a_view_of_the_embedding(tmp_path: Path) -> None:
     assert arrays_equal(read_model(folder).decoder, expected)
 
 
-def test_weights_do_not_change_when_the_file_does(dense: Path, folder: Path) -> None:
-    """The file is mapped, and JAX takes aligned memory on the CPU as it is."""
+def test_weights_do_not_change_when_the_file_changes(dense: Path, folder: Path) -> None:
+    """The file is mapped and JAX aliases aligned memory on the CPU, so without a copy they would change."""
     decoder = read_model(folder).decoder
     with (folder / TORCH_SINGLE).open("r+b") as file:
         file.write(b"\xff" * (folder / TORCH_SINGLE).stat().st_size)
     assert arrays_equal(decoder, read_model(dense).decoder)
 
 
-def test_harmless_buffers_may_be_anything(dense: Path, folder: Path) -> None:
+def test_ignored_buffers_may_have_any_type(dense: Path, folder: Path) -> None:
     name = "model.layers.1.self_attn.rotary_emb.inv_freq"
     rewrite(folder, lambda tensors: tensors.update({name: torch.eye(4, dtype=torch.int64).to_sparse()}))
     assert arrays_equal(read_model(folder).decoder, read_model(dense).decoder)
 
 
-def test_safetensors_go_before_pytorch_files_and_single_files_before_indices(dense: Path, folder: Path) -> None:
+def test_safetensors_take_precedence_over_pytorch_files_and_single_files_over_index_files(
+    dense: Path, folder: Path
+) -> None:
     (folder / TORCH_INDEX).write_text("{")
     assert isinstance(open_folder(folder), TorchFolder)
     (folder / TORCH_SINGLE).write_bytes(b"")
@@ -146,11 +152,11 @@ def test_safetensors_go_before_pytorch_files_and_single_files_before_indices(den
     assert isinstance(open_folder(folder), SafetensorsFolder)
 
 
-# ------------------------------------------------------------------------------------------------------- surprises
+# ------------------------------------------------------------------------------------------------------- bad input
 
 
 class Code:
-    """What a hostile file holds: unpickling it writes a file."""
+    """Content of a hostile file: unpickling it writes a file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -161,10 +167,11 @@ class Code:
 
 def quantised(tensor: torch.Tensor) -> torch.Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated
+        warnings.simplefilter("ignore")  # PyTorch warns that quantised types are deprecated
         return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
 
 
+# Name of a change → the change of the tensors, and the pattern of the error message.
 CHANGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "nested": (
         lambda t: t.update({"model": dict(t)}),
@@ -181,11 +188,11 @@ CHANGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
         lambda t: t.update({UP: t[UP].to(torch.float8_e4m3fn)}),
         r"up_proj\.weight' is float8_e4m3fn, expected one of float32",
     ),
-    "sparse": (lambda t: t.update({UP: t[UP].to_sparse()}), r"up_proj\.weight' is sparse_coo, expected a dense one"),
+    "sparse": (lambda t: t.update({UP: t[UP].to_sparse()}), r"up_proj\.weight' is sparse_coo, expected a dense tensor"),
     "quantised": (lambda t: t.update({UP: quantised(t[UP])}), r"up_proj\.weight' is qint8, expected one of float32"),
     "without data": (
         lambda t: t.update({UP: t[UP].to("meta")}),
-        r"up_proj\.weight' is without data, expected a dense one",
+        r"up_proj\.weight' is without data, expected a dense tensor",
     ),
     "nan": (lambda t: t[UP].__setitem__((3, 4), float("nan")), r"up_proj\.weight' holds NaN or infinite values"),
     "infinite": (lambda t: t[UP].__setitem__((-1, -1), -float("inf")), r"up_proj\.weight' holds NaN or infinite"),
@@ -194,7 +201,7 @@ CHANGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_tensors_that_are_no_plain_weights(folder: Path, change: str) -> None:
+def test_tensors_other_than_plain_weights_are_refused(folder: Path, change: str) -> None:
     rewrite(folder, CHANGES[change][0])
     assert_refused(folder, CHANGES[change][1])
 
@@ -209,8 +216,8 @@ def assert_refused(folder: Path, pattern: str) -> None:
 def test_code_in_a_file_is_not_run(folder: Path, tmp_path: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({NORM: Code(tmp_path / "ran")}))
     assert_refused(folder, r"pytorch_model\.bin: holds more than tensors \(.*eval\) and is not loaded; .* safetensors")
-    rewrite_old = pickle.dumps({NORM: Code(tmp_path / "ran")}, protocol=2)
-    (folder / TORCH_SINGLE).write_bytes(rewrite_old)
+    plain_pickle = pickle.dumps({NORM: Code(tmp_path / "ran")}, protocol=2)
+    (folder / TORCH_SINGLE).write_bytes(plain_pickle)
     assert_refused(folder, r"pytorch_model\.bin: (holds more than tensors|not a whole PyTorch file)")
     torch.save(torch.nn.Linear(2, 2), folder / TORCH_SINGLE)
     assert_refused(folder, r"pytorch_model\.bin: holds more than tensors \(torch\.nn.*Linear\) and is not loaded")
@@ -218,7 +225,7 @@ def test_code_in_a_file_is_not_run(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_damaged_files(folder: Path, zipped: bool) -> None:
+def test_damaged_pytorch_files_are_refused(folder: Path, zipped: bool) -> None:
     rewrite(folder, lambda tensors: None, _use_new_zipfile_serialization=zipped)
     data = (folder / TORCH_SINGLE).read_bytes()
     for size in (0, 3, 4, 30, len(data) // 2, len(data) - 1):
@@ -231,7 +238,7 @@ def test_damaged_files(folder: Path, zipped: bool) -> None:
     assert_refused(folder, r"pytorch_model\.bin: expected a dictionary of tensors, found list")
 
 
-def test_extra_is_named_where_pytorch_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_message_names_the_pip_extra_where_pytorch_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(InputError, match=r'only PyTorch reads this file; pip install "minillm-jax\[torch\]"'):
         open_folder(folder)
@@ -239,27 +246,31 @@ def test_extra_is_named_where_pytorch_is_missing(folder: Path, monkeypatch: pyte
 
 @BOTH_FORMATS
 class TestShards:
-    def test_key_in_two_files(self, folder: Path, save: Any, single: str, index: str) -> None:
+    def test_tensor_in_two_files_is_refused(self, folder: Path, save: Any, single: str, index: str) -> None:
         tensors = torch.load(folder / TORCH_SINGLE, weights_only=True)
         weight_map = split(folder, save, single, index)
         other = next(name for name in weight_map.values() if name != weight_map[NORM])
-        more = [key for key, name in weight_map.items() if name == other]
-        save({key: tensors[key] for key in [*more, NORM]}, folder / other)
-        assert_refused(folder, rf"{index}: tensor 'model\.norm\.weight' is in '.*-00001.*' and in '.*-00002.*'; remove")
+        names = [name for name, file in weight_map.items() if file == other]
+        save({name: tensors[name] for name in [*names, NORM]}, folder / other)
+        assert_refused(
+            folder, rf"{index}: tensor 'model\.norm\.weight' is in '.*-00001.*' and in '.*-00002.*'; remove it"
+        )
 
-    def test_one_file_under_two_names(self, folder: Path, save: Any, single: str, index: str) -> None:
+    def test_one_file_under_two_names_is_refused(self, folder: Path, save: Any, single: str, index: str) -> None:
         weight_map = split(folder, save, single, index)
         (folder / "again.bin").symlink_to(weight_map[NORM])
         (folder / index).write_text(json.dumps({"weight_map": weight_map | {NORM: "again.bin"}}))
         assert_refused(folder, r"tensor '.*' is in 'again\.bin' and in '.*-0000")
 
     @pytest.mark.parametrize("name", ["../../file", "./model.bin", "/etc/passwd", "..", "", "a\0b"])
-    def test_names_outside_the_folder(self, folder: Path, save: Any, single: str, index: str, name: str) -> None:
+    def test_shard_names_outside_the_folder_are_refused(
+        self, folder: Path, save: Any, single: str, index: str, name: str
+    ) -> None:
         weight_map = split(folder, save, single, index)
         (folder / index).write_text(json.dumps({"weight_map": weight_map | {NORM: name}}))
         assert_refused(folder, rf"{index}: shard .* is not a plain file name in the same folder; not followed")
 
-    def test_files_that_are_missing_or_empty(self, folder: Path, save: Any, single: str, index: str) -> None:
+    def test_missing_or_empty_shards_are_refused(self, folder: Path, save: Any, single: str, index: str) -> None:
         shard = split(folder, save, single, index)[NORM]
         (folder / shard).write_bytes(b"")
         assert_refused(folder, rf"{shard}: not a whole (safetensors|PyTorch) file")
@@ -268,10 +279,12 @@ class TestShards:
         (folder / shard).mkdir()
         assert_refused(folder, rf"{shard}: not a whole (safetensors|PyTorch) file")
 
-    def test_index_that_does_not_agree(self, folder: Path, save: Any, single: str, index: str) -> None:
+    def test_index_that_contradicts_the_shards_is_refused(
+        self, folder: Path, save: Any, single: str, index: str
+    ) -> None:
         weight_map = split(folder, save, single, index)
         (folder / index).write_text(json.dumps({"weight_map": weight_map | {"other": weight_map[NORM]}}))
-        assert_refused(folder, r"tensor 'other' is not in '.*', where the index says it is")
+        assert_refused(folder, r"the index places tensor 'other' in '.*', but the file does not hold it")
         weight_map.pop(NORM)
         (folder / index).write_text(json.dumps({"weight_map": weight_map}))
         assert_refused(folder, r"tensor 'model\.norm\.weight' of '.*' is not listed in the index")
@@ -279,13 +292,13 @@ class TestShards:
         assert_refused(folder, r"expected a JSON object, found list")
 
 
-def test_float8_safetensors(folder: Path) -> None:
+def test_float8_safetensors_are_refused(folder: Path) -> None:
     tensors = torch.load(folder / TORCH_SINGLE, weights_only=True)
     save_file(tensors | {UP: tensors[UP].to(torch.float8_e4m3fn)}, folder / SINGLE)
     assert_refused(folder, r"up_proj\.weight' is F8_E4M3, expected one of F32, F16, BF16; save the model")
 
 
-def test_safetensors_file_that_shrinks_while_it_is_read(dense: Path, tmp_path: Path) -> None:
+def test_safetensors_file_truncated_after_opening_is_refused(dense: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(dense, tmp_path / "model"))
     source = open_folder(copy)
     with (copy / SINGLE).open("r+b") as file:
@@ -298,7 +311,7 @@ def test_safetensors_file_that_shrinks_while_it_is_read(dense: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("safe", [True, False])
-def test_pytorch_files_are_fetched_only_where_there_is_nothing_else(
+def test_pytorch_files_are_downloaded_only_without_safetensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, safe: bool
 ) -> None:
     remote = ["config.json", "pytorch_model-00001-of-00001.bin", TORCH_INDEX, "training_args.bin"]
@@ -316,50 +329,49 @@ def test_pytorch_files_are_fetched_only_where_there_is_nothing_else(
     assert fetched == {"config.json", *(remote[4:] if safe else remote[1:3])}
 
 
-# -------------------------------------------------------------------------------------------------- moving memory
+# -------------------------------------------------------------------------------------------------- host memory
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_layouts_are_copied_exactly(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "WORTH_SHARING", 1 << 10)
-    monkeypatch.setattr(memory, "WORKERS", 3)
+def test_layouts_are_copied_exactly(dtype: type) -> None:
+    """Every order of the axes, in three threads where an array has at least two kilobytes."""
     numbers = np.random.default_rng(0)
     for shape in [(), (7,), (1, 5), (300, 700), (3, 5, 7), (40, 64, 300), (2, 1, 600), (0, 4), (33, 3, 9, 65)]:
         for order in itertools.permutations(range(len(shape))):
             stored = numbers.standard_normal([shape[axis] for axis in order]).astype(dtype)
             source = stored.transpose(np.argsort(order))
             for target in (memory.aligned_empty(shape, np.dtype(dtype)), np.zeros((*shape, 2), np.float32)[..., 1]):
-                memory.copy_layout(target, source)
+                memory.copy_layout(target, source, max_threads=3, bytes_per_thread=1 << 10)
                 np.testing.assert_array_equal(target, source.astype(target.dtype))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_every_value_that_is_no_number_is_found(dtype: type) -> None:
-    """The neighbours of infinity of either sign, on both sides, by their bits."""
+def test_check_finite_finds_every_nan_and_infinite_value(dtype: type) -> None:
+    """Bit patterns around both infinities: the largest finite values, the infinities, the first and last NaN."""
     infinity = int(memory.as_integers(np.asarray(np.inf, dtype)))
     sign = 1 << (8 * np.dtype(dtype).itemsize - 1)
     for bits in (infinity - 1, infinity, infinity + 1, sign - 1, 0, sign):
         for pattern in (bits, (bits + sign) % (2 * sign)):
-            number = bits < infinity or bits == sign
+            finite = bits < infinity or bits == sign
             values = np.ones((3, 100), dtype)
             memory.as_integers(values)[1, 50] = pattern
-            with nullcontext() if number else pytest.raises(InputError, match="'tensor' holds NaN or infinite"):
+            with nullcontext() if finite else pytest.raises(InputError, match="'tensor' holds NaN or infinite"):
                 memory.check_finite(values, "tensor", "file")
 
 
-def test_weights_on_the_cpu_are_the_memory_they_were_read_into(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No copy on the way in, and none on the way out for what is stored as it is."""
-    allocate, made = memory.aligned_empty, set()
+def test_arrays_on_the_cpu_alias_the_memory_they_were_read_into(folder: Path) -> None:
+    """Reading copies no array; writing copies no tensor that has the same layout in both formats."""
+    addresses = set()
 
-    def record(shape: Any, dtype: np.dtype) -> np.ndarray:
-        array = allocate(shape, dtype)
-        made.add(array.ctypes.data)
+    def allocate(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+        array = memory.aligned_empty(shape, dtype)
+        addresses.add(array.ctypes.data)
         return array
 
-    monkeypatch.setattr(memory, "aligned_empty", record)
-    decoder = read_model(folder).decoder
+    abstract = build(*parse(json.loads((folder / "config.json").read_text()), "config.json"))
+    decoder = rules.fill(abstract, open_folder(folder), allocate=allocate)
     pointers = {path: leaf.unsafe_buffer_pointer() for path, leaf in named_arrays(decoder)}
-    assert set(pointers.values()) <= made
+    assert set(pointers.values()) <= addresses
     name, embedding = next(rules.tensors(decoder, {"model.embed_tokens.weight"}))
     assert (name, embedding.ctypes.data) == ("model.embed_tokens.weight", pointers["embedding"])
     assert jax.devices()[0].platform == "cpu"
