@@ -28,7 +28,8 @@ from jax import numpy as jnp
 from scipy.stats import spearmanr
 from texts import add_arguments, load
 
-from minillm_jax.data.text import Calibration, Tokens, sample
+from minillm_jax.data.text import Tokens
+from minillm_jax.data.windows import Calibration, sample
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model

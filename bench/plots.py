@@ -115,7 +115,7 @@ def fidelity() -> None:
     figure.savefig(DOCS / "fidelity.svg", metadata={"Date": None})
 
 
-# Recipe -> colour, and line: dashes without restoration.
+# Recipe -> colour, and line: dashes without refit.
 QUALITY = {
     "obs + least squares, measured": ("tab:green", "-"),
     "obs + least squares": ("tab:blue", "-"),

@@ -1,4 +1,4 @@
-"""The quality study: every preset and criterion, restored and not, on real models, before any tuning.
+"""The quality study: every preset and criterion, refitted and not, on real models, before any tuning.
 
     python bench/quality.py [MODEL TEXT] [--output bench/results/quality-NAME.json]
 
@@ -6,7 +6,7 @@ Without a model and a text, the bundled demo model on its held-out text.
 
 For every seed other windows are drawn: the first 64 (`--samples`) calibrate, the next 96 (`--evaluation`) evaluate, and
 all recipes see the same ones. A row says the perplexity of the pruned model on the evaluation windows and that of the
-dense one on the same windows, the parameters that are left, the seconds (scoring, budget, restoration, slicing; a first
+dense one on the same windows, the parameters that are left, the seconds (scoring, budget, refit, slicing; a first
 row of a shape compiles too), and the highest resident memory of the process since the recipe began (the model, the text
 and what was compiled before are part of it). Ratios count groups; unequal budgets keep at most as many parameters as
 the same ratio leaves uniformly. Presets take the windows of the study in the place of their own numbers of samples, and
@@ -26,11 +26,12 @@ from texts import add_arguments, load
 
 from minillm_jax import api
 from minillm_jax.budget.budget import Budget
-from minillm_jax.data.text import Calibration, Tokens, sample
+from minillm_jax.data.text import Tokens
+from minillm_jax.data.windows import Calibration, sample
+from minillm_jax.evaluation.perplexity import perplexity
 from minillm_jax.model.loaded import Model
-from minillm_jax.model.loss import perplexity
 from minillm_jax.model.tree import parameter_count
-from minillm_jax.pruning.refit import Restoration, can_compensate
+from minillm_jax.pruning.refit import Refit, can_compensate
 from minillm_jax.scoring.gradient.settings import Estimation
 from minillm_jax.scoring.score import Scoring, score
 
@@ -45,20 +46,20 @@ class Recipe:
 
     Attributes:
       scoring: the criterion.
-      restoration: the method.
+      refit: the method.
       allocation: of the budget.
       preset: the preset that it is, if it is one.
     """
 
     scoring: Scoring
-    restoration: Restoration
+    refit: Refit
     allocation: str = "uniform"
     preset: str | None = None
 
 
 def recipes(model: Model, seed: int, quick: bool) -> dict[str, Recipe]:
     """All of them by name; criterion by criterion without and with least squares."""
-    none, squares = Restoration("none"), Restoration()
+    none, squares = Refit("none"), Refit()
     scorings = {name: Scoring(name, Estimation(seed=seed), seed=seed) for name in CRITERIA}
     scorings |= {f"{name}, exact": Scoring(name, Estimation("exact", seed=seed), seed=seed) for name in EXACT}
     presets = {"fms": "mini-llm", "wanda": "wanda-sp", "element-1, exact": "llm-pruner"}
@@ -67,7 +68,7 @@ def recipes(model: Model, seed: int, quick: bool) -> dict[str, Recipe]:
         found[name] = Recipe(scoring, none, preset=presets.get(name))
         if not quick:
             found[f"{name} + least squares"] = Recipe(scoring, squares)
-    bias = Restoration("bias") if can_compensate(model.decoder.config) else none
+    bias = Refit("bias") if can_compensate(model.decoder.config) else none
     found["flap, global" + (" + bias" if bias.method == "bias" else "")] = Recipe(
         scorings["flap"], bias, "global", "flap"
     )
@@ -93,7 +94,7 @@ def measure(model: Model, tokens: Tokens, seed: int, arguments: argparse.Namespa
         for ratio in arguments.ratios:
             start = time.perf_counter()
             budget = Budget(ratio, allocation=recipe.allocation)
-            pruned = api.prune(model, scores, budget, recipe.restoration, calibration)
+            pruned = api.prune(model, scores, budget, recipe.refit, calibration)
             taken = scored + time.perf_counter() - start
             found = perplexity(pruned.decoder, held_out).perplexity
             yield {

@@ -82,10 +82,10 @@ def beaten_rows(ours: str = "obs + least squares") -> list[str]:
     return rows
 
 
-def restoration_rows() -> list[str]:
+def refit_rows() -> list[str]:
     """One row for each part of a layer, then the layer: seconds by solver, median over the layers but the first."""
     cells: dict[str, list[str]] = {}
-    for name in ("restoration.json", "restoration-device.json"):
+    for name in ("refit.json", "refit-device.json"):
         rows = [row for row in _rows(name) if row["kind"] == "layer"][1:]
         parts = [key for key in rows[0] if key not in ("kind", "layer", "seconds")]
         for part in [*parts, "seconds"]:
@@ -215,7 +215,7 @@ def _or_nothing(aim: float | None) -> str:
 def main() -> None:
     """Print everything that the README quotes."""
     lines = [row for model in MODELS for row in quality_rows(model)]
-    lines += [*cost_rows(), *beaten_rows(), *restoration_rows(), *conversion_rows(), *fidelity_rows(), *plain_rows()]
+    lines += [*cost_rows(), *beaten_rows(), *refit_rows(), *conversion_rows(), *fidelity_rows(), *plain_rows()]
     lines += [*estimate_rows(), *estimate_torch_rows(), *estimate_memory_rows(), *process_rows()]
     lines += [*forward_rows(), *compile_rows()]
     for line in lines:

@@ -21,12 +21,14 @@ from transformers import PreTrainedTokenizerFast
 
 from convert.writer import new_folder, write_model
 from minillm_jax import demo
-from minillm_jax.data.text import Tokens, cut, tokenise
+from minillm_jax.data.text import Tokens, tokenise
+from minillm_jax.data.windows import cut
+from minillm_jax.evaluation.perplexity import perplexity
 from minillm_jax.model.build import build, initialise
 from minillm_jax.model.decoder import Decoder, final_hidden
 from minillm_jax.model.families import parse
 from minillm_jax.model.loaded import Model
-from minillm_jax.model.loss import perplexity, token_losses
+from minillm_jax.model.loss import token_losses
 from minillm_jax.model.tree import parameter_count
 
 CONFIG: dict[str, Any] = {

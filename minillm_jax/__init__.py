@@ -5,7 +5,7 @@
 >>> model = mj.load("path/or/hub-id")
 >>> calibration = mj.calibrate(model, "text.txt")
 >>> scores = mj.score(model, calibration, mj.Scoring("obs"))
->>> pruned = mj.prune(model, scores, 0.2, restoration=mj.Restoration(), calibration=calibration)
+>>> pruned = mj.prune(model, scores, 0.2, refit=mj.Refit(), calibration=calibration)
 >>> mj.save(pruned, "pruned")
 """
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from minillm_jax.api import prune as prune
     from minillm_jax.api import save as save
     from minillm_jax.budget.budget import Budget as Budget
-    from minillm_jax.data.text import Calibration as Calibration
+    from minillm_jax.data.windows import Calibration as Calibration
     from minillm_jax.errors import InputError as InputError
     from minillm_jax.model.loaded import Model as Model
-    from minillm_jax.pruning.refit import Restoration as Restoration
+    from minillm_jax.pruning.refit import Refit as Refit
     from minillm_jax.scoring.gradient.settings import Estimation as Estimation
     from minillm_jax.scoring.score import Scores as Scores
     from minillm_jax.scoring.score import Scoring as Scoring
@@ -37,7 +37,7 @@ _HOME = {
     "Estimation": "scoring.gradient.settings",
     "InputError": "errors",
     "Model": "model.loaded",
-    "Restoration": "pruning.refit",
+    "Refit": "pruning.refit",
     "Scores": "scoring.score",
     "Scoring": "scoring.score",
     "calibrate": "api",
@@ -54,7 +54,7 @@ __all__ = [
     "Estimation",
     "InputError",
     "Model",
-    "Restoration",
+    "Refit",
     "Scores",
     "Scoring",
     "calibrate",

@@ -3,7 +3,7 @@
 >>> model = load("path/or/hub-id")
 >>> calibration = calibrate(model, "text.txt")
 >>> scores = score(model, calibration, Scoring("obs"))
->>> pruned = prune(model, scores, 0.2, restoration=Restoration(), calibration=calibration)
+>>> pruned = prune(model, scores, 0.2, refit=Refit(), calibration=calibration)
 >>> save(pruned, "pruned")
 """
 
@@ -24,17 +24,20 @@ from minillm_jax import __version__
 from minillm_jax.budget import allocate
 from minillm_jax.budget.budget import Budget, Counts, by_ratio, choose, kept_count
 from minillm_jax.data import text as text
-from minillm_jax.data.text import Calibration
+from minillm_jax.data import windows
+from minillm_jax.data.batches import Batches
+from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
-from minillm_jax.model import axis_table, loss
+from minillm_jax.evaluation import perplexity
+from minillm_jax.model import axis_table
 from minillm_jax.model.build import build
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import group_counts, layer_count, named_arrays, parameter_count, part_counts, sizes_of
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.pruning.drop_layers import best_layers
-from minillm_jax.pruning.refit import Restoration, can_compensate, prune_by_obs, restore
+from minillm_jax.pruning.refit import Refit, can_compensate, prune_by_obs, slice_and_refit
 from minillm_jax.pruning.slicing import slice_groups, slice_hidden, slice_layers
 from minillm_jax.scoring.score import Scores, Scoring, hidden_scores, score, summaries
 
@@ -54,15 +57,15 @@ def calibrate(model: Model, source: str | Path, samples: int = 10, length: int =
     Raises:
       InputError: the source cannot be used, or holds too little text.
     """
-    windows = text.sample(tokens_of(model, source), samples, length, seed)
-    return Calibration(windows, str(source), seed)
+    drawn = windows.sample(tokens_of(model, source), samples, length, seed)
+    return Calibration(Batches(drawn, sharding.of(model.decoder)), str(source), seed)
 
 
 def prune(
     model: Model,
     scores: Scores,
     ratio: float | Budget,
-    restoration: Restoration | None = None,
+    refit: Refit | None = None,
     calibration: Calibration | None = None,
     progress: StageProgress | None = None,
 ) -> Model:
@@ -73,22 +76,22 @@ def prune(
       scores: one number for every group of it.
       ratio: share of the groups that goes, in (0, 1), the same in every layer and for every kind: floor(n · ratio +
         1/2) of the n groups of a kind go, and at least one stays. Or a `Budget`, which says more.
-      restoration: how what stays takes over from what goes; not at all by default.
-      calibration: the windows for the restoration, for measured budgets, and for the criterion `obs`, which chooses
+      refit: how what stays takes over from what goes; not at all by default.
+      calibration: the windows for the refit, for measured budgets, and for the criterion `obs`, which chooses
         while it prunes.
-      progress: told how far budget and restoration are.
+      progress: told how far budget and refit are.
 
     Raises:
       InputError: the budget is out of its range or cannot be met, the scores belong to another model, or the
-        restoration does not suit it or has no windows.
+        refit does not suit it or has no windows.
     """
     budget = ratio if isinstance(ratio, Budget) else Budget(ratio)
     decoder = model.decoder
-    restoration = (restoration or Restoration("none")).resolve(decoder.config)
-    final = _counts(decoder, scores, budget, restoration, calibration, progress)
-    pruned, kept = _shrink(decoder, scores, final.counts, restoration, calibration, progress)
+    refit = (refit or Refit("none")).resolve(decoder.config)
+    final = _counts(decoder, scores, budget, refit, calibration, progress)
+    pruned, kept = _shrink(decoder, scores, final.counts, refit, calibration, progress)
     more = {"scores": summaries(scores), "losses": final.losses}
-    return recorded(model, pruned, kept, scores, budget, restoration, more)
+    return recorded(model, pruned, kept, scores, budget, refit, more)
 
 
 def with_biases(model: Model) -> Model:
@@ -114,7 +117,7 @@ def prune_in_rounds(
     calibration: Calibration,
     scoring: Scoring,
     budget: Budget,
-    restoration: Restoration | None = None,
+    refit: Refit | None = None,
     rounds: int = 1,
     progress: StageProgress | None = None,
     checkpoint: str | Path | None = None,
@@ -129,7 +132,7 @@ def prune_in_rounds(
       calibration: the windows for everything.
       scoring: the criterion and its settings.
       budget: how much goes.
-      restoration: how what stays takes over, in every round; not at all by default.
+      refit: how what stays takes over, in every round; not at all by default.
       rounds: how many; with one, this is `score` and `prune`.
       progress: told how far each stage is.
       checkpoint: see `score`; for one round only.
@@ -138,19 +141,19 @@ def prune_in_rounds(
       InputError: see `score` and `prune`.
     """
     check_rounds(rounds, checkpoint)
-    restoration = (restoration or Restoration("none")).resolve(model.decoder.config)
+    refit = (refit or Refit("none")).resolve(model.decoder.config)
     scores = score(model, calibration, scoring, progress, checkpoint)
-    final = _counts(model.decoder, scores, budget, restoration, calibration, progress)
+    final = _counts(model.decoder, scores, budget, refit, calibration, progress)
     stock = allocate.stock_of(model.decoder, scoring.kinds, budget)
     more = {"rounds": rounds, "scores": summaries(scores), "losses": final.losses}
     decoder, kept = model.decoder, None
     for number, counts in enumerate(allocate.steps_between(stock.counts, final.counts, stock.parts, rounds)):
         if number:
             scores = score(replace(model, decoder=decoder), calibration, scoring, progress)
-        decoder, stay = _shrink(decoder, scores, counts, restoration, calibration, progress)
+        decoder, stay = _shrink(decoder, scores, counts, refit, calibration, progress)
         kept = stay if kept is None else axis_table.kept_of_kept(kept, stay)
     assert kept is not None, "there is at least one round"
-    return recorded(model, decoder, kept, scores, budget, restoration, more)
+    return recorded(model, decoder, kept, scores, budget, refit, more)
 
 
 def check_rounds(rounds: int, checkpoint: str | Path | None = None) -> None:
@@ -171,7 +174,7 @@ def _counts(
     decoder: Decoder,
     scores: Scores,
     budget: Budget,
-    restoration: Restoration,
+    refit: Refit,
     calibration: Calibration | None,
     progress: StageProgress | None,
 ) -> allocate.Allocated:
@@ -181,7 +184,7 @@ def _counts(
             raise InputError(f"the scores are for {found} groups of kind {kind}, the model has {expected}")
     per_cost = scores.settings.get("within") != "standardised"
     return allocate.counts_for(
-        decoder, scores.groups, scores.on_the_way, per_cost, budget, restoration, calibration, progress
+        decoder, scores.groups, scores.on_the_way, per_cost, budget, refit, calibration, progress
     )
 
 
@@ -189,20 +192,20 @@ def _shrink(
     decoder: Decoder,
     scores: Scores,
     counts: Counts,
-    restoration: Restoration,
+    refit: Refit,
     calibration: Calibration | None,
     progress: StageProgress | None,
 ) -> tuple[Decoder, axis_table.Kept]:
     """The smaller decoder, and what it kept."""
-    told = partial(tell, progress, "restoration")
-    restored = restoration.method != "none"
-    if calibration is None and (restored or scores.on_the_way):
-        raise InputError("restoration and the criterion obs walk over calibration windows; give the calibration")
+    told = partial(tell, progress, "refit")
+    refitted = refit.method != "none"
+    if calibration is None and (refitted or scores.on_the_way):
+        raise InputError("refit and the criterion obs walk over calibration windows; give the calibration")
     if calibration is not None and scores.on_the_way:
-        return prune_by_obs(decoder, counts, calibration.windows, restoration, told)
+        return prune_by_obs(decoder, counts, calibration.batches, refit, told)
     kept = choose(scores.groups, counts, part_counts(decoder, scores.groups))
-    if calibration is not None and restored:
-        return restore(decoder, kept, calibration.windows, restoration, told), kept
+    if calibration is not None and refitted:
+        return slice_and_refit(decoder, kept, calibration.batches, refit, told), kept
     return slice_groups(decoder, kept), kept
 
 
@@ -212,7 +215,7 @@ def recorded(
     kept: axis_table.Kept,
     scores: Scores,
     budget: Budget,
-    restoration: Restoration,
+    refit: Refit,
     more: Mapping[str, Any],
 ) -> Model:
     """The pruned model, with what was done to it, and what more there is to be said of that."""
@@ -227,7 +230,7 @@ def recorded(
         "layers": None if budget.layers is None else [exactly.layers.start, exactly.layers.stop],
         "groups_asked": asked,
         "scoring": scores.settings,
-        "restoration": asdict(restoration),
+        "refit": asdict(refit),
         "calibration": scores.calibration,
         "estimate": None if scores.estimate is None else scores.estimate.record(),
         "parameters_before": parameter_count(decoder),
@@ -260,7 +263,7 @@ def drop_layers(
     among = allocate.layers_of(Budget(ratio, layers=layers), count)
     keep = count - len(among) + kept_count(len(among), ratio)
     told = partial(tell, progress, "layers")
-    kept = best_layers(model.decoder, calibration.windows, keep, among, told)
+    kept = best_layers(model.decoder, calibration.batches, keep, among, told)
     return replace(model, decoder=slice_layers(model.decoder, kept)), kept
 
 
@@ -312,18 +315,19 @@ def save(
 
 def evaluate(
     model: Model, source: str | Path, window: int = 128, bos: bool = False, progress: StageProgress | None = None
-) -> loss.Perplexity:
+) -> perplexity.Perplexity:
     """Perplexity over the non-overlapping windows of a whole text, W - 1 predictions a window.
 
     Raises:
       InputError: the source cannot be used, or is shorter than one window.
     """
-    return perplexity_of(model, text.cut(tokens_of(model, source, bos), window), progress)
+    return perplexity_of(model, windows.cut(tokens_of(model, source, bos), window), progress)
 
 
-def perplexity_of(model: Model, windows: np.ndarray, progress: StageProgress | None = None) -> loss.Perplexity:
+def perplexity_of(model: Model, held_out: np.ndarray, progress: StageProgress | None = None) -> perplexity.Perplexity:
     """Over windows of token ids."""
-    return loss.perplexity(model.decoder, windows, partial(tell, progress, "perplexity"))
+    batches = Batches(held_out, sharding.of(model.decoder))
+    return perplexity.perplexity(model.decoder, batches, partial(tell, progress, "perplexity"))
 
 
 def tokens_of(model: Model, source: str | Path, bos: bool = False) -> text.Tokens:

@@ -105,7 +105,7 @@ def prune(
         ),
     ] = None,
     factors: Annotated[str | None, typer.Option(help="Of fms: some of magnitude,activation,gradient.")] = None,
-    restoration: Annotated[
+    refit: Annotated[
         str | None, typer.Option(help="What stays takes over from what goes: least-squares, bias or none.")
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="Its target, from 0 (as it was) to 1 (the dense stream).")] = None,
@@ -226,7 +226,7 @@ def show_presets(as_json: JsonOption = False) -> None:
 def _job(chosen: dict[str, Any]) -> "Job":
     """The job that the options of `prune` describe, by their names."""
     from minillm_jax.budget.budget import Budget
-    from minillm_jax.pruning.refit import Restoration
+    from minillm_jax.pruning.refit import Refit
     from minillm_jax.run import Job
     from minillm_jax.scoring.gradient.settings import Estimation
     from minillm_jax.scoring.score import Scoring
@@ -255,7 +255,7 @@ def _job(chosen: dict[str, Any]) -> "Job":
         structures=tuple(chosen["structures"].split(",")),
         length=chosen["seq_len"],
         scoring=scoring,
-        restoration=Restoration(chosen["restoration"], **_named(chosen, "alpha ridge solver inner")),
+        refit=Refit(chosen["refit"], **_named(chosen, "alpha ridge solver inner")),
         evaluation=chosen["evaluate"],
         **_named(chosen, "model calibration output heads rounds samples seed preset window dtype format"),
         **_named(chosen, "max_shard_size checkpoint mesh hosts"),

@@ -15,7 +15,7 @@ COMMON = {
     "epsilon": "1e-3",
     "distribution": "gaussian",
     "activation_norm": None,
-    "restoration": "none",
+    "refit": "none",
     "alpha": None,
     "ridge": 1e-2,
     "inner": None,
@@ -45,11 +45,11 @@ PRESETS = {
     "ours": _preset(
         "Structured OBS on the pruned stream, the rest refitted half-way to the dense one: the best that was measured.",
         "obs",
-        restoration="least-squares",
+        refit="least-squares",
         samples=64,
     ),
     "mini-llm": _preset(
-        "The paper: FMS with the gradient estimated by SPSA over all weights, no restoration (arXiv 2407.11681).", "fms"
+        "The paper: FMS with the gradient estimated by SPSA over all weights, no refit (arXiv 2407.11681).", "fms"
     ),
     "llm-pruner": _preset(
         "LLM-Pruner: weights times their exact gradients, by back-propagation; the first four and the last two "
@@ -62,11 +62,11 @@ PRESETS = {
         "FLAP: fluctuation of input features, compared between layers; biases take over means (arXiv 2312.11983).",
         "flap",
         samples=1024,
-        restoration="bias",
+        refit="bias",
         budget="global",
     ),
     "wanda-sp": _preset(
-        "Weights times activations of the output projections, no restoration (FLAP's baseline, arXiv 2312.11983).",
+        "Weights times activations of the output projections, no refit (FLAP's baseline, arXiv 2312.11983).",
         "wanda",
     ),
 }

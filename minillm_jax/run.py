@@ -24,15 +24,17 @@ from minillm_jax.api import (
 from minillm_jax.budget import allocate
 from minillm_jax.budget.budget import Budget, choose, kept_count
 from minillm_jax.data import text as text
-from minillm_jax.data.text import Calibration
+from minillm_jax.data import windows
+from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts, sharding
 from minillm_jax.errors import InputError, one_of
-from minillm_jax.model import axis_table, costs, loss
+from minillm_jax.evaluation import perplexity
+from minillm_jax.model import axis_table, costs
 from minillm_jax.model.build import build
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import group_counts, hidden_size, layer_count, part_counts, sizes_of
 from minillm_jax.progress import StageProgress
-from minillm_jax.pruning.refit import Restoration
+from minillm_jax.pruning.refit import Refit
 from minillm_jax.pruning.slicing import slice_sizes
 from minillm_jax.scoring.score import Scores, Scoring, check_hidden
 
@@ -59,7 +61,7 @@ class Job:
     length: int = 128
     seed: int = 0
     scoring: Scoring = field(default_factory=Scoring)
-    restoration: Restoration = field(default_factory=partial(Restoration, "none"))
+    refit: Refit = field(default_factory=partial(Refit, "none"))
     preset: str | None = None
     evaluation: str | None = None
     window: int = 128
@@ -138,8 +140,8 @@ class Result:
     pruned: Model
     written: writer.Written
     seconds: dict[str, float]
-    before: loss.Perplexity | None
-    after: loss.Perplexity | None
+    before: perplexity.Perplexity | None
+    after: perplexity.Perplexity | None
     costs_before: dict[str, int]
     costs_after: dict[str, int]
 
@@ -168,12 +170,12 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     clock = _Clock()
     model = load(job.model, job.dtype, sharding.make(shape))
     costs_before = costs.all_costs(model.decoder, job.budget.window)
-    if job.restoration.method == "bias":
+    if job.refit.method == "bias":
         model = with_biases(model)
-    job.restoration.resolve(model.decoder.config)
+    job.refit.resolve(model.decoder.config)
     _check_writable(model, job)
     calibration = calibrate(model, job.calibration, job.samples, job.length, job.seed)
-    held_out = None if job.evaluation is None else text.cut(tokens_of(model, job.evaluation), job.window)
+    held_out = None if job.evaluation is None else windows.cut(tokens_of(model, job.evaluation), job.window)
     clock.lap("load")
     before = None if held_out is None else perplexity_of(model, held_out, progress)
     clock.lap("evaluate")
@@ -203,12 +205,12 @@ def _prune_all(model: Model, job: Job, calibration: Calibration, progress: Stage
         whole["hidden"] = {"before": hidden_size(model.decoder), "kept": dimensions.tolist()}
     if job.kinds:
         scoring = replace(job.scoring, kinds=job.kinds)
-        rest = (job.restoration, job.rounds, progress, job.checkpoint)
+        rest = (job.refit, job.rounds, progress, job.checkpoint)
         smaller = prune_in_rounds(smaller, calibration, scoring, job.budget, *rest)
     else:
         nothing = Scores({}, asdict(job.scoring), calibration.record())
         more = {"rounds": 1, "scores": None, "losses": None}
-        smaller = recorded(smaller, smaller.decoder, {}, nothing, job.budget, job.restoration, more)
+        smaller = recorded(smaller, smaller.decoder, {}, nothing, job.budget, job.refit, more)
     record = {"preset": job.preset, "structures": list(job.structures), **(smaller.record or {})}
     record |= {"whole": whole}
     record |= {} if model.record is None else {"pruned_before": model.record}

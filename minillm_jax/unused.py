@@ -37,7 +37,7 @@ def _idle(criterion: Criterion, chosen: Mapping[str, Any]) -> Iterator[tuple[tup
     """Options that do nothing, and why."""
     name = chosen["criterion"]
     if chosen["structures"] == "layers":
-        yield ("criterion", "factors", "restoration", "rounds"), "whole layers go by the loss without them"
+        yield ("criterion", "factors", "refit", "rounds"), "whole layers go by the loss without them"
     if not criterion.estimates:
         yield ("difference", "space", *DIRECTIONS, "epsilon", "checkpoint"), f"the criterion {name} takes no gradient"
     difference = chosen["difference"] or criterion.difference
@@ -47,8 +47,8 @@ def _idle(criterion: Criterion, chosen: Mapping[str, Any]) -> Iterator[tuple[tup
         yield ("epsilon",), "a derivative in forward mode takes no step"
     if chosen["space"] != "low-rank":
         yield ("rank",), "only directions of low rank have a rank"
-    if chosen["restoration"] == "none" and name != "obs":
-        yield RESTORATION, "nothing is restored"
+    if chosen["refit"] == "none" and name != "obs":
+        yield RESTORATION, "nothing is refitted"
     if criterion.by_gates or name in ("obs", "random"):
         yield REDUCTIONS, f"the criterion {name} has no scores of single weights"
     if "activation" not in criterion.factors:

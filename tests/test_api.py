@@ -12,12 +12,12 @@ import minillm_jax
 from minillm_jax import demo
 from minillm_jax.api import calibrate, evaluate, load, prune, save
 from minillm_jax.budget.budget import Budget, kept_count
-from minillm_jax.data.text import Calibration
+from minillm_jax.data.windows import Calibration
 from minillm_jax.errors import InputError
+from minillm_jax.evaluation.perplexity import perplexity
 from minillm_jax.model.loaded import Model
-from minillm_jax.model.loss import perplexity
 from minillm_jax.model.tree import group_counts, kernels
-from minillm_jax.pruning.refit import Restoration
+from minillm_jax.pruning.refit import Refit
 from minillm_jax.run import Job, run
 from minillm_jax.scoring.activations import activation_norms
 from minillm_jax.scoring.criteria import CRITERIA
@@ -157,21 +157,21 @@ def test_every_criterion_scores_every_group_and_is_deterministic(criterion: str)
 
 
 @pytest.mark.parametrize("criterion", ["obs", "wanda"])
-def test_pruning_with_restoration_walks_over_the_calibration(criterion: str) -> None:
+def test_pruning_with_refit_walks_over_the_calibration(criterion: str) -> None:
     """The same numbers of groups as without, chosen on the way by obs, and a loss that is nearer to the dense one."""
     model, calibration = small_model(), Calibration(random_tokens(61, 32, 12), "random", 0)
     scores = score(model, calibration, Scoring(criterion))
     with pytest.raises(InputError, match="give the calibration"):
-        prune(model, scores, 0.5, restoration=Restoration())
-    restored = prune(model, scores, 0.5, restoration=Restoration(), calibration=calibration)
+        prune(model, scores, 0.5, refit=Refit())
+    refitted = prune(model, scores, 0.5, refit=Refit(), calibration=calibration)
     plain = prune(model, score(model, calibration, Scoring("wanda")), 0.5)
     for kind in ("head", "channel"):
-        assert group_counts(restored.decoder, kind) == group_counts(plain.decoder, kind)
-    dense, with_it, without = (perplexity(one.decoder, calibration.windows).loss for one in (model, restored, plain))
+        assert group_counts(refitted.decoder, kind) == group_counts(plain.decoder, kind)
+    dense, with_it, without = (perplexity(one.decoder, calibration.windows).loss for one in (model, refitted, plain))
     assert abs(with_it - dense) < abs(without - dense)
-    assert restored.record is not None
-    assert restored.record["restoration"]["alpha"] == 0.5
-    assert [len(rows) for rows in restored.record["kept"]["channel"]] == [6, 6, 6]
+    assert refitted.record is not None
+    assert refitted.record["refit"]["alpha"] == 0.5
+    assert [len(rows) for rows in refitted.record["kept"]["channel"]] == [6, 6, 6]
 
 
 def test_activation_norms_and_reductions_are_options() -> None:

@@ -239,13 +239,13 @@ def test_torch_directions_are_independent_and_of_unit_variance(
         assert set(flat.unique().tolist()) == {-1.0, 1.0}
 
 
-def test_restoration_is_watched_part_by_part(bench: Callable[[str], ModuleType]) -> None:
+def test_refit_is_watched_part_by_part(bench: Callable[[str], ModuleType]) -> None:
     """Its parts add up to the whole, nothing is counted twice, and the functions are left as they were."""
-    restoration = bench("restoration")
-    before = {part: getattr(module, name) for part, (module, name) in restoration.PARTS.items()}
+    refit = bench("refit")
+    before = {part: getattr(module, name) for part, (module, name) in refit.PARTS.items()}
     settings = {"preset": "tiny", "layers": 2, "dtype": "float32", "samples": 2, "length": 16, "solver": "host"}
-    first, second, whole = restoration.layers(argparse.Namespace(ratio=0.5, **settings))
-    assert before == {part: getattr(module, name) for part, (module, name) in restoration.PARTS.items()}
+    first, second, whole = refit.layers(argparse.Namespace(ratio=0.5, **settings))
+    assert before == {part: getattr(module, name) for part, (module, name) in refit.PARTS.items()}
     for row in (first, second):
         assert sum(row[part] for part in (*before, "rest")) == pytest.approx(row["seconds"], abs=0.02)
         assert row["rest"] > -0.02

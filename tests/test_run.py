@@ -10,14 +10,14 @@ from jax import numpy as jnp
 
 from minillm_jax.api import drop_layers, narrow, prune
 from minillm_jax.budget.budget import Budget
-from minillm_jax.data.text import Calibration
+from minillm_jax.data.windows import Calibration
 from minillm_jax.errors import InputError
+from minillm_jax.evaluation.perplexity import perplexity
 from minillm_jax.model import axis_table
 from minillm_jax.model.loaded import Model
-from minillm_jax.model.loss import perplexity
 from minillm_jax.model.tree import group_counts, hidden_size, layer_count
 from minillm_jax.pruning.drop_layers import best_layers
-from minillm_jax.pruning.refit import Restoration
+from minillm_jax.pruning.refit import Refit
 from minillm_jax.pruning.slicing import slice_groups, slice_layers
 from minillm_jax.run import Job, Result, run
 from minillm_jax.scoring.score import Scoring, score
@@ -63,12 +63,12 @@ def test_query_heads_are_sliced_as_if_they_were_zero() -> None:
     np.testing.assert_allclose(logits_of(sliced, WINDOWS[:3]), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("criterion", "restored"), [("wanda", False), ("obs", True), ("fms", True), ("random", False)])
-def test_as_many_query_heads_stay_of_every_key_value_head(criterion: str, restored: bool) -> None:
+@pytest.mark.parametrize(("criterion", "refitted"), [("wanda", False), ("obs", True), ("fms", True), ("random", False)])
+def test_as_many_query_heads_stay_of_every_key_value_head(criterion: str, refitted: bool) -> None:
     model = small_model()
     scores = score(model, CALIBRATION, Scoring(criterion, kinds=("query", "channel")))
-    restoration = Restoration() if restored else None
-    pruned = prune(model, scores, 0.5, restoration, CALIBRATION)
+    refit = Refit() if refitted else None
+    pruned = prune(model, scores, 0.5, refit, CALIBRATION)
     assert group_counts(pruned.decoder, "query") == [4, 4, 4]
     assert group_counts(pruned.decoder, "head") == [4, 4, 4]
     for heads in (pruned.record or {})["kept"]["query"]:
@@ -160,7 +160,7 @@ def job(folder: Path, output: Path, **changes: Any) -> Result:
         ({"structures": ("layers",)}, {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 40}),
         ({"structures": ("hidden",)}, {"num_hidden_layers": 4, "hidden_size": 32}),
         (
-            {"structures": ("heads", "channels", "hidden", "layers"), "restoration": Restoration()},
+            {"structures": ("heads", "channels", "hidden", "layers"), "refit": Refit()},
             {"num_hidden_layers": 2, "hidden_size": 32, "num_key_value_heads": 2, "intermediate_size": 20},
         ),
         ({"rounds": 2, "scoring": Scoring("obs")}, {"num_key_value_heads": 2, "intermediate_size": 20}),
@@ -187,7 +187,7 @@ def test_flap_gives_a_llama_biases_that_make_up_for_means(folder: Path, tmp_path
     """Of zero first, which changes nothing, and no less than what the projections lose on average."""
     changes = {"scoring": Scoring("flap"), "budget": Budget(0.5, allocation=allocation)}
     plain = job(folder, tmp_path / "plain", **changes)
-    found = job(folder, tmp_path / "out", restoration=Restoration("bias"), **changes)
+    found = job(folder, tmp_path / "out", refit=Refit("bias"), **changes)
     assert (found.pruned.record or {})["kept"] == (plain.pruned.record or {})["kept"]
     assert (found.pruned.record or {})["parameters_before"] == (plain.pruned.record or {})["parameters_before"]
     loaded, tokens = load_torch(tmp_path / "out"), random_tokens(97, 2, 20)
@@ -202,14 +202,14 @@ def test_flap_gives_a_llama_biases_that_make_up_for_means(folder: Path, tmp_path
 def test_models_that_cannot_have_biases_say_so(tmp_path: Path) -> None:
     np.save(tmp_path / "tokens.npy", random_tokens(97, 600))
     hugging_face_folder(tmp_path / "model", "mistral")
-    with pytest.raises(InputError, match="restoration by bias needs output projections with biases"):
-        job(tmp_path, tmp_path / "out", restoration=Restoration("bias"))
+    with pytest.raises(InputError, match="refit by bias needs output projections with biases"):
+        job(tmp_path, tmp_path / "out", refit=Refit("bias"))
 
 
 @pytest.mark.parametrize("allocation", ["global", "measured"])
 def test_unequal_budgets_become_per_layer_folders(folder: Path, tmp_path: Path, allocation: str) -> None:
     budget = Budget(0.4, of="blocks", allocation=allocation)
-    result = job(folder, tmp_path / "out", budget=budget, restoration=Restoration())
+    result = job(folder, tmp_path / "out", budget=budget, refit=Refit())
     assert result.written.format == "per-layer"
 
 

@@ -8,13 +8,13 @@ import numpy as np
 from minillm_jax.budget import budget as budgets
 from minillm_jax.budget.budget import Budget, Counts, Stock
 from minillm_jax.budget.measured_losses import level_losses
-from minillm_jax.data.text import Calibration
+from minillm_jax.data.windows import Calibration
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.model import costs
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.tree import group_counts, layer_count, part_counts
 from minillm_jax.progress import StageProgress, tell
-from minillm_jax.pruning.refit import Restoration
+from minillm_jax.pruning.refit import Refit
 
 # Shares of the groups of a layer that are tried on their own for measured budgets.
 SHARES = tuple(n / 10 for n in range(1, 10))
@@ -81,7 +81,7 @@ def counts_for(
     on_the_way: bool,
     per_cost: bool,
     budget: Budget,
-    restoration: Restoration,
+    refit: Refit,
     calibration: Calibration | None,
     progress: StageProgress | None = None,
 ) -> Allocated:
@@ -93,7 +93,7 @@ def counts_for(
       on_the_way: there are no scores: the groups are chosen while they are removed.
       per_cost: scores are compared per cost in global budgets.
       budget: how much goes.
-      restoration: as what stays will be restored; measured budgets measure with it.
+      refit: as what stays will be refitted; measured budgets measure with it.
       calibration: what they measure on.
       progress: told how many losses are measured.
 
@@ -117,8 +117,8 @@ def counts_for(
         return np.asarray(budgets.choose(one, {kind: [keep]}, {kind: [stock.parts[kind][layer]]})[kind][0])
 
     told = partial(tell, progress, "budget")
-    windows = calibration.windows
-    losses = level_losses(decoder, windows, tried, None if on_the_way else stays, restoration, told)
+    batches = calibration.batches
+    losses = level_losses(decoder, batches, tried, None if on_the_way else stays, refit, told)
     pairs = {
         kind: [list(zip(*row, strict=True)) for row in zip(tried[kind], rows, strict=True)]
         for kind, rows in losses.items()

@@ -1,7 +1,7 @@
 """What pruning one kind of groups of one layer costs, measured: the loss by forward passes, level by level.
 
 The rest of the model stays dense. A trial needs no smaller model: rows of zeros in the output projection remove their
-groups just as slicing does, and its other rows are restored as they would be; so all trials of a kind are one compiled
+groups just as slicing does, and its other rows are refitted as they would be; so all trials of a kind are one compiled
 program, and only one projection is made anew for each.
 """
 
@@ -13,22 +13,24 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from minillm_jax.data.batches import Batches
+from minillm_jax.evaluation.perplexity import window_losses
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder, embed, finish, rotary_angles, scan_layers
 from minillm_jax.model.layer import apply_layer
-from minillm_jax.model.loss import token_losses, window_losses
+from minillm_jax.model.loss import token_losses
 from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import group_count, layer_count
-from minillm_jax.pruning.refit import Restoration, fit_of, pruned_kind, removal_order
+from minillm_jax.pruning.refit import Refit, fit_of, pruned_kind, removal_order
 from minillm_jax.pruning.walk import PROJECTIONS, Site, projection, walk
 
 
 def level_losses(
     decoder: Decoder,
-    windows: Int[np.ndarray, "B T"],
+    batches: Batches,
     levels: Mapping[str, Sequence[Sequence[int]]],
     stays: Callable[[str, int, int], Int[np.ndarray, " kept"]] | None,
-    restoration: Restoration,
+    refit: Refit,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[list[float]]]:
     """The change of the mean loss when only that many groups of one kind of one layer stay, nats.
@@ -37,18 +39,18 @@ def level_losses(
 
     Args:
       decoder: the dense model.
-      windows: calibration windows.
+      batches: calibration windows.
       levels: kind -> for each layer, the counts to try, most to least; the first is that of the dense model.
       stays: the groups of a kind and layer that stay when there are so many; None to choose them by structured OBS.
-      restoration: as they will be restored.
+      refit: as they will be refitted.
       progress: called with the number of losses measured, and of all.
 
     Raises:
-      InputError: see `restore`.
+      InputError: see `slice_and_refit`.
     """
-    settings = restoration.resolve(decoder.config)
-    predictions = windows.shape[0] * (windows.shape[1] - 1)
-    dense = float(window_losses(decoder, windows).sum(dtype=np.float64))
+    settings = refit.resolve(decoder.config)
+    predictions = batches.predictions
+    dense = float(window_losses(decoder, batches).sum(dtype=np.float64))
     total = sum(len(counts) - 1 for rows in levels.values() for counts in rows)
     found: dict[str, list[list[float]]] = {kind: [] for kind in levels}
     done = 0
@@ -62,7 +64,7 @@ def level_losses(
         for kernel, bias in _trials(site, kind, levels[kind][site.layer][1:], stays, settings):
             place, name = jnp.int32(site.layer), PROJECTIONS[site.kind]
             trial = partial(_losses, place=place, kernel=kernel, shift=bias, name=name)
-            loss = window_losses(decoder, windows, trial).sum(dtype=np.float64)
+            loss = window_losses(decoder, batches, trial).sum(dtype=np.float64)
             changes.append(float(loss - dense) / predictions)
             done += 1
             if progress is not None:
@@ -70,7 +72,7 @@ def level_losses(
         found[kind].append(changes)
         return site.run
 
-    walk(decoder, windows, look)
+    walk(decoder, batches, look)
     assert all(len(rows) == layer_count(decoder) for rows in found.values())
     return found
 
@@ -80,7 +82,7 @@ def _trials(
     kind: str,
     counts: Sequence[int],
     stays: Callable[[str, int, int], Int[np.ndarray, " kept"]] | None,
-    settings: Restoration,
+    settings: Refit,
 ) -> Iterator[tuple[Float[Array, "..."], Float[Array, " D"]]]:
     """The projection at full width with zeros for what goes, and the shift of its bias, for each count."""
     if not counts:
@@ -95,7 +97,7 @@ def _trials(
             stay = np.delete(np.arange(count), order[: count - keep])
         rows = np.arange(len(fit.kernel)).reshape(count, -1)[stay].ravel()
         kernel = np.zeros_like(fit.kernel)
-        kernel[rows] = fit.restored(rows, settings)
+        kernel[rows] = fit.refitted(rows, settings)
         shift = None if settings.method == "none" else fit.shift(rows, kernel[rows])
         shift = np.zeros(kernel.shape[1]) if shift is None else shift
         shape = projection(site.run, site.kind).kernel.shape[1:]

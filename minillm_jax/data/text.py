@@ -20,20 +20,6 @@ HUB_CHARACTERS = 20_000_000
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Windows of token ids that statistics and gradients are estimated on, and where they came from."""
-
-    windows: Int[np.ndarray, "B T"]
-    source: str
-    seed: int
-
-    def record(self) -> dict[str, Any]:
-        """Where the windows came from and their number and length, for pruning.json."""
-        samples, length = self.windows.shape
-        return {"source": self.source, "samples": samples, "length": length, "seed": self.seed}
-
-
-@dataclass(frozen=True)
 class Tokens:
     """Token ids of a whole text, and the number of documents it was joined from."""
 
@@ -123,49 +109,6 @@ def tokenise(text: str, folder: Path, bos: bool = False) -> Int[np.ndarray, " to
             raise InputError(f"{folder}: the tokenizer has no beginning-of-sequence token; leave out --bos")
         ids = [tokenizer.bos_token_id, *ids]
     return np.asarray(ids, dtype=np.int32)
-
-
-def cut(tokens: Tokens, length: int) -> Int[np.ndarray, "B T"]:
-    """A text cut into consecutive windows of `length` tokens; the last partial window is dropped.
-
-    Raises:
-      InputError: the length is below 2, or the text is shorter than one window.
-    """
-    if length < 2:
-        raise InputError(f"a window of {length} tokens has nothing to predict; use at least 2")
-    count = len(tokens.ids) // length
-    if count == 0:
-        raise InputError(f"{tokens.source}: {len(tokens.ids)} tokens are less than one window of {length}")
-    return tokens.ids[: count * length].reshape(count, length)
-
-
-def sample(tokens: Tokens, samples: int, length: int, seed: int) -> Int[np.ndarray, "B T"]:
-    """`samples` different windows of a text, drawn without replacement by a seed.
-
-    Raises:
-      InputError: the text holds fewer windows than that, or the seed is out of range.
-    """
-    check_seed(seed)
-    if samples < 1:
-        raise InputError(f"--samples must be at least 1, found {samples}")
-    windows = cut(tokens, length)
-    if len(windows) < samples:
-        raise InputError(
-            f"{tokens.source}: {len(tokens.ids)} tokens make {len(windows)} windows of {length}, but {samples} are "
-            "asked for; give more text, or fewer or shorter samples"
-        )
-    chosen = np.random.default_rng(seed).choice(len(windows), samples, replace=False)
-    return windows[chosen]
-
-
-def check_seed(seed: int) -> None:
-    """Whether a number is a seed: a 32-bit word, because a key takes no more and larger ones would repeat smaller ones.
-
-    Raises:
-      InputError: it is not.
-    """
-    if not 0 <= seed < 2**32:
-        raise InputError(f"--seed must lie between 0 and 2^32 - 1, found {seed}")
 
 
 def _read_ids(path: Path) -> Integer[np.ndarray, " tokens"]:

@@ -21,7 +21,6 @@ from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.tree import named_arrays, outer_letters, run_letters
-from minillm_jax.scoring.gradient.directions import Directions
 
 DATA, MODEL = "data", "model"
 
@@ -154,17 +153,7 @@ def shard(decoder: Decoder, mesh: Mesh | None) -> Decoder:
 
 def shard_batch(tokens: Int[np.ndarray, "B T"], mesh: Mesh | None) -> Int[Array, "B T"]:
     """Sequences spread over `data`; replicated where their number does not divide."""
-    return jnp.asarray(tokens) if mesh is None else place(tokens, _over_data(len(tokens), mesh))
-
-
-def shard_directions(directions: Directions, mesh: Mesh | None) -> Directions:
-    """Chunks of directions, [chunks, P], with those of each chunk spread over `data`, as `shard_batch` otherwise."""
-    if mesh is None:
-        return directions
-    where = NamedSharding(mesh, PartitionSpec(None, *_over_data(directions.factors.shape[1], mesh).spec))
-    data = place(np.asarray(jax.random.key_data(directions.keys)), where)
-    keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(directions.keys))
-    return Directions(keys, place(np.asarray(directions.factors), where))
+    return jnp.asarray(tokens) if mesh is None else place(tokens, over_data(len(tokens), mesh))
 
 
 def data_size(mesh: Mesh | None) -> int:
@@ -172,7 +161,8 @@ def data_size(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape[DATA]
 
 
-def _over_data(count: int, mesh: Mesh) -> NamedSharding:
+def over_data(count: int, mesh: Mesh) -> NamedSharding:
+    """The first axis of an array, of that size, spread over `data`; replicated where it does not divide."""
     return NamedSharding(mesh, PartitionSpec(DATA if count % data_size(mesh) == 0 else None))
 
 

@@ -35,7 +35,7 @@ def with_runs(decoder: Decoder, runs: Sequence[Block]) -> Decoder:
 
 
 def build(config: DecoderConfig, sizes: Sizes, dtype: DTypeLike = jnp.float32) -> Decoder:
-    """The decoder with `jax.ShapeDtypeStruct` leaves: what loading, initialising and restoring fill in.
+    """The decoder with `jax.ShapeDtypeStruct` leaves: what loading, initialising and refitting fill in.
 
     Data of the layers (windows, slopes) follow from the sizes and are there already, as NumPy arrays.
 

@@ -8,16 +8,18 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from minillm_jax.data.batches import Batches
+from minillm_jax.evaluation.perplexity import window_losses
 from minillm_jax.model.decoder import Decoder, embed, finish, rotary_angles, scan_layers
 from minillm_jax.model.layer import apply_layer
-from minillm_jax.model.loss import token_losses, window_losses
+from minillm_jax.model.loss import token_losses
 from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import layer_count
 
 
 def best_layers(
     decoder: Decoder,
-    windows: Int[np.ndarray, "B T"],
+    batches: Batches,
     keep: int,
     layers: range | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -28,7 +30,7 @@ def best_layers(
 
     Args:
       decoder: the dense model.
-      windows: calibration windows.
+      batches: calibration windows.
       keep: how many layers stay.
       layers: those that may go; all by default.
       progress: called with the number of layers that are gone, and of all that go.
@@ -37,15 +39,15 @@ def best_layers(
     alive = np.ones(count, dtype=bool)
     for done in range(count - keep):
         candidates = [layer for layer in layers or range(count) if alive[layer]]
-        losses = [_loss(decoder, windows, alive & (np.arange(count) != layer)) for layer in candidates]
+        losses = [_loss(decoder, batches, alive & (np.arange(count) != layer)) for layer in candidates]
         alive[candidates[int(np.argmin(losses))]] = False
         if progress is not None:
             progress(done + 1, count - keep)
     return np.flatnonzero(alive).tolist()
 
 
-def _loss(decoder: Decoder, windows: np.ndarray, alive: np.ndarray) -> float:
-    found = window_losses(decoder, windows, partial(_losses_with, alive=jnp.asarray(alive)))
+def _loss(decoder: Decoder, batches: Batches, alive: np.ndarray) -> float:
+    found = window_losses(decoder, batches, partial(_losses_with, alive=jnp.asarray(alive)))
     return float(found.sum(dtype=np.float64))
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from minillm_jax.data.batches import Batches
 from minillm_jax.devices.sharding import gather, of, shard
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.model import axis_table
@@ -41,7 +42,7 @@ HALF_WAY = 0.5
 
 
 @dataclass(frozen=True)
-class Restoration:
+class Refit:
     """How what stays takes over from what goes.
 
     Attributes:
@@ -62,26 +63,26 @@ class Restoration:
     solver: str = "host"
     inner: float | None = None
 
-    def resolve(self, config: DecoderConfig) -> "Restoration":
+    def resolve(self, config: DecoderConfig) -> "Refit":
         """The settings for a model, with its α.
 
         Raises:
           InputError: a name is unknown, a number out of its range, or the model lacks what the method needs.
         """
-        one_of("restoration", self.method, METHODS)
+        one_of("refit", self.method, METHODS)
         one_of("solver", self.solver, solve.SOLVERS)
         if self.method == "bias" and not can_compensate(config):
             raise InputError(
-                f"restoration by bias needs output projections with biases, which this {config.family} model does not "
+                f"refit by bias needs output projections with biases, which this {config.family} model does not "
                 "have; use least-squares"
             )
         own = HALF_WAY if self.method == "least-squares" and not config.post_norms else 0.0
         alpha = own if self.alpha is None else self.alpha
         if not 0 <= alpha <= 1 or (config.post_norms and alpha):
             allowed = "be 0 in a model with norms after its projections" if config.post_norms else "lie in [0, 1]"
-            raise InputError(f"the restoration's alpha must {allowed}, found {alpha:g}")
+            raise InputError(f"the refit's alpha must {allowed}, found {alpha:g}")
         if not 0 < self.ridge < np.inf:
-            raise InputError(f"the restoration's ridge must be a positive number, found {self.ridge:g}")
+            raise InputError(f"the refit's ridge must be a positive number, found {self.ridge:g}")
         inner = self.inner
         if inner is None:
             inner = HALF_WAY if self.method == "least-squares" else 0.0
@@ -96,11 +97,11 @@ def can_compensate(config: DecoderConfig) -> bool:
     return config.output_bias and config.mlp_bias
 
 
-def restore(
+def slice_and_refit(
     decoder: Decoder,
     kept: axis_table.Kept,
-    windows: Int[np.ndarray, "B T"],
-    restoration: Restoration | None = None,
+    batches: Batches,
+    refit: Refit | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """A decoder with only the kept groups of every layer, whose output projections make up for the others.
@@ -110,46 +111,46 @@ def restore(
     Args:
       decoder: the dense model.
       kept: kind of group -> for each layer, the indices that stay, ascending.
-      windows: calibration windows of token ids.
-      restoration: the method and its settings.
+      batches: calibration windows.
+      refit: the method and its settings.
       progress: called with the number of halves of layers done, and of all.
 
     Raises:
-      InputError: see `Restoration.resolve`; or the activations are not finite.
+      InputError: see `Refit.resolve`; or the activations are not finite.
     """
-    settings = (restoration or Restoration()).resolve(decoder.config)
+    settings = (refit or Refit()).resolve(decoder.config)
 
     def shrink(site: Site) -> Block:
         kind = pruned_kind(site.kind, kept)
         return site.run if kind is None else _shrink(site, kind, kept[kind][site.layer], settings)
 
-    aligned = _aligner(settings, kept, windows.size)
-    return shard(with_runs(decoder, slicing.merge(walk(decoder, windows, shrink, progress, aligned))), of(decoder))
+    aligned = _aligner(settings, kept, batches.tokens)
+    return shard(with_runs(decoder, slicing.merge(walk(decoder, batches, shrink, progress, aligned))), of(decoder))
 
 
 def prune_by_obs(
     decoder: Decoder,
     counts: Mapping[str, Sequence[int]],
-    windows: Int[np.ndarray, "B T"],
-    restoration: Restoration | None = None,
+    batches: Batches,
+    refit: Refit | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Decoder, dict[str, list[Int[np.ndarray, " _"]]]]:
-    """As `restore`, with the groups chosen on the way by structured OBS, and which ones stay.
+    """As `slice_and_refit`, with the groups chosen on the way by structured OBS, and which ones stay.
 
-    What is measured is the error towards the target of the restoration, with its ridge; with α = 0 that is OBS proper,
+    What is measured is the error towards the target of the refit, with its ridge; with α = 0 that is OBS proper,
     and least squares is its update.
 
     Args:
       decoder: the dense model.
       counts: kind of group -> for each layer, how many stay.
-      windows: calibration windows of token ids.
-      restoration: the method and its settings.
+      batches: calibration windows.
+      refit: the method and its settings.
       progress: called with the number of halves of layers done, and of all.
 
     Raises:
-      InputError: see `Restoration.resolve`; or the activations are not finite.
+      InputError: see `Refit.resolve`; or the activations are not finite.
     """
-    settings = (restoration or Restoration()).resolve(decoder.config)
+    settings = (refit or Refit()).resolve(decoder.config)
     kept: dict[str, list[np.ndarray]] = {kind: [] for kind in counts}
 
     def shrink(site: Site) -> Block:
@@ -161,13 +162,13 @@ def prune_by_obs(
         return _shrink(site, kind, stay, settings, fit)
 
     left = {kind: [range(count) for count in rows] for kind, rows in counts.items()}
-    aligned = _aligner(settings, left, windows.size)
-    pruned = with_runs(decoder, slicing.merge(walk(decoder, windows, shrink, progress, aligned)))
+    aligned = _aligner(settings, left, batches.tokens)
+    pruned = with_runs(decoder, slicing.merge(walk(decoder, batches, shrink, progress, aligned)))
     return shard(pruned, of(decoder)), kept
 
 
 def _aligner(
-    settings: Restoration, kept: Mapping[str, Sequence[Sized]], tokens: int
+    settings: Refit, kept: Mapping[str, Sequence[Sized]], tokens: int
 ) -> Callable[[int, str, Block, Callable[[], InputMoments]], Block] | None:
     """What turns the inner matrices of the halves that lose groups."""
     if not settings.inner:
@@ -196,7 +197,7 @@ def removal_order(site: Site, kind: str, keep: int, fit: "Fit", solver: str = "h
     return greedy_removal(inverse, products, count, keep, parts, solver)
 
 
-def _choose(site: Site, kind: str, keep: int, settings: Restoration) -> tuple[np.ndarray, "Fit | None"]:
+def _choose(site: Site, kind: str, keep: int, settings: Refit) -> tuple[np.ndarray, "Fit | None"]:
     """The groups that structured OBS leaves, and the linear system that said so, if one was needed."""
     everything = np.arange(group_count(site.run, kind))
     if keep == len(everything):
@@ -205,10 +206,8 @@ def _choose(site: Site, kind: str, keep: int, settings: Restoration) -> tuple[np
     return np.delete(everything, removal_order(site, kind, keep, fit, settings.solver)), fit
 
 
-def _shrink(
-    site: Site, kind: str, stay: Int[np.ndarray, " kept"], settings: Restoration, fit: "Fit | None" = None
-) -> Block:
-    """The layer with only the groups of one kind that stay, restored."""
+def _shrink(site: Site, kind: str, stay: Int[np.ndarray, " kept"], settings: Refit, fit: "Fit | None" = None) -> Block:
+    """The layer with only the groups of one kind that stay, refitted."""
     count = group_count(site.run, kind)
     if len(stay) == count:
         return site.run
@@ -217,7 +216,7 @@ def _shrink(
         return smaller
     fit = fit or fit_of(site, settings)
     rows = np.arange(len(fit.kernel)).reshape(count, -1)[stay].ravel()
-    kernel = fit.restored(rows, settings)
+    kernel = fit.refitted(rows, settings)
     return _with_projection(smaller, PROJECTIONS[site.kind], kernel, fit.shift(rows, kernel))
 
 
@@ -244,7 +243,7 @@ class Fit:
     mean: Float[np.ndarray, " I"] | None
     target: Float[np.ndarray, " D"]
 
-    def restored(self, rows: Int[np.ndarray, " kept"], settings: Restoration) -> Float[np.ndarray, "kept D"]:
+    def refitted(self, rows: Int[np.ndarray, " kept"], settings: Refit) -> Float[np.ndarray, "kept D"]:
         """The kernel with only those rows, as the method makes it."""
         return self.rows(rows, settings.solver) if settings.method == "least-squares" else self.kernel[rows]
 
@@ -257,7 +256,7 @@ class Fit:
         return None if self.mean is None else self.target - self.mean[rows] @ kernel
 
 
-def fit_of(site: Site, settings: Restoration) -> Fit:
+def fit_of(site: Site, settings: Refit) -> Fit:
     """The linear system of one output projection, in float64; with the solver `device` products are of float32.
 
     Raises:

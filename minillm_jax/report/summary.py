@@ -15,7 +15,7 @@ from minillm_jax.run import Result
 Figures = Mapping[str, Any]
 
 # What of the record are settings.
-SETTINGS = ("preset", "structures", "budget", "scoring", "restoration", "calibration")
+SETTINGS = ("preset", "structures", "budget", "scoring", "refit", "calibration")
 
 # What a user should know of the format that was written.
 FORMAT_WORDS = {
@@ -120,11 +120,9 @@ def _perplexity_rows(figures: Figures) -> list[Row]:
 def recipe(figures: Figures) -> list[tuple[str, str]]:
     """How it was pruned: names of settings and what they were, in plain text."""
     settings = figures["settings"]
-    scoring, restoration, drawn = settings["scoring"], settings["restoration"], settings["calibration"]
-    method = restoration["method"]
-    named = (
-        [] if method == "none" else [f"{k} {restoration[k]:g}" for k in ("alpha", "ridge", "inner") if restoration[k]]
-    )
+    scoring, refit, drawn = settings["scoring"], settings["refit"], settings["calibration"]
+    method = refit["method"]
+    named = [] if method == "none" else [f"{k} {refit[k]:g}" for k in ("alpha", "ridge", "inner") if refit[k]]
     source = short_name(drawn["source"])
     found = [
         ("preset", settings["preset"] or "none"),
@@ -132,7 +130,7 @@ def recipe(figures: Figures) -> list[tuple[str, str]]:
         ("pruned", ", ".join(settings["structures"])),
         ("budget", f"{amount(settings['budget'])}, {settings['budget']['allocation']} between the layers"),
         ("rounds", str(settings["rounds"])),
-        ("restoration", ", ".join([method, *named])),
+        ("refit", ", ".join([method, *named])),
         ("calibration", f"{drawn['samples']} windows of {drawn['length']} tokens of {source}, seed {drawn['seed']}"),
     ]
     after = figures["perplexity_after"]

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from minillm_jax.model.loss import Perplexity
+from minillm_jax.evaluation.perplexity import Perplexity
 from minillm_jax.presets import COMMON, PRESETS
 from minillm_jax.report import html, model_card, plots
 from minillm_jax.report.summary import FORMAT_WORDS, advice, amount, result_json, rows
@@ -30,7 +30,7 @@ def result_table(result: Result) -> Table:
     """A pruning job as a table: costs, sizes and perplexity before and after, seconds, where the result lies."""
     figures = result_json(result)
     settings = figures["settings"]
-    how = f"{settings['scoring']['criterion']}, restoration {settings['restoration']['method']}"
+    how = f"{settings['scoring']['criterion']}, refit {settings['refit']['method']}"
     table = Table(title=Text(f"{Path(result.job.model).name} pruned {amount(settings['budget'])} with {how}"))
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="left" if not heading else "right", overflow="fold")

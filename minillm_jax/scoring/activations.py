@@ -4,14 +4,12 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax.devices import sharding
+from minillm_jax.data.batches import Batches
 from minillm_jax.model.decoder import Decoder, embed, rotary_angles, scan_layers
 from minillm_jax.model.layer import apply_layer
-from minillm_jax.model.loss import batches
 from minillm_jax.model.modules import Block
 
 ACTIVATION_NORMS = ("l2", "rms", "mean-abs", "std", "none")
@@ -20,32 +18,26 @@ ACTIVATION_NORMS = ("l2", "rms", "mean-abs", "std", "none")
 RunStatistics = list[dict[str, Float[Array, "L ..."]]]
 
 
-def activation_norms(decoder: Decoder, windows: Int[np.ndarray, "B T"], norm: str = "l2") -> RunStatistics:
+def activation_norms(decoder: Decoder, batches: Batches, norm: str = "l2") -> RunStatistics:
     """The norm of every input feature of every matrix over all calibration tokens, float32.
 
     Args:
       decoder: the dense model.
-      windows: calibration windows of token ids.
+      batches: calibration windows.
       norm: `l2` (‖X_:i‖₂, as Wanda), `rms`, `mean-abs`, `std` (FLAP's fluctuation: the deviation from the mean; a
         second pass over the windows), or `none` (ones).
     """
     if norm != "std":
-        sums = _totals(decoder, windows, "squares" if norm in ("l2", "rms") else "absolute")
-        return [jax.tree.map(lambda sums: _finish(sums, norm, windows.size), run) for run in sums]
-    means = [jax.tree.map(lambda sums: sums / windows.size, run) for run in _totals(decoder, windows, "plain")]
-    squares = _totals(decoder, windows, "squares", means)
-    return [jax.tree.map(lambda sums: jnp.sqrt(sums / (windows.size - 1)), run) for run in squares]
+        sums = _totals(decoder, batches, "squares" if norm in ("l2", "rms") else "absolute")
+        return [jax.tree.map(lambda sums: _finish(sums, norm, batches.tokens), run) for run in sums]
+    means = [jax.tree.map(lambda sums: sums / batches.tokens, run) for run in _totals(decoder, batches, "plain")]
+    squares = _totals(decoder, batches, "squares", means)
+    return [jax.tree.map(lambda sums: jnp.sqrt(sums / (batches.tokens - 1)), run) for run in squares]
 
 
-def _totals(decoder: Decoder, windows: np.ndarray, power: str, means: RunStatistics | None = None) -> RunStatistics:
-    """The sums of all batches."""
-    total: RunStatistics | None = None
-    devices = sharding.of(decoder)
-    for batch in batches(windows, devices=sharding.data_size(devices)):
-        part = _sums(decoder, sharding.shard_batch(batch, devices), means, power=power)
-        total = part if total is None else jax.tree.map(jnp.add, total, part)
-    assert total is not None, "there is always at least one batch"
-    return total
+def _totals(decoder: Decoder, batches: Batches, power: str, means: RunStatistics | None = None) -> RunStatistics:
+    """The sums over all batches."""
+    return batches.total(lambda batch: _sums(decoder, batch.tokens, means, power=power))
 
 
 def _finish(sums: Array, norm: str, tokens: int) -> Array:

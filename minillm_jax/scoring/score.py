@@ -10,7 +10,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax.data.text import Calibration, check_seed
+from minillm_jax.data.windows import Calibration, check_seed
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.model import axis_table
@@ -160,7 +160,7 @@ def score(
     found = None
     if criterion.estimates:
         told = partial(tell, progress, "directions")
-        found = estimate(model.decoder, calibration.windows, estimation, told, checkpoint)
+        found = estimate(model.decoder, calibration.batches, estimation, told, checkpoint)
     return scores_from(model, calibration, scoring, found, progress)
 
 
@@ -207,7 +207,7 @@ def hidden_scores(
     if not criterion.factors:
         return criteria.random_scores(directions.stream_key(scoring.seed, "random"), 0, "hidden", hidden_size(decoder))
     told = partial(tell, progress, "directions")
-    found = estimate(decoder, calibration.windows, estimation, told) if criterion.estimates else None
+    found = estimate(decoder, calibration.batches, estimation, told) if criterion.estimates else None
     norms = _norms(decoder, calibration, criterion, progress)
     slopes = _slopes(decoder, criterion, scoring, found)
     (rows,) = _score_matrices(decoder, norms, slopes, criterion, ("hidden",), progress).values()
@@ -234,7 +234,7 @@ def _norms(
     """The norms of the input features, for criteria that take them."""
     if "activation" not in criterion.factors or criterion.norm == "none":
         return None
-    found = activation_norms(decoder, calibration.windows, criterion.norm)
+    found = activation_norms(decoder, calibration.batches, criterion.norm)
     tell(progress, "activations", 1, 1)
     return found
 

@@ -14,14 +14,14 @@ from minillm_jax.budget import allocate
 from minillm_jax.budget import budget as budgets
 from minillm_jax.budget.budget import Budget, Stock
 from minillm_jax.budget.measured_losses import level_losses
-from minillm_jax.data.text import Calibration
+from minillm_jax.data.windows import Calibration
 from minillm_jax.errors import InputError
+from minillm_jax.evaluation.perplexity import perplexity
 from minillm_jax.model import axis_table, costs
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
-from minillm_jax.model.loss import perplexity
 from minillm_jax.model.tree import group_counts
-from minillm_jax.pruning.refit import Restoration, restore
+from minillm_jax.pruning.refit import Refit, slice_and_refit
 from minillm_jax.pruning.slicing import slice_groups
 from minillm_jax.scoring.score import Scoring, score
 from tests.helpers import random_tokens, small_decoder
@@ -190,13 +190,13 @@ def test_limits_hold_where_savings_are_counted_in_units() -> None:
 def test_a_measured_level_is_the_loss_of_the_model_pruned_there(method: str) -> None:
     """By really slicing that one layer, for every kind; with biases, whose means are made up for."""
     decoder = small_decoder(output_bias=True, mlp_bias=True)
-    restoration = Restoration(method, alpha=0.0, inner=0.0)
+    refit = Refit(method, alpha=0.0, inner=0.0)
     levels = {"query": [[8, 4]] * 3, "channel": [[12, 9, 5]] * 3}
 
     def stays(kind: str, layer: int, keep: int) -> np.ndarray:
         return np.arange(0, 8, 2) if kind == "query" else np.arange(keep)
 
-    found = level_losses(decoder, WINDOWS, levels, stays, restoration)
+    found = level_losses(decoder, WINDOWS, levels, stays, refit)
     dense = perplexity(decoder, WINDOWS).loss
     for kind, rows in levels.items():
         for layer in range(3):
@@ -204,7 +204,7 @@ def test_a_measured_level_is_the_loss_of_the_model_pruned_there(method: str) -> 
                 kept = {kind: [np.arange(n) for n in group_counts(decoder, kind)]}
                 if level:
                     kept[kind][layer] = stays(kind, layer, keep)
-                loss = perplexity(restore(decoder, kept, WINDOWS, restoration), WINDOWS).loss
+                loss = perplexity(slice_and_refit(decoder, kept, WINDOWS, refit), WINDOWS).loss
                 assert found[kind][layer][level] == pytest.approx(loss - dense, abs=2e-6)
     assert any(abs(loss) > 1e-4 for rows in found.values() for row in rows for loss in row)
 
@@ -213,12 +213,12 @@ def test_a_measured_level_is_the_loss_of_the_model_pruned_there(method: str) -> 
 def test_measured_budgets_keep_the_limit_and_what_is_needed(criterion: str) -> None:
     model = small_model()
     scores = score(model, CALIBRATION, Scoring(criterion))
-    uniform = prune(model, scores, Budget(0.5), Restoration(), CALIBRATION)
-    measured = prune(model, scores, Budget(0.5, allocation="measured"), Restoration(), CALIBRATION)
+    uniform = prune(model, scores, Budget(0.5), Refit(), CALIBRATION)
+    measured = prune(model, scores, Budget(0.5, allocation="measured"), Refit(), CALIBRATION)
     before, after = (costs.cost(one.decoder, "parameters") for one in (uniform, measured))
     assert before - 3 * 16 * 16 < after <= before, "filled up to within one group"
     with pytest.raises(InputError, match="give the calibration"):
-        prune(model, scores, Budget(0.5, allocation="measured"), Restoration())
+        prune(model, scores, Budget(0.5, allocation="measured"), Refit())
 
 
 # ------------------------------------------------------------------------------------------------------- rounds

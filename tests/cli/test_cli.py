@@ -135,7 +135,7 @@ def test_a_target_in_rounds_with_some_factors(
 ) -> None:
     options = prune_options(text, tmp_path / "out", criterion="fms", factors="magnitude,activation", rounds=2)
     without_ratio = [*options[: options.index("--ratio")], *options[options.index("--ratio") + 2 :]]
-    changes = ["--target-params", "850k", "--structures", "channels", "--restoration", "none"]
+    changes = ["--target-params", "850k", "--structures", "channels", "--refit", "none"]
     assert call(monkeypatch, ["prune", demo.FOLDER, *without_ratio, *changes, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert 840_000 < result["parameters_after"] <= 850_000
@@ -149,18 +149,18 @@ def test_presets_are_printed_and_overridden(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
 ) -> None:
     assert call(monkeypatch, ["presets"]) == 0
-    assert "--restoration" in capsys.readouterr().out
+    assert "--refit" in capsys.readouterr().out
     assert call(monkeypatch, ["presets", "--json"]) == 0
     presets = json.loads(capsys.readouterr().out)
     assert presets["mini-llm"]["criterion"] == "fms"
-    assert presets["mini-llm"]["restoration"] == "none"
+    assert presets["mini-llm"]["refit"] == "none"
     assert presets["ours"]["criterion"] == "obs"
-    options = prune_options(text, tmp_path / "out", preset="wanda-sp", restoration="least-squares", alpha=0.25)
+    options = prune_options(text, tmp_path / "out", preset="wanda-sp", refit="least-squares", alpha=0.25)
     assert call(monkeypatch, ["prune", demo.FOLDER, *options, "--json"]) == 0
     settings = json.loads(capsys.readouterr().out)["settings"]
     assert settings["preset"] == "wanda-sp"
     assert settings["scoring"]["criterion"] == "wanda"
-    assert settings["restoration"] == {
+    assert settings["refit"] == {
         "method": "least-squares",
         "alpha": 0.25,
         "ridge": 0.01,
@@ -180,7 +180,7 @@ def test_demo_prunes_the_bundled_model(
     # The model really predicts: a unigram model has 395, a uniform one 1024. The text differs between Pythons.
     assert before["perplexity"] < 80 < 395
     assert before["perplexity"] < after["perplexity"] < 395
-    # The default restores: pruning alone at least triples the loss of perplexity.
+    # The default refits: pruning alone at least triples the loss of perplexity.
     assert after["perplexity"] < 1.2 * before["perplexity"]
     assert result["seconds"].keys() == {"load", "evaluate", "prune", "save"}
     load_torch(tmp_path / "out")
@@ -257,7 +257,7 @@ def break_values(folder: Path) -> None:
         (break_nothing, {"mesh": "2x4"}, "mesh '2x4' is not understood"),
         (break_nothing, {"mesh": "data=2"}, "the mesh is for 2 devices, but there are 1"),
         (break_nothing, {"hosts": "me"}, "hosts 'me' is not understood"),
-        (break_nothing, {"restoration": "prayer"}, "unknown restoration 'prayer'"),
+        (break_nothing, {"refit": "prayer"}, "unknown refit 'prayer'"),
         (break_nothing, {"solver": "moon"}, "unknown solver 'moon'"),
         (break_nothing, {"inner": 2}, "how far inner matrices are turned must lie in [0, 1], found 2"),
         (break_nothing, {"target-params": "900k"}, "give a ratio or a target for what is left, one of them"),
@@ -272,7 +272,7 @@ def break_values(folder: Path) -> None:
         (break_nothing, {"rounds": 0}, "there must be at least 1 round, found 0"),
         (break_nothing, {"factors": "weight", "criterion": "fms"}, "unknown factor 'weight'"),
         (break_nothing, {"preset": "llm-pruner"}, "layers 4:-2 are not a range of this model's layers"),
-        (break_nothing, {"alpha": 2}, "the restoration's alpha must lie in [0, 1], found 2"),
+        (break_nothing, {"alpha": 2}, "the refit's alpha must lie in [0, 1], found 2"),
         (break_nothing, {"criterion": "gate", "space": "weights"}, "takes directions in the space gates"),
         (break_nothing, {"criterion": "fms", "difference": "exact", "checkpoint": "saved"}, "cannot be resumed"),
         (break_nothing, {"output": "EMPTY/out"}, "no folder can be made there"),
@@ -281,7 +281,7 @@ def break_values(folder: Path) -> None:
         (break_nothing, {"criterion": "element-1", "rank": 2}, "the exact gradient takes no directions, so --rank"),
         (break_nothing, {"criterion": "gate", "epsilon": 0.1}, "forward mode takes no step, so --epsilon"),
         (break_nothing, {"criterion": "fms", "rank": 2}, "only directions of low rank have a rank, so --rank"),
-        (break_nothing, {"preset": "mini-llm", "ridge": 0.1}, "nothing is restored, so --ridge"),
+        (break_nothing, {"preset": "mini-llm", "ridge": 0.1}, "nothing is refitted, so --ridge"),
         (break_nothing, {"within": "mean"}, "the criterion obs has no scores of single weights, so --within"),
         (break_nothing, {"criterion": "magnitude", "activation-norm": "l2"}, "looks at no activations"),
         (break_nothing, {"structures": "layers", "criterion": "wanda"}, "by the loss without them, so --criterion"),

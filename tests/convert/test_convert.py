@@ -1,4 +1,4 @@
-"""Conversion both ways: round trips bit for bit, and an error for every surprise."""
+"""Conversion in both directions: round trips are bit for bit equal, and bad input raises an `InputError`."""
 
 import dataclasses
 import json
@@ -34,16 +34,16 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(dense: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """A copy of the dense folder that a test may change."""
     return Path(shutil.copytree(dense, tmp_path / "model"))
 
 
 def stored(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a folder, single or sharded, read by safetensors itself."""
-    found: dict[str, np.ndarray] = {}
+    """All tensors of a folder, in one file or in shards, read by safetensors."""
+    tensors: dict[str, np.ndarray] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
+        tensors |= load_file(file)
+    return tensors
 
 
 def assert_bit_equal(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
@@ -54,7 +54,7 @@ def assert_bit_equal(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) 
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
-    """Change the tensors of a single-file folder in place."""
+    """Apply a change to the tensors of `model.safetensors`."""
     tensors = load_file(folder / SINGLE)
     change(tensors)
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, folder / SINGLE)
@@ -65,7 +65,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_to_flax_and_back_is_bit_equal(tmp_path: Path, name: str) -> None:
-    """Every tensor of every family under its canonical name, in one file and in shards."""
+    """Every tensor of every family keeps its name and its bits, in one file and in shards."""
     family, changes = CONFIGURATIONS[name]
     folder = hugging_face_folder(tmp_path / "model", family, **changes)
     convert("to-flax", str(folder), str(tmp_path / "flax"))
@@ -79,7 +79,7 @@ def test_to_flax_and_back_is_bit_equal(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_half_precision_weights_are_kept_bit_for_bit(folder: Path, tmp_path: Path, dtype: type) -> None:
+def test_16_bit_weights_are_converted_bit_for_bit(folder: Path, tmp_path: Path, dtype: type) -> None:
     rewrite(folder, lambda t: t.update({name: tensor.astype(dtype) for name, tensor in t.items()}))
     model = read_model(folder)
     assert {leaf.dtype for _, leaf in named_arrays(model.decoder)} == {jnp.dtype(dtype)}
@@ -89,7 +89,7 @@ def test_half_precision_weights_are_kept_bit_for_bit(folder: Path, tmp_path: Pat
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == np.dtype(dtype).name
 
 
-def test_dtype_is_changed_when_asked(folder: Path, tmp_path: Path) -> None:
+def test_dtype_option_casts_the_weights(folder: Path, tmp_path: Path) -> None:
     convert("to-flax", str(folder), str(tmp_path / "flax"), dtype="bfloat16")
     decoder = read_model(tmp_path / "flax").decoder
     assert {leaf.dtype for _, leaf in named_arrays(decoder)} == {jnp.dtype("bfloat16")}
@@ -108,7 +108,7 @@ def test_shards_are_written_with_an_index_and_read_back(folder: Path, tmp_path: 
     load_stock(tmp_path / "sharded")
 
 
-def test_files_are_readable_by_everyone(folder: Path, tmp_path: Path) -> None:
+def test_written_files_are_readable_by_all_users(folder: Path, tmp_path: Path) -> None:
     write_model(read_model(folder), tmp_path / "out")
     for path in [tmp_path / "out", *(tmp_path / "out").iterdir()]:
         assert path.stat().st_mode & 0o044 == 0o044, path
@@ -124,45 +124,45 @@ def test_real_model_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_table_covers_every_array_once_and_names_every_axis(tmp_path: Path, name: str) -> None:
-    """Derived here on its own: the arrays of the tree and the letters of the axes, against the rules."""
+def test_rules_cover_every_array_once_and_name_every_axis(tmp_path: Path, name: str) -> None:
+    """The rules are compared with the arrays of the decoder and with the axis table."""
     family, changes = CONFIGURATIONS[name]
     decoder = read_model(hugging_face_folder(tmp_path / "model", family, **changes)).decoder
     bound = bindings(decoder)
     assert len({binding.name for binding in bound}) == len(bound)
-    layers = [(path, binding.index) for binding in bound for path in binding.paths]
-    assert len(set(layers)) == len(layers)
-    assert {path for path, _ in layers} == {p for p, _ in named_arrays(decoder) if not axis_table.is_data(p)}
+    filled = [(path, binding.index) for binding in bound for path in binding.paths]
+    assert len(set(filled)) == len(filled)
+    assert {path for path, _ in filled} == {p for p, _ in named_arrays(decoder) if not axis_table.is_data(p)}
     axes = axis_table.BLOCK_AXES | axis_table.OUTER_AXES
     for part in (part for binding in bound for part in binding.rule.parts):
         assert sorted(axis_table.letters(part.axes)) == sorted(axis_table.letters(axes[part.path]))
 
 
-def test_every_array_of_the_axes_belongs_to_some_family() -> None:
-    """No array of the table is dead, and no family has a rule for one that is not in it."""
-    ruled = {part.path for table in TABLES.values() for rule in (*table.outer, *table.block) for part in rule.parts}
-    known = axis_table.BLOCK_AXES.keys() | axis_table.OUTER_AXES.keys()
-    assert known - ruled == set(axis_table.DATA)
+def test_every_array_of_the_axis_table_has_a_rule() -> None:
+    """Only the data of the layers, which are not stored, have no rule."""
+    in_rules = {part.path for table in TABLES.values() for rule in (*table.outer, *table.block) for part in rule.parts}
+    in_axis_table = axis_table.BLOCK_AXES.keys() | axis_table.OUTER_AXES.keys()
+    assert in_axis_table - in_rules == set(axis_table.DATA)
     assert TABLES.keys() == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "phi3"])
-def test_tensors_written_from_slices_and_transposes_are_contiguous(tmp_path: Path, family: str) -> None:
-    """The library that writes safetensors silently writes wrong data for anything else."""
+def test_tensors_to_write_are_contiguous(tmp_path: Path, family: str) -> None:
+    """safetensors silently writes wrong data for an array that is not C-contiguous."""
     decoder = read_model(hugging_face_folder(tmp_path / "model", family)).decoder
     arrays = {path: np.asarray(array) for path, array in named_arrays(decoder)}
     for binding in bindings(decoder):
-        ours = [arrays[path] if binding.index is None else arrays[path][binding.index] for path in binding.paths]
-        tensor = binding.to_torch(ours)
+        layer = [arrays[path] if binding.index is None else arrays[path][binding.index] for path in binding.paths]
+        tensor = binding.to_torch(layer)
         assert tensor.flags.c_contiguous
-        for array, back in zip(ours, binding.to_flax(tensor), strict=True):
-            np.testing.assert_array_equal(back, array)
+        for array, converted_back in zip(layer, binding.to_flax(tensor), strict=True):
+            np.testing.assert_array_equal(converted_back, array)
 
 
-# ---------------------------------------------------------------------------------- what official checkpoints do
+# ------------------------------------------------------------------------------------------ official checkpoints
 
 
-# What official checkpoints carry besides their weights.
+# Buffers that official checkpoints hold besides the weights.
 BUFFERS = {
     "llama": ["model.layers.1.self_attn.rotary_emb.inv_freq"],
     "gpt_neox": [
@@ -174,8 +174,8 @@ BUFFERS = {
 
 
 @pytest.mark.parametrize("family", TABLES)
-def test_official_prefixes_and_harmless_keys_are_accepted(tmp_path: Path, family: str) -> None:
-    """Checkpoints of the bare decoder (BLOOM, OPT), buffers, the other name of GPT-NeoX's head; nothing else."""
+def test_base_model_names_and_buffers_of_official_checkpoints_are_accepted(tmp_path: Path, family: str) -> None:
+    """Names without the prefix (BLOOM, OPT), buffers, and the alias of GPT-NeoX's head; other names are refused."""
     folder = hugging_face_folder(tmp_path / "model", family)
     expected = read_model(folder).decoder
     table = TABLES[family]
@@ -184,8 +184,8 @@ def test_official_prefixes_and_harmless_keys_are_accepted(tmp_path: Path, family
         for name in BUFFERS.get(family, []):
             tensors[name] = np.ones((1, 2), np.uint8)
         for name in list(tensors):
-            other = table.head_alias if name == table.head and table.head_alias else name
-            tensors[other.removeprefix(table.prefix)] = tensors.pop(name)
+            alias = table.head_alias if name == table.head and table.head_alias else name
+            tensors[alias.removeprefix(table.prefix)] = tensors.pop(name)
 
     rewrite(folder, as_official)
     assert not any(name.startswith(table.prefix) for name in load_file(folder / SINGLE))
@@ -197,7 +197,7 @@ def test_official_prefixes_and_harmless_keys_are_accepted(tmp_path: Path, family
         read_model(folder)
 
 
-def test_copy_of_a_tied_embedding_is_accepted_only_when_equal(tmp_path: Path) -> None:
+def test_stored_head_must_equal_a_tied_embedding(tmp_path: Path) -> None:
     folder = hugging_face_folder(tmp_path / "model", tie_word_embeddings=True)
     embedding = load_file(folder / SINGLE)["model.embed_tokens.weight"]
     rewrite(folder, lambda t: t.update({"lm_head.weight": embedding.copy()}))
@@ -207,19 +207,20 @@ def test_copy_of_a_tied_embedding_is_accepted_only_when_equal(tmp_path: Path) ->
         read_model(folder)
 
 
-# ------------------------------------------------------------------------------------------------------ surprises
+# ------------------------------------------------------------------------------------------------------ bad input
 
 
 SHARD = "model-00001-of-00001.safetensors"
 
 
 def only_shard(folder: Path) -> dict[str, str]:
-    """Turn the single file into a shard; returns the map that an index should hold."""
+    """Rename the single file to a shard; returns the correct weight map for an index file."""
     (folder / SINGLE).rename(folder / SHARD)
     return dict.fromkeys(load_file(folder / SHARD), SHARD)
 
 
 def damage(change: str, folder: Path) -> None:
+    """Damage a folder in one of the ways of `DAMAGES`."""
     match change:
         case "missing config":
             (folder / "config.json").unlink()
@@ -238,11 +239,11 @@ def damage(change: str, folder: Path) -> None:
             (folder / SINGLE).rename(folder / "pytorch_model.bin")
         case "wrong shape":
             rewrite(folder, lambda t: t.update({"model.norm.weight": np.ones(63, np.float32)}))
-        case "unknown key":
+        case "unknown tensor":
             rewrite(folder, lambda t: t.update({"model.layers.0.extra.weight": np.ones((2, 3), np.float32)}))
-        case "missing key":
+        case "missing tensor":
             rewrite(folder, lambda t: t.pop("model.layers.2.mlp.up_proj.weight"))
-        case "key twice":
+        case "tensor stored twice":
             rewrite(folder, lambda t: t.update({"norm.weight": np.ones(64, np.float32)}))
         case "nan":
             rewrite(folder, lambda t: t["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 4), np.nan))
@@ -272,13 +273,13 @@ def damage(change: str, folder: Path) -> None:
         case "partial rotary":
             rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
             edit_json(folder / "config.json", rope_parameters=rope)
-        case "endless layers":
+        case "too many layers":
             edit_json(folder / "config.json", num_hidden_layers=10**13)
         case "no layers":
             edit_json(folder / "config.json", num_hidden_layers=0)
         case "empty window":
             edit_json(folder / "config.json", model_type="mistral", sliding_window=0)
-        case "uneven heads":
+        case "heads not a multiple of key/value heads":
             edit_json(folder / "config.json", num_key_value_heads=3)
         case "index leaves folder":
             (folder / SINGLE).unlink()
@@ -289,15 +290,16 @@ def damage(change: str, folder: Path) -> None:
         case "index names missing shard":
             (folder / SINGLE).unlink()
             (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "lost.safetensors"}}))
-        case "index lies":
-            names = only_shard(folder)
-            (folder / INDEX).write_text(json.dumps({"weight_map": names | {"model.other": SHARD}}))
-        case "index forgets":
-            names = only_shard(folder)
-            names.pop("model.norm.weight")
-            (folder / INDEX).write_text(json.dumps({"weight_map": names}))
+        case "index lists absent tensor":
+            weight_map = only_shard(folder)
+            (folder / INDEX).write_text(json.dumps({"weight_map": weight_map | {"model.other": SHARD}}))
+        case "index omits tensor":
+            weight_map = only_shard(folder)
+            weight_map.pop("model.norm.weight")
+            (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
+# Name of a damage → pattern of the error message.
 DAMAGES = {
     "missing config": r"config\.json: the file is missing",
     "broken config": r"config\.json: cannot be read as JSON",
@@ -307,9 +309,9 @@ DAMAGES = {
     "no weights": r"no weights; expected model\.safetensors",
     "no PyTorch file": r"pytorch_model\.bin: not a whole PyTorch file of tensors",
     "wrong shape": r"'model\.norm\.weight' has shape \(63,\), but the configuration expects \(64,\)",
-    "unknown key": r"unknown tensor 'model\.layers\.0\.extra\.weight' of shape \(2, 3\)",
-    "missing key": r"'model\.layers\.2\.mlp\.up_proj\.weight' of shape \(40, 64\) is missing",
-    "key twice": r"'norm\.weight' and 'model\.norm\.weight' are the same tensor|"
+    "unknown tensor": r"unknown tensor 'model\.layers\.0\.extra\.weight' of shape \(2, 3\)",
+    "missing tensor": r"'model\.layers\.2\.mlp\.up_proj\.weight' of shape \(40, 64\) is missing",
+    "tensor stored twice": r"'norm\.weight' and 'model\.norm\.weight' are the same tensor|"
     r"'model\.norm\.weight' and 'norm\.weight' are the same tensor",
     "nan": r"'model\.layers\.1\.mlp\.up_proj\.weight' holds NaN",
     "integers": r"'model\.norm\.weight' is I8, expected one of F32, F16, BF16",
@@ -323,48 +325,48 @@ DAMAGES = {
     "rope base is text": r"config\.json: .*rope_theta|rope_theta must be a positive number, found '10000'",
     "rope factor is zero": r"factor must be a positive number, found 0|config\.json: .*factor",
     "partial rotary": r"partial_rotary_factor 0\.5 is not supported for this family",
-    "endless layers": r"num_hidden_layers must be a whole number from 1 to",
+    "too many layers": r"num_hidden_layers must be a whole number from 1 to",
     "no layers": r"num_hidden_layers must be a whole number from 1 to .*, found 0",
     "empty window": r"sliding_window must be a whole number from 1 to .*, found 0",
-    "uneven heads": r"num_attention_heads 8 is not a multiple of num_key_value_heads 3",
+    "heads not a multiple of key/value heads": r"num_attention_heads 8 is not a multiple of num_key_value_heads 3",
     "index leaves folder": r"shard '\.\./\.\./file\.safetensors' is not a plain file name",
     "index without map": r"expected an object weight_map",
     "index names missing shard": r"lost\.safetensors: the file is missing",
-    "index lies": r"the index places tensor 'model\.other' in 'model-00001.*', but the file does not hold it",
-    "index forgets": r"tensor 'model\.norm\.weight' of 'model-00001-of-00001\.safetensors' is not listed",
+    "index lists absent tensor": r"the index places tensor 'model\.other' in 'model-00001.*' the file does not hold it",
+    "index omits tensor": r"tensor 'model\.norm\.weight' of 'model-00001-of-00001\.safetensors' is not listed",
 }
 
 
 @pytest.mark.parametrize("change", DAMAGES)
-def test_damaged_folder_is_one_clear_sentence(folder: Path, change: str) -> None:
+def test_damaged_folder_raises_a_one_line_error(folder: Path, change: str) -> None:
     damage(change, folder)
     with pytest.raises(InputError, match=DAMAGES[change]) as caught:
         read_model(folder)
     assert "\n" not in str(caught.value)
 
 
-def test_values_that_leave_the_type_asked_for_are_an_error(folder: Path) -> None:
+def test_values_out_of_range_of_the_dtype_option_are_refused(folder: Path) -> None:
     rewrite(folder, lambda t: t["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 4), 1e9))
     read_model(folder, dtype="bfloat16")
     with pytest.raises(InputError, match="holds NaN or infinite values as float16"):
         read_model(folder, dtype="float16")
 
 
-def test_types_may_differ_between_arrays(folder: Path) -> None:
-    """A float32 checkpoint whose embedding is bfloat16, and the other way round."""
+def test_arrays_of_a_model_may_have_different_types(folder: Path) -> None:
+    """A bfloat16 embedding with float32 projections, then bfloat16 projections too."""
     tokens = jnp.zeros((1, 5), jnp.int32)
     exact = read_model(folder).decoder(tokens)
 
-    def half(*names: str) -> Callable[[dict[str, np.ndarray]], None]:
-        return lambda t: t.update({n: x.astype(ml_dtypes.bfloat16) for n, x in t.items() if n.endswith(names)})
+    def to_bfloat16(*suffixes: str) -> Callable[[dict[str, np.ndarray]], None]:
+        return lambda t: t.update({n: x.astype(ml_dtypes.bfloat16) for n, x in t.items() if n.endswith(suffixes)})
 
-    rewrite(folder, half("embed_tokens.weight"))
+    rewrite(folder, to_bfloat16("embed_tokens.weight"))
     np.testing.assert_allclose(read_model(folder).decoder(tokens), exact, atol=0.1 * float(jnp.abs(exact).max()))
-    rewrite(folder, half("proj.weight"))
+    rewrite(folder, to_bfloat16("proj.weight"))
     assert read_model(folder).decoder(tokens).dtype == jnp.float32
 
 
-def test_record_of_pruning_goes_along(folder: Path, tmp_path: Path) -> None:
+def test_pruning_record_is_copied(folder: Path, tmp_path: Path) -> None:
     record = {"ratio": 0.2, "kept": {"head": [[0, 1, 2]]}}
     (folder / "pruning.json").write_text(json.dumps(record))
     convert("to-flax", str(folder), str(tmp_path / "flax"))
@@ -372,7 +374,7 @@ def test_record_of_pruning_goes_along(folder: Path, tmp_path: Path) -> None:
     assert read_model(tmp_path / "torch").record == record
 
 
-def test_lists_of_numbers_stand_on_one_line_and_text_is_left_alone(folder: Path, tmp_path: Path) -> None:
+def test_json_writes_lists_of_numbers_on_one_line_and_keeps_text(folder: Path, tmp_path: Path) -> None:
     record = {"kept": [[0, 1], [2, 3]], "slopes": [-1.5e-07, 2.0], "note": "kept [1,  2]  of 3", "none": []}
     write_model(dataclasses.replace(read_model(folder), record=record), tmp_path / "out")
     text = (tmp_path / "out" / "pruning.json").read_text()
@@ -381,8 +383,8 @@ def test_lists_of_numbers_stand_on_one_line_and_text_is_left_alone(folder: Path,
     assert "[ -1.5e-07, 2.0 ]" in text
 
 
-def test_settings_of_other_weights_are_not_written(folder: Path, tmp_path: Path) -> None:
-    """A quantised model's or remote-code model's settings do not hold for the plain weights that are written."""
+def test_quantisation_and_remote_code_settings_are_not_written(folder: Path) -> None:
+    """The written weights are neither quantised nor in need of the input's remote code."""
     model = read_model(folder)
     raw = model.raw_config | {"quantization_config": {"bits": 4}, "auto_map": {"AutoConfig": "code.Config"}}
     sizes = sizes_of(model.decoder)
@@ -390,7 +392,7 @@ def test_settings_of_other_weights_are_not_written(folder: Path, tmp_path: Path)
     assert not written.keys() & {"quantization_config", "auto_map"}
 
 
-def test_unknown_places_are_errors(tmp_path: Path) -> None:
+def test_models_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     for name in ("./nowhere", str(tmp_path / "nowhere"), "a b c", "", "long" * 100):
         with pytest.raises(InputError, match="no such folder"):
             read_model(name)
@@ -398,7 +400,7 @@ def test_unknown_places_are_errors(tmp_path: Path) -> None:
         read_model("no-such-owner/no-such-model")
 
 
-def test_damaged_flax_checkpoint_is_an_error(folder: Path, tmp_path: Path) -> None:
+def test_damaged_flax_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
     write_flax(read_model(folder), tmp_path / "flax")
     edit_json(tmp_path / "flax" / "config.json", intermediate_size=39)
     with pytest.raises(InputError, match=r"has shape \(3, 40, 64\), but the configuration expects \(3, 39, 64\)"):
@@ -421,24 +423,24 @@ def test_damaged_flax_checkpoint_is_an_error(folder: Path, tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def test_output_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    def fail_half_way() -> None:
+def test_output_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
+    def interrupted_write() -> None:
         with new_folder(tmp_path / "out") as scratch:
-            (scratch / "half").write_text("half")
+            (scratch / "file").write_text("incomplete")
             assert not (tmp_path / "out").exists()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fail_half_way()
+        interrupted_write()
     assert list(tmp_path.iterdir()) == []
     with new_folder(tmp_path / "deeper" / "out") as scratch:
-        (scratch / "file").write_text("whole")
-    assert (tmp_path / "deeper" / "out" / "file").read_text() == "whole"
+        (scratch / "file").write_text("complete")
+    assert (tmp_path / "deeper" / "out" / "file").read_text() == "complete"
     with pytest.raises(InputError, match="already exists"), new_folder(tmp_path / "deeper" / "out"):
         pytest.fail("the block must not run")
 
 
-def test_places_where_no_folder_can_be_made_are_refused_early(tmp_path: Path) -> None:
+def test_outputs_that_cannot_be_created_are_refused_before_writing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file" / "out", tmp_path / ("long" * 100), Path("/proc/no/out")):
         with pytest.raises(InputError, match=r"no folder can be made there|cannot be written"), new_folder(output):
@@ -446,13 +448,13 @@ def test_places_where_no_folder_can_be_made_are_refused_early(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    def fill_the_disk() -> None:
+def test_full_disk_is_reported_and_leaves_no_files(tmp_path: Path) -> None:
+    def write_on_full_disk() -> None:
         with new_folder(tmp_path / "new" / "out"):
             raise OSError(28, "No space left on device")
 
     with pytest.raises(InputError, match=r"cannot be written .*No space left"):
-        fill_the_disk()
+        write_on_full_disk()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -462,12 +464,12 @@ def test_existing_output_is_refused_before_reading(tmp_path: Path) -> None:
         convert("to-flax", "./nowhere", str(tmp_path / "out"))
 
 
-def test_llama_with_an_odd_head_count_becomes_mistral(folder: Path) -> None:
+def test_llama_is_written_as_mistral_where_heads_do_not_divide_the_hidden_size(folder: Path) -> None:
     model = read_model(folder)
     sizes = sizes_of(model.decoder)
-    odd = dataclasses.replace(sizes, layers=(dataclasses.replace(sizes.layers[0], N=6, K=3),) * 3)
+    six_heads = dataclasses.replace(sizes, layers=(dataclasses.replace(sizes.layers[0], N=6, K=3),) * 3)
     raw = model.raw_config | {"pretraining_tp": 1}
-    config = formats.describe(model.decoder.config, odd, raw).config
+    config = formats.describe(model.decoder.config, six_heads, raw).config
     assert config["model_type"] == "mistral"
     assert config["architectures"] == ["MistralForCausalLM"]
     assert config["sliding_window"] is None
@@ -491,13 +493,12 @@ def test_rope_settings_are_written_under_old_and_new_keys(tmp_path: Path) -> Non
     assert config["rope_parameters"] == rope
     assert config["rope_theta"] == rope["rope_theta"]
     assert config["rope_scaling"]["rope_type"] == config["rope_scaling"]["type"] == "llama3"
-    # Only the old keys, as older checkpoints have them.
+    # Old checkpoints have only the old keys.
     edit_json(tmp_path / "out" / "config.json", rope_parameters=None)
     assert read_model(tmp_path / "out").decoder.config.rope == read_model(folder).decoder.config.rope
 
 
-def test_jit_sees_loaded_and_abstract_decoders_alike(folder: Path) -> None:
-    """Loading fills the abstract tree: same structure, so compiled functions are shared."""
-    decoder = read_model(folder).decoder
-    again = read_model(folder).decoder
-    assert jax.tree.structure(decoder) == jax.tree.structure(again)
+def test_decoders_read_twice_have_the_same_tree_structure(folder: Path) -> None:
+    """jit compiles a function once for both."""
+    first, second = read_model(folder).decoder, read_model(folder).decoder
+    assert jax.tree.structure(first) == jax.tree.structure(second)

@@ -1,4 +1,4 @@
-"""The code that stands beside pruned weights: every family against its dense model with the same groups zeroed."""
+"""The remote code of pruned models: each family must equal its dense model with the same heads and channels zeroed."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from convert import modeling_pruned
 from tests.helpers import edit_json
 
-HEAD, CHANNELS, HIDDEN = 8, 24, 40
+HEAD_SIZE, CHANNELS, HIDDEN = 8, 24, 40
 SIZES = {
     "vocab_size": 97,
     "hidden_size": HIDDEN,
@@ -31,7 +31,7 @@ SIZES = {
     "eos_token_id": 96,
     "pad_token_id": 0,
 }
-GROUPED = SIZES | {"num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": HEAD}
+GROUPED = SIZES | {"num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": HEAD_SIZE}
 PLAIN = SIZES | {"num_attention_heads": 5}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", GROUPED | {"attention_bias": True, "mlp_bias": True}),
@@ -39,7 +39,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", GROUPED),
     "qwen3": ("Qwen3", GROUPED),
     "gemma": ("Gemma", GROUPED),
-    "gemma2": ("Gemma2", GROUPED | {"sliding_window": 5, "query_pre_attn_scalar": HEAD}),
+    "gemma2": ("Gemma2", GROUPED | {"sliding_window": 5, "query_pre_attn_scalar": HEAD_SIZE}),
     "glm": ("Glm", GROUPED),
     "glm4": ("Glm4", GROUPED),
     "phi3": ("Phi3", GROUPED | {"sliding_window": 7}),
@@ -47,13 +47,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("Bloom", PLAIN),
     "gpt_neox": ("GPTNeoX", PLAIN),
 }
-# What the three layers keep: key/value groups (heads, where there are no groups), and how many channels.
+# Kept key/value heads and kept number of channels of the three layers; None keeps all channels.
 KEPT = (([0, 2, 4], 17), ([0, 1, 2, 3, 4], None), ([3], 9))
 
 
 @dataclass(frozen=True)
 class Case:
-    """A pruned folder and the dense model that it must equal."""
+    """A folder with a pruned model, and the dense model with the same outputs."""
 
     family: str
     dense: Any
@@ -64,17 +64,17 @@ class Case:
 
 
 def load(folder: Path, auto: Any = AutoModelForCausalLM, trust: bool = True, **options: Any) -> Any:
-    """A model from a folder; every weight must be found in it."""
+    """Load a model from a folder, which must hold exactly its weights."""
     options = {"dtype": torch.float32} | options
-    model, found = auto.from_pretrained(folder, trust_remote_code=trust, output_loading_info=True, **options)
+    model, loading_info = auto.from_pretrained(folder, trust_remote_code=trust, output_loading_info=True, **options)
     if auto is AutoModel:
-        found["unexpected_keys"] -= {"lm_head.weight"}
-    assert not any(found.values()), found
+        loading_info["unexpected_keys"] -= {"lm_head.weight"}
+    assert not any(loading_info.values()), loading_info
     return model.eval()
 
 
 def randomise(model: Any) -> Any:
-    """Every parameter random, biases and norms too."""
+    """Fill all parameters with random values, biases and norms included."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         scale = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
@@ -88,19 +88,19 @@ def dense_model(family: str, **changes: Any) -> Any:
 
 
 def entries(groups: list[int], size: int) -> torch.Tensor:
-    """The rows of some groups of `size` rows."""
+    """Row indices of the given groups, where each group has `size` rows."""
     return (torch.tensor(groups)[:, None] * size + torch.arange(size)).flatten()
 
 
 def kept_entries(config: Any, layer: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Kept rows and kept columns, by the name of the linear map."""
+    """Name of a linear map → kept rows, and name of a linear map → kept columns."""
     groups, count = KEPT[layer]
     channels = channels_of(config)
     c = torch.arange(channels) if count is None else torch.randperm(channels)[:count].sort().values
     n, k = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
-    q, kv = entries(groups, n // k * HEAD), entries(groups, HEAD)
-    rows = {"q_proj": q, "k_proj": kv, "v_proj": kv, "query_key_value": entries(groups, 3 * HEAD)}
-    rows["qkv_proj"] = torch.cat([q, n * HEAD + kv, (n + k) * HEAD + kv])
+    q, kv = entries(groups, n // k * HEAD_SIZE), entries(groups, HEAD_SIZE)
+    rows = {"q_proj": q, "k_proj": kv, "v_proj": kv, "query_key_value": entries(groups, 3 * HEAD_SIZE)}
+    rows["qkv_proj"] = torch.cat([q, n * HEAD_SIZE + kv, (n + k) * HEAD_SIZE + kv])
     rows["gate_up_proj"] = torch.cat([c, channels + c])
     rows |= dict.fromkeys(("gate_proj", "up_proj", "fc1", "dense_h_to_4h"), c)
     columns = dict.fromkeys(("o_proj", "out_proj", "dense"), q)
@@ -112,7 +112,7 @@ def channels_of(config: Any) -> int:
 
 
 def prune(dense: Any) -> dict[str, torch.Tensor]:
-    """Slice a model's tensors and zero what is left out in the model itself."""
+    """Return the sliced tensors of a model, and zero the removed heads and channels in the model itself."""
     torch.manual_seed(1)
     kept = [kept_entries(dense.config, layer) for layer in range(len(KEPT))]
     tensors = {}
@@ -133,23 +133,23 @@ def prune(dense: Any) -> dict[str, torch.Tensor]:
 
 
 def pruned_config(dense: Any, **changes: Any) -> dict[str, Any]:
-    """A dense model's config.json with the keys of a pruned one; nothing is pruned yet."""
+    """The config.json of a pruned model with the sizes of a dense model."""
     family, stem = dense.config.model_type, FAMILIES[dense.config.model_type][0]
     names = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
     return dense.config.to_dict() | {
         "model_type": f"pruned_{family}",
         "architectures": [f"Pruned{stem}ForCausalLM"],
         "auto_map": {auto: f"modeling_pruned.Pruned{stem}{kind}" for auto, kind in names.items()},
-        "head_dim": HEAD,
+        "head_dim": HEAD_SIZE,
         **changes,
     }
 
 
 def per_layer_config(config: Any) -> dict[str, dict[str, Any]]:
-    """The kept sizes of the layers that differ from the dense ones."""
+    """Number of a layer → its sizes that differ from the dense model's."""
     family = config.model_type
     heads = "n_head" if family == "bloom" else "num_attention_heads"
-    found: dict[str, dict[str, Any]] = {}
+    layers: dict[str, dict[str, Any]] = {}
     for layer, (groups, channels) in enumerate(KEPT):
         sizes: dict[str, Any] = {}
         if channels is not None:
@@ -160,8 +160,8 @@ def per_layer_config(config: Any) -> dict[str, dict[str, Any]]:
         if family == "bloom":
             sizes["alibi_heads"] = groups
         if sizes:
-            found[str(layer)] = sizes
-    return found
+            layers[str(layer)] = sizes
+    return layers
 
 
 def write_folder(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Path:
@@ -173,8 +173,8 @@ def write_folder(folder: Path, tensors: dict[str, torch.Tensor], config: dict[st
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _own_modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Keeps what remote code leaves behind out of the user's cache."""
+def _separate_modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Remote code is copied to a temporary folder instead of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         patch.setattr(sys, "path", sys.path.copy())
@@ -183,19 +183,19 @@ def _own_modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Any:
-    """Models this small only wait for a second thread, the longer the busier the machine is."""
-    before = torch.get_num_threads()
+    """A second thread slows down models of this size."""
+    count = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(count)
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Case] = {}
+    cache: dict[str, Case] = {}
 
     def case(family: str) -> Case:
-        if family not in made:
+        if family not in cache:
             dense = dense_model(family)
             tensors = prune(dense)
             changes = {"per_layer_config": per_layer_config(dense.config)}
@@ -203,8 +203,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Any:
                 changes["intermediate_size"] = channels_of(dense.config)
             folder = tmp_path_factory.mktemp(family) / "pruned"
             write_folder(folder, tensors, pruned_config(dense, **changes))
-            made[family] = Case(family, dense, folder)
-        return made[family]
+            cache[family] = Case(family, dense, folder)
+        return cache[family]
 
     return case
 
@@ -216,13 +216,14 @@ def case(cases: Any, request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture
 def registered() -> Any:
-    """`register`, and everything as before afterwards."""
-    mappings = (transformers.CONFIG_MAPPING, AutoModel._model_mapping, AutoModelForCausalLM._model_mapping)
-    before = [mapping._extra_content.copy() for mapping in mappings]
+    """Call `register` twice, and remove the registrations after the test."""
+    # transformers has no public function that removes a registration.
+    mappings = (transformers.CONFIG_MAPPING, transformers.MODEL_MAPPING, transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
+    registrations = [mapping._extra_content.copy() for mapping in mappings]
     modeling_pruned.register()
     modeling_pruned.register()
     yield
-    for mapping, content in zip(mappings, before, strict=True):
+    for mapping, content in zip(mappings, registrations, strict=True):
         mapping._extra_content = content
 
 
@@ -245,18 +246,18 @@ def generated(model: Any, **options: Any) -> list[list[int]]:
     return model.generate(prompt, max_new_tokens=8, min_new_tokens=8, **options).tolist()
 
 
-def test_equals_the_zeroed_dense_model(case: Case) -> None:
+def test_logits_equal_the_zeroed_dense_model(case: Case) -> None:
     assert_close(logits(case.load()), logits(case.dense))
 
 
-def test_padding(case: Case) -> None:
+def test_left_padding(case: Case) -> None:
     mask = torch.ones(2, 12, dtype=torch.int64)
     mask[0, :4] = 0
     actual, expected = (logits(model, attention_mask=mask)[mask == 1] for model in (case.load(), case.dense))
     assert_close(actual, expected)
 
 
-def test_the_model_without_its_head(case: Case) -> None:
+def test_base_model(case: Case) -> None:
     model = case.load(AutoModel)
     with torch.no_grad():
         actual = model(tokens(2, 12)).last_hidden_state
@@ -265,7 +266,7 @@ def test_the_model_without_its_head(case: Case) -> None:
     assert_close(actual, expected)
 
 
-def test_config(case: Case) -> None:
+def test_configuration(case: Case) -> None:
     config = AutoConfig.from_pretrained(case.folder, trust_remote_code=True)
     stored = json.loads((case.folder / "config.json").read_text())
     assert config.model_type == f"pruned_{case.family}"
@@ -283,40 +284,40 @@ def test_generate(case: Case) -> None:
     assert generated(model, cache_implementation="static") == expected
 
 
-def test_one_configuration_for_all_of_the_model(case: Case) -> None:
+def test_base_model_shares_the_configuration(case: Case) -> None:
     model = case.load()
     assert model.base_model.config is model.config
     assert model.config.num_hidden_layers == 3
 
 
-def test_pickles(case: Case, tmp_path: Path) -> None:
+def test_model_can_be_pickled(case: Case, tmp_path: Path) -> None:
     torch.save(case.load(), tmp_path / "model.pt")
     assert_close(logits(torch.load(tmp_path / "model.pt", weights_only=False)), logits(case.dense))
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"bloom"}))  # BLOOM has one implementation only
-def test_the_attention_can_be_changed_later(cases: Any, family: str) -> None:
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"bloom"}))  # BLOOM has only one implementation
+def test_set_attn_implementation(cases: Any, family: str) -> None:
     model = copy.deepcopy(cases(family).load())
-    first = "eager" if family == "gemma2" else "sdpa"
-    assert model.config._attn_implementation == first
+    default = "eager" if family == "gemma2" else "sdpa"
+    assert model.config._attn_implementation == default
     model.set_attn_implementation("eager")
     attentions = model(tokens(2, 12), output_attentions=True).attentions
     heads = [layer.num_attention_heads for layer in model.config.per_layer_config]
-    assert [each.shape[1] for each in attentions] == heads
+    assert [attention.shape[1] for attention in attentions] == heads
     assert_close(logits(model), logits(cases(family).dense))
 
 
-def test_save_and_load_again(case: Case, tmp_path: Path) -> None:
+def test_save_pretrained_keeps_code_configuration_and_weights(case: Case, tmp_path: Path) -> None:
     case.load().save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "modeling_pruned.py").read_text() == Path(modeling_pruned.__file__).read_text()
-    before, after = (json.loads((path / "config.json").read_text()) for path in (case.folder, tmp_path / "saved"))
+    original, saved = (json.loads((path / "config.json").read_text()) for path in (case.folder, tmp_path / "saved"))
     keys = ("model_type", "architectures", "auto_map", "head_dim", "per_layer_config")
-    assert {key: before[key] for key in keys} == {key: after[key] for key in keys}
+    assert {key: original[key] for key in keys} == {key: saved[key] for key in keys}
     assert_close(logits(load(tmp_path / "saved")), logits(case.dense))
 
 
 @pytest.mark.usefixtures("registered")
-def test_without_remote_code(case: Case, tmp_path: Path) -> None:
+def test_registered_classes_load_without_remote_code(case: Case, tmp_path: Path) -> None:
     model = case.load(trust=False)
     stem = FAMILIES[case.family][0]
     assert type(model) is getattr(modeling_pruned, f"Pruned{stem}ForCausalLM")
@@ -327,7 +328,7 @@ def test_without_remote_code(case: Case, tmp_path: Path) -> None:
     assert_close(logits(load(tmp_path / "saved", trust=False)), logits(case.dense))
 
 
-def test_the_class_itself_loads(case: Case, tmp_path: Path) -> None:
+def test_classes_load_with_from_pretrained(case: Case, tmp_path: Path) -> None:
     model = load(case.folder, getattr(modeling_pruned, f"Pruned{FAMILIES[case.family][0]}ForCausalLM"))
     assert_close(logits(model), logits(case.dense))
     model.config.auto_map = None
@@ -335,7 +336,7 @@ def test_the_class_itself_loads(case: Case, tmp_path: Path) -> None:
     assert_close(logits(load(tmp_path / "saved")), logits(case.dense))
 
 
-def test_never_loads_as_another_class(case: Case, tmp_path: Path) -> None:
+def test_stock_classes_refuse_pruned_models(case: Case, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         case.load(trust=False)
     folder = shutil.copytree(case.folder, tmp_path / "copy")
@@ -345,49 +346,47 @@ def test_never_loads_as_another_class(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_smaller_hidden_size(family: str, tmp_path: Path) -> None:
-    """A hidden size of D is a hidden size of 2D with every entry there twice: the norms see the same statistics."""
-    whole = dense_model(family)
-    changes: dict[str, Any] = {"hidden_size": HIDDEN // 2, "intermediate_size": channels_of(whole.config)}
+def test_pruned_hidden_size(family: str, tmp_path: Path) -> None:
+    """A model of hidden size D equals a model of hidden size 2D with duplicated entries: norm statistics are equal."""
+    dense = dense_model(family)
+    changes: dict[str, Any] = {"hidden_size": HIDDEN // 2, "intermediate_size": channels_of(dense.config)}
     changes |= {"word_embed_proj_dim": HIDDEN // 2} if family == "opt" else {}
     changes |= {"embedding_scale": HIDDEN**0.5} if "gemma" in family else {}
     config_class = getattr(modeling_pruned, f"Pruned{FAMILIES[family][0]}Config")
-    config = config_class(**pruned_config(whole, **changes))
+    config = config_class(**pruned_config(dense, **changes))
     model = randomise(getattr(modeling_pruned, f"Pruned{FAMILIES[family][0]}ForCausalLM")(config))
 
-    def twice(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def duplicated(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.shape[0] == HIDDEN // 2:
             return torch.cat([tensor, tensor])
         if tensor.ndim == 2 and tensor.shape[1] == HIDDEN // 2:
             return torch.cat([tensor, tensor], 1) / (1 if "embed" in name else 2)
         return tensor
 
-    def hidden(model: Any) -> torch.Tensor:
+    def hidden_states(model: Any) -> torch.Tensor:
         with torch.no_grad():
             return model.base_model(tokens(2, 12)).last_hidden_state
 
     state = model.base_model.state_dict()
-    whole.base_model.load_state_dict({name: twice(name, tensor) for name, tensor in state.items()})
-    expected = hidden(whole)
-    assert_close(torch.cat([hidden(model)] * 2, -1), expected, 1e-4)
+    dense.base_model.load_state_dict({name: duplicated(name, tensor) for name, tensor in state.items()})
+    assert_close(torch.cat([hidden_states(model)] * 2, -1), hidden_states(dense), 1e-4)
     model.save_pretrained(tmp_path / "saved")
-    assert_close(hidden(load(tmp_path / "saved")), hidden(model))
+    assert_close(hidden_states(load(tmp_path / "saved")), hidden_states(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_heads_need_not_divide_the_hidden_size(family: str, tmp_path: Path) -> None:
+def test_configuration_accepts_heads_that_do_not_divide_the_hidden_size(family: str, tmp_path: Path) -> None:
     config_class = getattr(modeling_pruned, f"Pruned{FAMILIES[family][0]}Config")
     config = config_class(**pruned_config(dense_model(family), hidden_size=23))
     config.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path, trust_remote_code=True).hidden_size == 23
 
 
-def test_random_models_are_initialised(case: Case) -> None:
+def test_from_config_initialises_the_weights(case: Case) -> None:
     config = AutoConfig.from_pretrained(case.folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-    again = case.load()
-    shapes, loaded = ({k: v.shape for k, v in m.state_dict().items()} for m in (model, again))
-    assert shapes == loaded
+    shapes, loaded_shapes = ({k: v.shape for k, v in m.state_dict().items()} for m in (model, case.load()))
+    assert shapes == loaded_shapes
     deviation = config.init_std if case.family == "opt" else config.initializer_range
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
@@ -410,13 +409,13 @@ def test_bfloat16(cases: Any, family: str) -> None:
     assert (actual - expected).norm() < 0.05 * expected.norm()
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # PEFT asks for it
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # PEFT calls it
 @pytest.mark.parametrize("family", ["llama", "opt", "bloom"])
 def test_lora(cases: Any, family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     options = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(cases(family).load(), options)
-    optimizer = torch.optim.AdamW((each for each in model.parameters() if each.requires_grad), lr=1e-2)
+    optimizer = torch.optim.AdamW((parameter for parameter in model.parameters() if parameter.requires_grad), lr=1e-2)
     losses = []
     for _ in range(6):
         losses.append(model(tokens(2, 12), labels=tokens(2, 12)).loss)
@@ -429,17 +428,19 @@ def test_lora(cases: Any, family: str, tmp_path: Path) -> None:
     assert_close(logits(load(tmp_path / "merged")), logits(merged))
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # the name it has in every version
+@pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing:FutureWarning"
+)  # the only name that all supported versions have
 @pytest.mark.parametrize("family", ["llama", "bloom"])
-def test_gradient_checkpointing(cases: Any, family: str) -> None:
+def test_gradient_checkpointing_keeps_the_gradients(cases: Any, family: str) -> None:
     model = cases(family).load().train()
-    plain = torch.autograd.grad(model(tokens(2, 12), labels=tokens(2, 12)).loss, model.get_input_embeddings().weight)
+    expected = torch.autograd.grad(model(tokens(2, 12), labels=tokens(2, 12)).loss, model.get_input_embeddings().weight)
     model.gradient_checkpointing_enable()
-    again = torch.autograd.grad(model(tokens(2, 12), labels=tokens(2, 12)).loss, model.get_input_embeddings().weight)
-    assert_close(again[0], plain[0])
+    actual = torch.autograd.grad(model(tokens(2, 12), labels=tokens(2, 12)).loss, model.get_input_embeddings().weight)
+    assert_close(actual[0], expected[0])
 
 
-def test_dynamic_rope_reads_the_sizes_while_it_runs(tmp_path: Path) -> None:
+def test_dynamic_rope_reads_global_sizes_in_the_forward_pass(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     dense = dense_model("llama", rope_parameters=rope, max_position_embeddings=8)
     tensors, layers = prune(dense), per_layer_config(dense.config)
@@ -448,7 +449,7 @@ def test_dynamic_rope_reads_the_sizes_while_it_runs(tmp_path: Path) -> None:
 
 
 def test_phi3_long_rope(tmp_path: Path) -> None:
-    factors = [1.0 + index for index in range(HEAD // 2)]
+    factors = [1.0 + index for index in range(HEAD_SIZE // 2)]
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": factors, "long_factor": factors[::-1]}
     rope |= {"factor": 2.0, "original_max_position_embeddings": 32}
     dense = dense_model("phi3", rope_parameters=rope, num_attention_heads=5)
@@ -457,11 +458,11 @@ def test_phi3_long_rope(tmp_path: Path) -> None:
         sizes["num_attention_heads"] = sizes["num_key_value_heads"]
     folder = write_folder(tmp_path / "pruned", tensors, pruned_config(dense, per_layer_config=layers))
     assert_close(logits(load(folder)), logits(dense))
-    edit_json(folder / "config.json", hidden_size=23)  # as many factors as before: they belong to the heads
+    edit_json(folder / "config.json", hidden_size=23)  # the number of factors depends on the head size only
     assert AutoConfig.from_pretrained(folder, trust_remote_code=True).hidden_size == 23
 
 
-def test_importing_is_cheap() -> None:
+def test_import_loads_no_model_code_and_no_jax() -> None:
     code = (
         "import sys, convert.modeling_pruned\n"
         "assert not [name for name in sys.modules if '.modeling_llama' in name or '.modeling_bloom' in name]\n"
@@ -470,6 +471,6 @@ def test_importing_is_cheap() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
-def test_unknown_names() -> None:
+def test_unknown_class_names_are_refused() -> None:
     with pytest.raises(AttributeError, match="PrunedGPT2Config"):
         _ = modeling_pruned.PrunedGPT2Config

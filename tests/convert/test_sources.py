@@ -94,7 +94,7 @@ def test_shards_give_the_same_weights_as_one_file(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_read_bit_for_bit(folder: Path, dtype: torch.dtype) -> None:
+def test_16_bit_weights_are_read_bit_for_bit(folder: Path, dtype: torch.dtype) -> None:
     rewrite(folder, lambda tensors: tensors.update({name: t.to(dtype) for name, t in tensors.items()}))
     save_file(torch.load(folder / TORCH_SINGLE, weights_only=True), folder / SINGLE)
     torch_source, safetensors_source = TorchFolder(folder), SafetensorsFolder(folder)

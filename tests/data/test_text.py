@@ -13,7 +13,8 @@ import pytest
 
 from minillm_jax import demo
 from minillm_jax.data import text
-from minillm_jax.data.text import Tokens, cut, read_documents, read_tokens, sample, tokenise
+from minillm_jax.data.text import Tokens, read_documents, read_tokens, tokenise
+from minillm_jax.data.windows import cut, sample
 from minillm_jax.errors import InputError
 
 FOLDER, VOCABULARY = demo.FOLDER, 1024

@@ -26,7 +26,7 @@ from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.ops import Rope
 from minillm_jax.model.tree import named_arrays
-from minillm_jax.pruning.refit import restore
+from minillm_jax.pruning.refit import slice_and_refit
 from minillm_jax.pruning.slicing import slice_groups
 from minillm_jax.scoring.activations import activation_norms
 from minillm_jax.scoring.gradient import directions, slopes
@@ -150,7 +150,7 @@ def devices(folder: str, out: str) -> dict[str, Any]:
     found["apart"] = {name: result[0] for name, result in results.items()}
     found["sent"] = {name: result[1] for name, result in results.items()} | {"gather": gathering()}
     found |= {"directions over data": directions_over_data(), "slices": slices_are_equal()}
-    found["estimates"], found["restored"] = estimates_apart(), restored()
+    found["estimates"], found["refitted"] = estimates_apart(), refitted()
     return found | loading(Path(folder), Path(out))
 
 
@@ -200,12 +200,12 @@ def estimates_apart() -> dict[str, float]:
     return {name: float(np.abs(found[name] - one).max() / np.abs(one).max()) for name, one in expected.items()}
 
 
-def restored() -> dict[str, Any]:
-    """How far the loss of a model that was pruned and restored on a mesh is from that on one device; its shares."""
+def refitted() -> dict[str, Any]:
+    """How far the loss of a model that was pruned and refitted on a mesh is from that on one device; its shares."""
     single, tokens = make_decoder(EVEN), make_tokens(8, EVEN.V)
     kept = {kind: [np.arange(0, n, 2)] * 2 for kind, n in (("head", 8), ("channel", 64))}
-    on_mesh = restore(sharding.shard(single, make_mesh(2, 4)), kept, tokens)
-    alone, together = (loss.perplexity(one, tokens).loss for one in (restore(single, kept, tokens), on_mesh))
+    on_mesh = slice_and_refit(sharding.shard(single, make_mesh(2, 4)), kept, tokens)
+    alone, together = (loss.perplexity(one, tokens).loss for one in (slice_and_refit(single, kept, tokens), on_mesh))
     return {"apart": apart(together, alone), "shares": shares(on_mesh)}
 
 

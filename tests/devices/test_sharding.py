@@ -120,8 +120,8 @@ def test_slicing_in_shards_keeps_bits_and_shards(found: dict[str, Any]) -> None:
 
 
 def test_a_model_restored_on_a_mesh_is_that_of_one_device(found: dict[str, Any]) -> None:
-    assert found["restored"]["apart"] < 1e-4
-    assert found["restored"]["shares"] == found["slices"]["shares"]
+    assert found["refitted"]["apart"] < 1e-4
+    assert found["refitted"]["shares"] == found["slices"]["shares"]
 
 
 def test_weights_are_loaded_into_shards(found: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What restoration is worth on a trained model, which needs `shared` beside the checkout; and where it is computed."""
+"""What refit is worth on a trained model, which needs `shared` beside the checkout; and where it is computed."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from minillm_jax.data import text
 from minillm_jax.model import axis_table, loss
 from minillm_jax.model.tree import group_counts
 from minillm_jax.pruning import solve
-from minillm_jax.pruning.refit import Restoration, prune_by_obs, restore
+from minillm_jax.pruning.refit import Refit, prune_by_obs, slice_and_refit
 from minillm_jax.pruning.slicing import slice_groups
 from minillm_jax.scoring.score import Scoring, score
 from tests.helpers import best_of, shared
@@ -19,7 +19,7 @@ from tests.helpers import best_of, shared
 BOUNDS = {0.2: 1.60, 0.5: 4.45}
 
 
-def test_restoration_of_a_trained_model() -> None:
+def test_refit_of_a_trained_model() -> None:
     """64 windows calibrate, 96 others are measured: least squares takes back more than half of what pruning cost."""
     folder, text = shared("models/stories260K"), shared("data/tinystories/tinystories_sample_2MiB.txt")
     model = load(folder)
@@ -32,7 +32,7 @@ def test_restoration_of_a_trained_model() -> None:
         counts = {kind: [kept_count(n, ratio) for n in group_counts(model.decoder, kind)] for kind in axis_table.KINDS}
         found = {
             "wanda": slice_groups(model.decoder, kept),
-            "least squares": restore(model.decoder, kept, calibrate),
+            "least squares": slice_and_refit(model.decoder, kept, calibrate),
             "obs": prune_by_obs(model.decoder, counts, calibrate)[0],
         }
         ratios = {how: loss.perplexity(pruned, held_out).perplexity / dense for how, pruned in found.items()}
@@ -46,7 +46,7 @@ def test_a_trained_model_is_pruned_alike_on_host_and_device() -> None:
     tokens = text.tokenise(demo.held_out_text(), model.folder)
     windows = text.sample(text.Tokens(tokens, "held out", 1), 24, 128, seed=0)
     counts = {kind: [n // 2 for n in group_counts(model.decoder, kind)] for kind in axis_table.KINDS}
-    host, device = (prune_by_obs(model.decoder, counts, windows[:8], Restoration(solver=s)) for s in solve.SOLVERS)
+    host, device = (prune_by_obs(model.decoder, counts, windows[:8], Refit(solver=s)) for s in solve.SOLVERS)
     for kind in axis_table.KINDS:
         for ours, theirs in zip(host[1][kind], device[1][kind], strict=True):
             np.testing.assert_array_equal(ours, theirs)

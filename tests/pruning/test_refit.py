@@ -1,4 +1,4 @@
-"""Restoration against independent least squares and brute force."""
+"""Refit against independent least squares and brute force."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder, final_hidden
 from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import group_counts, named_arrays, sizes_of
-from minillm_jax.pruning import refit as restoring
+from minillm_jax.pruning import refit as refitting
 from minillm_jax.pruning import removal_order, solve
-from minillm_jax.pruning.refit import Restoration, can_compensate, prune_by_obs, restore
+from minillm_jax.pruning.refit import Refit, can_compensate, prune_by_obs, slice_and_refit
 from minillm_jax.pruning.slicing import slice_groups, slice_sizes
 from minillm_jax.pruning.walk import Site, projection, walk
 from tests.helpers import (
@@ -55,8 +55,8 @@ def of_layer(decoder: Decoder, layer: int, kind: str) -> tuple[np.ndarray, np.nd
 def test_refit_is_the_least_squares_solution_on_collected_activations(alpha: float, biased: bool) -> None:
     """Grouped-query attention, every layer: rows for the ridge below, a column of ones for the bias."""
     decoder, ridge = small_decoder(**(BIASED if biased else {})), 0.02
-    restored = restore(decoder, kept_in(decoder), WINDOWS, Restoration(alpha=alpha, ridge=ridge, inner=0.0))
-    for (layer, kind), collected in halves(decoder, restored, WINDOWS).items():
+    refitted = slice_and_refit(decoder, kept_in(decoder), WINDOWS, Refit(alpha=alpha, ridge=ridge, inner=0.0))
+    for (layer, kind), collected in halves(decoder, refitted, WINDOWS).items():
         a, before, after = (x.astype(np.float64) for x in collected)
         old, bias = of_layer(decoder, layer, kind)
         rows = feature_rows(kind, len(old))
@@ -65,7 +65,7 @@ def test_refit_is_the_least_squares_solution_on_collected_activations(alpha: flo
         left = np.concatenate([a[:, rows], np.full((len(a), 1), float(biased))], axis=1)
         left = np.concatenate([left, weight * np.eye(len(rows), len(rows) + 1)])
         solution = np.linalg.lstsq(left, np.concatenate([target, weight * old[rows]]), rcond=None)[0]
-        kernel, shifted = of_layer(restored, layer, kind)
+        kernel, shifted = of_layer(refitted, layer, kind)
         np.testing.assert_allclose(kernel, solution[:-1], atol=1e-4 * np.abs(solution).max())
         if biased:
             np.testing.assert_allclose(shifted - bias, solution[-1], atol=1e-4 * np.abs(solution).max())
@@ -74,15 +74,15 @@ def test_refit_is_the_least_squares_solution_on_collected_activations(alpha: flo
 def test_what_removes_nothing_changes_nothing() -> None:
     decoder = small_decoder(**BIASED)
     everything = {kind: [np.arange(n) for n in group_counts(decoder, kind)] for kind in axis_table.KINDS}
-    assert arrays_equal(restore(decoder, everything, WINDOWS), decoder)
+    assert arrays_equal(slice_and_refit(decoder, everything, WINDOWS), decoder)
     counts = {kind: group_counts(decoder, kind) for kind in axis_table.KINDS}
     pruned, kept = prune_by_obs(decoder, counts, WINDOWS)
     assert arrays_equal(pruned, decoder)
     assert [len(rows) for rows in kept["head"]] == counts["head"]
 
 
-@pytest.mark.parametrize("settings", [Restoration(), Restoration("bias"), Restoration("none")])
-def test_removing_groups_of_zeros_changes_nothing(settings: Restoration) -> None:
+@pytest.mark.parametrize("settings", [Refit(), Refit("bias"), Refit("none")])
+def test_removing_groups_of_zeros_changes_nothing(settings: Refit) -> None:
     """And structured OBS finds them."""
     decoder = small_decoder(**BIASED)
     for kind in axis_table.KINDS:
@@ -90,9 +90,9 @@ def test_removing_groups_of_zeros_changes_nothing(settings: Restoration) -> None
         old = np.asarray(kernel)
         stays = np.isin(np.arange(old[0].size // 16), feature_rows(kind, old[0].size // 16))
         kernel.set_value(jnp.asarray(old * stays.reshape(old.shape[1:-1])[None, ..., None]))
-    restored = restore(decoder, kept_in(decoder), WINDOWS, settings)
-    assert sizes_of(restored) == slice_sizes(sizes_of(decoder), kept_in(decoder))
-    np.testing.assert_allclose(hidden(restored, WINDOWS), hidden(decoder, WINDOWS), atol=1e-5)
+    refitted = slice_and_refit(decoder, kept_in(decoder), WINDOWS, settings)
+    assert sizes_of(refitted) == slice_sizes(sizes_of(decoder), kept_in(decoder))
+    np.testing.assert_allclose(hidden(refitted, WINDOWS), hidden(decoder, WINDOWS), atol=1e-5)
     counts = {kind: [len(rows)] * 3 for kind, rows in KEPT.items()}
     pruned, kept = prune_by_obs(decoder, counts, WINDOWS, settings)
     assert all((rows == KEPT[kind]).all() for kind in axis_table.KINDS for rows in kept[kind])
@@ -112,7 +112,7 @@ def hidden(decoder: Decoder, windows: np.ndarray) -> np.ndarray:
         "gpt_neox",
     ],
 )
-def test_restored_models_of_every_kind_of_family_are_nearer_to_the_dense_one(tmp_path: Path, name: str) -> None:
+def test_refitted_models_of_every_kind_of_family_are_nearer_to_the_dense_one(tmp_path: Path, name: str) -> None:
     """Unequal layers, one of them untouched; each projection's target is met better than by its old rows."""
     family, changes = CONFIGURATIONS[name]
     decoder = read_model(hugging_face_folder(tmp_path / "model", family, **changes)).decoder
@@ -120,19 +120,19 @@ def test_restored_models_of_every_kind_of_family_are_nearer_to_the_dense_one(tmp
     kept["channel"][1] = np.arange(20)
     kept["head"][2] = np.arange(group_counts(decoder, "head")[2])
     windows = random_tokens(97, 8, 20)
-    restored, sliced = restore(decoder, kept, windows), slice_groups(decoder, kept)
-    assert sizes_of(restored) == sizes_of(sliced)
-    assert {path: a.shape for path, a in named_arrays(restored)} == {p: a.shape for p, a in named_arrays(sliced)}
-    errors = [np.square(hidden(model, windows) - hidden(decoder, windows)).mean() for model in (restored, sliced)]
+    refitted, sliced = slice_and_refit(decoder, kept, windows), slice_groups(decoder, kept)
+    assert sizes_of(refitted) == sizes_of(sliced)
+    assert {path: a.shape for path, a in named_arrays(refitted)} == {p: a.shape for p, a in named_arrays(sliced)}
+    errors = [np.square(hidden(model, windows) - hidden(decoder, windows)).mean() for model in (refitted, sliced)]
     assert errors[0] < 0.8 * errors[1]
 
 
 def test_each_projection_comes_nearer_to_its_target() -> None:
-    decoder, settings = small_decoder(**BIASED), Restoration().resolve(small_decoder(**BIASED).config)
+    decoder, settings = small_decoder(**BIASED), Refit().resolve(small_decoder(**BIASED).config)
 
     def shrink(site: Site) -> Block:
-        fit, old_bias = restoring.fit_of(site, settings), of_run(site.run, site.kind)[1]
-        smaller = restoring._shrink(site, site.kind, KEPT[site.kind], settings)
+        fit, old_bias = refitting.fit_of(site, settings), of_run(site.run, site.kind)[1]
+        smaller = refitting._shrink(site, site.kind, KEPT[site.kind], settings)
         kernel, bias = of_run(smaller, site.kind)
         rows = feature_rows(site.kind, len(fit.kernel))
         hessian, right = fit.hessian[np.ix_(rows, rows)], fit.right[rows]
@@ -157,10 +157,10 @@ def of_run(run: Block, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 def test_bias_compensation_keeps_the_mean_output_of_every_projection() -> None:
     decoder = small_decoder(**BIASED)
-    restored = restore(decoder, kept_in(decoder), WINDOWS, Restoration("bias"))
-    for (layer, kind), (a, _, _) in halves(decoder, restored, WINDOWS).items():
+    refitted = slice_and_refit(decoder, kept_in(decoder), WINDOWS, Refit("bias"))
+    for (layer, kind), (a, _, _) in halves(decoder, refitted, WINDOWS).items():
         old, bias = of_layer(decoder, layer, kind)
-        kernel, shifted = of_layer(restored, layer, kind)
+        kernel, shifted = of_layer(refitted, layer, kind)
         rows = feature_rows(kind, len(old))
         np.testing.assert_array_equal(kernel, old[rows])
         np.testing.assert_allclose((a[:, rows] @ kernel + shifted).mean(0), (a @ old + bias).mean(0), atol=1e-5)
@@ -172,13 +172,13 @@ def test_features_that_are_never_used_keep_their_rows() -> None:
     dead = np.array([1, 5])
     up = decoder.runs[0].mlp.up.kernel
     up.set_value(up[...].at[:, :, dead].set(0.0))
-    restored = restore(decoder, kept_in(decoder), WINDOWS)
+    refitted = slice_and_refit(decoder, kept_in(decoder), WINDOWS)
     places = np.flatnonzero(np.isin(KEPT["channel"], dead))
     for layer in range(3):
-        kernel, old = of_layer(restored, layer, "channel")[0], of_layer(decoder, layer, "channel")[0]
+        kernel, old = of_layer(refitted, layer, "channel")[0], of_layer(decoder, layer, "channel")[0]
         np.testing.assert_allclose(kernel[places], old[dead], rtol=1e-6)
     up.set_value(jnp.zeros_like(up[...]))
-    silent = restore(decoder, kept_in(decoder), WINDOWS, Restoration(alpha=0.0))
+    silent = slice_and_refit(decoder, kept_in(decoder), WINDOWS, Refit(alpha=0.0))
     np.testing.assert_allclose(of_layer(silent, 0, "channel")[0], of_layer(decoder, 0, "channel")[0][KEPT["channel"]])
 
 
@@ -187,14 +187,14 @@ def test_half_precision_weights_stay_what_they_are() -> None:
         return jax.tree.map(lambda array: array.astype(jnp.bfloat16), decoder)
 
     decoder = half(small_decoder(**BIASED))
-    restored = restore(decoder, kept_in(decoder), WINDOWS)
-    assert {array.dtype for _, array in named_arrays(restored)} == {jnp.dtype(jnp.bfloat16)}
+    refitted = slice_and_refit(decoder, kept_in(decoder), WINDOWS)
+    assert {array.dtype for _, array in named_arrays(refitted)} == {jnp.dtype(jnp.bfloat16)}
     whole = jax.tree.map(lambda array: array.astype(jnp.float32), decoder)
-    expected = restore(whole, kept_in(whole), WINDOWS)
-    np.testing.assert_array_equal(of_layer(half(expected), 0, "head")[0], of_layer(restored, 0, "head")[0])
+    expected = slice_and_refit(whole, kept_in(whole), WINDOWS)
+    np.testing.assert_array_equal(of_layer(half(expected), 0, "head")[0], of_layer(refitted, 0, "head")[0])
     errors = [
         hidden(model, WINDOWS) - hidden(decoder, WINDOWS)
-        for model in (restored, slice_groups(decoder, kept_in(decoder)))
+        for model in (refitted, slice_groups(decoder, kept_in(decoder)))
     ]
     assert np.square(errors[0]).mean() < 0.8 * np.square(errors[1]).mean()
 
@@ -204,7 +204,7 @@ def test_half_precision_weights_stay_what_they_are() -> None:
 
 def test_device_and_host_agree() -> None:
     decoder = small_decoder(**BIASED)
-    host, device = (restore(decoder, kept_in(decoder), WINDOWS, Restoration(solver=s)) for s in solve.SOLVERS)
+    host, device = (slice_and_refit(decoder, kept_in(decoder), WINDOWS, Refit(solver=s)) for s in solve.SOLVERS)
     for (path, left), (_, right) in zip(named_arrays(host), named_arrays(device), strict=True):
         np.testing.assert_allclose(left, right, atol=1e-4 * float(jnp.abs(left).max()), err_msg=path)
 
@@ -293,15 +293,15 @@ def test_inverses_are_symmetric_and_mended_like_other_systems(solver: str) -> No
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_the_update_of_obs_is_the_refit_of_what_stays(alpha: float) -> None:
     """With the ridge in H and towards the old weights, OBS from the best full-width weights ends in least squares."""
-    decoder, settings = small_decoder(**BIASED), Restoration(alpha=alpha, inner=0.0)
+    decoder, settings = small_decoder(**BIASED), Refit(alpha=alpha, inner=0.0)
     counts = {kind: [len(rows)] * 3 for kind, rows in KEPT.items()}
     pruned, kept = prune_by_obs(decoder, counts, WINDOWS, settings)
     assert group_counts(pruned, "head") == counts["head"]
     assert group_counts(pruned, "channel") == counts["channel"]
-    assert arrays_equal(pruned, restore(decoder, kept, WINDOWS, settings))
+    assert arrays_equal(pruned, slice_and_refit(decoder, kept, WINDOWS, settings))
 
     def check(site: Site) -> Block:
-        fit = restoring.fit_of(site, settings.resolve(decoder.config))
+        fit = refitting.fit_of(site, settings.resolve(decoder.config))
         inverse = np.linalg.inv(fit.hessian)
         full = inverse @ fit.right
         if alpha == 0:
@@ -313,15 +313,15 @@ def test_the_update_of_obs_is_the_refit_of_what_stays(alpha: float) -> None:
         rows = np.arange(len(full)).reshape(count, -1)[stay].ravel()
         left = updated(inverse, full, gone, count)
         np.testing.assert_allclose(left, fit.rows(rows, "host"), rtol=1e-6, atol=1e-9)
-        return restoring._shrink(site, site.kind, stay, settings.resolve(decoder.config))
+        return refitting._shrink(site, site.kind, stay, settings.resolve(decoder.config))
 
     walk(decoder, WINDOWS, check)
 
 
-def test_obs_on_the_device_chooses_and_restores_as_on_the_host() -> None:
+def test_obs_on_the_device_chooses_and_refits_as_on_the_host() -> None:
     decoder, counts = small_decoder(**BIASED), {kind: [len(rows)] * 3 for kind, rows in KEPT.items()}
     (host, kept), (device, stayed) = (
-        prune_by_obs(decoder, counts, WINDOWS, Restoration(solver=solver)) for solver in solve.SOLVERS
+        prune_by_obs(decoder, counts, WINDOWS, Refit(solver=solver)) for solver in solve.SOLVERS
     )
     assert {kind: np.asarray(rows).tolist() for kind, rows in kept.items()} == {
         kind: np.asarray(rows).tolist() for kind, rows in stayed.items()
@@ -336,27 +336,27 @@ def test_obs_on_the_device_chooses_and_restores_as_on_the_host() -> None:
 @pytest.mark.parametrize(
     ("settings", "changes", "sentence"),
     [
-        (Restoration("nothing"), {}, "unknown restoration 'nothing'"),
-        (Restoration(solver="moon"), {}, "unknown solver 'moon'"),
-        (Restoration("bias"), {"output_bias": True}, "use least-squares"),
-        (Restoration(alpha=1.5), {}, "found 1.5"),
-        (Restoration(alpha=0.5), {"post_norms": True}, "must be 0 in a model with norms after"),
-        (Restoration(ridge=0.0), {}, "positive number, found 0"),
-        (Restoration(inner=1.5), {}, r"inner matrices are turned must lie in \[0, 1\], found 1.5"),
-        (Restoration("bias", inner=0.5), {"output_bias": True, "mlp_bias": True}, "must be 0 without least squares"),
+        (Refit("nothing"), {}, "unknown refit 'nothing'"),
+        (Refit(solver="moon"), {}, "unknown solver 'moon'"),
+        (Refit("bias"), {"output_bias": True}, "use least-squares"),
+        (Refit(alpha=1.5), {}, "found 1.5"),
+        (Refit(alpha=0.5), {"post_norms": True}, "must be 0 in a model with norms after"),
+        (Refit(ridge=0.0), {}, "positive number, found 0"),
+        (Refit(inner=1.5), {}, r"inner matrices are turned must lie in \[0, 1\], found 1.5"),
+        (Refit("bias", inner=0.5), {"output_bias": True, "mlp_bias": True}, "must be 0 without least squares"),
     ],
 )
-def test_settings_that_cannot_be_used(settings: Restoration, changes: dict[str, bool], sentence: str) -> None:
+def test_settings_that_cannot_be_used(settings: Refit, changes: dict[str, bool], sentence: str) -> None:
     decoder = small_decoder(**changes)
     with pytest.raises(InputError, match=sentence):
-        restore(decoder, kept_in(decoder), WINDOWS, settings)
+        slice_and_refit(decoder, kept_in(decoder), WINDOWS, settings)
 
 
 def test_the_target_goes_half_way_where_the_projection_adds_to_the_stream() -> None:
     for changes, alpha in (({}, 0.5), ({"parallel": True}, 0.5), ({"post_norms": True}, 0.0)):
-        assert Restoration().resolve(small_decoder(**changes).config).alpha == alpha
+        assert Refit().resolve(small_decoder(**changes).config).alpha == alpha
     biased = small_decoder(**BIASED).config
-    assert Restoration("bias").resolve(biased).alpha == 0
+    assert Refit("bias").resolve(biased).alpha == 0
     assert can_compensate(biased)
 
 
@@ -365,4 +365,4 @@ def test_activations_that_are_not_finite() -> None:
     up = decoder.runs[0].mlp.up.kernel
     up.set_value(up[...].at[1].set(jnp.nan))
     with pytest.raises(InputError, match=r"mlp\.down of layer 1 is not finite"):
-        restore(decoder, kept_in(decoder), WINDOWS)
+        slice_and_refit(decoder, kept_in(decoder), WINDOWS)

@@ -7,7 +7,7 @@ from jax import numpy as jnp
 from minillm_jax.model.loss import sequence_losses
 from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import kernels
-from minillm_jax.pruning.refit import Restoration, restore
+from minillm_jax.pruning.refit import Refit, slice_and_refit
 from minillm_jax.pruning.refit_inputs import INNER, align
 from minillm_jax.pruning.slicing import slice_layers
 from minillm_jax.pruning.walk import InputMoments
@@ -76,7 +76,7 @@ def test_a_restored_model_is_nearer_to_the_dense_one_with_it() -> None:
     dense = np.asarray(sequence_losses(decoder, jnp.asarray(WINDOWS)))
     errors = {}
     for inner in (0.0, 1.0):
-        pruned = restore(decoder, kept, WINDOWS, Restoration(alpha=0.0, ridge=1e-4, inner=inner))
+        pruned = slice_and_refit(decoder, kept, WINDOWS, Refit(alpha=0.0, ridge=1e-4, inner=inner))
         errors[inner] = np.abs(np.asarray(sequence_losses(pruned, jnp.asarray(WINDOWS))) - dense).mean()
     assert errors[1.0] < errors[0.0]
 
@@ -84,7 +84,7 @@ def test_a_restored_model_is_nearer_to_the_dense_one_with_it() -> None:
 def test_halves_that_lose_nothing_keep_their_inner_matrices() -> None:
     decoder = small_decoder()
     kept = {"head": [np.arange(4)] * 3, "channel": [KEPT["channel"]] * 3}
-    restored = restore(decoder, kept, WINDOWS, Restoration())
+    refitted = slice_and_refit(decoder, kept, WINDOWS, Refit())
     for name in INNER["head"]:
-        assert arrays_equal(kernels(decoder.runs[0])[name][...], kernels(restored.runs[0])[name][...])
-    assert not np.allclose(kernels(decoder.runs[0])["mlp.up"][1, :, 0], kernels(restored.runs[0])["mlp.up"][1, :, 0])
+        assert arrays_equal(kernels(decoder.runs[0])[name][...], kernels(refitted.runs[0])[name][...])
+    assert not np.allclose(kernels(decoder.runs[0])["mlp.up"][1, :, 0], kernels(refitted.runs[0])["mlp.up"][1, :, 0])

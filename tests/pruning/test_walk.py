@@ -8,11 +8,11 @@ import pytest
 from jax import numpy as jnp
 
 from convert.reader import read_model
+from minillm_jax.data.batches import Batches
 from minillm_jax.model import axis_table
 from minillm_jax.model.build import with_runs
 from minillm_jax.model.decoder import Decoder, embed, rotary_angles
 from minillm_jax.model.layer import apply_layer
-from minillm_jax.model.loss import batches
 from minillm_jax.model.modules import Block
 from minillm_jax.pruning import slicing
 from minillm_jax.pruning import walk as walking
@@ -134,7 +134,7 @@ def test_the_pruned_stream_is_that_of_the_sliced_model(tmp_path: Path, name: str
 def test_moments_do_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, windows = small_decoder(), random_tokens(61, 7, 9)
     whole = collect(decoder, windows)
-    monkeypatch.setattr(walking, "batches", lambda windows: batches(windows, 18))
+    monkeypatch.setattr(walking, "batches", lambda windows: Batches(windows, 18))
     for site, moments in collect(decoder, windows).items():
         for split, together in zip(moments, whole[site], strict=True):
             np.testing.assert_allclose(split, together, atol=1e-6 * float(jnp.abs(together).max()))

@@ -20,7 +20,7 @@ from minillm_jax import demo
 from minillm_jax.budget.budget import Budget
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
-from minillm_jax.pruning.refit import Restoration
+from minillm_jax.pruning.refit import Refit
 from minillm_jax.report import html, model_card, plots, summary, tables
 from minillm_jax.run import Job, Result, run
 from minillm_jax.scoring.score import QUANTILES, Scores, Scoring, summaries
@@ -154,7 +154,7 @@ def test_the_same_figures_give_the_same_bytes(wanda: tuple[Result, dict[str, Any
 def test_every_format_has_its_documents_and_what_the_card_says_loads(tmp_path: Path, form: str) -> None:
     """The criterion obs has no scores to draw; without evaluation there is no perplexity to draw."""
     job = job_of(tmp_path, format=form, scoring=Scoring("obs"), evaluation=None)
-    job = Job(**vars(job) | {"restoration": Restoration(), "structures": ("channels",), "heads": "group"})
+    job = Job(**vars(job) | {"refit": Refit(), "structures": ("channels",), "heads": "group"})
     result, written = finish(job)
     assert same_figures(result, written)
     assert written["format"] == result.written.format == form

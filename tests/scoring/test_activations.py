@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from convert.reader import read_model
+from minillm_jax.data.batches import Batches
 from minillm_jax.model import axis_table
-from minillm_jax.model.loss import batches
 from minillm_jax.scoring import activations
 from minillm_jax.scoring.activations import ACTIVATION_NORMS, activation_norms
 from tests.helpers import hugging_face_folder, load_torch, random_tokens, small_decoder
@@ -55,7 +55,7 @@ def test_norms_have_the_input_axes_of_their_matrix_and_do_not_depend_on_batches(
     (whole,) = activation_norms(decoder, windows)
     for name, axes in axis_table.matrices().items():
         assert whole[name].ndim == 1 + len(axes.split()[0])
-    monkeypatch.setattr(activations, "batches", lambda windows, devices: batches(windows, 18, devices))
+    monkeypatch.setattr(activations, "batches", lambda windows, devices: Batches(windows, 18, devices))
     (split,) = activation_norms(decoder, windows)
     for name, norms in whole.items():
         np.testing.assert_allclose(split[name], norms, rtol=1e-6)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from convert.reader import read_model
-from minillm_jax.data.text import Calibration
+from minillm_jax.data.windows import Calibration
 from minillm_jax.errors import InputError
 from minillm_jax.model.loaded import Model
 from minillm_jax.scoring.gradient.settings import Estimation

@@ -1,6 +1,6 @@
 """The host's loop around the compiled estimate: chunks of directions, batches of windows, progress."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
+from minillm_jax.data.batches import Batch, Batches
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
+from minillm_jax.evaluation.perplexity import window_losses
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.loss import batches, window_losses
 from minillm_jax.scoring.gradient import rebuild, slopes, spaces
 from minillm_jax.scoring.gradient.checkpoint import Checkpoint, identity
 from minillm_jax.scoring.gradient.directions import Directions
@@ -59,7 +61,7 @@ class Estimate:
 
 def estimate(
     decoder: Decoder,
-    windows: Int[np.ndarray, "B T"],
+    batches: Batches,
     settings: Estimation | None = None,
     progress: Progress | None = None,
     checkpoint: str | Path | None = None,
@@ -71,7 +73,7 @@ def estimate(
 
     Args:
       decoder: the model.
-      windows: calibration windows.
+      batches: calibration windows.
       settings: what is asked for.
       progress: told the number of directions (of windows, for `exact`) that are done, and of all.
       checkpoint: folder to save the estimate in while it is made, and to go on from if it was interrupted.
@@ -84,18 +86,18 @@ def estimate(
     if settings.difference == "exact":
         if checkpoint is not None:
             raise InputError("the exact gradient is one pass and cannot be resumed; leave out --checkpoint")
-        return _exact(decoder, windows, settings, progress)
+        return _exact(decoder, batches, settings, progress)
     if settings.difference == "spsa" and settings.epsilon is None:
-        settings = replace(settings, epsilon=choose_epsilon(decoder, windows, settings))
+        settings = replace(settings, epsilon=choose_epsilon(decoder, batches, settings))
     needed = settings.difference == "spsa" or checkpoint is not None
-    dense = window_losses(decoder, windows) if needed else np.zeros(0, np.float32)
+    dense = window_losses(decoder, batches) if needed else np.zeros(0, np.float32)
     if checkpoint is None:
-        found = _measure(decoder, windows, settings, progress, None)
+        found = _measure(decoder, batches, settings, progress, None)
     else:
-        with Checkpoint(checkpoint, identity(settings, windows, dense)) as saved:
-            found = _measure(decoder, windows, settings, progress, saved)
+        with Checkpoint(checkpoint, identity(settings, batches.windows, dense)) as saved:
+            found = _measure(decoder, batches, settings, progress, saved)
     _check(found, settings)
-    predictions = windows.shape[0] * (windows.shape[1] - 1)
+    predictions = batches.predictions
     if settings.difference == "jvp":
         return Estimate(settings, found / predictions)
     slopes = (found[:, 0] - found[:, 1]) / (2 * settings.step())
@@ -113,17 +115,17 @@ def _check(found: np.ndarray, settings: Estimation) -> None:
 
 def _measure(
     decoder: Decoder,
-    windows: np.ndarray,
+    batches: Batches,
     settings: Estimation,
     progress: Progress | None,
     checkpoint: Checkpoint | None,
 ) -> Float[np.ndarray, "P *sides B"]:
     """Losses at both ends of every direction, or slopes along it, of every sequence, float64."""
     chunks, found = (None, None) if checkpoint is None else checkpoint.load()
-    chunks = chunks or shared_plan(decoder, windows.shape[1], settings)
+    chunks = chunks or shared_plan(decoder, batches.length, settings)
     for first in range(0 if found is None else len(found), settings.directions, chunks.per_call):
         last = min(first + chunks.per_call, settings.directions)
-        part = measure_call(decoder, windows, settings, chunks, first, last)
+        part = measure_call(decoder, batches, settings, chunks, first, last)
         found = part if found is None else np.concatenate([found, part])
         if checkpoint is not None:
             checkpoint.save(chunks, found, last == settings.directions)
@@ -134,7 +136,7 @@ def _measure(
 
 
 def measure_call(
-    decoder: Decoder, windows: np.ndarray, settings: Estimation, chunks: Plan, first: int, last: int
+    decoder: Decoder, batches: Batches, settings: Estimation, chunks: Plan, first: int, last: int
 ) -> Float[np.ndarray, "P *sides B"]:
     """As `_measure`, for directions first, ..., last - 1, in one call of the compiled program for each batch.
 
@@ -142,58 +144,49 @@ def measure_call(
     the program is compiled once.
     """
     stacked = settings.draw(decoder, first, first + chunks.per_call).stacked(chunks.per_step)
-    parts = [
-        sharding.gather(_run(decoder, *_spread(decoder, stacked, tokens), numbers, settings)).astype(np.float64)
-        for tokens, numbers in numbered_batches(windows, chunks.tokens, sharding.data_size(sharding.of(decoder)))
-    ]
-    whole = np.concatenate(parts, axis=-1)
-    return whole.reshape(chunks.per_call, *whole.shape[2:])[: last - first]
+
+    def program(batch: Batch) -> Array:
+        return _run(decoder, _spread(stacked, batch, batches.mesh), batch, settings)
+
+    losses = batches.resized(chunks.tokens).collect(program).astype(np.float64)
+    return losses.reshape(chunks.per_call, *losses.shape[2:])[: last - first]
 
 
-def _spread(decoder: Decoder, stacked: Directions, tokens: np.ndarray) -> tuple[Directions, Array]:
-    """Over the devices of `data`: the sequences, or the directions where the sequences do not divide."""
-    devices = sharding.of(decoder)
-    batch = sharding.shard_batch(tokens, devices)
-    divides = len(tokens) % sharding.data_size(devices) == 0
-    return stacked if divides else sharding.shard_directions(stacked, devices), batch
+def _spread(directions: Directions, batch: Batch, mesh: Mesh | None) -> Directions:
+    """Directions spread over the devices of `data` where the batch's windows do not divide, [chunks, P]."""
+    devices = sharding.data_size(mesh)
+    if mesh is None or len(batch.numbers) % devices == 0:
+        return directions
+    where = NamedSharding(mesh, PartitionSpec(None, *sharding.over_data(directions.factors.shape[1], mesh).spec))
+    data = sharding.place(np.asarray(jax.random.key_data(directions.keys)), where)
+    keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(directions.keys))
+    return Directions(keys, sharding.place(np.asarray(directions.factors), where))
 
 
-def numbered_batches(
-    windows: Int[np.ndarray, "B T"], at_once: int, devices: int = 1
-) -> Iterator[tuple[Int[np.ndarray, "b T"], Int[Array, " b"]]]:
-    """Batches of at most so many tokens, each with the numbers of its windows."""
-    first = 0
-    for batch in batches(windows, at_once, devices):
-        yield batch, jnp.arange(first, first + len(batch), dtype=jnp.int32)
-        first += len(batch)
-
-
-def _run(decoder: Decoder, stacked: Directions, tokens: Array, numbers: Array, settings: Estimation) -> Array:
+def _run(decoder: Decoder, directions: Directions, batch: Batch, settings: Estimation) -> Array:
     space = settings.make_space()
     if settings.difference == "jvp":
-        return slopes.directional_derivatives(decoder, stacked, tokens, numbers, space)
-    return slopes.paired_losses(decoder, stacked, tokens, numbers, jnp.float32(settings.step()), space)
+        return slopes.directional_derivatives(decoder, directions, batch.tokens, batch.numbers, space)
+    epsilon = jnp.float32(settings.step())
+    return slopes.paired_losses(decoder, directions, batch.tokens, batch.numbers, epsilon, space)
 
 
-def _exact(decoder: Decoder, windows: np.ndarray, settings: Estimation, progress: Progress | None) -> Estimate:
-    """By weights: summed over the batches, float32. By gates: each sequence's own."""
-    predictions = windows.shape[0] * (windows.shape[1] - 1)
-    total: RunGradients | None = None
+def _exact(decoder: Decoder, batches: Batches, settings: Estimation, progress: Progress | None) -> Estimate:
+    """By weights: summed over the batches, float32. By gates: the gradient of every sequence."""
+    by_gates, done = settings.space == "gates", 0
+    gradients: RunGradients | None = None
     squares: RunGradients | None = None
-    done = 0
-    by_gates, devices = settings.space == "gates", sharding.of(decoder)
-    one_by_one = settings.curvature  # each window's own gradient is squared
-    cut = batches(windows, 1) if one_by_one else batches(windows, devices=sharding.data_size(devices))
-    for batch in cut:
-        part = (gate_gradients if by_gates else weight_gradients)(decoder, sharding.shard_batch(batch, devices))
-        part = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / predictions, part)
+    # The gradient of every single window is squared.
+    for batch in batches.resized(1) if settings.curvature else batches:
+        part = (gate_gradients if by_gates else weight_gradients)(decoder, batch.tokens)
+        part = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / batches.predictions, part)
         if settings.curvature:
-            squares = _add_squares(squares, part, len(windows))
-        total = part if total is None else jax.tree.map(_beside if by_gates else jnp.add, total, part)
-        done += len(batch)
+            squares = _add_squares(squares, part, batches.count)
+        gradients = part if gradients is None else jax.tree.map(_beside if by_gates else jnp.add, gradients, part)
+        done += len(batch.numbers)
         if progress is not None:
-            progress(done, len(windows))
-    return Estimate(settings, exact=total, curvature=squares)
+            progress(done, batches.count)
+    return Estimate(settings, exact=gradients, curvature=squares)
 
 
 def _add_squares(total: RunGradients | None, part: RunGradients, count: int) -> RunGradients:

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 
+from minillm_jax.data.batches import TOKENS_PER_BATCH
 from minillm_jax.devices import hosts
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.loss import LOGITS_AT_ONCE, TOKENS_AT_ONCE
+from minillm_jax.model.loss import LOGITS_AT_ONCE
 from minillm_jax.model.tree import hidden_size, parameter_count, run_letters
 from minillm_jax.scoring.gradient.settings import Estimation
 
@@ -53,7 +54,7 @@ def shared_plan(decoder: Decoder, length: int, settings: Estimation) -> Plan:
 def plan(decoder: Decoder, length: int, settings: Estimation) -> Plan:
     """The plan for windows of so many tokens."""
     per_step = min(settings.per_step or _per_step(decoder, length, settings), settings.directions)
-    tokens = max(length, TOKENS_AT_ONCE // per_step)
+    tokens = max(length, TOKENS_PER_BATCH // per_step)
     needed = -(-settings.directions // per_step)
     work = 4.0 * parameter_count(decoder) * tokens * per_step  # a pair; a multiply and an add for each weight
     calls = -(-needed // max(1, min(MOST_CHUNKS, int(WORK_PER_CALL / work))))
@@ -66,7 +67,7 @@ def _per_step(decoder: Decoder, length: int, settings: Estimation) -> int:
     if device.platform == "cpu" and settings.difference == "spsa":
         return 1
     memory = settings.memory or _free_memory(device)
-    tokens = max(length, TOKENS_AT_ONCE // MOST_PER_STEP)
+    tokens = max(length, TOKENS_PER_BATCH // MOST_PER_STEP)
     return max(1, min(MOST_PER_STEP, memory // direction_bytes(decoder, tokens, length, settings)))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minillm_jax.data.text import check_seed
+from minillm_jax.data.windows import check_seed
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.scoring.gradient import spaces

@@ -1,12 +1,13 @@
 """The finite step of SPSA: how it fared, and which one to take."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jax import numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from minillm_jax.devices import sharding
+from minillm_jax.data.batches import Batch, Batches
 from minillm_jax.errors import InputError
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.scoring.gradient import slopes
@@ -62,7 +63,7 @@ class StepReport:
         return None
 
 
-def choose_epsilon(decoder: Decoder, windows: Int[np.ndarray, "B T"], settings: Estimation) -> float:
+def choose_epsilon(decoder: Decoder, batches: Batches, settings: Estimation) -> float:
     """The candidate whose central differences are nearest to the exact directional derivatives.
 
     Compared along a few directions on a few windows, by forward passes alone.
@@ -70,19 +71,21 @@ def choose_epsilon(decoder: Decoder, windows: Int[np.ndarray, "B T"], settings: 
     Raises:
       InputError: no candidate has finite losses.
     """
-    tokens = sharding.shard_batch(windows[:COMPARED], sharding.of(decoder))
-    numbers, space = jnp.arange(len(tokens), dtype=jnp.int32), settings.make_space()
+    compared, space = batches.first(COMPARED), settings.make_space()
     directions = settings.draw(decoder, 0, COMPARED).stacked(1)
-    true = _fetch(slopes.directional_derivatives(decoder, directions, tokens, numbers, space))
-    errors = []
+
+    def derivatives(batch: Batch) -> Array:
+        return slopes.directional_derivatives(decoder, directions, batch.tokens, batch.numbers, space)
+
+    def losses(batch: Batch, epsilon: float) -> Array:
+        step = jnp.float32(epsilon)
+        return slopes.paired_losses(decoder, directions, batch.tokens, batch.numbers, step, space)
+
+    exact, errors = compared.collect(derivatives).astype(np.float64), []
     for epsilon in CANDIDATES:
-        ends = _fetch(slopes.paired_losses(decoder, directions, tokens, numbers, jnp.float32(epsilon), space))
+        ends = compared.collect(partial(losses, epsilon=epsilon)).astype(np.float64)
         differences = (ends[..., 0, :] - ends[..., 1, :]) / (2 * epsilon)
-        errors.append(np.linalg.norm((differences - true).sum(-1)))
+        errors.append(np.linalg.norm((differences - exact).sum(-1)))
     if not np.isfinite(errors).any():
         raise InputError("the loss is not finite at any step that could be chosen; use --difference jvp")
     return CANDIDATES[int(np.nanargmin(errors))]
-
-
-def _fetch(array: Float[Array, "..."]) -> Float[np.ndarray, "..."]:
-    return sharding.gather(array).astype(np.float64)

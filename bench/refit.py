@@ -1,9 +1,9 @@
-"""Time and memory of choosing and restoring at a real size: structured OBS with least squares on random weights.
+"""Time and memory of choosing and refitting at a real size: structured OBS with least squares on random weights.
 
-    python bench/restoration.py [--preset 7B] [--layers 3] [--dtype float32] [--ratio 0.2] [--samples 64]
-        [--length 128] [--solver host] [--output bench/results/restoration.json]
+    python bench/refit.py [--preset 7B] [--layers 3] [--dtype float32] [--ratio 0.2] [--samples 64]
+        [--length 128] [--solver host] [--output bench/results/refit.json]
 
-The default recipe, layer after layer, on a decoder of the preset's shape with that many layers: score, restore and
+The default recipe, layer after layer, on a decoder of the preset's shape with that many layers: score, slice_and_refit and
 slice are one walk there, and there is nothing to estimate. A row of kind `layer` for every layer: its seconds, and how
 many of them go to each part,
 
@@ -83,7 +83,7 @@ def layers(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     decoder = random_decoder(arguments.preset, arguments.dtype, layers=arguments.layers)
     windows = np.random.default_rng(1).integers(0, sizes.V, (arguments.samples, arguments.length), np.int32)
     counts = {kind: [kept_count(n, arguments.ratio) for n in group_counts(decoder, kind)] for kind in KINDS}
-    settings = refit.Restoration(solver=arguments.solver)
+    settings = refit.Refit(solver=arguments.solver)
     rows: list[dict[str, Any]] = []
     with watched() as taken:
         last, before = [time.perf_counter()], dict(taken)
@@ -102,7 +102,7 @@ def layers(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
         pruned, _ = refit.prune_by_obs(decoder, counts, windows, settings, progress)
         jax.block_until_ready(jax.tree.leaves(pruned))
-    assert all(math.isfinite(float(leaf.sum())) for leaf in jax.tree.leaves(pruned)), "a restored array is not finite"
+    assert all(math.isfinite(float(leaf.sum())) for leaf in jax.tree.leaves(pruned)), "a refitted array is not finite"
     yield from rows
     each = median(row["seconds"] for row in rows[1:] or rows)
     yield {

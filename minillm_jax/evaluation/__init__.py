@@ -1,0 +1,1 @@
+"""What a model predicts, measured on text."""

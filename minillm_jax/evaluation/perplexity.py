@@ -1,0 +1,67 @@
+"""Perplexity over windows of token ids."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import exp
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from minillm_jax.data.batches import Batches
+from minillm_jax.errors import InputError
+from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.loss import sequence_losses
+
+# Nats per token. The exponential of a larger loss overflows a float64.
+LARGEST_LOSS = 700.0
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(total negative log likelihood / predictions) over non-overlapping windows.
+
+    Attributes:
+      perplexity: the exponential of `loss`.
+      tokens: number of predicted tokens.
+      window: tokens of a window.
+      windows: number of windows.
+      loss: mean negative log likelihood of a token, nats.
+    """
+
+    perplexity: float
+    tokens: int
+    window: int
+    windows: int
+    loss: float
+
+
+def window_losses(
+    decoder: Decoder,
+    batches: Batches,
+    losses: Callable[[Decoder, Int[Array, "b T"]], Float[Array, " b"]] = sequence_losses,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float[np.ndarray, " B"]:
+    """The summed cross entropy of every window, float32, nats.
+
+    Args:
+      decoder: the model.
+      batches: windows of token ids.
+      losses: decoder, tokens -> the summed cross entropy of every sequence; `sequence_losses` by default.
+      progress: called with the number of windows done, and of all.
+    """
+    return batches.collect(lambda batch: losses(decoder, batch.tokens), progress)
+
+
+def perplexity(decoder: Decoder, batches: Batches, progress: Callable[[int, int], None] | None = None) -> Perplexity:
+    """Perplexity over windows of token ids: T - 1 predictions a window, totals in float64.
+
+    Raises:
+      InputError: the windows have one token and predict nothing, or the loss is not finite.
+    """
+    if batches.length < 2:
+        raise InputError(f"windows of {batches.length} tokens have nothing to predict; use at least 2")
+    total = float(window_losses(decoder, batches, progress=progress).sum(dtype=np.float64))
+    loss = total / batches.predictions
+    if not loss < LARGEST_LOSS:
+        raise InputError(f"the model's loss on this text is {loss:g}: its weights are broken, or overflow their type")
+    return Perplexity(exp(loss), batches.predictions, batches.length, batches.count, loss)
