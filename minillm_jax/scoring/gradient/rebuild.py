@@ -1,4 +1,4 @@
-"""ĝ from the keys of directions and their projected gradients, one matrix of one layer at a time, or of the gates."""
+"""The estimate ĝ from keys and projected gradients: of one matrix of one layer at a time, or of the gates."""
 
 from functools import partial
 
@@ -18,10 +18,19 @@ def rebuild(
     projected: Float[Array, " P"],
     space: Weights | LowRank,
 ) -> Float[Array, "..."]:
-    """ĝ of one matrix of one layer, the mean over directions of projected gradient times direction, float32."""
+    """The estimate ĝ of one matrix of one layer: the mean of projected gradient · direction, float32.
 
-    def add(total: Array, one: tuple[Array, Array]) -> tuple[Array, None]:
-        key, slope = one
+    Args:
+      name: name of the matrix in the table of axes.
+      shape: shape of the matrix.
+      layer: index of the layer in the model.
+      directions: keys and factors of P directions.
+      projected: the projected gradient of each direction.
+      space: the space of the directions.
+    """
+
+    def add(total: Array, direction: tuple[Array, Array]) -> tuple[Array, None]:
+        key, slope = direction
         return space.add(total, slope, key, layer, name), None
 
     slopes = projected * directions.factors
@@ -37,19 +46,25 @@ def rebuild_gates(
     counts: tuple[tuple[str, int], ...],
     space: Gates,
 ) -> dict[str, Float[Array, "L B groups"]]:
-    """ĝ of the gates of equal layers: for each kind, each sequence's part of the derivative of the loss by every gate.
+    """The estimate ĝ of the gates of a run: kind of group -> share of each window in ∂L/∂gate, [L, B, groups].
 
-    As in `rebuild`, the mean over directions of projected gradient times direction; for each sequence on its own,
-    because gates are so few.
+    The mean of projected gradient · direction as in `rebuild`, but for each window separately, because gates are few.
+
+    Args:
+      layers: indices of the run's layers in the model.
+      directions: keys and factors of P directions.
+      projected: the share of each window in the projected gradient of each direction.
+      counts: pairs of a kind of group and the number of its groups in a layer.
+      space: the space of the directions.
     """
     slopes = projected * directions.factors[:, None]
     windows = jnp.arange(projected.shape[1], dtype=jnp.int32)
 
     def one_layer(layer: Array) -> dict[str, Array]:
-        def add(total: dict[str, Array], one: tuple[Array, Array]) -> tuple[dict[str, Array], None]:
-            key, slope = one
-            drawn = space.draw(key, layer, dict(counts), windows)
-            return jax.tree.map(lambda t, z: t + slope[:, None] * z, total, drawn), None
+        def add(total: dict[str, Array], direction: tuple[Array, Array]) -> tuple[dict[str, Array], None]:
+            key, slope = direction
+            entries = space.draw(key, layer, dict(counts), windows)
+            return jax.tree.map(lambda t, z: t + slope[:, None] * z, total, entries), None
 
         start = {kind: jnp.zeros((len(windows), count), jnp.float32) for kind, count in counts}
         total, _ = jax.lax.scan(add, start, (directions.keys, slopes))

@@ -1,11 +1,12 @@
-"""The space of a direction: what moves when one is followed, and what following it costs.
+"""Spaces of directions: the numbers of a model that a direction moves, and the memory that this takes.
 
-    weights     every block matrix, W + εz: a perturbed copy of one layer at a time
-    low-rank    every block matrix, W + ε u vᵀ / √r as y = xW + ε (x·u) vᵀ / √r: no copy, W is shared by all directions
-    gates       one factor 1 + εz for every group, on the input of its output projection: no copy
+    weights     every block matrix, W + εz; takes a perturbed copy of one layer at a time
+    low-rank    every block matrix, W + ε u vᵀ / √r, computed as y = xW + ε (x·u) vᵀ / √r; all directions share W
+    gates       one factor 1 + εz for every group, on the input of its output projection; takes no copy
 
-A space makes a layer that computes as if it had moved; the layer's own arrays stay where they are. How far it moves is
-a step: a finite one, or none at all but with a derivative.
+A space returns a layer that computes with moved weights or gates. The arrays of the original layer do not change. A
+step says how far a direction moves the layer: `finite` moves it by a length, `derivative` does not move it but carries
+the derivative along the direction.
 """
 
 from collections.abc import Callable
@@ -26,26 +27,25 @@ from minillm_jax.scoring.gradient import directions
 
 SPACES = ("weights", "low-rank", "gates")
 
-# Where a gate's factor goes in: the matrix that leads from the groups back to the stream.
+# Kind of group -> output projection of the groups; the gates multiply its input.
 GATED = {"head": "attention.o", "channel": "mlp.down"}
 
-# From what is to be moved, and a function that adds so many times the direction to it: what it computes with.
+# target, add -> moved target; `add(target, scale)` returns target + scale · z.
 Step = Callable[[Array, Callable[[Array, Array], Array]], Array]
 
 
 def finite(scale: Float[Array, ""]) -> Step:
-    """The step of that length: target + scale · z, float32 whatever the target is.
+    """A step of the length `scale`: target + scale · z.
 
-    Rounding W + εz to bfloat16 would lose most of z.
+    The result is float32 whatever the type of the target is: rounding W + εz to bfloat16 would lose most of z.
     """
     return lambda target, add: add(target.astype(jnp.float32), scale)
 
 
 def derivative(scale: Float[Array, ""]) -> Step:
-    """No step, whose derivative by `scale` at zero is z: exact in any type, because nothing small is added.
+    """A step of length zero, whose derivative by `scale` is z: exact in any type, because nothing small is added.
 
-    The target is passed on as it is, so that what is computed without the step is the same for all directions and
-    `jax.vmap` computes it once.
+    The value of the target does not change, so it is the same for all directions and `jax.vmap` computes it once.
     """
 
     def step(target: Array, add: Callable[[Array, Array], Array]) -> Array:
@@ -61,36 +61,36 @@ def _nudge(scale: Array, target: Array, change: Array) -> Array:
 
 @_nudge.defjvp
 def _(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-    (_, target, change), (along, moving, _) = primals, tangents
-    return target, moving + (along * change).astype(target.dtype)
+    (_, target, change), (scale_tangent, target_tangent, _) = primals, tangents
+    return target, target_tangent + (scale_tangent * change).astype(target.dtype)
 
 
 @runtime_checkable
 class Space(Protocol):
-    """What the estimators need to know of a space."""
+    """The methods of a space that the estimates call."""
 
     def moved(
         self, block: Block, key: Key[Array, ""], layer: Int[Array, ""], step: Step, windows: Int[Array, " B"]
     ) -> Block:
-        """One layer as it computes after a step along the direction of `key`.
+        """One layer after a step along a direction.
 
         Args:
-          block: the layer.
-          key: of the direction.
-          layer: its index in the whole model.
+          block: the layer's arrays.
+          key: the key of the direction.
+          layer: index of the layer in the model.
           step: `finite` or `derivative`.
-          windows: number of every sequence in the calibration set, for directions that depend on it.
+          windows: the number of each window among all calibration windows; `Gates` with `per_sequence` reads it.
         """
         ...
 
     def square_length(self, block: Block, key: Key[Array, ""], layer: Int[Array, ""]) -> Float[Array, "2"]:
-        """The sum of squares of a direction's entries in one layer, and their number."""
+        """The sum of squares of a direction's entries in one layer, and the number of entries."""
         ...
 
 
 @dataclass(frozen=True)
 class Weights:
-    """All entries of all block matrices (MINI-LLM)."""
+    """Directions over all entries of all block matrices (MINI-LLM, arXiv 2407.11681)."""
 
     distribution: str = "gaussian"
 
@@ -107,7 +107,7 @@ class Weights:
     def add(
         self, target: Float[Array, "..."], scale: Array, key: Key[Array, ""], layer: Array, name: str
     ) -> Float[Array, "..."]:
-        """A matrix moved along its part of a direction: target + scale · z, float32."""
+        """One matrix moved along a direction: target + scale · z, float32 (see `directions.add`)."""
         return directions.add(target, scale, key, layer, name, self.distribution)
 
     def square_length(self, block: Block, key: Key[Array, ""], layer: Int[Array, ""]) -> Float[Array, "2"]:
@@ -117,7 +117,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class LowRank:
-    """Matrices u vᵀ / √r of rank r in the place of z; their entries have unit variance too."""
+    """Directions over all block matrices whose entries form a matrix u vᵀ / √r of rank r, with unit variance."""
 
     rank: int = 1
     distribution: str = "gaussian"
@@ -135,7 +135,7 @@ class LowRank:
     def add(
         self, target: Float[Array, "..."], scale: Array, key: Key[Array, ""], layer: Array, name: str
     ) -> Float[Array, "..."]:
-        """A matrix moved along its part of a direction: target + scale · u vᵀ / √r, float32."""
+        """One matrix moved along a direction: target + scale · u vᵀ / √r, float32."""
         u, v = self._factors(key, layer, name, target.shape)
         return target + scale * jnp.tensordot(u, v, axes=1, precision=jax.lax.Precision.HIGHEST)
 
@@ -146,6 +146,7 @@ class LowRank:
     def _factors(
         self, key: Key[Array, ""], layer: Array, name: str, shape: tuple[int, ...]
     ) -> tuple[Float[Array, "*inputs r"], Float[Array, "r *outputs"]]:
+        """The factors u and vᵀ / √r of one matrix."""
         inputs = len(axis_table.matrices()[name].split()[0])
         key_u, key_v = jax.random.split(directions.part_key(key, layer, name))
         u = directions.sample(key_u, (*shape[:inputs], self.rank), self.distribution)
@@ -154,10 +155,10 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Gates:
-    """One factor for every head (with its key/value group) and every channel.
+    """Directions over one factor for every head and every channel.
 
-    With `per_sequence` every sequence follows a direction of its own, at the same cost: the projected gradient is then
-    one number for every direction and sequence, and there are as many times more of them to average.
+    With `per_sequence` every window has a different direction, at the same cost. The projected gradient is then one
+    number for every direction and window, and the estimate is a mean over B times as many directions.
     """
 
     distribution: str = "gaussian"
@@ -173,26 +174,44 @@ class Gates:
     def draw(
         self, key: Key[Array, ""], layer: Array, counts: dict[str, int], windows: Int[Array, " B"]
     ) -> dict[str, Float[Array, "#B _"]]:
-        """A direction's part for one layer: kind -> one number for each of so many groups (and sequence, or one)."""
+        """The entries of a direction in one layer: kind -> [B, groups] with `per_sequence`, [1, groups] without.
 
-        def one(key: Array, kind: str) -> Array:
+        Args:
+          key: the key of the direction.
+          layer: index of the layer in the model.
+          counts: kind -> number of groups in the layer.
+          windows: the number of each window among all calibration windows.
+        """
+
+        def sample(key: Array, kind: str) -> Array:
             return directions.sample(key, (counts[kind],), self.distribution)
 
-        parts = {kind: directions.part_key(key, layer, GATED[kind]) for kind in counts}
+        keys = {kind: directions.part_key(key, layer, GATED[kind]) for kind in counts}
         if not self.per_sequence:
-            return {kind: one(part, kind)[None] for kind, part in parts.items()}
-        own = jax.vmap(jax.random.fold_in, (None, 0))
-        return {kind: jax.vmap(partial(one, kind=kind))(own(part, windows)) for kind, part in parts.items()}
+            return {kind: sample(kind_key, kind)[None] for kind, kind_key in keys.items()}
+        window_keys = jax.vmap(jax.random.fold_in, (None, 0))
+        return {
+            kind: jax.vmap(partial(sample, kind=kind))(window_keys(kind_key, windows))
+            for kind, kind_key in keys.items()
+        }
 
     def square_length(self, block: Block, key: Key[Array, ""], layer: Int[Array, ""]) -> Float[Array, "2"]:
-        """See `Space`; of a direction that all sequences share."""
+        """See `Space`. All windows share the direction."""
         counts = {kind: group_count(block, kind) for kind in GATED}
-        drawn = self.draw(key, layer, counts, jnp.zeros(1, jnp.int32))
-        return jnp.stack([sum(jnp.sum(jnp.square(z)) for z in drawn.values()), jnp.float32(sum(counts.values()))])
+        direction = self.draw(key, layer, counts, jnp.zeros(1, jnp.int32))
+        squares = sum(jnp.sum(jnp.square(z)) for z in direction.values())
+        return jnp.stack([squares, jnp.float32(sum(counts.values()))])
 
 
 def make(space: str, distribution: str, rank: int, per_sequence: bool) -> Any:
-    """The space of that name."""
+    """The space of a name.
+
+    Args:
+      space: a name of `SPACES`.
+      distribution: a name of `directions.DISTRIBUTIONS`.
+      rank: rank of the directions in `low-rank`.
+      per_sequence: whether every window has a different direction in `gates`.
+    """
     match space:
         case "low-rank":
             return LowRank(rank, distribution)
@@ -202,30 +221,31 @@ def make(space: str, distribution: str, rank: int, per_sequence: bool) -> Any:
 
 
 def gate_counts(decoder: Decoder) -> list[tuple[Int[Array, " L"], tuple[tuple[str, int], ...]]]:
-    """For each run: the indices of its layers, and how many gates of each kind a layer has."""
-    found, first = [], 0
+    """For each run: the indices of its layers, and the number of gates of each kind in one layer."""
+    counts, first = [], 0
     for run in decoder.runs:
         layers = jnp.arange(first, first + depth(run), dtype=jnp.int32)
-        found.append((layers, tuple((kind, group_count(run, kind)) for kind in GATED)))
+        counts.append((layers, tuple((kind, group_count(run, kind)) for kind in GATED)))
         first += depth(run)
-    return found
+    return counts
 
 
 @partial(jax.jit, static_argnames="space")
 def lengths(decoder: Decoder, keys: Key[Array, " P"], space: Space) -> Float[Array, " P"]:
-    """√d / ‖z‖ of every direction z of d entries: the factor that puts it on the sphere of radius √d."""
+    """The factor √d / ‖z‖ of every direction z with d entries, which scales the direction to the length √d."""
 
-    def one(key: Array) -> Array:
+    def factor(key: Array) -> Array:
         def step(total: Array, block: Block, layer: Array, extra: None) -> tuple[Array, None]:
             return total + space.square_length(block, key, layer), None
 
         squares, count = scan_layers(decoder.runs, step, jnp.zeros(2))[0]
         return jnp.sqrt(count / squares)
 
-    return jax.lax.map(one, keys)
+    return jax.lax.map(factor, keys)
 
 
 def _square_length_of_matrices(space: Weights | LowRank, block: Block, key: Array, layer: Array) -> Float[Array, "2"]:
+    """`square_length` of a space over block matrices."""
     total, entries = jnp.float32(0), 0
     for name, kernel in kernels(block).items():
         z = space.add(jnp.zeros(kernel.shape, jnp.float32), jnp.float32(1.0), key, layer, name)
@@ -234,17 +254,23 @@ def _square_length_of_matrices(space: Weights | LowRank, block: Block, key: Arra
 
 
 def gated(block: Block, direction: dict[str, Float[Array, "#B groups"]], step: Step) -> Block:
-    """One layer as it computes after a step from gates of one along a direction, kind -> a number for each group."""
-    drawn = {GATED[kind]: z for kind, z in direction.items()}
+    """One layer with gates, after a step from gates of 1 along a direction.
+
+    Args:
+      block: the layer's arrays.
+      direction: kind of group -> entries of the direction, for every window or for all windows together.
+      step: `finite` or `derivative`.
+    """
+    by_projection = {GATED[kind]: z for kind, z in direction.items()}
 
     def new(name: str, linear: Linear) -> Linear:
-        return GatedLinear(linear, drawn[name], step) if name in drawn else linear
+        return GatedLinear(linear, by_projection[name], step) if name in by_projection else linear
 
     return _replace_linears(block, new)
 
 
 class LowRankLinear(Linear):
-    """x · (kernel + u v) + bias after a step along u v, without making the sum."""
+    """x · (kernel + u v) + bias after a step along u v, computed without the sum kernel + u v."""
 
     def __init__(self, linear: Linear, u: Array, v: Array, step: Step):
         self.kernel, self.bias = linear.kernel, linear.bias
@@ -252,22 +278,22 @@ class LowRankLinear(Linear):
         self.step = step
 
     def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """As `Linear`; `R` stands for the rank."""
+        """See `Linear`. The letter R stands for the rank."""
         inputs, outputs = equation.split("->")
         x_letters, kernel = inputs.split(",")
         contracted = [letter for letter in kernel if letter in x_letters and letter not in outputs]
-        thin = "".join(letter for letter in x_letters if letter not in contracted) + "R"
-        added = kernel[len(contracted) :]
+        narrow_letters = "".join(letter for letter in x_letters if letter not in contracted) + "R"
+        output_letters = kernel[len(contracted) :]
 
         def add(target: Array, scale: Array) -> Array:
-            narrow = ops.einsum(f"{x_letters},{''.join(contracted)}R->{thin}", x, self.u[...])
-            return target + ops.einsum(f"{thin},R{added}->{outputs}", narrow, scale * self.v[...])
+            narrow = ops.einsum(f"{x_letters},{''.join(contracted)}R->{narrow_letters}", x, self.u[...])
+            return target + ops.einsum(f"{narrow_letters},R{output_letters}->{outputs}", narrow, scale * self.v[...])
 
         return self.step(super().__call__(equation, x), add)
 
 
 class GatedLinear(Linear):
-    """(gate · x) · kernel + bias after a step from gates of one, one gate for each group of the input."""
+    """(gate · x) · kernel + bias after a step from gates of 1, with one gate for each group of the input."""
 
     def __init__(self, linear: Linear, direction: Float[Array, "#B groups"], step: Step):
         self.kernel, self.bias = linear.kernel, linear.bias
@@ -275,7 +301,7 @@ class GatedLinear(Linear):
         self.step = step
 
     def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """As `Linear`."""
+        """See `Linear`."""
         change = spread(self.direction[...], x) * x
         return super().__call__(equation, self.step(x, lambda target, scale: target + scale * change))
 
@@ -283,9 +309,9 @@ class GatedLinear(Linear):
 def spread(
     gates: Float[Array, "#B groups"], x: Float[Array, "B T groups_of *rest"]
 ) -> Float[Array, "#B 1 groups_of *ones"]:
-    """One number for each group, repeated over the heads (or the one channel) that it has along axis 2 of x."""
-    each = jnp.repeat(gates, x.shape[2] // gates.shape[1], axis=1)
-    return each.reshape(each.shape[0], 1, each.shape[1], *(1,) * (x.ndim - 3))
+    """The gates, repeated along axis 2 of x: every query head of a group gets the gate of the group."""
+    repeated = jnp.repeat(gates, x.shape[2] // gates.shape[1], axis=1)
+    return repeated.reshape(repeated.shape[0], 1, repeated.shape[1], *(1,) * (x.ndim - 3))
 
 
 def _replace_linears(block: Block, new: Callable[[str, Linear], Linear]) -> Block:
