@@ -332,7 +332,7 @@ DAMAGES = {
     "index leaves folder": r"shard '\.\./\.\./file\.safetensors' is not a plain file name",
     "index without map": r"expected an object weight_map",
     "index names missing shard": r"lost\.safetensors: the file is missing",
-    "index lists absent tensor": r"the index places tensor 'model\.other' in 'model-00001.*' the file does not hold it",
+    "index lists absent tensor": r"the index places tensor 'model\.other' in 'model-00001.*file does not hold it",
     "index omits tensor": r"tensor 'model\.norm\.weight' of 'model-00001-of-00001\.safetensors' is not listed",
 }
 

@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,17 +216,33 @@ def case(cases: Any, request: pytest.FixtureRequest) -> Case:
     return cases(request.param)
 
 
-@pytest.fixture
-def registered() -> Any:
-    """Call `register` twice, and remove the registrations after the test."""
+@contextmanager
+def no_registrations() -> Iterator[None]:
+    """Remove all registrations with the Auto classes, and restore them at the end of the block."""
     # transformers has no public function that removes a registration.
     mappings = (transformers.CONFIG_MAPPING, transformers.MODEL_MAPPING, transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
-    registrations = [mapping._extra_content.copy() for mapping in mappings]
-    modeling_pruned.register()
-    modeling_pruned.register()
+    registrations = [mapping._extra_content for mapping in mappings]
+    for mapping in mappings:
+        mapping._extra_content = {}
     yield
     for mapping, content in zip(mappings, registrations, strict=True):
         mapping._extra_content = content
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _unregistered() -> Iterator[None]:
+    """Other test modules of the same process may have called `register`."""
+    with no_registrations():
+        yield
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """Call `register`, twice because it must allow that, and remove the registrations after the test."""
+    with no_registrations():
+        modeling_pruned.register()
+        modeling_pruned.register()
+        yield
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
