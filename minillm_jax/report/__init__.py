@@ -1,1 +1,1 @@
-"""What happened: summary, tables, page with plots, model card."""
+"""Reports of a finished job: summary, tables, report.html with plots, model card."""

@@ -1,21 +1,22 @@
-"""report.html: one self-contained page, without scripts and without anything from elsewhere."""
+"""report.html: one page without scripts, which loads nothing from other files or hosts."""
 
 from collections.abc import Sequence
 from html import escape
 
-from minillm_jax.report.plots import Picture
-from minillm_jax.report.summary import FORMAT_WORDS, Figures, Row, advice, amount, printable, recipe, rows, short_name
+from minillm_jax.report.plots import Plot
+from minillm_jax.report.summary import FORMAT_WORDS, Row, Summary, advice, printable, recipe, rows, short_name
+from minillm_jax.report.summary import title as title_of
 
-NO_PICTURES = "There are no pictures because matplotlib is not installed; pip install minillm-jax[report] brings it."
-ON_THE_WAY = (
-    "The criterion obs chooses the groups while it removes them, so there are no scores to show a distribution of."
+NO_PLOTS = (
+    "The plots are missing because matplotlib is not installed; pip install minillm-jax[report] installs matplotlib."
 )
+NO_SCORES = "The criterion obs chooses the groups while it removes them, so there is no plot of scores."
 
 _CSS = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c2024; --muted: #5b6570; --line: #d7dce1; --kept: #2c6fae;
-  --gone: #cfe0ef; --box: #f5f7f9; }
+  --removed: #cfe0ef; --box: #f5f7f9; }
 @media (prefers-color-scheme: dark) { :root { --paper: #15181b; --ink: #e6e9ec; --muted: #a0abb5; --line: #3a4249;
-  --kept: #6aaee6; --gone: #2b3f50; --box: #1d2226; } }
+  --kept: #6aaee6; --removed: #2b3f50; --box: #1d2226; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 72rem; padding: 2rem 1.5rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; overflow-wrap: anywhere; }
@@ -34,7 +35,7 @@ th, td { padding: .4rem .75rem; border-bottom: 1px solid var(--line); text-align
   font-variant-numeric: tabular-nums; }
 th:first-child { text-align: left; padding-left: 0; font-weight: 400; }
 thead th { color: var(--muted); font-weight: 400; }
-.pictures { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.5rem; align-items: start; }
+.plots { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.5rem; align-items: start; }
 figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; padding: 1rem; }
 figure h3 { margin: 0 0 .5rem; font-size: 1rem; }
 figcaption { font-size: .875rem; margin-top: .5rem; }
@@ -47,21 +48,20 @@ svg text { font-family: inherit !important; }
 footer { margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: .75rem; font-size: .875rem; }
 @media (max-width: 700px) { body { padding: 1.25rem 1rem; } h1 { font-size: 1.4rem; }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); } .tiles dd { font-size: 1.2rem; }
-  .pictures { grid-template-columns: minmax(0, 1fr); } figure { padding: .75rem; }
+  .plots { grid-template-columns: minmax(0, 1fr); } figure { padding: .75rem; }
   .recipe { grid-template-columns: minmax(0, 1fr); gap: 0; } .recipe dd { margin-bottom: .6rem; }
   th, td { padding: .4rem .3rem; font-size: .8125rem; } tbody th { white-space: normal; } }
 """
 
 
-def page(figures: Figures, pictures: Sequence[Picture] | None) -> str:
+def page(summary: Summary, plots: Sequence[Plot] | None) -> str:
     """The page of a finished job.
 
     Args:
-      figures: `figures.result_json`.
-      pictures: `pictures.draw` of it; None where they could not be drawn.
+      summary: the result of `summary.result_json`.
+      plots: the result of `plots.draw`; None without matplotlib.
     """
-    name = text(short_name(figures["base_model"]))
-    title = f"{name}, pruned {text(amount(figures['settings']['budget']))}"
+    title = text(title_of(summary))
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -73,72 +73,74 @@ def page(figures: Figures, pictures: Sequence[Picture] | None) -> str:
 <body>
 <header>
 <h1>{title}</h1>
-<p class="muted">Format {text(figures["format"])}: {text(FORMAT_WORDS[figures["format"]])}.</p>
-{_tiles(figures)}
+<p class="muted">Format {text(summary["format"])}: {text(FORMAT_WORDS[summary["format"]])}.</p>
+{_tiles(summary)}
 </header>
 <main>
 <h2>Before and after</h2>
-{_table(figures)}
-<h2>Pictures</h2>
-{_pictures(figures, pictures)}
+{_table(summary)}
+<h2>Plots</h2>
+{_plots(summary, plots)}
 <h2>Recipe</h2>
-{_recipe(figures)}
+{_recipe(summary)}
 </main>
-<footer>{_foot(figures)}</footer>
+<footer>{_footer(summary)}</footer>
 </body>
 </html>
 """
 
 
 def text(value: object) -> str:
-    """Anything as text of the page: no markup in it is read as such."""
+    """Any value as text of the page: markup characters in it are escaped."""
     return escape(printable(str(value))).replace(" %", "&nbsp;%")
 
 
-def _tiles(figures: Figures) -> str:
-    """What matters most, large."""
-    wanted = ("parameters", "MACs", "memory", "perplexity")
-    found = {
-        word: row for row in rows(figures) for word in wanted if row.name.split(" for ")[0].split(" with ")[0] == word
-    }
-    return f'<dl class="tiles">{"".join(_tile(word, found[word]) for word in wanted if word in found)}</dl>'
+def _tiles(summary: Summary) -> str:
+    """The changes of parameters, MACs, memory and perplexity, one tile each."""
+    measures = ("parameters", "MACs", "memory", "perplexity")
+    tiles = {}
+    for row in rows(summary):
+        measure = row.name.split(" for ")[0].split(" with ")[0]
+        if measure in measures:
+            tiles[measure] = _tile(measure, row)
+    return f'<dl class="tiles">{"".join(tiles[measure] for measure in measures if measure in tiles)}</dl>'
 
 
-def _tile(word: str, row: Row) -> str:
-    return f'<div><dt>{word}</dt><dd>{row.change}</dd><dd class="muted">{row.before} → {row.after}</dd></div>'
+def _tile(measure: str, row: Row) -> str:
+    return f'<div><dt>{measure}</dt><dd>{row.change}</dd><dd class="muted">{row.before} → {row.after}</dd></div>'
 
 
-def _table(figures: Figures) -> str:
-    head = "".join(f'<th scope="col">{word}</th>' for word in ("", "before", "after", "change"))
+def _table(summary: Summary) -> str:
+    head = "".join(f'<th scope="col">{heading}</th>' for heading in ("", "before", "after", "change"))
     body = "".join(
         f'<tr><th scope="row">{text(row.name)}</th>' + "".join(f"<td>{text(cell)}</td>" for cell in row[1:]) + "</tr>\n"
-        for row in rows(figures)
+        for row in rows(summary)
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>'
 
 
-def _pictures(figures: Figures, pictures: Sequence[Picture] | None) -> str:
-    if pictures is None:
-        return f"<p>{text(NO_PICTURES)}</p>"
-    drawn = "\n".join(
-        f"<figure><h3>{text(one.title)}</h3>\n{one.svg}\n<figcaption>{text(one.words)}.</figcaption></figure>"
-        for one in pictures
+def _plots(summary: Summary, plots: Sequence[Plot] | None) -> str:
+    if plots is None:
+        return f"<p>{text(NO_PLOTS)}</p>"
+    figures = "\n".join(
+        f"<figure><h3>{text(plot.title)}</h3>\n{plot.svg}\n<figcaption>{text(plot.description)}.</figcaption></figure>"
+        for plot in plots
     )
-    on_the_way = figures["groups"] and figures["settings"]["scoring"]["criterion"] == "obs"
-    note = f"<p>{text(ON_THE_WAY)}</p>" if on_the_way else ""
-    return f'<div class="pictures">\n{drawn}\n</div>{note}'
+    without_scores = summary["groups"] and summary["settings"]["scoring"]["criterion"] == "obs"
+    note = f"<p>{text(NO_SCORES)}</p>" if without_scores else ""
+    return f'<div class="plots">\n{figures}\n</div>{note}'
 
 
-def _recipe(figures: Figures) -> str:
-    pairs = [("base model", short_name(figures["base_model"])), *recipe(figures)]
-    return f'<dl class="recipe">{"".join(f"<dt>{text(a)}</dt><dd>{text(b)}</dd>" for a, b in pairs)}</dl>'
+def _recipe(summary: Summary) -> str:
+    pairs = [("base model", short_name(summary["base_model"])), *recipe(summary)]
+    return f'<dl class="recipe">{"".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in pairs)}</dl>'
 
 
-def _foot(figures: Figures) -> str:
-    """How long it took, and with what."""
-    stages = ", ".join(f"{stage} {seconds:,.1f}" for stage, seconds in figures["seconds"].items())
-    versions = ", ".join(f"{name} {number}" for name, number in figures["versions"].items())
-    parts = [advice(figures), f"Seconds: {stages}.", f"Versions: {versions}."]
-    parts.append("MACs are multiply-accumulates of one forward pass, memory is that of weights, keys and values.")
-    parts.append("All figures are in report.json; what was kept is in pruning.json.")
+def _footer(summary: Summary) -> str:
+    """Advice on the gradient estimate, seconds of each stage, versions, and definitions."""
+    stages = ", ".join(f"{stage} {seconds:,.1f}" for stage, seconds in summary["seconds"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
+    parts = [advice(summary), f"Seconds: {stages}.", f"Versions: {versions}."]
+    parts.append("MACs are the multiply-accumulates of one forward pass. Memory is that of weights, keys and values.")
+    parts.append("report.json holds all numbers of this page. pruning.json lists the kept groups.")
     return "".join(f"<p>{text(part)}</p>" for part in parts if part)

@@ -1,9 +1,9 @@
-"""The model card that lies beside pruned weights: README.md with YAML front matter, as the Hub reads it."""
+"""The model card of pruned weights: README.md with YAML front matter, in the format of the Hugging Face Hub."""
 
 import json
 import re
 
-from minillm_jax.report.summary import FORMAT_WORDS, Figures, printable, recipe, rows, short_name
+from minillm_jax.report.summary import FORMAT_WORDS, Summary, printable, recipe, removed, rows, short_name, structures
 
 _STOCK = """\
 ```python
@@ -14,8 +14,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 """
 
 _PER_LAYER = """\
-The layers are of unequal size, or of a shape that no class of transformers takes. The code that reads them lies beside
-the weights:
+The layers have unequal sizes, or a shape that no class of transformers accepts. This folder contains the code that
+reads them:
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
 ```
 
-Where `minillm-jax` is installed, no remote code is needed:
+With `minillm-jax` installed, no remote code is needed:
 
 ```python
 from convert import modeling_pruned
@@ -43,7 +43,7 @@ import minillm_jax
 model = minillm_jax.load("path/to/this/folder")
 ```
 
-For transformers, convert them first, `python -m convert to-torch path/to/this/folder path/to/torch`, and then:
+For transformers, first convert the checkpoint with `python -m convert to-torch path/to/this/folder path/to/torch`:
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -52,10 +52,10 @@ model = AutoModelForCausalLM.from_pretrained("path/to/torch", trust_remote_code=
 ```
 """
 
-# How each format is loaded; the last snippet leaves `model` for the one below.
+# The code that loads each format. The last snippet defines `model`, which the recovery snippet uses.
 LOADING = {"stock": _STOCK, "padded": _STOCK, "per-layer": _PER_LAYER, "flax": _FLAX}
 
-# The settings of LLM-Pruner and MINI-LLM.
+# Recovery by LoRA with the settings of LLM-Pruner and MINI-LLM.
 RECOVERY = """\
 ```python
 import torch
@@ -75,59 +75,54 @@ tuned.merge_and_unload().save_pretrained("recovered")
 """
 
 _PADDED_NOTE = """
-Padding stays zero only as long as nothing is trained: the merged model is dense, and its padding cannot be taken off
-again. To recover a model that stays small, prune to the format `per-layer`.
+Training changes the zeros of the padding, so the merged model is dense and its padding cannot be removed. To recover a
+model that remains small, prune to the format `per-layer`.
 """
 
 
-def card(figures: Figures) -> str:
-    """The model card of a finished job (`figures.result_json`), as Markdown."""
-    name, written = short_name(figures["base_model"]), figures["format"]
+def card(summary: Summary) -> str:
+    """The model card of a finished job (`summary.result_json`), as Markdown."""
+    name, form = short_name(summary["base_model"]), summary["format"]
     parts = [
         _front_matter(name),
-        f"# {code(name)}, pruned\n",
-        f"{code(name)} made physically smaller by structured pruning with minillm-jax: whole {_structures(figures)} "
-        "are gone, and what is left is dense. The biases and weaknesses of the base model remain, and its licence "
-        "holds for these weights too.\n",
+        f"# {code(name)}, {removed(summary)}\n",
+        f"minillm-jax made this model from {code(name)} by structured pruning: whole {structures(summary)} were "
+        "removed from the weights, and the remaining weights are dense. The pruned model keeps the biases and "
+        "weaknesses of the base model. The licence of the base model applies to these weights.\n",
         "## Recipe\n",
-        "".join(f"- {label}: {code(value)}\n" for label, value in [("base model", name), *recipe(figures)]),
-        "## Figures\n",
-        _table(figures),
-        "MACs are multiply-accumulates of one forward pass; memory is that of the weights and of the keys and values. "
-        "`report.html` shows the figures in pictures, `report.json` holds them all, and `pruning.json` lists what was "
-        "kept.\n",
+        "".join(f"- {label}: {code(value)}\n" for label, value in [("base model", name), *recipe(summary)]),
+        "## Results\n",
+        _table(summary),
+        "MACs are the multiply-accumulates of one forward pass. Memory is that of the weights and of the keys and "
+        "values. `report.html` shows plots, `report.json` holds all numbers, and `pruning.json` lists the kept "
+        "groups.\n",
         "## Loading\n",
-        f"Format {code(written)}: {FORMAT_WORDS[written]}.\n",
-        LOADING[written],
+        f"Format {code(form)}: {FORMAT_WORDS[form]}.\n",
+        LOADING[form],
         "## Recovery with LoRA\n",
-        'With `pip install "minillm-jax[recover]"`:\n',
-        RECOVERY + (_PADDED_NOTE if written == "padded" else ""),
+        'Install the packages with `pip install "minillm-jax[recover]"`:\n',
+        RECOVERY + (_PADDED_NOTE if form == "padded" else ""),
     ]
     return "\n".join(parts)
-
-
-def _structures(figures: Figures) -> str:
-    words = {"heads": "attention heads", "channels": "MLP channels", "hidden": "hidden dimensions", "layers": "layers"}
-    return " and ".join(words[structure] for structure in figures["settings"]["structures"])
 
 
 def _front_matter(name: str) -> str:
     return f"---\nbase_model: {quoted(name)}\nlibrary_name: transformers\ntags:\n- pruned\n- minillm-jax\n---\n"
 
 
-def _table(figures: Figures) -> str:
+def _table(summary: Summary) -> str:
     lines = ["| | before | after | change |", "| --- | ---: | ---: | ---: |"]
-    lines += [f"| {' | '.join(row)} |" for row in rows(figures)]
+    lines += [f"| {' | '.join(row)} |" for row in rows(summary)]
     return "\n".join(lines) + "\n"
 
 
 def quoted(text: str) -> str:
-    """Any text as one YAML scalar; JSON strings are."""
+    """Any text as one YAML scalar: a JSON string is a YAML scalar."""
     return json.dumps(printable(text), ensure_ascii=False)
 
 
 def code(text: str) -> str:
-    """Any text as one span of Markdown code: nothing in it is read as Markdown or HTML."""
+    """Any text as one span of Markdown code, in which no part of the text is Markdown or HTML."""
     text = printable(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     pad = " " if text.startswith("`") or text.endswith("`") or not text.strip() else ""

@@ -1,7 +1,7 @@
-"""Pictures of a finished job as inline SVG, made with matplotlib (the extra `report`).
+"""Plots of a finished job as inline SVG, drawn with matplotlib (the extra `report`).
 
-Colours are stand-ins that become those of the page, so that one picture suits light and dark; text stays text. The same
-figures give the same bytes.
+Matplotlib draws placeholder colours, and `_plot` replaces them by CSS colours of the page, so that one plot suits light
+and dark. Text remains text. The same summary gives the same bytes.
 """
 
 import io
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
-from minillm_jax.report.summary import KIND_WORDS, MEASURE_WORDS, Figures, short, size, span
+from minillm_jax.report.summary import KIND_WORDS, MEASURE_WORDS, Summary, short, size, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Stand-ins, and the CSS that takes their place.
-INK, MUTED, LINE, KEPT, GONE = "#010203", "#020304", "#030405", "#040506", "#050607"
-_CSS = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)", KEPT: "var(--kept)", GONE: "var(--gone)"}
+# Placeholder colours, and the CSS colours that replace them.
+INK, MUTED, LINE, KEPT, REMOVED = "#010203", "#020304", "#030405", "#040506", "#050607"
+_CSS = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)", KEPT: "var(--kept)", REMOVED: "var(--removed)"}
 
-# Inches; a point of a picture is about a pixel of a telephone.
+# Inches. At this width a point of text is about a pixel on the screen of a phone.
 _WIDTH, _PANEL, _BAR = 4.3, 1.7, 0.7
 
 _STYLE = {
@@ -45,88 +45,94 @@ _STYLE = {
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture: its title, what it shows in words (for those who do not see it), and an `svg` element."""
+class Plot:
+    """A plot of the page.
+
+    Attributes:
+      title: the title.
+      description: the plotted numbers in words, for screen readers and the caption.
+      svg: an `svg` element.
+    """
 
     title: str
-    words: str
+    description: str
     svg: str
 
 
-class _Drawn(NamedTuple):
-    """A picture before it is written."""
+class _Drawing(NamedTuple):
+    """A plot as a figure of matplotlib, before it becomes SVG."""
 
     title: str
-    words: str
+    description: str
     figure: "Figure"
 
 
-def draw(figures: Figures) -> list[Picture] | None:
-    """All pictures that the figures (`figures.result_json`) give; None where matplotlib is not installed."""
+def draw(summary: Summary) -> list[Plot] | None:
+    """The plots of a summary (`summary.result_json`); None if matplotlib is not installed."""
     try:
         import matplotlib as mpl
     except ImportError:
         return None
-    with mpl.rc_context(_STYLE):  # pyright: ignore[reportArgumentType]  # it takes what a style file may say
-        made = [_costs(figures), _perplexity(figures), _kept(figures), _scores(figures), _losses(figures)]
-        return [_picture(drawn, number) for number, drawn in enumerate(filter(None, made))]
+    with mpl.rc_context(_STYLE):  # pyright: ignore[reportArgumentType]  # keys of a style file
+        drawings = [_costs(summary), _perplexity(summary), _kept(summary), _scores(summary), _losses(summary)]
+        return [_plot(drawing, number) for number, drawing in enumerate(filter(None, drawings))]
 
 
-def _costs(figures: Figures) -> _Drawn | None:
-    before, after = figures["costs"]["before"], figures["costs"]["after"]
+def _costs(summary: Summary) -> _Drawing:
+    before, after = summary["costs"]["before"], summary["costs"]["after"]
     labels = [MEASURE_WORDS[measure] for measure in before]
     write = {"parameters": short, "macs": short, "memory": size}
-    words = [f"{write[m](before[m])} → {write[m](after[m])}" for m in before]
+    changes = [f"{write[m](before[m])} → {write[m](after[m])}" for m in before]
     shares = [100 * after[m] / before[m] for m in before]
-    figure, axes = _bars(labels, [100.0] * len(labels), shares, words)
-    axes.set_xlabel("per cent of the dense model")
-    told = [f"{label} {word} ({share:.1f} %)" for label, word, share in zip(labels, words, shares, strict=True)]
-    return _Drawn("Costs before and after", "; ".join(told), figure)
+    figure, axes = _bars(labels, [100.0] * len(labels), shares, changes)
+    axes.set_xlabel("% of the dense model")
+    parts = [f"{label} {change} ({share:.1f} %)" for label, change, share in zip(labels, changes, shares, strict=True)]
+    return _Drawing("Costs before and after", "; ".join(parts), figure)
 
 
-def _perplexity(figures: Figures) -> _Drawn | None:
-    before, after = figures["perplexity_before"], figures["perplexity_after"]
+def _perplexity(summary: Summary) -> _Drawing | None:
+    before, after = summary["perplexity_before"], summary["perplexity_after"]
     if not before or not after:
         return None
     values = [before["perplexity"], after["perplexity"]]
     figure, axes = _bars(["before", "after"], [0.0, 0.0], values, [f"{value:.3f}" for value in values])
-    axes.set_xlabel("perplexity; less is better")
-    return _Drawn("Perplexity before and after", f"before {values[0]:.3f}, after {values[1]:.3f}", figure)
+    axes.set_xlabel("perplexity (lower is better)")
+    return _Drawing("Perplexity before and after", f"before {values[0]:.3f}, after {values[1]:.3f}", figure)
 
 
 def _bars(
-    labels: Sequence[str], behind: Sequence[float], front: Sequence[float], words: Sequence[str]
+    labels: Sequence[str], behind: Sequence[float], front: Sequence[float], texts: Sequence[str]
 ) -> "tuple[Figure, Axes]":
-    """Horizontal bars, with words above each."""
+    """Horizontal bars, with a label and a text above each."""
     figure = _figure(0.5 + _BAR * len(labels))
     axes = figure.subplots()
     places = range(len(labels))
-    axes.barh(places, behind, height=0.45, color=GONE)
+    axes.barh(places, behind, height=0.45, color=REMOVED)
     axes.barh(places, front, height=0.45, color=KEPT)
-    for place, label, word in zip(places, labels, words, strict=True):
-        axes.text(0, place - 0.3, f"{label}: {word}", va="bottom", ha="left")
+    for place, label, text in zip(places, labels, texts, strict=True):
+        axes.text(0, place - 0.3, f"{label}: {text}", va="bottom", ha="left")
     axes.set_yticks([])
     axes.set_ylim(len(labels) - 0.65, -0.7)
     axes.spines["left"].set_visible(False)
     return figure, axes
 
 
-def _kept(figures: Figures) -> _Drawn | None:
-    groups = figures["groups"]
+def _kept(summary: Summary) -> _Drawing | None:
+    groups = summary["groups"]
 
     def panel(axes: "Axes", kind: str) -> None:
         layers = range(len(groups[kind]["before"]))
-        axes.bar(layers, groups[kind]["before"], color=GONE)
+        axes.bar(layers, groups[kind]["before"], color=REMOVED)
         axes.bar(layers, groups[kind]["after"], color=KEPT)
         axes.locator_params(axis="y", integer=True)
 
-    told = [f"{KIND_WORDS[kind]} {span(row['after'])} of {span(row['before'])}" for kind, row in groups.items()]
-    return _panels("Kept groups in every layer", "; ".join(told), {kind: KIND_WORDS[kind] for kind in groups}, panel)
+    parts = [f"{KIND_WORDS[kind]}: {span(row['after'])} of {span(row['before'])}" for kind, row in groups.items()]
+    return _panels("Kept groups in every layer", "; ".join(parts), {kind: KIND_WORDS[kind] for kind in groups}, panel)
 
 
-def _scores(figures: Figures) -> _Drawn | None:
-    """Boxes from the quartiles, whiskers from the least to the largest score."""
-    scores = figures["scores"] or {}
+def _scores(summary: Summary) -> _Drawing | None:
+    """Boxes from quartile to quartile, whiskers from the smallest to the largest score."""
+    scores = summary["scores"] or {}
 
     def panel(axes: "Axes", kind: str) -> None:
         names = ("whislo", "q1", "med", "q3", "whishi")
@@ -139,7 +145,7 @@ def _scores(figures: Figures) -> _Drawn | None:
             showfliers=False,
             patch_artist=True,
             manage_ticks=False,
-            boxprops={"facecolor": GONE, "edgecolor": KEPT},
+            boxprops={"facecolor": REMOVED, "edgecolor": KEPT},
             medianprops={"color": INK, "linewidth": 1.5},
             whiskerprops=line,
             capprops=line,
@@ -147,9 +153,9 @@ def _scores(figures: Figures) -> _Drawn | None:
         if all(five[0] > 0 for five in scores[kind]):
             _logarithmic(axes)
 
-    words = "; ".join(f"{KIND_WORDS[kind]}: medians {_range([f[2] for f in rows])}" for kind, rows in scores.items())
-    titles = {kind: f"scores of {KIND_WORDS[kind].removesuffix(' a layer')}" for kind in scores}
-    return _panels("Scores in every layer before pruning", f"Least, quartiles, largest. {words}", titles, panel)
+    medians = [f"{KIND_WORDS[kind]}: medians {_range([f[2] for f in rows])}" for kind, rows in scores.items()]
+    description = f"Smallest score, quartiles, largest score. {'; '.join(medians)}"
+    return _panels("Scores in every layer before pruning", description, _titles(scores, "scores of "), panel)
 
 
 def _logarithmic(axes: "Axes") -> None:
@@ -162,42 +168,46 @@ def _logarithmic(axes: "Axes") -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _losses(figures: Figures) -> _Drawn | None:
+def _losses(summary: Summary) -> _Drawing | None:
     """One line for every layer, from pale (first) to strong (last)."""
-    losses = figures["losses"] or {}
+    losses = summary["losses"] or {}
 
     def panel(axes: "Axes", kind: str) -> None:
         for layer, pairs in enumerate(losses[kind]):
-            gone = [100 * (1 - kept / pairs[0][0]) for kept, _ in pairs]
+            shares = [100 * (1 - kept / pairs[0][0]) for kept, _ in pairs]
             strength = 0.25 + 0.75 * (layer + 1) / len(losses[kind])
-            axes.plot(gone, [loss for _, loss in pairs], color=KEPT, alpha=strength, marker=".", linewidth=1.2)
+            axes.plot(shares, [loss for _, loss in pairs], color=KEPT, alpha=strength, marker=".", linewidth=1.2)
         axes.set_ylabel("nats")
 
     largest = {kind: max(loss for pairs in rows for _, loss in pairs) for kind, rows in losses.items()}
-    words = "; ".join(f"{KIND_WORDS[kind]}: at most {loss:.3f} nats" for kind, loss in largest.items())
-    title, said = (
-        "Loss against budget",
-        "Change of the loss where that share of one layer goes; pale lines are early layers",
+    parts = [f"{KIND_WORDS[kind]}: at most {loss:.3f} nats" for kind, loss in largest.items()]
+    description = "Change of the loss when one layer alone is pruned by that share; pale lines are early layers"
+    label = "% of a layer's groups removed"
+    return _panels(
+        "Measured losses of every layer", f"{description}. {'; '.join(parts)}", _titles(losses), panel, label
     )
-    titles = {kind: KIND_WORDS[kind].removesuffix(" a layer") for kind in losses}
-    return _panels(title, f"{said}. {words}", titles, panel, "per cent of a layer's groups that go")
+
+
+def _titles(kinds: Mapping[str, object], prefix: str = "") -> dict[str, str]:
+    """The title of each kind's panel."""
+    return {kind: prefix + KIND_WORDS[kind].removesuffix(" per layer") for kind in kinds}
 
 
 def _panels(
-    title: str, words: str, titles: Mapping[str, str], panel: Callable[["Axes", str], None], label: str = "layer"
-) -> _Drawn | None:
-    """One panel above the other for every kind; nothing where there is none."""
+    title: str, description: str, titles: Mapping[str, str], panel: Callable[["Axes", str], None], label: str = "layer"
+) -> _Drawing | None:
+    """One panel above the other for every kind of group; None without a kind."""
     if not titles:
         return None
     figure = _figure(0.3 + _PANEL * len(titles))
-    found = figure.subplots(len(titles), sharex=True, squeeze=False)[:, 0]
-    for axes, (kind, name) in zip(found, titles.items(), strict=True):
+    column = figure.subplots(len(titles), sharex=True, squeeze=False)[:, 0]
+    for axes, (kind, name) in zip(column, titles.items(), strict=True):
         axes.set_title(name)
         axes.grid(axis="y", linewidth=0.6)
         panel(axes, kind)
-    found[-1].set_xlabel(label)
-    found[-1].locator_params(axis="x", integer=True)
-    return _Drawn(title, words, figure)
+    column[-1].set_xlabel(label)
+    column[-1].locator_params(axis="x", integer=True)
+    return _Drawing(title, description, figure)
 
 
 def _figure(height: float) -> "Figure":
@@ -210,20 +220,23 @@ def _range(values: Sequence[float]) -> str:
     return f"{min(values):.3g} to {max(values):.3g}"
 
 
-def _picture(drawn: _Drawn, number: int) -> Picture:
-    """The `svg` element alone: no prolog, namespaces or size, and names that no other picture of the page has."""
+def _plot(drawing: _Drawing, number: int) -> Plot:
+    """The `svg` element without prolog, namespaces and size.
+
+    The ids in it begin with the number of the plot, so that the ids of a page are unique.
+    """
     out = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    drawn.figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    drawing.figure.savefig(out, format="svg", transparent=True, metadata=no_metadata)
     head, body = out.getvalue().split("<svg", 1)[1].split(">", 1)
     box = re.search(r'viewBox="[^"]*"', head)
-    assert box is not None, "matplotlib says how large a picture is"
+    assert box is not None, "matplotlib writes a viewBox"
     body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
     body = re.sub(r'<g id="[^"]*"', "<g", body)
     body = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>p{number}-", body)
-    for stand_in, css in _CSS.items():
-        body = body.replace(stand_in, css)
-    names = f'<title id="p{number}-title">{escape(drawn.title)}</title>'
-    names += f'<desc id="p{number}-words">{escape(drawn.words)}</desc>'
-    svg = f'<svg {box[0]} role="img" aria-labelledby="p{number}-title p{number}-words">{names}{body.strip()}'
-    return Picture(drawn.title, drawn.words, svg)
+    for placeholder, css in _CSS.items():
+        body = body.replace(placeholder, css)
+    names = f'<title id="p{number}-title">{escape(drawing.title)}</title>'
+    names += f'<desc id="p{number}-description">{escape(drawing.description)}</desc>'
+    svg = f'<svg {box[0]} role="img" aria-labelledby="p{number}-title p{number}-description">{names}{body.strip()}'
+    return Plot(drawing.title, drawing.description, svg)

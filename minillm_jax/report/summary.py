@@ -1,43 +1,51 @@
-"""A finished job in numbers and plain words: what table, page, model card and JSON are all made of.
+"""The summary of a finished job: numbers and table rows.
 
-`result_json` is the source of all of them; everything else here and in `pages`, `pictures` and `card` takes that
-object.
+`result_json` makes the summary, one JSON object. The tables, report.html, its plots and the model card read only the
+summary.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from minillm_jax.run import Result
 
-Figures = Mapping[str, Any]
+# The JSON object of `result_json`.
+Summary = Mapping[str, Any]
 
-# What of the record are settings.
+# The keys of the pruning record that are settings.
 SETTINGS = ("preset", "structures", "budget", "scoring", "refit", "calibration")
 
-# What a user should know of the format that was written.
+# How each output format is loaded.
 FORMAT_WORDS = {
-    "stock": "loads in stock transformers",
-    "per-layer": "loads in transformers with trust_remote_code=True (or convert.modeling_pruned)",
-    "padded": "loads in stock transformers; zero-padded, which saves less",
-    "flax": "an Orbax checkpoint",
+    "stock": "loads in transformers without remote code",
+    "per-layer": "loads in transformers with trust_remote_code=True, or after convert.modeling_pruned.register()",
+    "padded": "loads in transformers without remote code; zero-padded, which saves less",
+    "flax": "an Orbax checkpoint, which loads in minillm_jax",
 }
 
 KIND_WORDS = {
-    "head": "key/value heads a layer",
-    "query": "query heads a layer",
-    "channel": "MLP channels a layer",
+    "head": "key/value heads per layer",
+    "query": "query heads per layer",
+    "channel": "MLP channels per layer",
     "hidden": "hidden size",
     "layer": "layers",
+}
+
+STRUCTURE_WORDS = {
+    "heads": "attention heads",
+    "channels": "MLP channels",
+    "hidden": "hidden dimensions",
+    "layers": "layers",
 }
 
 MEASURE_WORDS = {"parameters": "parameters", "macs": "MACs", "memory": "memory"}
 
 
 class Row(NamedTuple):
-    """One line of the table of figures."""
+    """One row of the table of results, as text."""
 
     name: str
     before: str
@@ -46,7 +54,7 @@ class Row(NamedTuple):
 
 
 def result_json(result: Result) -> dict[str, Any]:
-    """A pruning job as one JSON object."""
+    """The summary of a pruning job, as one JSON object."""
     record = result.pruned.record or {}
     costs = {"window": result.job.budget.window, "before": result.costs_before, "after": result.costs_after}
     return {
@@ -72,6 +80,7 @@ def result_json(result: Result) -> dict[str, Any]:
 
 
 def _groups(record: Mapping[str, Any]) -> dict[str, dict[str, list[int]]]:
+    """For each kind of group, the number in every layer: before pruning, as the ratio asks for, and after pruning."""
     return {
         kind: {
             "before": record["groups_before"][kind],
@@ -82,103 +91,122 @@ def _groups(record: Mapping[str, Any]) -> dict[str, dict[str, list[int]]]:
     }
 
 
-def rows(figures: Figures) -> list[Row]:
-    """The table of figures: costs, what was kept, perplexity."""
-    return [*_cost_rows(figures), *_kept_rows(figures), *_perplexity_rows(figures)]
+def title(summary: Summary) -> str:
+    """The name of the base model and the share of its parameters that was removed, as plain text."""
+    return f"{short_name(summary['base_model'])}, {removed(summary)}"
 
 
-def _cost_rows(figures: Figures) -> list[Row]:
-    window, before, after = (figures["costs"][key] for key in ("window", "before", "after"))
-    found = [Row("parameters", *_change(before["parameters"], after["parameters"], "{:,}".format))]
-    stored = figures["parameters_stored"]
+def removed(summary: Summary) -> str:
+    """The share of the parameters that was removed, in words."""
+    share = 1 - summary["parameters_after"] / summary["parameters_before"]
+    return f"{100 * share:.1f} % of parameters removed"
+
+
+def rows(summary: Summary) -> list[Row]:
+    """The rows of the table of results: costs, kept groups, perplexity."""
+    return [*_cost_rows(summary), *_kept_rows(summary), *_perplexity_rows(summary)]
+
+
+def _cost_rows(summary: Summary) -> list[Row]:
+    window, before, after = (summary["costs"][key] for key in ("window", "before", "after"))
+    cost_rows = [Row("parameters", *_change(before["parameters"], after["parameters"], "{:,}".format))]
+    stored = summary["parameters_stored"]
     if stored != after["parameters"]:
         name = "parameters in the files, with padding"
-        found.append(Row(name, *_change(before["parameters"], stored, "{:,}".format)))
-    found.append(Row(f"MACs for {window} tokens", *_change(before["macs"], after["macs"], short)))
-    return [*found, Row(f"memory with {window} tokens", *_change(before["memory"], after["memory"], size))]
+        cost_rows.append(Row(name, *_change(before["parameters"], stored, "{:,}".format)))
+    cost_rows.append(Row(f"MACs for {window} tokens", *_change(before["macs"], after["macs"], short)))
+    cost_rows.append(Row(f"memory with {window} tokens", *_change(before["memory"], after["memory"], size)))
+    return cost_rows
 
 
-def _change(before: int, after: int, write: Any) -> tuple[str, str, str]:
+def _change(before: int, after: int, write: Callable[[int], str]) -> tuple[str, str, str]:
     return write(before), write(after), f"{after / before - 1:+.1%}".replace("-", "−")
 
 
-def _kept_rows(figures: Figures) -> list[Row]:
-    found = [Row(KIND_WORDS[kind], str(row["before"]), str(row["after"]), "") for kind, row in figures["whole"].items()]
-    for kind, counts in figures["groups"].items():
+def _kept_rows(summary: Summary) -> list[Row]:
+    whole = summary["whole"].items()
+    kept_rows = [Row(KIND_WORDS[kind], str(row["before"]), str(row["after"]), "") for kind, row in whole]
+    for kind, counts in summary["groups"].items():
         asked = f"asked {span(counts['asked'])}" if counts["after"] != counts["asked"] else ""
-        found.append(Row(KIND_WORDS[kind], span(counts["before"]), span(counts["after"]), asked))
-    return found
+        kept_rows.append(Row(KIND_WORDS[kind], span(counts["before"]), span(counts["after"]), asked))
+    return kept_rows
 
 
-def _perplexity_rows(figures: Figures) -> list[Row]:
-    if not figures["perplexity_before"] or not figures["perplexity_after"]:
+def _perplexity_rows(summary: Summary) -> list[Row]:
+    if not summary["perplexity_before"] or not summary["perplexity_after"]:
         return []
-    before, after = (figures[f"perplexity_{when}"]["perplexity"] for when in ("before", "after"))
+    before, after = (summary[f"perplexity_{when}"]["perplexity"] for when in ("before", "after"))
     return [Row("perplexity", f"{before:.3f}", f"{after:.3f}", f"× {after / before:.2f}")]
 
 
-def recipe(figures: Figures) -> list[tuple[str, str]]:
-    """How it was pruned: names of settings and what they were, in plain text."""
-    settings = figures["settings"]
-    scoring, refit, drawn = settings["scoring"], settings["refit"], settings["calibration"]
+def recipe(summary: Summary) -> list[tuple[str, str]]:
+    """The settings of the job: pairs of name and value, as plain text."""
+    settings = summary["settings"]
+    scoring, refit, calibration = settings["scoring"], settings["refit"], settings["calibration"]
     method = refit["method"]
-    named = [] if method == "none" else [f"{k} {refit[k]:g}" for k in ("alpha", "ridge", "inner") if refit[k]]
-    source = short_name(drawn["source"])
-    found = [
+    numbers = [] if method == "none" else [f"{k} {refit[k]:g}" for k in ("alpha", "ridge", "inner") if refit[k]]
+    text = f"{calibration['samples']} windows of {calibration['length']} tokens of {short_name(calibration['source'])}"
+    pairs = [
         ("preset", settings["preset"] or "none"),
         ("criterion", scoring["criterion"]),
-        ("pruned", ", ".join(settings["structures"])),
-        ("budget", f"{amount(settings['budget'])}, {settings['budget']['allocation']} between the layers"),
+        ("removed structures", structures(summary)),
+        ("budget", f"{amount(summary)}, {settings['budget']['allocation']} allocation"),
         ("rounds", str(settings["rounds"])),
-        ("refit", ", ".join([method, *named])),
-        ("calibration", f"{drawn['samples']} windows of {drawn['length']} tokens of {source}, seed {drawn['seed']}"),
+        ("refit", ", ".join([method, *numbers])),
+        ("calibration", f"{text}, seed {calibration['seed']}"),
     ]
-    after = figures["perplexity_after"]
+    after = summary["perplexity_after"]
     if after:
-        measured = f"{after['windows']:,} windows of {after['window']} tokens of {short_name(figures['evaluation'])}"
-        found.append(("perplexity on", measured))
-    return found
+        evaluation = f"{after['windows']:,} windows of {after['window']} tokens of {short_name(summary['evaluation'])}"
+        pairs.append(("perplexity on", evaluation))
+    return pairs
 
 
-def amount(budget: Mapping[str, Any]) -> str:
-    """How much went, in words."""
+def structures(summary: Summary) -> str:
+    """The removed structures in words."""
+    return " and ".join(STRUCTURE_WORDS[structure] for structure in summary["settings"]["structures"])
+
+
+def amount(summary: Summary) -> str:
+    """The budget in words: the share to remove, or the limit of a cost."""
+    budget = summary["settings"]["budget"]
     if budget["target"] is not None:
-        measure, most = budget["target"]
-        return f"to {most:,.0f} {measure}"
-    words = {"groups": "", "blocks": " of the blocks' parameters", "model": " of all parameters"}
-    return f"by {100 * budget['ratio']:g} %{words[budget['of']]}"
+        measure, limit = budget["target"]
+        return f"at most {limit:,.0f} {'bytes of memory' if measure == 'memory' else MEASURE_WORDS[measure]}"
+    words = {"groups": structures(summary), "blocks": "the parameters of the layers", "model": "all parameters"}
+    return f"remove {100 * budget['ratio']:g} % of {words[budget['of']]}"
 
 
-def advice(figures: Figures) -> str:
-    """What is to be said of the estimate's step; empty where there is nothing."""
-    return (figures["step"] or {}).get("advice") or ""
+def advice(summary: Summary) -> str:
+    """The advice on the step ε of the gradient estimate; empty without advice or without an estimate."""
+    return (summary["step"] or {}).get("advice") or ""
 
 
 def span(counts: list[int]) -> str:
-    """The numbers of all layers, in short."""
+    """The number of groups in the layers: one number if all layers are equal, otherwise the range."""
     return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def short(number: int | float) -> str:
-    """Three or four figures and a decimal prefix: 864.0 G."""
+    """A number with a decimal prefix: 864.0 G."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if abs(number) < 1000 or prefix == "P":
             return f"{number:,.0f}" if not prefix else f"{number:,.1f} {prefix}"
         number /= 1000
-    raise AssertionError("the last prefix takes all")
+    raise AssertionError("the last prefix takes every number")
 
 
 def size(count: int) -> str:
-    """Bytes with a decimal prefix: 12.6 GB."""
+    """A number of bytes with a decimal prefix: 12.6 GB."""
     return f"{short(count)}B" if count >= 1000 else f"{count} B"
 
 
 def short_name(name: str | None) -> str:
-    """A Hub id as it is, of a path only the last part: where it lay says nothing to others, and may say too much."""
+    """A Hub id unchanged; of a path the last part only, because a published report must not show local folders."""
     text = printable(str(name))
     return text if re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+){0,2}(:[\w.-]+)?", text) else PurePath(text).name or text
 
 
 def printable(text: str) -> str:
-    """Text without control characters and halves of characters, which neither YAML nor UTF-8 can hold."""
+    """The text with a replacement character for control characters and surrogates, which YAML or UTF-8 cannot hold."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

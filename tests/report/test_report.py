@@ -1,4 +1,4 @@
-"""The documents beside pruned weights: there, in agreement with the result, safe in any hands, needing no network."""
+"""The documents beside pruned weights exist, agree with the result, escape hostile names and load nothing else."""
 
 import json
 import re
@@ -18,7 +18,6 @@ from convert import writer
 from convert.reader import read_model
 from minillm_jax import demo
 from minillm_jax.budget.budget import Budget
-from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.pruning.refit import Refit
 from minillm_jax.report import html, model_card, plots, summary, tables
@@ -30,7 +29,7 @@ HOSTILE = 'a"b: `c`<script src=http://x>|d\n---\n# e & f\u2028\udc80'
 
 
 class Page(HTMLParser):
-    """What a page consists of."""
+    """The tags, attributes, ids and text of an HTML page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -38,7 +37,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.attributes: list[tuple[str, str | None]] = []
         self.ids: list[str] = []
-        self.words = ""
+        self.text = ""
         self.feed(text)
         self.close()
 
@@ -54,22 +53,22 @@ class Page(HTMLParser):
         self.open.pop()
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"{tag} is closed out of turn"
+        assert self.open.pop() == tag, f"{tag} is closed in the wrong order"
 
     def handle_data(self, data: str) -> None:
-        self.words += data
+        self.text += data
 
 
-def check_page(text: str, drawn: int) -> Page:
-    """Well nested, nothing from elsewhere, no scripts, one picture each with its name and words."""
+def check_page(text: str, plots: int) -> Page:
+    """A page is well nested, loads no file, has no scripts, and has that many plots with title and description."""
     page = Page(text)
     assert page.open == []
-    assert page.tags["svg"] == page.tags["figure"] == page.tags["desc"] == drawn
+    assert page.tags["svg"] == page.tags["figure"] == page.tags["desc"] == plots
     assert not page.tags.keys() & {"script", "link", "img", "iframe", "object", "embed", "foreignobject"}
     loads = {"src", "href", "xlink:href", "srcset", "data", "action"}
     assert all(value.startswith("#") for name, value in page.attributes if name in loads and value is not None)
     assert not any(name.startswith("on") for name, _ in page.attributes)
-    assert all(words not in text for words in ("@import", "url(h", "url(/"))
+    assert all(fragment not in text for fragment in ("@import", "url(h", "url(/"))
     assert len(page.ids) == len(set(page.ids))
     referred = {value[1:] for name, value in page.attributes if name in loads and value is not None}
     assert referred | set(re.findall(r"url\(#([^)]*)\)", text)) <= set(page.ids)
@@ -78,7 +77,7 @@ def check_page(text: str, drawn: int) -> Page:
 
 def job_of(tmp_path: Path, **changes: Any) -> Job:
     folder = hugging_face_folder(tmp_path / "model")
-    (folder / "README.md").write_text("words of the base model")
+    (folder / "README.md").write_text("card of the base model")
     np.save(tmp_path / "tokens.npy", random_tokens(97, 400))
     tokens = str(tmp_path / "tokens.npy")
     options = {"samples": 4, "length": 32, "evaluation": tokens, "window": 32, "scoring": Scoring("wanda")}
@@ -94,22 +93,22 @@ def finish(job: Job) -> tuple[Result, dict[str, Any]]:
     return result, json.loads(Path(job.output, "report.json").read_text())
 
 
-def same_figures(result: Result, written: dict[str, Any]) -> bool:
-    """Whether the file says what `--json` prints, but for the seconds of saving, which were still to come."""
-    found = json.loads(json.dumps(tables.result_json(result)))
-    assert found["seconds"].pop("save") > 0
-    return found == written
+def same_summary(result: Result, written: dict[str, Any]) -> bool:
+    """Whether report.json equals the output of `--json`, except for the seconds of saving, which it cannot hold."""
+    printed = json.loads(json.dumps(tables.result_json(result)))
+    assert printed["seconds"].pop("save") > 0
+    return printed == written
 
 
 @pytest.fixture(scope="module")
 def wanda(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, dict[str, Any], Path]:
-    job = job_of(tmp_path_factory.mktemp("wanda"), budget=Budget(0.3, of="blocks", allocation="measured"))
+    job = job_of(tmp_path_factory.mktemp("wanda"), budget=Budget(0.3, ratio_of="blocks", allocation="measured"))
     return *finish(job), Path(job.output)
 
 
-def test_the_folder_holds_the_figures_as_json_page_and_card(wanda: tuple[Result, dict[str, Any], Path]) -> None:
+def test_the_folder_holds_the_summary_as_json_page_and_card(wanda: tuple[Result, dict[str, Any], Path]) -> None:
     result, written, folder = wanda
-    assert same_figures(result, written)
+    assert same_summary(result, written)
     assert written["format"] == "per-layer"
     before, after = read_model(result.job.model).decoder, result.pruned.decoder
     from minillm_jax.model import costs
@@ -119,22 +118,26 @@ def test_the_folder_holds_the_figures_as_json_page_and_card(wanda: tuple[Result,
         "before": costs.all_costs(before, 128),
         "after": costs.all_costs(after, 128),
     }
-    page = check_page((folder / "report.html").read_text(), drawn=5)
+    page = check_page((folder / "report.html").read_text(), plots=5)
+    share = 1 - written["parameters_after"] / written["parameters_before"]
+    assert f"model, {100 * share:.1f} % of parameters removed" in page.text.replace("\xa0", " ")
     for row in summary.rows(written):
-        assert row.before in page.words
-        assert row.change in page.words
+        assert row.before in page.text
+        assert row.change in page.text
     assert "http" not in (folder / "report.html").read_text()
     text = (folder / "README.md").read_text()
-    assert "words of the base model" not in text
+    assert "card of the base model" not in text
     front = yaml.safe_load(text.split("---\n")[1])
     assert front == {"base_model": "model", "library_name": "transformers", "tags": ["pruned", "minillm-jax"]}
     for row in summary.rows(written):
         assert f"| {' | '.join(row)} |" in text
-    assert str(folder.parent) not in text + page.words, "where it lay is nobody's business"
+    assert str(folder.parent) not in text + page.text, "documents must not show local folders"
     assert folder.joinpath("modeling_pruned.py").exists()
 
 
-def test_measured_losses_and_scores_before_pruning_are_told(wanda: tuple[Result, dict[str, Any], Path]) -> None:
+def test_the_summary_holds_measured_losses_and_scores_before_pruning(
+    wanda: tuple[Result, dict[str, Any], Path],
+) -> None:
     _, written, _ = wanda
     for kind, total in (("head", 4), ("channel", 40)):
         assert [pairs[0] for pairs in written["losses"][kind]] == [[total, 0.0]] * 3
@@ -142,47 +145,47 @@ def test_measured_losses_and_scores_before_pruning_are_told(wanda: tuple[Result,
         assert all(len(five) == 5 and sorted(five) == five for five in written["scores"][kind])
 
 
-def test_the_same_figures_give_the_same_bytes(wanda: tuple[Result, dict[str, Any], Path]) -> None:
+def test_the_same_summary_gives_the_same_bytes(wanda: tuple[Result, dict[str, Any], Path]) -> None:
     result, written, folder = wanda
     again = tables.documents(result)
     assert plots.draw(written) == plots.draw(written)
-    body = re.compile(r"<footer>.*</footer>", re.DOTALL)  # the seconds
+    body = re.compile(r"<footer>.*</footer>", re.DOTALL)  # holds the seconds
     assert body.sub("", again["report.html"]) == body.sub("", (folder / "report.html").read_text())
 
 
 @pytest.mark.parametrize("form", ["stock", "padded", "flax"])
-def test_every_format_has_its_documents_and_what_the_card_says_loads(tmp_path: Path, form: str) -> None:
-    """The criterion obs has no scores to draw; without evaluation there is no perplexity to draw."""
+def test_every_format_has_its_documents_and_its_loading_snippet(tmp_path: Path, form: str) -> None:
+    """The criterion obs has no plot of scores, and a job without evaluation has no plot of perplexity."""
     job = job_of(tmp_path, format=form, scoring=Scoring("obs"), evaluation=None)
     job = Job(**vars(job) | {"refit": Refit(), "structures": ("channels",), "heads": "group"})
     result, written = finish(job)
-    assert same_figures(result, written)
+    assert same_summary(result, written)
     assert written["format"] == result.written.format == form
-    page = check_page((tmp_path / "out" / "report.html").read_text(), drawn=2)
-    assert "chooses the groups while it removes them" in page.words
+    page = check_page((tmp_path / "out" / "report.html").read_text(), plots=2)
+    assert "chooses the groups while it removes them" in page.text
     text = (tmp_path / "out" / "README.md").read_text()
     assert ("minillm_jax.load(" in text) == (form == "flax")
-    assert ("Padding stays zero" in text) == (form == "padded")
+    assert ("zeros of the padding" in text) == (form == "padded")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_whole_structures_have_their_rows_and_no_empty_pictures(tmp_path: Path) -> None:
+def test_whole_structures_have_their_rows_and_no_empty_plots(tmp_path: Path) -> None:
     result, written = finish(job_of(tmp_path, structures=("hidden", "layers")))
-    assert same_figures(result, written)
-    page = check_page((tmp_path / "out" / "report.html").read_text(), drawn=2)
-    assert "chooses the groups" not in page.words
+    assert same_summary(result, written)
+    page = check_page((tmp_path / "out" / "report.html").read_text(), plots=2)
+    assert "chooses the groups" not in page.text
     assert [tuple(row) for row in summary.rows(written)[-3:-1]] == [
         ("layers", "3", "2", ""),
         ("hidden size", "64", "45", ""),
     ]
-    assert "whole hidden dimensions and layers are gone" in (tmp_path / "out" / "README.md").read_text()
+    assert "whole hidden dimensions and layers were removed" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers for it
-def test_what_the_card_says_of_recovery_runs(
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # raised by PEFT
+def test_the_recovery_snippet_of_the_card_runs(
     wanda: tuple[Result, dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last snippet, with the model of the one before, on two batches."""
+    """The last snippet of the card runs on two batches, with the model of the snippet before it."""
     torch = pytest.importorskip("torch")
     _, _, folder = wanda
     *_, snippet = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
@@ -195,32 +198,32 @@ def test_what_the_card_says_of_recovery_runs(
     load_torch(tmp_path / "recovered")
 
 
-def test_without_matplotlib_there_is_a_page_that_says_so(
+def test_without_matplotlib_the_page_names_the_extra(
     wanda: tuple[Result, dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     text = tables.documents(wanda[0])["report.html"]
-    assert "pip install minillm-jax[report]" in check_page(text, drawn=0).words
+    assert "pip install minillm-jax[report]" in check_page(text, plots=0).text
 
 
-def test_names_from_outside_are_only_text(wanda: tuple[Result, dict[str, Any], Path]) -> None:
-    """In the page, in the YAML and in the Markdown; and UTF-8 can hold what is left of them."""
+def test_hostile_names_are_only_text(wanda: tuple[Result, dict[str, Any], Path]) -> None:
+    """The page, the YAML and the Markdown escape hostile names, and UTF-8 can encode the result."""
     _, written, _ = wanda
     hostile = json.loads(json.dumps(written)) | {"base_model": HOSTILE, "evaluation": HOSTILE}
     hostile["settings"]["calibration"]["source"] = HOSTILE
     hostile["settings"]["preset"] = HOSTILE
     text = html.page(hostile, plots.draw(hostile))
-    page = check_page(text, drawn=5)
-    assert page.tags == check_page(html.page(written, plots.draw(written)), drawn=5).tags
-    assert "<script" in page.words
-    made = model_card.card(hostile)
-    for document in (text, made):
+    page = check_page(text, plots=5)
+    assert page.tags == check_page(html.page(written, plots.draw(written)), plots=5).tags
+    assert "<script" in page.text
+    card = model_card.card(hostile)
+    for document in (text, card):
         document.encode()
-    lines = made.splitlines()
+    lines = card.splitlines()
     assert lines.count("---") == 2
     assert [line for line in lines if line.startswith("# ")] == [lines[lines.index("---", 1) + 2]]
-    assert "<script" not in re.sub(r"(`+).*?(?<!`)\1(?!`)", "", made.split("---\n")[2])
-    front = yaml.safe_load(made.split("---\n")[1])
+    assert "<script" not in re.sub(r"(`+).*?(?<!`)\1(?!`)", "", card.split("---\n")[2])
+    front = yaml.safe_load(card.split("---\n")[1])
     assert front.keys() == {"base_model", "library_name", "tags"}
     assert front["base_model"] in summary.printable(HOSTILE)
 
@@ -235,7 +238,7 @@ def test_code_spans_hold_any_text(text: str) -> None:
     assert "\n" not in span
 
 
-def test_names_are_short_and_sizes_are_readable() -> None:
+def test_names_are_shortened_and_sizes_have_prefixes() -> None:
     assert summary.short_name("owner/name") == "owner/name"
     assert summary.short_name("owner/name/part:train") == "owner/name/part:train"
     assert summary.short_name("../model") == "model"
@@ -254,25 +257,29 @@ def test_summaries_are_the_quartiles_of_every_layer() -> None:
     assert summaries(Scores({"head": [values]}, {"criterion": "obs"}, {})) is None
 
 
-def test_an_interruption_while_documents_are_made_or_written_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class InterruptedDocuments(dict[str, str]):
+    """Documents whose writing is interrupted after the first file."""
+
+    def items(self) -> Any:
+        for item in super().items():
+            yield item
+            raise KeyboardInterrupt
+
+
+def test_an_interruption_while_documents_are_made_or_written_leaves_nothing(tmp_path: Path) -> None:
     job = job_of(tmp_path, evaluation=None)
     before = sorted(path.name for path in tmp_path.iterdir())
 
-    def interrupted(*_: object, **__: object) -> None:
+    def interrupted(result: Result) -> dict[str, str]:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        run(job, documents=interrupted)
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
-    monkeypatch.setattr(writer, "_write_extra", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(job, documents=tables.documents)
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    for documents in (interrupted, lambda result: InterruptedDocuments(tables.documents(result))):
+        with pytest.raises(KeyboardInterrupt):
+            run(job, documents=documents)
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_documents_never_take_the_place_of_a_model_s_file(tmp_path: Path) -> None:
+def test_documents_never_replace_a_file_of_the_model(tmp_path: Path) -> None:
     model = read_model(demo.FOLDER)
     with pytest.raises(InputError, match="cannot be written"):
         writer.write_model(model, tmp_path / "out", extra={"config.json": "{}"})
@@ -280,7 +287,7 @@ def test_documents_never_take_the_place_of_a_model_s_file(tmp_path: Path) -> Non
 
 
 def test_only_the_writing_process_makes_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharding, "is_writer", lambda: False)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
     run(job_of(tmp_path, evaluation=None), documents=lambda _: pytest.fail("made by another process"))
     assert not (tmp_path / "out").exists()
 
@@ -292,11 +299,11 @@ def test_rounds_keep_the_scores_of_the_dense_model(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "rounds" / "report.json").read_text())["settings"]["rounds"] == 2
 
 
-def test_what_is_planned_is_what_is_written(tmp_path: Path) -> None:
-    """Padded sizes included, and half precision."""
+def test_the_planned_result_is_the_written_result(tmp_path: Path) -> None:
+    """`planned` and `write_model` agree, also for padded sizes and half precision."""
     model = read_model(hugging_face_folder(tmp_path / "model", "opt"))
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.decoder)
     for number, decoder in enumerate((model.decoder, half)):
-        one = type(model)(decoder, model.raw_config, model.folder, model.name)
+        variant = type(model)(decoder, model.raw_config, model.folder, model.name)
         for form in ("stock", "per-layer", "padded", "flax"):
-            assert writer.planned(one, form) == writer.write_model(one, tmp_path / f"{form}{number}", form)
+            assert writer.planned(variant, form) == writer.write_model(variant, tmp_path / f"{form}{number}", form)
