@@ -1,9 +1,13 @@
-"""The pictures of docs/, from the committed results.
+"""Plots of docs/ and of the README, drawn from the committed results.
 
-python bench/plots.py
+    python bench/plots.py
+
+writes docs/fidelity.svg, docs/quality.svg and docs/perplexity.svg. The same results give the same bytes.
 """
 
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,12 @@ import numpy as np
 import tables
 from matplotlib import pyplot as plt  # pyright: ignore[reportMissingImports]
 from matplotlib import ticker  # pyright: ignore[reportMissingImports]
+from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
 RESULTS, DOCS = Path(__file__).parent / "results", Path(__file__).parents[1] / "docs"
 MODELS = tables.MODELS
 
-# Estimator -> colour, and line: one colour for each space, dashes for central differences.
+# Estimator -> colour and line style: one colour for each space of directions, dashes for central differences.
 STYLES = {
     "weights, spsa": ("tab:red", "--"),
     "low-rank, spsa": ("tab:orange", "--"),
@@ -29,11 +34,11 @@ Rows = list[dict[str, Any]]
 
 
 def results(name: str) -> dict[str, Any]:
-    """A committed result."""
+    """A committed result, as JSON."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-# Estimator of the study -> program of bench/estimate.py that says what a direction costs.
+# Estimator of the study -> program of bench/estimate.py with the cost of a direction.
 PROGRAMS = {
     "weights, spsa": "pair, weights, gaussian",
     "weights, spsa, signs": "pair, weights, rademacher",
@@ -45,21 +50,21 @@ PROGRAMS = {
 
 
 def costs() -> dict[str, float]:
-    """Forward passes that a direction costs, for each estimator of the study; eight share a pass of `jvp`."""
+    """Cost of a direction in forward passes, for each estimator of the study; 8 directions share a pass of `jvp`."""
     times = {row["program"]: row["ratio"] for row in results("estimate")["rows"] if row["kind"] == "time"}
     return {name: times[program] for name, program in PROGRAMS.items()}
 
 
 def mean_by_directions(rows: Rows, estimator: str, value: Any) -> tuple[list[int], list[float]]:
-    """Number of directions, and the mean over seeds of a value."""
-    own = [row for row in rows if row["estimator"] == estimator]
-    counts = sorted({row["directions"] for row in own})
-    return counts, [float(np.mean([value(row) for row in own if row["directions"] == n])) for n in counts]
+    """The numbers of directions of an estimator, and for each the mean of a value over seeds."""
+    rows = [row for row in rows if row["estimator"] == estimator]
+    counts = sorted({row["directions"] for row in rows})
+    return counts, [float(np.mean([value(row) for row in rows if row["directions"] == n])) for n in counts]
 
 
-def both_kinds(of: dict[str, float]) -> float:
-    """Heads and channels count the same."""
-    return float(np.nanmean([of["head"], of["channel"]]))
+def both_kinds(correlations: dict[str, float]) -> float:
+    """The mean of the rank correlations of heads and of channels."""
+    return float(np.nanmean([correlations["head"], correlations["channel"]]))
 
 
 def cosines(axes: Any, rows: Rows, cost: dict[str, float]) -> None:
@@ -71,7 +76,10 @@ def cosines(axes: Any, rows: Rows, cost: dict[str, float]) -> None:
 
 
 def removals(axes: Any, study: dict[str, Any], cost: dict[str, float]) -> None:
-    """Rank correlation with the true change of the loss against forward passes; criteria without gradient as levels."""
+    """Rank correlation with the true change of the loss against forward passes.
+
+    Horizontal lines show the criteria without an estimate, and those with the exact gradient.
+    """
     rows = study["estimators"]
     for estimator, (colour, line) in STYLES.items():
         key = "gate-square" if "gates" in estimator else "fms"
@@ -99,7 +107,7 @@ def steps(axes: Any, rows: Rows) -> None:
 
 
 def fidelity() -> None:
-    """One row of pictures a model."""
+    """docs/fidelity.svg: a row of plots for each model."""
     cost = costs()
     figure, grid = plt.subplots(len(MODELS), 3, figsize=(12, 3 * len(MODELS)), layout="constrained")
     for model, axes in zip(MODELS, grid, strict=True):
@@ -115,7 +123,7 @@ def fidelity() -> None:
     figure.savefig(DOCS / "fidelity.svg", metadata={"Date": None})
 
 
-# Recipe -> colour, and line: dashes without refit.
+# Recipe -> colour and line style: dashes without a refit.
 QUALITY = {
     "obs + least squares, measured": ("tab:green", "-"),
     "obs + least squares": ("tab:blue", "-"),
@@ -131,7 +139,7 @@ QUALITY = {
 
 
 def quality() -> None:
-    """One picture a model: perplexity against the share that goes."""
+    """docs/quality.svg: for each model, perplexity against the ratio of removed groups."""
     figure, grid = plt.subplots(1, len(MODELS), figsize=(14, 4), layout="constrained")
     for model, axes in zip(MODELS, grid, strict=True):
         table = tables.quality(model)
@@ -148,11 +156,107 @@ def quality() -> None:
     figure.savefig(DOCS / "quality.svg", metadata={"Date": None})
 
 
+# Parameters of the dense stories260K. Its results hold the parameters of the pruned models only.
+DENSE_PARAMETERS = 260_032
+
+# Recipe -> label, colour on light paper, colour on dark paper, line width.
+PERPLEXITY = {
+    "obs + least squares, measured": ("minillm-jax (measured allocation)", "#1a7f37", "#3fb950", 2.4),
+    "obs + least squares": ("minillm-jax (default)", "#0969da", "#58a6ff", 2.4),
+    "wanda": ("Wanda-sp", "#bc4c00", "#f0883e", 1.5),
+    "flap": ("FLAP", "#8250df", "#bc8cff", 1.5),
+    "element-1, exact": ("LLM-Pruner", "#7d4e00", "#d4a72c", 1.5),
+    "fms": ("MINI-LLM", "#cf222e", "#ff7b72", 1.5),
+    "random": ("random", "#6e7781", "#9198a1", 1.5),
+}
+
+# Colours of the paper, text and grid on light paper, and on dark paper.
+PAPER, TEXT, GRID = ("#ffffff", "#0d1117"), ("#1f2328", "#e6edf3"), ("#d1d9e0", "#30363d")
+
+FONTS = "system-ui, 'Segoe UI', Helvetica, Arial, 'DejaVu Sans', sans-serif"
+
+
+def perplexity(dark: bool = False) -> Figure:
+    """Perplexity of stories260K against the share of kept parameters: the default and published methods.
+
+    Each point is the mean over seeds of a recipe and ratio. The labels stand at the ends of the lines.
+    """
+    paper, text, grid = (pair[dark] for pair in (PAPER, TEXT, GRID))
+    figure = Figure(figsize=(760 / 96, 400 / 96), facecolor=paper)
+    axes = figure.add_axes((0.075, 0.13, 0.6, 0.77), facecolor=paper)
+    lines = sorted(((recipe, points(recipe)) for recipe in PERPLEXITY), key=lambda line: line[1][-1][1])
+    heights = spread([line[-1][1] for _, line in lines], 1.22)
+    for (recipe, line), height in zip(lines, heights, strict=True):
+        label, *colours, width = PERPLEXITY[recipe]
+        axes.plot(*zip(*line, strict=True), color=colours[dark], linewidth=width, marker="o", markersize=2 + width)
+        axes.annotate(
+            label, (line[-1][0] - 0.8, height), color=colours[dark], va="center", fontsize=10, annotation_clip=False
+        )
+    axes.set(yscale="log", xlim=(101, 55.5), ylim=(0.95, 70))
+    axes.set_xlabel("parameters kept (%)", color=text)
+    axes.set_title(
+        "Perplexity of pruned stories260K, multiple of the dense model's", color=text, fontsize=11, loc="left"
+    )
+    axes.xaxis.set_major_locator(ticker.MultipleLocator(10))
+    axes.yaxis.set_major_locator(ticker.FixedLocator([1, 2, 5, 10, 20, 50]))
+    axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g} ×"))
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+    axes.tick_params(colors=text, length=0)
+    axes.grid(axis="y", color=grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def points(recipe: str) -> list[tuple[float, float]]:
+    """For the dense stories260K and each ratio: % of parameters kept, perplexity as a multiple of the dense model's."""
+    rows = [row for row in results("quality-stories260K")["rows"] if row["recipe"] == recipe]
+    means = [(100.0, 1.0)]
+    for ratio in sorted({row["ratio"] for row in rows}):
+        of_ratio = [row for row in rows if row["ratio"] == ratio]
+        kept = np.mean([100 * row["parameters"] / DENSE_PARAMETERS for row in of_ratio])
+        means.append((float(kept), float(np.mean([row["perplexity"] / row["dense"] for row in of_ratio]))))
+    return means
+
+
+def spread(heights: list[float], factor: float) -> list[float]:
+    """Ascending heights, moved apart until neighbours differ by a factor; each pair keeps its centre."""
+    logarithms = np.log(heights)
+    for _ in range(100):
+        gaps = np.log(factor) - np.diff(logarithms)
+        shift = np.maximum(gaps, 0) / 2
+        logarithms[:-1] -= shift
+        logarithms[1:] += shift
+    return np.exp(logarithms).tolist()
+
+
+def with_dark_colours(svg: str) -> str:
+    """A light SVG with a style sheet that replaces each light colour by the dark one where the reader prefers dark."""
+    pairs = [PAPER, TEXT, GRID, *((light, dark) for _, light, dark, _ in PERPLEXITY.values())]
+    rules = [
+        f'[style*="{attribute}: {light}"] {{ {attribute}: {dark} !important }}'
+        for light, dark in pairs
+        for attribute in ("fill", "stroke")
+    ]
+    sheet = "@media (prefers-color-scheme: dark) {\n" + "\n".join(rules) + "\n}\n"
+    return svg.replace('<style type="text/css">', f'<style type="text/css">\n{sheet}', 1)
+
+
+def readme() -> None:
+    """docs/perplexity.svg, the plot of the README."""
+    out = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        perplexity().savefig(out, format="svg", metadata={"Date": None})
+    svg = re.sub(r"font-family: [^;]*;", f"font-family: {FONTS};", out.getvalue())
+    (DOCS / "perplexity.svg").write_text(with_dark_colours(svg))
+
+
 def main() -> None:
-    """Draw all of them."""
-    mpl.rcParams["svg.hashsalt"] = "minillm-jax"  # the same bytes from the same results
+    """Draw all plots."""
+    mpl.rcParams["svg.hashsalt"] = "minillm-jax"
     fidelity()
     quality()
+    readme()
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def _losses(summary: Summary) -> _Drawing | None:
 
     largest = {kind: max(loss for pairs in rows for _, loss in pairs) for kind, rows in losses.items()}
     parts = [f"{KIND_WORDS[kind]}: at most {loss:.3f} nats" for kind, loss in largest.items()]
-    description = "Change of the loss when one layer alone is pruned by that share; pale lines are early layers"
+    description = "Change of the loss when one sublayer alone is pruned by that share; pale lines are early layers"
     label = "% of a layer's groups removed"
     return _panels(
         "Measured losses of every layer", f"{description}. {'; '.join(parts)}", _titles(losses), panel, label
