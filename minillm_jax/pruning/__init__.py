@@ -1,1 +1,1 @@
-"""Removing groups: walk the layers, choose, slice, refit."""
+"""Removal of groups: the walk through the layers, the choice of groups, slicing, and the refit."""

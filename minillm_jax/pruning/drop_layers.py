@@ -1,4 +1,4 @@
-"""Whole layers go, by measured loss: each time the one without which the model predicts best."""
+"""Removal of whole layers, one after the other, by measured loss."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,40 +24,43 @@ def best_layers(
     layers: range | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[int]:
-    """The layers that stay when one after the other goes whose removal leaves the least loss.
+    """The indices of the kept layers, ascending.
 
-    Takes one forward pass over the windows for every layer that is left, each time.
+    Layers are removed one at a time: each time the layer whose removal leaves the least loss. A removal takes one
+    forward pass over the windows for every layer that may still be removed.
 
     Args:
       decoder: the dense model.
       batches: calibration windows.
-      keep: how many layers stay.
-      layers: those that may go; all by default.
-      progress: called with the number of layers that are gone, and of all that go.
+      keep: number of kept layers.
+      layers: the layers that may be removed; all by default.
+      progress: called with the number of layers removed so far, and of all layers to remove.
     """
     count = layer_count(decoder)
-    alive = np.ones(count, dtype=bool)
+    kept = np.ones(count, dtype=bool)
     for done in range(count - keep):
-        candidates = [layer for layer in layers or range(count) if alive[layer]]
-        losses = [_loss(decoder, batches, alive & (np.arange(count) != layer)) for layer in candidates]
-        alive[candidates[int(np.argmin(losses))]] = False
+        candidates = [layer for layer in layers or range(count) if kept[layer]]
+        losses = [_loss(decoder, batches, kept & (np.arange(count) != layer)) for layer in candidates]
+        kept[candidates[int(np.argmin(losses))]] = False
         if progress is not None:
             progress(done + 1, count - keep)
-    return np.flatnonzero(alive).tolist()
+    return np.flatnonzero(kept).tolist()
 
 
-def _loss(decoder: Decoder, batches: Batches, alive: np.ndarray) -> float:
-    found = window_losses(decoder, batches, partial(_losses_with, alive=jnp.asarray(alive)))
-    return float(found.sum(dtype=np.float64))
+def _loss(decoder: Decoder, batches: Batches, kept: Bool[np.ndarray, " L"]) -> float:
+    """The summed loss of the model with only the kept layers, over all windows."""
+    losses = window_losses(decoder, batches, partial(_losses_of_layers, kept=jnp.asarray(kept)))
+    return float(losses.sum(dtype=np.float64))
 
 
+# `kept` is an argument of the compiled program, so that all choices of layers share one compilation.
 @jax.jit
-def _losses_with(decoder: Decoder, tokens: Int[Array, "B T"], alive: Bool[Array, " L"]) -> Float[Array, " B"]:
-    """Summed cross entropy of every sequence with only some of the layers; one program whichever they are."""
+def _losses_of_layers(decoder: Decoder, tokens: Int[Array, "B T"], kept: Bool[Array, " L"]) -> Float[Array, " B"]:
+    """Summed cross entropy of every sequence, by the model with only the kept layers."""
     angles = rotary_angles(decoder, tokens.shape[1])
 
     def step(x: Array, block: Block, layer: Array, extra: None) -> tuple[Array, None]:
-        return jnp.where(alive[layer], apply_layer(block, decoder.config, x, angles)[0], x), None
+        return jnp.where(kept[layer], apply_layer(block, decoder.config, x, angles)[0], x), None
 
     x, _ = scan_layers(decoder.runs, step, embed(decoder, tokens))
     return jnp.sum(token_losses(decoder, finish(decoder, x), tokens), axis=-1)

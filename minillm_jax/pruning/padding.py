@@ -1,4 +1,4 @@
-"""The opposite of slicing: groups of zeros in the places where groups were, so that all layers are equally large."""
+"""Padding, the opposite of slicing: groups of zeros in place of removed groups, so that all layers have equal sizes."""
 
 from functools import partial
 
@@ -16,15 +16,15 @@ from minillm_jax.model.tree import group_count, named_arrays
 
 
 def pad_groups(decoder: Decoder, sizes: Sizes, places: dict[str, list[Int[np.ndarray, " _"]]]) -> Decoder:
-    """A decoder that computes the same with the given, larger layers: every added head and channel is zero.
+    """A decoder with larger layers and the same outputs: every added head and channel is zero.
 
-    A head of zeros adds nothing whatever its attention weights are, a channel of zeros nothing because every
-    activation of the families maps zero to zero.
+    A head of zeros adds nothing to the residual stream, whatever its attention weights are. A channel of zeros adds
+    nothing either, because the activation function of every family maps zero to zero.
 
     Args:
       decoder: the model.
-      sizes: the sizes to reach, equal in all layers.
-      places: kind of group -> for each layer, the places of its groups among the new ones, ascending.
+      sizes: the sizes of the padded decoder, equal in all layers.
+      places: kind of group -> for each layer, the indices of its groups in the padded layer, ascending.
     """
     target, first = sizes.layers[0], 0
     pieces: list[Block] = []
@@ -33,13 +33,13 @@ def pad_groups(decoder: Decoder, sizes: Sizes, places: dict[str, list[Int[np.nda
         indices = {kind: jnp.asarray(np.stack(rows[first:last])) for kind, rows in places.items()}
         pieces.append(_pad(run, indices, (("head", target.K), ("channel", target.F))))
         first = last
-    whole = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pieces)
-    return _with_data(with_runs(decoder, [whole]), sizes)
+    padded = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pieces)
+    return _with_data(with_runs(decoder, [padded]), sizes)
 
 
 @partial(jax.jit, static_argnames="counts")
 def _pad(run: Block, places: dict[str, Int[Array, "L _"]], counts: tuple[tuple[str, int], ...]) -> Block:
-    """One run of equal layers, with `counts` groups of every kind."""
+    """One run of equal layers, padded to `counts` groups of every kind."""
 
     def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
         axes = axis_table.BLOCK_AXES[axis_table.array_path(path)]
@@ -53,7 +53,7 @@ def _pad(run: Block, places: dict[str, Int[Array, "L _"]], counts: tuple[tuple[s
 
 
 def _with_data(decoder: Decoder, sizes: Sizes) -> Decoder:
-    """The data of the layers as these sizes have them: all heads' slopes, not zeros between those that were kept."""
+    """A decoder with the data of layers of these sizes: padding leaves zeros among the ALiBi slopes of the heads."""
     data = {path: leaf for path, leaf in named_arrays(build(decoder.config, sizes)) if axis_table.is_data(path)}
 
     def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:

@@ -1,20 +1,21 @@
-"""Structured OBS: groups of input features go one after the other, and the rest takes over what it can.
+"""Structured OBS: the order in which the groups of one matrix are removed.
 
-The error of a linear map with weights W on inputs of second moments H is a quadratic, tr(ΔᵀHΔ). Removing the rows S of
-a group costs at least tr((H⁻¹_SS)⁻¹ M_SS), M = W Wᵀ, reached by W ← W − H⁻¹_:S (H⁻¹_SS)⁻¹ W_S; what is left then has
-the inverse H⁻¹ − H⁻¹_:S (H⁻¹_SS)⁻¹ H⁻¹_S: (Hassibi and Stork, 1993; in groups: Kurtic et al., ZipLM, arXiv
-2302.04089).
+The error of a matrix with weights W, on inputs with second moments H, is the quadratic tr(Δᵀ H Δ) of its change Δ.
+The removal of a group with the rows S costs at least tr((H⁻¹_SS)⁻¹ M_SS), where M = W Wᵀ. The update of OBS reaches
+that minimum: W ← W − H⁻¹_:S (H⁻¹_SS)⁻¹ W_S. The inverse of the remaining system is H⁻¹ − H⁻¹_:S (H⁻¹_SS)⁻¹ H⁻¹_S:.
+Sources: Hassibi and Stork, 1993; for groups Kurtic et al., ZipLM, arXiv 2302.04089.
 
-The order needs M alone, not W. With H⁻¹_SS = R Rᵀ, N = R⁻¹ H⁻¹_S: and P = R⁻¹ M_S: − ½ (R⁻¹ M_SS R⁻ᵀ) N, a group that
-goes leaves
+The order needs M, but not W. With H⁻¹_SS = R Rᵀ, N = R⁻¹ H⁻¹_S: and P = R⁻¹ M_S: − ½ (R⁻¹ M_SS R⁻ᵀ) N, the removal of
+a group updates both matrices:
 
     H⁻¹ ← H⁻¹ − Nᵀ N        M ← M − Nᵀ P − Pᵀ N
 
-which is a Cholesky factorisation of H⁻¹ whose pivots are chosen on the way, with M carried along. The rows N and P of
-many groups are gathered before both matrices are written anew, by matrix products; in between only the rows of the
-next group are made, and every group's own block is brought up to date.
+This is a Cholesky factorisation of H⁻¹ that chooses its pivots by their cost, and updates M along with H⁻¹. As in a
+blocked factorisation, the rows N and P of several groups are gathered first. One matrix product then applies all
+gathered rows to each matrix. Between two such updates, the program computes the current rows of the next group only,
+and updates the diagonal block of every group.
 
-    G groups    R rows that are gathered at most    w features of a group
+    G groups    R gathered rows at most    w features of a group
 """
 
 from functools import partial
@@ -28,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minillm_jax.pruning import solve
 
+# Rows N and P that are gathered before both matrices are updated.
 GATHERED = 128
 
 Matrix = Float[Array, "_ _"] | Float[np.ndarray, "_ _"]
@@ -35,35 +37,36 @@ Blocks = Float[Array, "_ _ _"] | Float[np.ndarray, "_ _ _"]
 
 
 class _State(NamedTuple):
-    """What is left, in NumPy or JAX alike.
+    """The system during the removal, as NumPy or JAX arrays.
 
     Attributes:
-      inverse: [I, I], H⁻¹ as it was last written.
-      products: [I, I], M as it was last written.
-      n: [R, I], the rows N since then; zeros where none are yet. Zero for the features of groups that are gone.
-      p: [R, I], the rows P since then.
-      own: [G, w, w], each group's block of H⁻¹ with itself, up to date while the group is there.
-      costs: [G, w, w], the same of M.
-      stay: [G], which groups are there.
-      left: how many of each part still have to go.
+      inverse: [I, I], H⁻¹ after its last update.
+      products: [I, I], M after its last update.
+      n: [R, I], the rows N gathered since the last update; zero in rows not yet filled, and in the columns of removed
+        groups.
+      p: [R, I], the rows P gathered since the last update.
+      inverse_blocks: [G, w, w], the diagonal block of H⁻¹ of every group; current for all kept groups.
+      product_blocks: [G, w, w], the diagonal block of M of every group; current for all kept groups.
+      kept: [G], whether a group is kept so far.
+      to_remove: number of groups still to be removed from each part.
     """
 
     inverse: Matrix
     products: Matrix
     n: Matrix
     p: Matrix
-    own: Blocks
-    costs: Blocks
-    stay: Bool[Array, " _"] | Bool[np.ndarray, " _"]
-    left: Int[Array, " _"] | Int[np.ndarray, " _"]
+    inverse_blocks: Blocks
+    product_blocks: Blocks
+    kept: Bool[Array, " _"] | Bool[np.ndarray, " _"]
+    to_remove: Int[Array, " _"] | Int[np.ndarray, " _"]
 
 
 def products_of_best(
     inverse: Float[np.ndarray, "I I"], right: Float[np.ndarray, "I D"], solver: str = "host"
 ) -> Float[np.ndarray, "I I"]:
-    """M = W Wᵀ of the best weights at full width, W = H⁻¹ · right; the solver is that of `linear.solve`."""
-    best = solve.product(inverse, right, solver)
-    return solve.product(best, best.T, solver)
+    """M = W Wᵀ of the least-squares weights before any removal, W = H⁻¹ · right; for the solver see `solve.solve`."""
+    weights = solve.product(inverse, right, solver)
+    return solve.product(weights, weights.T, solver)
 
 
 def greedy_removal(
@@ -74,128 +77,136 @@ def greedy_removal(
     parts: int = 1,
     solver: str = "host",
     gathered: int = GATHERED,
-) -> Int[np.ndarray, " gone"]:
-    """The group of least error goes, again and again, until `keep` are left; of equal ones that of the lower index.
+) -> Int[np.ndarray, " removed"]:
+    """The removed groups, in the order of removal.
+
+    Each step removes the group with the least error, of equal ones the group with the lowest index, until `keep`
+    groups remain.
 
     Args:
-      inverse: H⁻¹, symmetric and positive definite; the host writes over it, as over the next.
-      products: M = W Wᵀ of the best weights W there are at full width.
-      count: number of groups, each of equally many neighbouring features.
-      keep: how many groups stay.
-      parts: in how many parts of neighbouring groups they lie; equally many go of each.
-      solver: `host` (NumPy, float64), or `device` (JAX, float32; what fails there is done on the host).
-      gathered: how many rows are gathered, about, before the matrices are written anew.
-
-    Returns:
-      The groups that go, in that order.
+      inverse: H⁻¹, symmetric and positive definite. The host solver overwrites this matrix and `products`.
+      products: M = W Wᵀ of the least-squares weights W before any removal.
+      count: number of groups. Each group has equally many neighbouring features.
+      keep: number of kept groups.
+      parts: number of parts, each of equally many neighbouring groups. Every part loses equally many groups.
+      solver: `host` (NumPy, float64), or `device` (JAX, float32; an order that fails on the device is computed on the
+        host).
+      gathered: number of gathered rows after which both matrices are updated, rounded down to whole groups.
     """
     if solver == "device" and keep < count:
         matrices = (jnp.asarray(matrix, jnp.float32) for matrix in (inverse, products))
-        found, errors = _on_device(*matrices, count=count, gone=count - keep, parts=parts, gathered=gathered)
+        order, errors = _on_device(*matrices, count=count, removed=count - keep, parts=parts, gathered=gathered)
         if np.isfinite(np.asarray(errors)).all():
-            return np.asarray(found, np.int64)
+            return np.asarray(order, np.int64)
     inverse, products = (np.require(matrix, np.float64, "W") for matrix in (inverse, products))
     state = _begin(inverse, products, count, count - keep, parts, gathered)
-    order, width = [], len(inverse) // count
+    groups, width = [], len(inverse) // count
     for _ in range(count - keep):
-        place = len(order) * width % len(state.n)
+        place = len(groups) * width % len(state.n)
         group, _, state = _remove(state, place)
-        order.append(int(group))
+        groups.append(int(group))
         if place + width == len(state.n):
-            state = _rewritten(state)
-    return np.asarray(order, np.int64)
+            state = _updated(state)
+    return np.asarray(groups, np.int64)
 
 
-@partial(jax.jit, static_argnames=("count", "gone", "parts", "gathered"))
+@partial(jax.jit, static_argnames=("count", "removed", "parts", "gathered"))
 def _on_device(
-    inverse: Float[Array, "I I"], products: Float[Array, "I I"], *, count: int, gone: int, parts: int, gathered: int
-) -> tuple[Int[Array, " gone"], Float[Array, " gone"]]:
-    """The groups that go, and the error of each: not finite where float32 did not do."""
+    inverse: Float[Array, "I I"], products: Float[Array, "I I"], *, count: int, removed: int, parts: int, gathered: int
+) -> tuple[Int[Array, " removed"], Float[Array, " removed"]]:
+    """The removed groups in order, and the error of each removal: not finite where float32 is not precise enough."""
     width = len(inverse) // count
-    at_once = max(1, gathered // width)
+    per_update = max(1, gathered // width)
 
     def step(done: Array, carry: tuple[_State, Array, Array]) -> tuple[_State, Array, Array]:
         state, order, errors = carry
-        group, error, state = _remove(state, done % at_once * width)
+        group, error, state = _remove(state, done % per_update * width)
         return state, order.at[done].set(group), errors.at[done].set(error)
 
-    # A loop in a loop: with a condition in one loop, the matrices would be copied for every group.
-    def block(number: Array, carry: tuple[_State, Array, Array]) -> tuple[_State, Array, Array]:
-        first = number * at_once
-        state, *found = lax.fori_loop(first, jnp.minimum(first + at_once, gone), step, carry)
-        return _rewritten(state), *found
+    # Two nested loops: a condition inside a single loop would copy the matrices for every group.
+    def steps_and_update(number: Array, carry: tuple[_State, Array, Array]) -> tuple[_State, Array, Array]:
+        first = number * per_update
+        state, order, errors = lax.fori_loop(first, jnp.minimum(first + per_update, removed), step, carry)
+        return _updated(state), order, errors
 
     with jax.default_matmul_precision("highest"):
-        first = (_begin(inverse, products, count, gone, parts, gathered), jnp.zeros(gone, jnp.int32), jnp.zeros(gone))
-        _, order, errors = lax.fori_loop(0, -(-gone // at_once), block, first)
+        state = _begin(inverse, products, count, removed, parts, gathered)
+        carry = (state, jnp.zeros(removed, jnp.int32), jnp.zeros(removed))
+        _, order, errors = lax.fori_loop(0, -(-removed // per_update), steps_and_update, carry)
     return order, errors
 
 
-def _begin(inverse: Matrix, products: Matrix, count: int, gone: int, parts: int, gathered: int) -> _State:
+def _begin(inverse: Matrix, products: Matrix, count: int, removed: int, parts: int, gathered: int) -> _State:
+    """The state before the first removal."""
     xp, width = inverse.__array_namespace__(), len(inverse) // count
-    places = xp.arange(count)
-    own, costs = (m.reshape(count, width, count, width)[places, :, places] for m in (inverse, products))
+    groups = xp.arange(count)
+    inverse_blocks, product_blocks = (
+        matrix.reshape(count, width, count, width)[groups, :, groups] for matrix in (inverse, products)
+    )
     n, p = (xp.zeros((max(1, gathered // width) * width, len(inverse)), inverse.dtype) for _ in range(2))
-    stay, left = xp.ones(count, bool), xp.full(parts, gone // parts)
-    return _State(inverse, products, n, p, own, costs, stay, left)
+    kept, to_remove = xp.ones(count, bool), xp.full(parts, removed // parts)
+    return _State(inverse, products, n, p, inverse_blocks, product_blocks, kept, to_remove)
 
 
 def _remove(state: _State, place: int | Array) -> tuple[Any, Any, _State]:
-    """The next group goes: which one it is, its error, and what is left; its rows are gathered from `place` on."""
-    xp, width = state.n.__array_namespace__(), state.own.shape[-1]
-    per_part = len(state.stay) // len(state.left)
-    may_go = state.stay & xp.repeat(state.left > 0, per_part)
-    errors = xp.where(may_go, removal_errors(state.own, state.costs), xp.inf)
+    """The next removed group, its error, and the state after its removal, with its rows N and P at `place`."""
+    xp, width = state.n.__array_namespace__(), state.inverse_blocks.shape[-1]
+    per_part = len(state.kept) // len(state.to_remove)
+    removable = state.kept & xp.repeat(state.to_remove > 0, per_part)
+    errors = xp.where(removable, removal_errors(state.inverse_blocks, state.product_blocks), xp.inf)
     group = xp.argmin(errors)
-    stay = state.stay & (xp.arange(len(state.stay)) != group)
-    n, p = _rows(state, group, xp.repeat(stay, width)[None])
-    own_n, own_p = (new.reshape(width, -1, width).swapaxes(0, 1) for new in (n, p))
+    kept = state.kept & (xp.arange(len(state.kept)) != group)
+    n, p = _rows(state, group, xp.repeat(kept, width)[None])
+    n_blocks, p_blocks = (rows.reshape(width, -1, width).swapaxes(0, 1) for rows in (n, p))
     state = state._replace(
         n=_put(state.n, n, place),
         p=_put(state.p, p, place),
-        own=state.own - own_n.mT @ own_n,
-        costs=state.costs - own_n.mT @ own_p - own_p.mT @ own_n,
-        stay=stay,
-        left=state.left - (xp.arange(len(state.left)) == group // per_part),
+        inverse_blocks=state.inverse_blocks - n_blocks.mT @ n_blocks,
+        product_blocks=state.product_blocks - n_blocks.mT @ p_blocks - p_blocks.mT @ n_blocks,
+        kept=kept,
+        to_remove=state.to_remove - (xp.arange(len(state.to_remove)) == group // per_part),
     )
     return group, errors[group], state
 
 
-def _rows(state: _State, group: Any, stay: Array | np.ndarray) -> tuple[Matrix, Matrix]:
-    """N and P of one group, [w, I] each."""
-    xp, width = state.n.__array_namespace__(), state.own.shape[-1]
+def _rows(state: _State, group: Any, kept: Array | np.ndarray) -> tuple[Matrix, Matrix]:
+    """N and P of one group, [w, I] each; `kept` [1, I] marks the features of the groups that remain."""
+    xp, width = state.n.__array_namespace__(), state.inverse_blocks.shape[-1]
     rows = group * width + xp.arange(width)
     before_n, before_p = state.n[:, rows].T, state.p[:, rows].T
-    pivot = xp.sqrt(state.own[group]) if width == 1 else xp.linalg.cholesky(state.own[group])
-    n = _solve(pivot, state.inverse[rows] - before_n @ state.n) * stay
+    block = state.inverse_blocks[group]
+    pivot = xp.sqrt(block) if width == 1 else xp.linalg.cholesky(block)
+    n = _solve(pivot, state.inverse[rows] - before_n @ state.n) * kept
     p = _solve(pivot, state.products[rows] - before_n @ state.p - before_p @ state.n)
     square = _solve(pivot, p[:, rows].T)  # R⁻¹ M_SS R⁻ᵀ, symmetric
     return n, p - 0.5 * (square @ n)
 
 
 def _solve(matrix: Matrix | Blocks, right: Matrix | Blocks) -> Matrix | Blocks:
-    """X with matrix · X = right; nearly always the matrices are numbers."""
+    """The solution X of matrix · X = right; a division for groups of one feature, such as channels."""
     return right / matrix if matrix.shape[-1] == 1 else matrix.__array_namespace__().linalg.solve(matrix, right)
 
 
 def _put(array: Matrix, rows: Matrix, place: int | Array) -> Matrix:
-    """The rows from `place` on are others; in place in NumPy."""
+    """The array with new rows from `place` on; NumPy arrays are changed in place."""
     if not isinstance(array, np.ndarray):
         return lax.dynamic_update_slice_in_dim(array, rows, place, 0)
     array[place : place + len(rows)] = rows
     return array
 
 
-def _rewritten(state: _State) -> _State:
-    """The same with no rows gathered: they are in the matrices; in place in NumPy."""
+def _updated(state: _State) -> _State:
+    """The state with all gathered rows applied to both matrices; NumPy matrices are changed in place."""
     inverse, products, n, p = state.inverse, state.products, state.n, state.p
     xp = n.__array_namespace__()
-    # Products of two arrays: NumPy is three times slower where it mirrors a triangle or adds a transpose.
+    # Products of two different arrays: for a product of an array with its own transpose, and for a sum with a
+    # transpose, NumPy takes three times as long.
     inverse -= n.T @ n.copy()
     products -= xp.concat([n, p]).T @ xp.concat([p, n])
     return state._replace(inverse=inverse, products=products, n=xp.zeros_like(n), p=xp.zeros_like(p))
 
 
-def removal_errors(own: Blocks, costs: Blocks) -> Float[Array, " G"] | Float[np.ndarray, " G"]:
-    """tr((H⁻¹_SS)⁻¹ M_SS) of every group, from its blocks of the two matrices."""
-    return own.__array_namespace__().trace(_solve(own, costs), axis1=-2, axis2=-1)
+def removal_errors(inverse_blocks: Blocks, product_blocks: Blocks) -> Float[Array, " G"] | Float[np.ndarray, " G"]:
+    """The error of removing each group, tr((H⁻¹_SS)⁻¹ M_SS), from its diagonal blocks of both matrices, [G, w, w]."""
+    traces = inverse_blocks.__array_namespace__().trace
+    return traces(_solve(inverse_blocks, product_blocks), axis1=-2, axis2=-1)

@@ -1,4 +1,4 @@
-"""The same take() for every structure of the table: groups are removed by slicing the pytree."""
+"""Removal of groups, hidden dimensions and layers: slices of every array, along the axes of the table."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,14 +21,14 @@ from minillm_jax.model.tree import group_count, run_letters
 
 
 def slice_groups(decoder: Decoder, kept: axis_table.Kept) -> Decoder:
-    """A decoder with only the kept groups of every layer; embeddings, norms and head are shared with the original.
+    """A decoder with only the kept groups of every layer. It shares embeddings, norms and head with the original.
 
-    Layers of a run that keep equal numbers are sliced together, without a copy of each layer in between; neighbouring
-    runs that end up equal become one.
+    Layers of a run with equal numbers of kept groups are sliced together, without a copy of each layer. Neighbouring
+    runs whose layers have equal sizes are merged.
 
     Args:
       decoder: the model.
-      kept: kind of group -> for each layer, the indices that stay, ascending.
+      kept: kind of group -> for each layer, the indices of the kept groups, ascending.
     """
     pieces: list[Block] = []
     first = 0
@@ -41,7 +41,12 @@ def slice_groups(decoder: Decoder, kept: axis_table.Kept) -> Decoder:
 
 
 def slice_sizes(sizes: Sizes, kept: axis_table.Kept) -> Sizes:
-    """What `slice_groups` makes of a decoder's sizes."""
+    """The sizes of the decoder that `slice_groups` returns.
+
+    Args:
+      sizes: the sizes of the dense decoder.
+      kept: kind of group -> for each layer, the indices of the kept groups, ascending.
+    """
     layers = []
     for number, layer in enumerate(sizes.layers):
         per_group = layer.N // layer.K
@@ -57,15 +62,15 @@ def slice_sizes(sizes: Sizes, kept: axis_table.Kept) -> Sizes:
 
 
 def slice_hidden(decoder: Decoder, kept: Int[np.ndarray, " kept"]) -> Decoder:
-    """A decoder with only the kept hidden dimensions, in every array that touches the residual stream.
+    """A decoder with only the kept hidden dimensions, in every array with an axis D.
 
-    This is not the same as setting them to zero: norms take their mean over what is left. The embedding size goes
-    with the hidden size, but for models that project between the two. What follows from the dense model's hidden
-    size and is not a matter of width (the scale of Gemma's embedding, the size of a head) stays.
+    The sliced model differs from the dense model with zeros in the removed dimensions: its norms take the mean over
+    the kept dimensions only. The embedding size E is sliced like the hidden size D, except in models with a projection
+    between the two. The scale of Gemma's embedding and the head size keep the values of the dense model.
 
     Args:
       decoder: the model.
-      kept: the hidden dimensions that stay, ascending.
+      kept: indices of the kept hidden dimensions, ascending.
     """
     sliced = "D" if decoder.config.embedding_projection else axis_table.GROUP_LETTERS["hidden"]
 
@@ -78,34 +83,43 @@ def slice_hidden(decoder: Decoder, kept: Int[np.ndarray, " kept"]) -> Decoder:
 
 
 def slice_layers(decoder: Decoder, kept: Sequence[int]) -> Decoder:
-    """A decoder with only the kept layers, ascending; each with its own window and slopes."""
+    """A decoder with only the kept layers, given in ascending order. Each keeps its attention window and slopes."""
     pieces: list[Block] = []
     first = 0
     for run in decoder.runs:
-        stay = np.asarray([layer - first for layer in kept if first <= layer < first + depth(run)], np.int32)
-        if stay.size:
-            pieces.append(jax.tree.map(lambda array, stay=stay: jnp.take(array, stay, axis=0), run))
+        rows = np.asarray([layer - first for layer in kept if first <= layer < first + depth(run)], np.int32)
+        if rows.size:
+            pieces.append(jax.tree.map(lambda array, rows=rows: jnp.take(array, rows, axis=0), run))
         first += depth(run)
     return with_runs(decoder, merge(pieces))
 
 
 def merge(pieces: list[Block]) -> list[Block]:
-    """Neighbouring runs of equal layers as one."""
+    """The runs, with neighbours whose layers have equal shapes merged into one run."""
     return [_concatenate(list(equal)) for _, equal in groupby(pieces, _layer_shapes)]
 
 
 def _segments(kept: axis_table.Kept, first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Ranges of consecutive layers that keep equal numbers of every kind."""
-    for _, layers in groupby(range(first, last), lambda layer: [len(rows[layer]) for rows in kept.values()]):
-        found = list(layers)
-        yield found[0], found[-1] + 1
+    """Start and stop of every range of consecutive layers with equal numbers of kept groups of every kind."""
+    for _, segment in groupby(range(first, last), lambda layer: [len(rows[layer]) for rows in kept.values()]):
+        layers = list(segment)
+        yield layers[0], layers[-1] + 1
 
 
 @partial(jax.jit, static_argnames=("start", "stop", "mesh"))
 def take(run: Block, kept: dict[str, Int[Array, "L kept"]], start: int, stop: int, mesh: Mesh | None = None) -> Block:
-    """Layers `start` to `stop` of a run, with only the kept groups of every kind that is named.
+    """Layers `start` to `stop` of a run, with only the kept groups.
 
-    Layer by layer, since a device may not hold a whole stacked array: what it lacks passes through it here.
+    The program slices one layer at a time: the arrays of a single layer fit on a device where the stacked array of the
+    run may not.
+
+    Args:
+      run: a run of equal layers.
+      kept: kind of group -> the indices of the kept groups of layers `start` to `stop`, ascending. Groups of other
+        kinds are all kept.
+      start: first layer, counted within the run.
+      stop: the layer after the last.
+      mesh: the devices of the decoder; None for one device.
     """
     counts = {kind: group_count(run, kind) for kind in kept}
     sizes = run_letters(run) | {axis_table.GROUP_LETTERS[kind][0]: rows.shape[1] for kind, rows in kept.items()}
@@ -113,11 +127,11 @@ def take(run: Block, kept: dict[str, Int[Array, "L kept"]], start: int, stop: in
     def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
         name = axis_table.array_path(path)
 
-        def one_layer(of_layer: tuple[Array, dict[str, Array]]) -> Array:
-            taken, indices = of_layer
+        def one_layer(layer: tuple[Array, dict[str, Array]]) -> Array:
+            sliced, indices = layer
             for kind, rows in indices.items():
-                taken = axis_table.take_groups(taken, axis_table.BLOCK_AXES[name], kind, rows, counts[kind])
-            return constrain(taken, name, sizes, mesh)
+                sliced = axis_table.take_groups(sliced, axis_table.BLOCK_AXES[name], kind, rows, counts[kind])
+            return constrain(sliced, name, sizes, mesh)
 
         return jax.lax.map(one_layer, (array[start:stop], kept))
 
