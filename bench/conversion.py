@@ -1,12 +1,12 @@
-"""Speed of reading a folder into a decoder and of writing it back, beside plain reads and writes of the same bytes.
+"""Speed of reading a folder into a decoder and of writing it, compared with plain reads and writes of the same bytes.
 
     python bench/conversion.py [--gigabytes 1] [--rounds 7] [--output bench/results/conversion.json]
 
-A random model is written to a scratch folder and stays in the system's page cache. Each round then runs four programs
-in turn, so that a drift of the machine's speed meets all of them: a plain sequential read of the weight files into
-fresh memory, our read, a plain write of the same bytes to new files, and our write. Neither write waits for the disk.
-The best round of each counts: others, and memory that a virtual machine has to get from its host first, only make a
-round slower. A ratio of 1 is as fast as the plain program.
+A random model is written to a scratch folder and remains in the page cache. Each round runs four programs in turn, so
+that a change of the machine's speed affects all four: a plain sequential read of the weight files into new memory, the
+read of minillm-jax, a plain write of the same bytes to new files, and the write of minillm-jax. Neither write waits for
+the disk. The best round of each program counts, because other jobs, and memory that a virtual machine must first get
+from its host, only make a round slower. A ratio of 1 means the speed of the plain program.
 """
 
 import argparse
@@ -47,7 +47,7 @@ LAYERS = {"llama": "num_hidden_layers", "bloom": "n_layer"}
 
 
 class RandomWeights:
-    """Stored tensors of any shape: pieces of the same random numbers."""
+    """Stored tensors of any shape, all filled with the same random numbers."""
 
     where = "random weights"
 
@@ -56,15 +56,15 @@ class RandomWeights:
         self._numbers = np.random.default_rng(0).standard_normal(1 << 22, dtype=np.float32).astype(dtype)
 
     def names(self) -> Iterable[str]:
-        """Every name."""
+        """The names of all tensors."""
         return self._shapes
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
+        """The shape of a tensor."""
         return self._shapes[name]
 
     def read(self, name: str, allocate: memory.Allocate) -> np.ndarray:
-        """One tensor."""
+        """A tensor, in memory from `allocate`."""
         tensor = allocate(self._shapes[name], self._numbers.dtype)
         tensor[...] = np.resize(self._numbers, tensor.shape)
         return tensor
@@ -88,7 +88,7 @@ def random_model(family: str, dtype: str, size: float) -> Model:
 
 
 def plain_read(files: Iterable[Path]) -> None:
-    """Every byte into memory that was not the process's before, as a reader's has to be."""
+    """Read every byte into new memory, because a reader needs new memory too."""
     for file in files:
         memory = np.empty(file.stat().st_size, np.uint8).data
         with file.open("rb", buffering=0) as opened:
@@ -97,7 +97,7 @@ def plain_read(files: Iterable[Path]) -> None:
 
 
 def plain_write(files: Iterable[tuple[Path, np.ndarray]]) -> None:
-    """Bytes that are in memory into new files."""
+    """Write bytes from memory to new files."""
     for file, data in files:
         with file.open("wb", buffering=0) as opened:
             left = data.data
@@ -106,7 +106,7 @@ def plain_write(files: Iterable[tuple[Path, np.ndarray]]) -> None:
 
 
 def seconds(program: Callable[[], object]) -> float:
-    """One timed run, and the wait for what JAX has been asked to do."""
+    """Seconds of one run, until the arrays of the result are ready."""
     started = time.perf_counter()
     result = program()
     if isinstance(result, Model):
@@ -115,7 +115,7 @@ def seconds(program: Callable[[], object]) -> float:
 
 
 def measure(family: str, dtype: str, size: float, rounds: int, scratch: Path) -> dict[str, Any]:
-    """All four programs for one layout and type."""
+    """The row of one layout and type: all four programs."""
     source, copy, ours = (scratch / name for name in ("source", "copy", "ours"))
     model = random_model(family, dtype, size)
     write_model(model, source)
@@ -131,20 +131,20 @@ def measure(family: str, dtype: str, size: float, rounds: int, scratch: Path) ->
     times: dict[str, list[float]] = {name: [] for name in programs}
     for turn in range(rounds + 1):
         for name, program in programs.items():
-            # Each write finds the memory of the one before it, just given back.
+            # The folder of the previous write is removed, so that each write reuses its memory.
             if name == "plain_write":
                 shutil.rmtree(copy, ignore_errors=True)
                 copy.mkdir()
             if name == "write":
                 shutil.rmtree(ours, ignore_errors=True)
-            taken = seconds(program)
+            duration = seconds(program)
             if turn:  # the first round fills caches
-                times[name].append(taken)
+                times[name].append(duration)
     assert all((ours / file.name).read_bytes() == file.read_bytes() for file in files)
     shutil.rmtree(source)
     shutil.rmtree(copy)
     shutil.rmtree(ours)
-    speeds = {name: total / min(all_) for name, all_ in times.items()}
+    speeds = {name: total / min(durations) for name, durations in times.items()}
     return {
         "family": family,
         "dtype": dtype,
@@ -157,7 +157,7 @@ def measure(family: str, dtype: str, size: float, rounds: int, scratch: Path) ->
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """The rows as a Markdown table."""
     lines = ["| layout | type | GB | plain read | read | ratio | plain write | write | ratio |", "|---" * 9 + "|"]
     for row in rows:
         cells = [row["family"], row["dtype"], f"{row['bytes'] / 1e9:.2f}"]
@@ -175,7 +175,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--families", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--scratch", type=Path, help="where the folders are written; the system's choice by default")
+    parser.add_argument(
+        "--scratch", type=Path, help="folder for the scratch files; the system's temporary folder by default"
+    )
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     rows = []

@@ -1,4 +1,4 @@
-"""Hardware, versions and commit: what every committed result says of where it was measured."""
+"""Hardware, versions and commit, which every committed result holds."""
 
 import os
 import platform
@@ -38,17 +38,17 @@ def _commit() -> str:
 
 
 def peak_bytes(of_torch: bool = False) -> int:
-    """The highest memory of this process so far: on the device, or resident where the device is a CPU.
+    """The peak memory of this process so far, in bytes: on the device, or resident memory if the device is a CPU.
 
-    Not the `ru_maxrss` of Linux, which starts with that of the process that started this one.
+    On Linux it is VmHWM and not `ru_maxrss`, which begins with the value of the parent process.
     """
     if jax.default_backend() == "cpu":
         status = Path("/proc/self/status")
         if status.exists():
             (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
             return 1024 * int(line.split()[1])
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else 1024 * most
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
     if of_torch:
         import torch
 
@@ -57,7 +57,7 @@ def peak_bytes(of_torch: bool = False) -> int:
 
 
 def restart_peak() -> None:
-    """Let `peak_bytes` begin anew from what is resident now, where the system can (Linux, on the CPU)."""
+    """Reset the peak of `peak_bytes` to the resident memory of now (Linux on a CPU; elsewhere without effect)."""
     switch = Path("/proc/self/clear_refs")
     if jax.default_backend() == "cpu" and os.access(switch, os.W_OK):
         switch.write_text("5\n")

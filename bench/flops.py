@@ -1,12 +1,12 @@
-"""What a loss costs in model FLOPs, and the peak it is set against: no module of its own to run.
+"""Model FLOPs of the loss, and the peak FLOP/s of devices. A module of the benchmarks, not a script.
 
-Model FLOPs of the loss of B sequences of T tokens, a multiplication and an addition counting as two:
+Model FLOPs of the loss of B sequences of T tokens; a multiplication and an addition count as two:
 
     blocks      2 · B · T · parameters of all block matrices
     attention   2 · 2 · B · T · T · H · (query heads of all layers): scores and values over the full square T × T, as
-                they are computed here (and as PaLM counts them, arXiv 2204.02311, appendix B), not its causal half
-    head        2 · B · (T - 1) · V · E: the last position predicts nothing; and the projections of the embedding,
-                where a model has any, at every position
+                this package computes them and as PaLM counts them (arXiv 2204.02311, appendix B), not its causal half
+    head        2 · B · (T - 1) · V · E, because the last position predicts nothing, plus the projections of the
+                embedding at every position (OPT-350m)
 
 Norms, activations, softmax, rotary positions, masks and the embedding are not counted. The utilisation (MFU) is these
 FLOPs / time / peak.
@@ -26,8 +26,8 @@ from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import kernels, run_letters
 
-# Dense peaks in FLOP/s by `device_kind`, from the makers' data sheets: bfloat16, and float32 without TF32. A TPU's
-# float32 product of precision HIGHEST is six bfloat16 passes, so its peak is a sixth.
+# Dense peaks in FLOP/s by `device_kind`, from the data sheets: bfloat16, and float32 without TF32. A float32 product of
+# precision HIGHEST takes six bfloat16 passes on a TPU, so its float32 peak is a sixth.
 PEAKS: dict[str, tuple[float, float]] = {
     "NVIDIA H100 80GB HBM3": (989e12, 67e12),  # SXM
     "NVIDIA H200": (989e12, 67e12),  # SXM
@@ -47,7 +47,7 @@ PEAKS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Flops:
-    """Model FLOPs of one loss, by where they arise."""
+    """Model FLOPs of one loss, by part of the model."""
 
     blocks: int
     attention: int
@@ -55,12 +55,12 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all parts."""
         return self.blocks + self.attention + self.head
 
 
 def loss_flops(decoder: Decoder, batch: int, length: int) -> Flops:
-    """Those of `sequence_losses` on [batch, length] tokens; the decoder may be abstract."""
+    """Model FLOPs of `sequence_losses` on [batch, length] tokens; the decoder may be abstract."""
     per_run = [run_flops(run, batch, length) for run in decoder.runs]
     vocabulary, width = decoder.embedding.shape
     projections = [linear.kernel for linear in (decoder.project_in, decoder.project_out) if linear is not None]
@@ -69,7 +69,7 @@ def loss_flops(decoder: Decoder, batch: int, length: int) -> Flops:
 
 
 def run_flops(run: Block, batch: int, length: int) -> tuple[int, int]:
-    """Those of a run of equal layers: of its matrices, and of its attention."""
+    """Model FLOPs of a run of equal layers: of its matrices, and of its attention."""
     letters = run_letters(run)
     depth = run.attention.q.kernel.shape[0]
     matrices = 2 * batch * length * sum(kernel.size for kernel in kernels(run).values())
@@ -77,12 +77,12 @@ def run_flops(run: Block, batch: int, length: int) -> tuple[int, int]:
 
 
 def known_peak(device: Any, dtype: DTypeLike) -> float | None:
-    """The data sheet's peak of a device for one type, or None where the table has none."""
+    """The peak of a device for a type, in FLOP/s, from `PEAKS`; None for an unknown device."""
     bfloat16, float32 = PEAKS.get(device.device_kind, (None, None))
     return float32 if jnp.dtype(dtype) == jnp.float32 else bfloat16
 
 
 def square_product(size: int, dtype: DTypeLike) -> tuple[Program, float]:
-    """A large matrix product as the model makes its own, and its FLOPs: the peak where no data sheet is known."""
+    """A large matrix product, computed as in the model, and its FLOPs. It gives the peak of an unknown device."""
     x, y = jax.random.normal(jax.random.key(0), (2, size, size)).astype(dtype)
     return partial(jax.jit(partial(ops.einsum, "AB,BC->AC")), x, y), 2.0 * size**3

@@ -3,23 +3,24 @@
     python bench/forward.py [--presets 25M 1B] [--models FOLDER ...] [--dtype float32] [--batches 1 4 8]
         [--lengths 128 512] [--depths 4 8 16 32] [--rounds 15] [--peak FLOPS] [--output bench/results/forward.json]
 
-A row of kind `forward` for every model, batch and length: the median time of `sequence_losses` (every sequence's
-summed cross entropy) over rounds; tokens per second, that is batch · length / time; and model-FLOPs utilisation,
+A row of kind `forward` for every model, batch and length holds the median time of `sequence_losses` (the summed cross
+entropy of every sequence) over rounds, the tokens per second (batch · length / time), and the model-FLOPs utilisation:
 
     mfu = model FLOPs / time / peak
     model FLOPs = 2 B T (parameters of all block matrices) + 4 B T² H (query heads of all layers) + 2 B (T - 1) V E
 
-that is matrix products only, attention over the full square T × T as it is computed (see `flops`); `attention_share`
-says how much of it that is. The peak is `--peak`, or the data sheet's for the device and type (`flops.PEAKS`), or, on a
-CPU and where none is known, that of the best round of a large square product in the same type and run, which takes
-turns with the loss. `product_flops_per_second` is that product everywhere: what the machine gives when asked.
+The model FLOPs are those of matrix products only, with attention over the full square T × T (see `flops`);
+`attention_share` is the share of attention. The peak is `--peak`, or that of the data sheet for the device and type
+(`flops.PEAKS`). On a CPU or an unknown device it is the FLOP/s of the best round of a large square product in the same
+type and run, which takes turns with the loss; every row holds it as `product_flops_per_second`.
 
-`compiled_bytes` is the compiler's account, argument + output + temp - alias (compiling for a CPU, it holds float32
-copies of bfloat16 weights). `peak_bytes` is the largest use of the device since the process began, where the device
-says; it never falls from row to row, so ask for the largest case alone.
+`compiled_bytes` is the compiler's memory analysis, argument + output + temp - alias (on a CPU it includes float32
+copies of bfloat16 weights). `peak_bytes` is the highest memory use of the device since the process began, if the device
+reports it; the value never decreases from row to row, so run the largest case alone.
 
-A row of kind `compile` for every depth (with `--depths`): the median seconds of tracing and lowering and of compiling
-the loss of so many layers of the first preset's shape, caches emptied before each, and their ratio to the first depth.
+A row of kind `compile` for every depth (with `--depths`) holds the median seconds of tracing and lowering and of
+compiling the loss of that many layers of the first preset's shape, with empty caches, and the ratio of the total to
+that of the first depth.
 """
 
 import argparse
@@ -49,7 +50,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def makers(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Decoder]]]:
-    """Every model that was asked for, to be made when the one before it is gone."""
+    """Name and maker of every model of the command line. A maker runs after the previous model is freed."""
     for name in arguments.presets:
         yield name, partial(random_decoder, name, arguments.dtype or "float32")
     for folder in arguments.models:
@@ -57,14 +58,14 @@ def makers(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[], De
 
 
 def compiled_bytes(compiled: Any) -> int:
-    """Memory of a compiled program by the compiler's account."""
+    """Memory of a compiled program by the compiler's memory analysis."""
     memory = compiled.memory_analysis()
     kinds = ("argument", "output", "temp")
     return sum(getattr(memory, f"{kind}_size_in_bytes") for kind in kinds) - memory.alias_size_in_bytes
 
 
 def measure(decoder: Decoder, batch: int, length: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The figures of one batch and length."""
+    """The measurements of one batch and length."""
     device, dtype = jax.devices()[0], decoder.runs[0].attention.q.kernel.dtype
     tokens = random_tokens(decoder.embedding.shape[0], batch, length)
     compiled = sequence_losses.lower(decoder, tokens).compile()
@@ -85,7 +86,7 @@ def measure(decoder: Decoder, batch: int, length: int, arguments: argparse.Names
         "product_flops_per_second": round(attained),
         "compiled_bytes": compiled_bytes(compiled),
         "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
-        "all_milliseconds": [round(1e3 * taken, 2) for taken in times["loss"]],
+        "all_milliseconds": [round(1e3 * value, 2) for value in times["loss"]],
     }
 
 
@@ -96,7 +97,7 @@ def forward_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def model_rows(name: str, decoder: Decoder, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row for every batch and length; a case that does not fit the device says so."""
+    """One row for every batch and length; the row of a case that runs out of memory has the field `error`."""
     for length in arguments.lengths:
         for batch in arguments.batches:
             row = {"kind": "forward", "model": name, "parameters": parameter_count(decoder)}
@@ -110,7 +111,7 @@ def model_rows(name: str, decoder: Decoder, arguments: argparse.Namespace) -> It
 
 
 def compile_seconds(name: str, depth: int, dtype: str, batch: int, length: int) -> tuple[float, float]:
-    """Seconds of lowering and of compiling the loss of so many layers; nothing is allocated."""
+    """Seconds of lowering and of compiling the loss of `depth` layers, without an allocation."""
     sizes = SHAPES[name]
     abstract = build(CONFIG, replace(sizes, layers=sizes.layers[:1] * depth), jnp.dtype(dtype))
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
@@ -123,17 +124,17 @@ def compile_seconds(name: str, depth: int, dtype: str, batch: int, length: int) 
 
 
 def compile_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row for every depth; the depths take turns, after a first run that imports and does not count."""
+    """One row for every depth. The depths take turns, after an uncounted first run that imports modules."""
     name, dtype = arguments.presets[0], arguments.dtype or "float32"
     batch, length = arguments.batches[0], arguments.lengths[0]
     times: dict[int, list[tuple[float, float]]] = {depth: [] for depth in arguments.depths}
     compile_seconds(name, arguments.depths[0], dtype, batch, length)
     for _ in range(arguments.compile_rounds):
-        for depth, found in times.items():
-            found.append(compile_seconds(name, depth, dtype, batch, length))
-    total = {depth: median(sum(both) for both in found) for depth, found in times.items()}
-    for depth, found in times.items():
-        lower, compile_ = (median(column) for column in zip(*found, strict=True))
+        for depth, pairs in times.items():
+            pairs.append(compile_seconds(name, depth, dtype, batch, length))
+    total = {depth: median(sum(pair) for pair in pairs) for depth, pairs in times.items()}
+    for depth, pairs in times.items():
+        lower, compile_ = (median(column) for column in zip(*pairs, strict=True))
         yield {
             "kind": "compile",
             "model": name,
@@ -149,18 +150,18 @@ def compile_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; wrong numbers are refused before anything is measured."""
+    """The arguments of the command line, checked before the measurements begin."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="*", choices=list(SHAPES), help="25M where there is no model either")
-    parser.add_argument("--models", nargs="*", type=Path, default=[], help="folders that `convert` reads")
-    parser.add_argument("--dtype", choices=DTYPES, help="float32 for presets, as stored for folders by default")
+    parser.add_argument("--presets", nargs="*", choices=list(SHAPES), help="25M by default without --models")
+    parser.add_argument("--models", nargs="*", type=Path, default=[], help="folders of models")
+    parser.add_argument("--dtype", choices=DTYPES, help="by default float32 for presets, the stored type for folders")
     parser.add_argument("--batches", nargs="+", type=int, default=[8])
     parser.add_argument("--lengths", nargs="+", type=int, default=[128])
     parser.add_argument("--depths", nargs="+", type=int, default=[])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compile-rounds", type=int, default=5)
     parser.add_argument("--product", type=int, help="size of the square product: 2048 on a CPU, 8192 elsewhere")
-    parser.add_argument("--peak", type=float, help="of the device, in FLOP/s")
+    parser.add_argument("--peak", type=float, help="peak of the device, in FLOP/s")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if arguments.presets is None:
@@ -171,7 +172,7 @@ def parse_arguments() -> argparse.Namespace:
         min(arguments.lengths) < 2
         or min([*arguments.batches, *arguments.depths, arguments.rounds, arguments.compile_rounds]) < 1
     ):
-        parser.error("lengths are at least 2, batches, depths and rounds at least 1")
+        parser.error("lengths are at least 2; batches, depths and rounds are at least 1")
     if arguments.product is None:
         arguments.product = 2048 if jax.devices()[0].platform == "cpu" else 8192
     return arguments

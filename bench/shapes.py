@@ -1,8 +1,8 @@
-"""The LLaMA-like shapes that the benches measure, with random weights: no module of its own to run.
+"""LLaMA-like shapes of the benchmarks, with random weights. A module of the benchmarks, not a script.
 
 tiny    for tests
-25M     25 million parameters in its layers, a small vocabulary: what two CPU cores can repeat many times
-125M    the width and depth of GPT-2 small, as a LLaMA with its vocabulary
+25M     25 million parameters in its layers and a small vocabulary, small enough for many rounds on two CPU cores
+125M    the width and depth of GPT-2 small, with LLaMA's layers and vocabulary
 1B      TinyLlama 1.1B (arXiv 2401.02385): 32 query heads share 4 key/value heads
 7B      LLaMA 7B (arXiv 2302.13971)
 """
@@ -31,9 +31,9 @@ SHAPES = {
 
 
 def random_decoder(name: str, dtype: DTypeLike = jnp.float32, seed: int = 0, layers: int | None = None) -> Decoder:
-    """A shape with random weights, made on the device and as one program, so that no float32 twin is left behind.
+    """A decoder of a shape with random weights, with `layers` layers instead of the shape's number.
 
-    All layers of a shape are equal; with `layers`, there are so many of them instead.
+    One program makes all weights on the device, so that no float32 copy of them remains.
     """
     sizes = SHAPES[name]
     if layers is not None:
@@ -42,7 +42,7 @@ def random_decoder(name: str, dtype: DTypeLike = jnp.float32, seed: int = 0, lay
 
 
 def layer_bytes(decoder: Decoder) -> int:
-    """Bytes of one layer's weights."""
+    """Bytes of the weights of one layer."""
     run = decoder.runs[0]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run)) // depth(run)
 

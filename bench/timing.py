@@ -1,7 +1,8 @@
-"""The timing loop of the benches: no module of its own to run.
+"""The timing loop of the benchmarks. A module of the benchmarks, not a script.
 
-Programs take turns, so that a drift of the machine's speed meets all of them; the first call of each compiles and
-does not count; every run is waited for. What is reported is the median over rounds, and ratios of medians.
+Programs take turns, so that a change of the machine's speed affects all programs. The first call of each program
+compiles and does not count. Every run lasts until its arrays are ready. The benchmarks report medians over rounds, and
+ratios of medians.
 """
 
 import time
@@ -15,14 +16,14 @@ Program = Callable[[], Any]
 
 
 def seconds(program: Program) -> float:
-    """One timed run, waiting for the arrays that it returns; a program of another library waits for its own."""
+    """Seconds of one run, until its JAX arrays are ready. A PyTorch program must wait for its own arrays."""
     started = time.perf_counter()
     jax.block_until_ready(program())
     return time.perf_counter() - started
 
 
 def take_turns(programs: Mapping[str, Program], rounds: int) -> dict[str, list[float]]:
-    """All times of every program, in seconds and in the order they were taken."""
+    """The times of every program, in seconds and in the order of the rounds."""
     for program in programs.values():
         seconds(program)
     times: dict[str, list[float]] = {name: [] for name in programs}
@@ -34,4 +35,4 @@ def take_turns(programs: Mapping[str, Program], rounds: int) -> dict[str, list[f
 
 def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
     """The median of each program's times."""
-    return {name: median(all_) for name, all_ in times.items()}
+    return {name: median(durations) for name, durations in times.items()}

@@ -1,16 +1,16 @@
-"""PyTorch's side of the comparison: the forward loss, a MeZO pair and a backward pass on the benches' LLaMA shapes.
+"""PyTorch programs of the comparison: forward loss, MeZO pair and backward pass on the LLaMA shapes of `shapes`.
 
     python bench/torch_pair.py [--shape 25M] [--batch 8] [--length 128] [--rounds 15] [--device cpu]
 
-The stock `LlamaForCausalLM` of transformers with PyTorch's own fused attention (sdpa) and random weights; eager mode,
-float32 products as PyTorch makes them by default (no TF32). The functions return programs for `timing.take_turns`
-that are finished when they return, on an accelerator too.
+The model is the stock `LlamaForCausalLM` of transformers with PyTorch's fused attention (sdpa) and random weights, in
+eager mode, with PyTorch's default float32 products (no TF32). The functions return programs for `timing.take_turns`. A
+program waits until its result is ready, on an accelerator too.
 
-The pair is that of MeZO (Malladi et al., arXiv 2305.17333), in the fastest form found: all block matrices are moved in
-place by +ε, -2ε and +ε, the last to put them back, and z is made anew from its seed each time into one buffer of the
-size of the largest matrix. On a CPU PyTorch makes normals on one thread, so every matrix has its own seed and the
-matrices are shared out among threads. Signs come 64 to a random word and are spread by a table of all bytes: about a
-fifth of the time of `torch.randint`, a tenth and less of that of `bernoulli_`.
+The pair is that of MeZO (Malladi et al., arXiv 2305.17333), in the fastest form found. All block matrices are moved in
+place by +ε, -2ε and +ε; the last step restores them. Each step draws z again from its seed, into one buffer of the size
+of the largest matrix. On a CPU PyTorch draws normal numbers on one thread, so every matrix has its own seed and threads
+share the matrices. One random word gives 64 signs by a table of all bytes: this takes about a fifth of the time of
+`torch.randint`, and at most a tenth of that of `bernoulli_`.
 """
 
 import argparse
@@ -31,15 +31,15 @@ DISTRIBUTIONS = ("gaussian", "rademacher")
 
 
 def llama(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCausalLM:
-    """A shape of `shapes` with random weights, made on the device; PyTorch gets all cores.
+    """A model of a shape of `shapes` with random weights, made on the device. PyTorch may use all cores.
 
     Raises:
-      ValueError: the layers of the shape differ.
+      ValueError: the layers of the shape have unequal sizes, or the configuration has no rotary positions.
     """
     torch.set_num_threads(os.cpu_count() or 1)
     sizes = SHAPES[name]
     if len(set(sizes.layers)) != 1 or CONFIG.rope is None:
-        raise ValueError(f"{name}: LlamaForCausalLM has equal layers only, with rotary positions")
+        raise ValueError(f"{name}: LlamaForCausalLM needs layers of equal size and rotary positions")
     config = LlamaConfig(
         vocab_size=sizes.V,
         hidden_size=sizes.D,
@@ -67,7 +67,7 @@ def random_tokens(name: str, batch: int, length: int, device: str = "cpu", seed:
 
 
 def block_matrices(model: LlamaForCausalLM) -> list[torch.nn.Parameter]:
-    """What is perturbed: every matrix of every layer, as in `minillm_jax`; not the embedding, the norms, the head."""
+    """The perturbed matrices: all of every layer, as in minillm_jax; not the embedding, the norms and the head."""
     return [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
 
 
@@ -94,7 +94,7 @@ def forward_program(model: LlamaForCausalLM, tokens: torch.Tensor) -> Callable[[
 def pair_program(
     model: LlamaForCausalLM, tokens: torch.Tensor, epsilon: float, seed: int, distribution: str
 ) -> Callable[[], tuple[float, float]]:
-    """The losses at ε and at -ε; the weights come back but for rounding."""
+    """The losses at ε and at -ε. The weights return to their values up to rounding."""
     move = perturber(block_matrices(model), distribution)
 
     @torch.no_grad()
@@ -113,18 +113,18 @@ def pair_program(
 def gradient_program(
     model: LlamaForCausalLM, tokens: torch.Tensor
 ) -> Callable[[], tuple[float, Sequence[torch.Tensor]]]:
-    """The loss and its gradients with respect to all block matrices, by a backward pass that keeps all activations."""
+    """The loss and its gradients by all block matrices, by a backward pass that keeps all activations."""
     matrices = block_matrices(model)
 
     def program() -> tuple[float, Sequence[torch.Tensor]]:
         for matrix in matrices:
             matrix.requires_grad_(True)
         loss = mean_loss(model, tokens)
-        found = torch.autograd.grad(loss, matrices)
+        gradients = torch.autograd.grad(loss, matrices)
         for matrix in matrices:
             matrix.requires_grad_(False)
         _wait(tokens.device)
-        return loss.item(), found
+        return loss.item(), gradients
 
     return program
 
@@ -138,25 +138,26 @@ def _wait(device: torch.device) -> None:
 
 
 def perturber(matrices: Sequence[torch.Tensor], distribution: str) -> Callable[[float, int], None]:
-    """`move(scale, seed)`: every matrix W becomes W + scale · z in place, with the z of that seed."""
+    """A function `move(scale, seed)` that adds scale · z to every matrix in place, with the z of that seed."""
     matrices = [matrix.detach() for matrix in matrices]
     scratch = _Scratch(max(matrix.numel() for matrix in matrices), matrices[0])
     draw = {"gaussian": scratch.normals, "rademacher": scratch.signs}[distribution]
     workers = _workers(os.cpu_count() or 1) if matrices[0].device.type == "cpu" else None
 
     def move(scale: float, seed: int) -> None:
-        def one(ordinal: int) -> None:
+        def move_matrix(ordinal: int) -> None:
             matrix = matrices[ordinal]
             matrix.add_(draw(matrix.numel(), seed * len(matrices) + ordinal).view(matrix.shape), alpha=scale)
 
-        for _ in map(one, range(len(matrices))) if workers is None else workers.map(one, range(len(matrices))):
+        map_ = map if workers is None else workers.map
+        for _ in map_(move_matrix, range(len(matrices))):
             pass
 
     return move
 
 
 class _Scratch(threading.local):
-    """What one thread makes the entries of a matrix with: a generator, and room for the largest matrix."""
+    """Random generator and buffers of one thread; the buffers hold the largest matrix."""
 
     def __init__(self, largest: int, like: torch.Tensor):
         words = -(-largest // 64)
@@ -173,7 +174,7 @@ class _Scratch(threading.local):
     def signs(self, count: int, seed: int) -> torch.Tensor:
         """Random signs, valid until the next call."""
         words = self._words[: -(-count // 64)]
-        # Without the bounds the sixty-fourth bit would always be zero.
+        # With the default bounds the sixty-fourth bit is always zero.
         words.random_(-(2**63), None, generator=self._generator.manual_seed(seed))
         spread = self._z[: words.numel() * 64]
         torch.index_select(self._table, 0, words.view(torch.uint8).int(), out=spread.view(-1, 8))
@@ -181,19 +182,19 @@ class _Scratch(threading.local):
 
 
 def _workers(count: int) -> ThreadPoolExecutor:
-    """Threads that run PyTorch on one core each; the calling thread keeps all cores for the passes."""
-    all_here = threading.Barrier(count + 1)
+    """A pool of threads that run PyTorch on one core each. The calling thread keeps all cores for the passes."""
+    started = threading.Barrier(count + 1)
 
     def start() -> None:
-        torch.get_num_threads()  # or the first operation would undo the next line
+        torch.get_num_threads()  # the first operation would otherwise undo the next line
         torch.set_num_threads(1)
-        all_here.wait()
+        started.wait()
 
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, initializer=start)
     for _ in range(count):
         pool.submit(int)
-    all_here.wait()
+    started.wait()
     torch.set_num_threads(threads)
     return pool
 

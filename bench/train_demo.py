@@ -2,8 +2,9 @@
 
     python bench/train_demo.py --output demo_model
 
-Byte-level BPE and model are trained on the topics that are not held out (see `minillm_jax/demo.py`). A tenth of the
-training windows decides which epoch is kept; the held-out topics are only measured at the end.
+The byte-level BPE tokenizer and the model are trained on the topics that are not held out (see `minillm_jax/demo.py`).
+The last twentieth of the training tokens decides which checkpoint is written. The held-out topics are measured at the
+end only.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from convert.writer import new_folder, write_model
 from minillm_jax import demo
+from minillm_jax.data.batches import Batches
 from minillm_jax.data.text import Tokens, tokenise
 from minillm_jax.data.windows import cut
 from minillm_jax.evaluation.perplexity import perplexity
@@ -54,14 +56,14 @@ CONFIG: dict[str, Any] = {
 }
 BATCH, LENGTH = 16, 128
 
-# The manual is a hundred thousand tokens, so a million parameters learn it by heart within ten epochs. A random token
-# in place of some inputs (never of a target) and a strong weight decay put that off.
+# A million parameters memorise the hundred thousand tokens of the manual within ten epochs. Random tokens in place of
+# some inputs (never of targets) and a strong weight decay delay this.
 REPLACED_INPUTS = 0.3
 WEIGHT_DECAY = 1.0
 
 
 def train_tokenizer(text: str, folder: Path) -> None:
-    """A byte-level BPE of the model's vocabulary, written as tokenizer files."""
+    """Train a byte-level BPE tokenizer of the model's vocabulary size, and write its files."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -73,20 +75,20 @@ def train_tokenizer(text: str, folder: Path) -> None:
     )
     tokenizer.train_from_iterator([text], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    # By hand, because transformers 5 writes a class name here that earlier versions do not know.
+    # Written without transformers, because version 5 writes a class name that earlier versions do not know.
     settings = {"bos_token": "<|end|>", "eos_token": "<|end|>", "model_max_length": CONFIG["max_position_embeddings"]}
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def draw_windows(ids: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Windows from random places of the text: every epoch sees other cuts."""
+    """Windows that start at random tokens of the text."""
     starts = rng.integers(0, len(ids) - LENGTH, count)
     return ids[starts[:, None] + np.arange(LENGTH)]
 
 
-def train(ids: np.ndarray, check: np.ndarray, steps: int, seed: int) -> Decoder:
-    """AdamW with a cosine schedule; the weights with the best perplexity on `check` are returned."""
+def train(ids: np.ndarray, check: Batches, steps: int, seed: int) -> Decoder:
+    """Train with AdamW and a cosine schedule; returns the weights with the lowest perplexity on `check`."""
     config, sizes = parse(CONFIG, "the demo configuration")
     decoder: Any = initialise(build(config, sizes), jax.random.key(seed), deviation=0.04)
     print(f"{parameter_count(decoder):,} parameters, {len(ids):,} training tokens")
@@ -98,9 +100,9 @@ def train(ids: np.ndarray, check: np.ndarray, steps: int, seed: int) -> Decoder:
     state = optimiser.init(decoder)
 
     def loss(decoder: Decoder, windows: jax.Array, key: jax.Array) -> jax.Array:
-        where, what = jax.random.split(key)
-        random = jax.random.randint(what, windows.shape, 0, CONFIG["vocab_size"])
-        inputs = jnp.where(jax.random.bernoulli(where, REPLACED_INPUTS, windows.shape), random, windows)
+        position_key, token_key = jax.random.split(key)
+        random = jax.random.randint(token_key, windows.shape, 0, CONFIG["vocab_size"])
+        inputs = jnp.where(jax.random.bernoulli(position_key, REPLACED_INPUTS, windows.shape), random, windows)
         return jnp.mean(token_losses(decoder, final_hidden(decoder, inputs), windows))
 
     @jax.jit
@@ -127,7 +129,7 @@ def train(ids: np.ndarray, check: np.ndarray, steps: int, seed: int) -> Decoder:
 
 
 def greedy(decoder: Decoder, prompt: list[int], count: int) -> list[int]:
-    """The most likely continuation, by full forward passes of one fixed length."""
+    """The greedy continuation of a prompt, by full forward passes of one fixed length."""
     ids = list(prompt)
     forward = jax.jit(lambda decoder, tokens: decoder(tokens))
     for _ in range(count):
@@ -137,7 +139,7 @@ def greedy(decoder: Decoder, prompt: list[int], count: int) -> list[int]:
 
 
 def main() -> None:
-    """Train and write; prints what the model card says."""
+    """Train and write the model; print the numbers of its model card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2000)
@@ -148,17 +150,17 @@ def main() -> None:
     folder = arguments.output.with_name(arguments.output.name + "-tokenizer")
     ids = tokenise(demo.training_text(), folder)
     split = len(ids) * 19 // 20
-    check = cut(Tokens(ids[split:], "check", 1), 128)
+    check = Batches(cut(Tokens(ids[split:], "check", 1), 128))
     decoder = train(ids[:split], check, arguments.steps, arguments.seed)
     write_model(Model(decoder, CONFIG, folder, "the demo model"), arguments.output)
     held_out = tokenise(demo.held_out_text(), folder)
-    found = perplexity(decoder, cut(Tokens(held_out, "held out", 1), 128))
+    measured = perplexity(decoder, Batches(cut(Tokens(held_out, "held out", 1), 128)))
     prompt = tokenise("The following identifiers are", folder).tolist()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     counts = np.bincount(ids, minlength=CONFIG["vocab_size"]) + 1
     unigram = float(np.exp(-np.mean(np.log(counts / counts.sum())[held_out])))
     sample = tokenizer.decode(greedy(decoder, prompt, 60))
-    result = {"held_out": vars(found), "unigram_perplexity": unigram, "sample": sample}
+    result = {"held_out": vars(measured), "unigram_perplexity": unigram, "sample": sample}
     print(json.dumps(result, indent=2))
 
 

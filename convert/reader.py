@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from minillm_jax.errors import InputError, cause
 from minillm_jax.model import axis_table, families
 from minillm_jax.model.build import build
 from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.config import Sizes
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import named_arrays
 
@@ -38,24 +40,67 @@ COMPANIONS = (
 )
 
 
-def read_model(model: str | Path, dtype: str | None = None, mesh: Mesh | None = None) -> Model:
+@dataclass(frozen=True)
+class Description:
+    """What the configuration and the headers of the weight files say of a model; no weight is read.
+
+    Attributes:
+      abstract: the decoder with `jax.ShapeDtypeStruct` leaves, in the stored type unless another one is asked for.
+      sizes: the sizes of the decoder.
+      raw_config: config.json.
+      folder: the folder of config.json and the weight files.
+      revision: the commit on the Hub, None for a local folder.
+    """
+
+    abstract: Decoder
+    sizes: Sizes
+    raw_config: dict[str, Any]
+    folder: Path
+    revision: str | None
+
+
+def describe_model(
+    model: str | Path, dtype: str | None = None, revision: str | None = None, weights: bool = False
+) -> Description:
+    """Read the configuration of a model, and the type of its weights from the headers of the weight files.
+
+    Args:
+      model: as in `read_model`.
+      dtype: type that the weights will be cast to; the stored type by default.
+      revision: as in `read_model`.
+      weights: download the weight files too, where the model is on the Hub.
+
+    Raises:
+      InputError: the folder does not exist, or its configuration is not supported.
+    """
+    if dtype is not None and dtype not in FLOATS.values():
+        raise InputError(f"dtype {dtype!r} is not supported; expected one of {', '.join(FLOATS.values())}")
+    folder, commit = locate(model, revision, weights)
+    raw = read_json(folder / CONFIG)
+    config, sizes = families.parse(_complete(raw, folder), str(folder / CONFIG))
+    stored = dtype or sources.stored_type(folder) or raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    if stored not in FLOATS.values():
+        stored = "float32"
+    return Description(build(config, sizes, np.dtype(stored)), sizes, raw, folder, commit)
+
+
+def read_model(
+    model: str | Path, dtype: str | None = None, mesh: Mesh | None = None, revision: str | None = None
+) -> Model:
     """Load a model from a local folder or a Hub id.
 
     Args:
       model: a Hugging Face folder, a folder written by `python -m convert to-flax`, or `owner/name` on the Hub.
       dtype: type that the weights are cast to, float32, bfloat16 or float16; the stored type by default.
       mesh: the devices that the weights are sharded over; one device by default.
+      revision: branch, tag or commit on the Hub; the main branch by default.
 
     Raises:
       InputError: the folder does not exist, its configuration is not supported, or its weights are damaged or do not
         match the configuration.
     """
-    if dtype is not None and dtype not in FLOATS.values():
-        raise InputError(f"dtype {dtype!r} is not supported; expected one of {', '.join(FLOATS.values())}")
-    folder = locate(model)
-    raw = read_json(folder / CONFIG)
-    config, sizes = families.parse(_complete(raw, folder), str(folder / CONFIG))
-    abstract = build(config, sizes)
+    described = describe_model(model, dtype, revision, weights=True)
+    folder, abstract = described.folder, build(described.abstract.config, described.sizes)
     numpy_dtype = None if dtype is None else np.dtype(dtype)
     places = {} if mesh is None else shardings(abstract, mesh)
     if (folder / FLAX_WEIGHTS).is_dir():
@@ -63,31 +108,44 @@ def read_model(model: str | Path, dtype: str | None = None, mesh: Mesh | None = 
     else:
         decoder = rules.fill(abstract, sources.open_folder(folder), numpy_dtype, places)
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else None
-    return Model(decoder, raw, folder, str(model), record)
+    return Model(decoder, described.raw_config, folder, str(model), record, described.revision)
 
 
-def locate(model: str | Path) -> Path:
+def locate(model: str | Path, revision: str | None = None, weights: bool = True) -> tuple[Path, str | None]:
     """The local folder of a model; a model that is no local folder is downloaded from the Hub.
+
+    Args:
+      model: a folder or a Hub id.
+      revision: branch, tag or commit on the Hub.
+      weights: download the weight files, and not the configuration alone.
+
+    Returns:
+      The folder, and the commit on the Hub; None for a local folder.
 
     Raises:
       InputError: the folder does not exist, and the Hub cannot provide the model.
     """
     path, name = Path(model).expanduser(), str(model)
     if name and os.path.isdir(path):  # noqa: PTH112  Path.is_dir raises an error for a name that is too long
-        return path
+        if revision is not None:
+            raise InputError(f"{name}: a local folder has no revisions; leave out --revision {revision}")
+        return path, None
     if os.path.exists(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):  # noqa: PTH110
         raise InputError(f"{name}: no such folder; give a folder with a {CONFIG} or a Hub id like owner/name")
     from huggingface_hub import snapshot_download
 
+    companions = [CONFIG, RECORD, *COMPANIONS]
+    files = [*sources.SAFETENSORS_FILES, f"{FLAX_WEIGHTS}/*"] if weights else []
     try:
-        companions = [CONFIG, RECORD, *COMPANIONS]
-        weights = [*sources.SAFETENSORS_FILES, f"{FLAX_WEIGHTS}/*"]
-        folder = Path(snapshot_download(name, allow_patterns=[*companions, *weights]))
-        if not sources.has_safetensors(folder) and not (folder / FLAX_WEIGHTS).is_dir():
-            folder = Path(snapshot_download(name, allow_patterns=[*companions, *sources.TORCH_FILES]))
-        return folder
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*companions, *files]))
+        if weights and not sources.has_safetensors(folder) and not (folder / FLAX_WEIGHTS).is_dir():
+            patterns = [*companions, *sources.TORCH_FILES]
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the Hub client raises errors of many types: offline, unknown, gated, ...
         raise InputError(f"{name}: no such folder here, and the Hub could not provide it ({cause(error)})") from error
+    # The Hub's cache names the folder of a snapshot by its commit.
+    commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
+    return folder, commit
 
 
 def _complete(raw: dict[str, Any], folder: Path) -> dict[str, Any]:

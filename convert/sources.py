@@ -50,6 +50,21 @@ def has_safetensors(folder: Path) -> bool:
     return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
+def stored_type(folder: Path) -> str | None:
+    """The type of the first tensor of a folder's safetensors files, from the header alone; None where there is none.
+
+    Raises:
+      InputError: the header or the index file is damaged.
+    """
+    if not has_safetensors(folder):
+        return None
+    files, _ = _files(folder, SINGLE, INDEX)
+    if not (folder / files[0]).is_file():
+        return None
+    entries = _safetensors_entries(folder / files[0])
+    return next((FLOATS.get(entry.dtype) for entry in entries.values()), None)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 

@@ -3,9 +3,7 @@
 >>> import minillm_jax as mj
 
 >>> model = mj.load("path/or/hub-id")
->>> calibration = mj.calibrate(model, "text.txt")
->>> scores = mj.score(model, calibration, mj.Scoring("obs"))
->>> pruned = mj.prune(model, scores, 0.2, refit=mj.Refit(), calibration=calibration)
+>>> pruned = mj.prune(model, "calibration.txt", ratio=0.2)
 >>> mj.save(pruned, "pruned")
 """
 
@@ -18,42 +16,48 @@ if TYPE_CHECKING:
     from minillm_jax.api import load as load
     from minillm_jax.api import prune as prune
     from minillm_jax.api import save as save
-    from minillm_jax.budget.budget import Budget as Budget
+    from minillm_jax.api import score as score
     from minillm_jax.data.windows import Calibration as Calibration
     from minillm_jax.errors import InputError as InputError
     from minillm_jax.model.loaded import Model as Model
-    from minillm_jax.pruning.refit import Refit as Refit
-    from minillm_jax.scoring.gradient.settings import Estimation as Estimation
+    from minillm_jax.recipes.recipe import Recipe as Recipe
+    from minillm_jax.scoring.score import ChosenWhilePruning as ChosenWhilePruning
     from minillm_jax.scoring.score import Scores as Scores
-    from minillm_jax.scoring.score import Scoring as Scoring
-    from minillm_jax.scoring.score import score as score
+    from minillm_jax.settings import Budget as Budget
+    from minillm_jax.settings import Estimation as Estimation
+    from minillm_jax.settings import Refit as Refit
+    from minillm_jax.settings import Scoring as Scoring
 
 __version__ = "0.1.0"
 
-# Resolved on first use: `import minillm_jax.config`, or the help of a command, must not import JAX and transformers.
+# Resolved on first use: `import minillm_jax.settings`, or the help of a command, must not import JAX and transformers.
 _HOME = {
-    "Budget": "budget.budget",
-    "Calibration": "data.text",
-    "Estimation": "scoring.gradient.settings",
+    "Budget": "settings",
+    "Calibration": "data.windows",
+    "ChosenWhilePruning": "scoring.score",
+    "Estimation": "settings",
     "InputError": "errors",
     "Model": "model.loaded",
-    "Refit": "pruning.refit",
+    "Recipe": "recipes.recipe",
+    "Refit": "settings",
     "Scores": "scoring.score",
-    "Scoring": "scoring.score",
+    "Scoring": "settings",
     "calibrate": "api",
     "evaluate": "api",
     "load": "api",
     "prune": "api",
     "save": "api",
-    "score": "scoring.score",
+    "score": "api",
 }
 
 __all__ = [
     "Budget",
     "Calibration",
+    "ChosenWhilePruning",
     "Estimation",
     "InputError",
     "Model",
+    "Recipe",
     "Refit",
     "Scores",
     "Scoring",

@@ -1,26 +1,36 @@
-"""The one exception a user of the package is meant to see."""
+"""InputError, the exception for bad input, and helpers for its messages."""
 
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something the caller gave cannot be used.
+    """An argument, a file or a setting of the user is not usable.
 
-    The message is one sentence: what, where, expected and found, what to do. The command line prints it as it
-    stands and exits with status 2; nothing has been written by then.
+    The message is one sentence: what, where, expected and found, what to do. The command line prints the message and
+    exits with status 2. No output is written before the error.
     """
 
 
 def cause(error: BaseException) -> str:
-    """What another library's exception says, on one line."""
+    """The message of another library's exception, on one line; the name of its class if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def one_of(what: str, name: str, known: Iterable[str]) -> None:
-    """Whether a name is one of those that are known.
+    """Checks that a name is known.
+
+    Args:
+      what: the noun for the name in the message.
+      name: the name to check.
+      known: the known names.
 
     Raises:
-      InputError: it is not.
+      InputError: the name is unknown.
     """
     if name not in known:
         raise InputError(f"unknown {what} {name!r}; expected one of {', '.join(known)}")
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """A text cut to at most `most` characters, for a message."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"

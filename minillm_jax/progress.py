@@ -1,12 +1,12 @@
-"""How long jobs say how far they are, without knowing who listens."""
+"""Progress of a job, reported to a callback."""
 
 from collections.abc import Callable
 
-# Called with a stage's name, how much of it is done, and how much there is.
+# Called with the name of a stage, the number of its finished steps and the number of all its steps.
 StageProgress = Callable[[str, int, int], None]
 
 
 def tell(progress: StageProgress | None, stage: str, done: int, total: int) -> None:
-    """Pass a stage's progress on, if anybody listens."""
+    """Calls `progress`, if it is given, with the stage and its finished and total steps."""
     if progress is not None:
         progress(stage, done, total)

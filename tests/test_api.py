@@ -22,8 +22,8 @@ from minillm_jax.run import Job, run
 from minillm_jax.scoring.activations import activation_norms
 from minillm_jax.scoring.criteria import CRITERIA
 from minillm_jax.scoring.gradient import directions
-from minillm_jax.scoring.gradient.settings import Estimation
 from minillm_jax.scoring.score import Scores, Scoring, score
+from minillm_jax.settings import Estimation
 from tests.helpers import (
     arrays_equal,
     hugging_face_folder,

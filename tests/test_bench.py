@@ -1,4 +1,4 @@
-"""The benches run and count right; no test here asserts a time."""
+"""The benchmarks run, and their numbers agree with each other. No test asserts a time."""
 
 import argparse
 import copy
@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -18,12 +19,14 @@ import torch
 from jax import numpy as jnp
 
 from convert.reader import read_model
+from minillm_jax.data.batches import Batches
 from minillm_jax.model.build import build
 from minillm_jax.model.config import LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder, finish, project_to_vocabulary, rotary_angles
 from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.loss import sequence_losses
 from minillm_jax.model.modules import Block
+from minillm_jax.pruning.refit import prune_by_obs
 
 ROOT = Path(__file__).parents[1]
 EPSILON = 1e-3
@@ -31,7 +34,7 @@ EPSILON = 1e-3
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Callable[[str], ModuleType]]:
-    """Modules of `bench` by name; they find each other there, as when one of them is run."""
+    """Modules of `bench` by name. They import each other as they do when a script runs."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "bench")
@@ -39,8 +42,8 @@ def bench() -> Iterator[Callable[[str], ModuleType]]:
     torch.set_num_threads(threads)
 
 
-def test_flops_are_those_the_compiler_counts(bench: Callable[[str], ModuleType]) -> None:
-    """One block outside of any scan, and the head; what the formula leaves out is a few percent at this size."""
+def test_flops_equal_the_count_of_the_compiler(bench: Callable[[str], ModuleType]) -> None:
+    """One block outside of any scan, and the head. The terms that the formula omits are a few percent at this size."""
     batch, length = 2, 96
     config = bench("shapes").CONFIG
     decoder = build(config, Sizes(V=4096, D=256, H=32, layers=(LayerSizes(N=8, K=4, F=704),)))
@@ -67,8 +70,8 @@ def test_flops_add_up_over_layers_and_need_no_weights(bench: Callable[[str], Mod
     wide, narrow = LayerSizes(N=4, K=2, F=24), LayerSizes(N=2, K=1, F=8)
 
     def flops(*layers: LayerSizes) -> tuple[int, int, int]:
-        found = bench("flops").loss_flops(build(config, Sizes(V=61, D=16, H=4, layers=layers)), 3, 10)
-        return found.blocks, found.attention, found.head
+        counted = bench("flops").loss_flops(build(config, Sizes(V=61, D=16, H=4, layers=layers)), 3, 10)
+        return counted.blocks, counted.attention, counted.head
 
     blocks, attention, head = flops(wide, wide, narrow)
     assert head == 2 * 3 * 9 * 61 * 16
@@ -76,7 +79,7 @@ def test_flops_add_up_over_layers_and_need_no_weights(bench: Callable[[str], Mod
     assert flops(narrow)[:2] == (2 * 3 * 10 * (16 * 4 * (2 + 1 + 1 + 2) + 3 * 16 * 8), 4 * 3 * 100 * 2 * 4)
 
 
-def test_peaks_are_by_device_and_type(bench: Callable[[str], ModuleType]) -> None:
+def test_the_peak_depends_on_device_and_type(bench: Callable[[str], ModuleType]) -> None:
     class H100:
         device_kind = "NVIDIA H100 80GB HBM3"
 
@@ -91,27 +94,25 @@ def test_programs_take_turns(bench: Callable[[str], ModuleType]) -> None:
     timing = bench("timing")
     times = timing.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
     assert "".join(calls) == "abababab"
-    assert {name: len(all_) for name, all_ in times.items()} == {"a": 3, "b": 3}
+    assert {name: len(durations) for name, durations in times.items()} == {"a": 3, "b": 3}
     assert timing.medians({"a": [3.0, 1.0, 2.0]}) == {"a": 2.0}
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """A bench as a user runs it, but for quick compilation."""
-    quickly = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return subprocess.run(command, cwd=ROOT, env=quickly, capture_output=True, text=True, check=False)
+    """Run a benchmark as a user does, with fewer optimisations for a quick compilation."""
+    variables = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
 
 
-def test_forward_bench_writes_what_it_prints(
-    bench: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forward_bench_writes_the_rows_it_prints(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
     output = tmp_path / "forward.json"
     command = [sys.executable, "bench/forward.py", "--presets", "tiny", "--models", "minillm_jax/demo_model"]
     command += ["--batches", "2", "--lengths", "16", "--depths", "1", "3", "--rounds", "2"]
     command += ["--compile-rounds", "1", "--product", "64", "--output", str(output)]
-    done = _run(command)
-    assert done.returncode == 0, done.stderr
+    process = _run(command)
+    assert process.returncode == 0, process.stderr
     written = json.loads(output.read_text())
-    assert [json.loads(line) for line in done.stdout.splitlines()] == written["rows"]
+    assert [json.loads(line) for line in process.stdout.splitlines()] == written["rows"]
     assert {"device", "versions", "commit"} <= set(written["environment"])
     compiled, forward = ([row for row in written["rows"] if row["kind"] == kind] for kind in ("compile", "forward"))
     assert [row["layers"] for row in compiled] == [1, 3]
@@ -123,41 +124,38 @@ def test_forward_bench_writes_what_it_prints(
         assert row["mfu"] == pytest.approx(row["model_flops"] / seconds / row["peak"], rel=0.05, abs=1e-4)
         assert row["compiled_bytes"] > 4 * row["parameters"]
     tables = bench("tables")
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert (len(tables.forward_rows()), len(tables.compile_rows())) == (2, 2)
+    assert (len(tables.forward_rows(tmp_path)), len(tables.compile_rows(tmp_path))) == (2, 2)
 
 
-def test_forward_bench_refuses_what_it_cannot_measure() -> None:
+def test_forward_bench_rejects_windows_without_predictions() -> None:
     command = [sys.executable, "bench/forward.py", "--lengths", "1"]
-    done = _run(command)
-    assert done.returncode == 2
-    assert "lengths are at least 2" in done.stderr
+    process = _run(command)
+    assert process.returncode == 2
+    assert "lengths are at least 2" in process.stderr
 
 
-def test_estimate_bench_writes_what_it_prints(
-    bench: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Times, memory and a process for every program, PyTorch's too; and the README's rows can be made of them."""
+def test_estimate_bench_writes_the_rows_it_prints(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    """Rows of kind time and memory for every program, PyTorch's too, and of a process; tables accepts them."""
     output = tmp_path / "estimate.json"
     command = [sys.executable, "bench/estimate.py", "--shapes", "tiny", "--memory-shapes", "tiny", "--rounds", "2"]
     command += ["--per-step", "1", "2", "--batch", "2", "--length", "8", "--processes", "forward"]
     # Without optimisations threefry4x32 takes minutes to compile.
     names = ["forward", "pair, weights, rademacher", "pair, gates", "jvp, gates, 2", "exact, weights"]
     command += ["--programs", *names[1:]]
-    done = _run([*command, "--output", str(output)])
-    assert done.returncode == 0, done.stderr
+    process = _run([*command, "--output", str(output)])
+    assert process.returncode == 0, process.stderr
     written = json.loads(output.read_text())
-    assert [json.loads(line) for line in done.stdout.splitlines()] == written["rows"]
+    assert [json.loads(line) for line in process.stdout.splitlines()] == written["rows"]
     assert {"torch", "jax"} <= set(written["environment"]["versions"])
     assert written["settings"]["per_step"] == [1, 2]
     assert set(names) < set(bench("estimate").cases([1, 2]))
-    time, memory, process = (
+    time, memory, alone_rows = (
         {row["program"]: row for row in written["rows"] if row["kind"] == kind}
         for kind in ("time", "memory", "process")
     )
     assert list(time) == [*names, *(f"torch, {name}" for name in TORCH_PROGRAMS)]
     assert list(memory) == names
-    assert list(process) == ["forward"]
+    assert list(alone_rows) == ["forward"]
     for row in time.values():
         forward = time["forward" if row["library"] == "minillm-jax" else "torch, forward"]["seconds"]
         assert row["seconds_each"] * row.get("per_step", 1) == pytest.approx(row["seconds"], rel=0.01)
@@ -168,12 +166,11 @@ def test_estimate_bench_writes_what_it_prints(
     assert (time["pair, weights, rademacher"]["aim"], time["pair, gates"]["aim"]) == (2.10, 2.05)
     assert all(row["stream_bytes"] == 4 * 2 * 8 * 64 for row in memory.values())
     assert memory["exact, weights"]["output_bytes"] == pytest.approx(2 * memory["forward"]["layer_bytes"], rel=0.01)
-    (alone,) = process.values()
+    (alone,) = alone_rows.values()
     assert 0 < alone["imports_peak_bytes"] <= alone["weights_peak_bytes"] <= alone["peak_bytes"]
     tables = bench("tables")
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert len(tables.estimate_rows()) == len(tables.estimate_memory_rows()) == len(names) - 1
-    assert (len(tables.estimate_torch_rows()), len(tables.process_rows())) == (3, 1)
+    assert len(tables.estimate_rows(tmp_path)) == len(tables.estimate_memory_rows(tmp_path)) == len(names) - 1
+    assert (len(tables.estimate_torch_rows(tmp_path)), len(tables.process_rows(tmp_path))) == (3, 1)
 
 
 # ------------------------------------------------------------------------------------------------------- PyTorch
@@ -182,7 +179,7 @@ TORCH_PROGRAMS = ("forward", "pair, gaussian", "pair, rademacher", "forward and 
 
 
 def test_torch_computes_the_same_loss(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
-    """The programs that are compared are the same function of the same arrays."""
+    """The compared programs of PyTorch and JAX compute the same loss of the same arrays."""
     reference = bench("torch_pair")
     model, tokens = reference.llama("tiny"), reference.random_tokens("tiny", 3, 20)
     model.save_pretrained(tmp_path)
@@ -195,7 +192,9 @@ def test_torch_computes_the_same_loss(bench: Callable[[str], ModuleType], tmp_pa
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-def test_torch_pair_is_two_losses_and_leaves_the_weights(bench: Callable[[str], ModuleType], distribution: str) -> None:
+def test_torch_pair_computes_two_losses_and_restores_the_weights(
+    bench: Callable[[str], ModuleType], distribution: str
+) -> None:
     reference = bench("torch_pair")
     model, tokens = reference.llama("tiny"), reference.random_tokens("tiny", 3, 20)
     original = copy.deepcopy(model)
@@ -218,7 +217,7 @@ def test_torch_pair_is_two_losses_and_leaves_the_weights(bench: Callable[[str], 
 def test_torch_directions_are_independent_and_of_unit_variance(
     bench: Callable[[str], ModuleType], distribution: str
 ) -> None:
-    """Every bit of a word counts, sizes that fill no word too, and no two matrices or seeds share their entries."""
+    """All 64 bits of a word are used, sizes may leave a word unfilled, and matrices and seeds have other entries."""
     perturber = bench("torch_pair").perturber
     matrices = [torch.zeros(64, 64), torch.zeros(64, 64), torch.zeros(7, 13)]
     move = perturber(matrices, distribution)
@@ -229,26 +228,42 @@ def test_torch_directions_are_independent_and_of_unit_variance(
         move(1.0, seed)
         columns += [matrix.clone() for matrix in matrices[:2]]
         assert matrices[2].abs().min() > 0
-    drawn = torch.stack(columns)  # [120, 64, 64]
-    assert drawn.mean(dim=(0, 1)).abs().max() < 5 * (120 * 64) ** -0.5
-    assert drawn.var() == pytest.approx(1.0, abs=0.02)
-    flat = drawn.flatten(1)
+    directions = torch.stack(columns)  # [120, 64, 64]
+    assert directions.mean(dim=(0, 1)).abs().max() < 5 * (120 * 64) ** -0.5
+    assert directions.var() == pytest.approx(1.0, abs=0.02)
+    flat = directions.flatten(1)
     overlaps = (flat @ flat.T) / flat.shape[1] - torch.diag((flat**2).mean(1))
     assert overlaps.abs().max() < 6 * flat.shape[1] ** -0.5
     if distribution == "rademacher":
         assert set(flat.unique().tolist()) == {-1.0, 1.0}
 
 
-def test_refit_is_watched_part_by_part(bench: Callable[[str], ModuleType]) -> None:
-    """Its parts add up to the whole, nothing is counted twice, and the functions are left as they were."""
+def test_refit_bench_times_every_part(bench: Callable[[str], ModuleType]) -> None:
+    """The parts of a layer sum to its seconds, no part is counted twice, and the functions are restored."""
     refit = bench("refit")
     before = {part: getattr(module, name) for part, (module, name) in refit.PARTS.items()}
     settings = {"preset": "tiny", "layers": 2, "dtype": "float32", "samples": 2, "length": 16, "solver": "host"}
-    first, second, whole = refit.layers(argparse.Namespace(ratio=0.5, **settings))
+    first, second, total = refit.layers(argparse.Namespace(ratio=0.5, **settings))
     assert before == {part: getattr(module, name) for part, (module, name) in refit.PARTS.items()}
     for row in (first, second):
         assert sum(row[part] for part in (*before, "rest")) == pytest.approx(row["seconds"], abs=0.02)
         assert row["rest"] > -0.02
-    assert whole["layers"] == 2
-    assert whole["seconds"] == pytest.approx(2 * second["seconds"], abs=0.1)
-    assert whole["peak_bytes"] > whole["layer_bytes"] > 4 * 3 * 64 * 160
+    assert total["layers"] == 2
+    assert total["seconds"] == pytest.approx(2 * second["seconds"], abs=0.1)
+    assert total["peak_bytes"] > total["layer_bytes"] > 4 * 3 * 64 * 160
+
+
+def test_refit_bench_watches_the_functions_that_the_refit_calls(bench: Callable[[str], ModuleType]) -> None:
+    refit = bench("refit")
+    decoder = bench("shapes").random_decoder("tiny")
+    windows = np.asarray(bench("shapes").random_tokens(96, 2, 16))
+    with refit.watched() as seconds:
+        prune_by_obs(decoder, {"head": [1, 1], "channel": [80, 80]}, Batches(windows))
+    assert seconds.keys() == refit.PARTS.keys()
+    assert all(value > 0 for value in seconds.values()), seconds
+
+
+def test_labels_of_a_plot_keep_their_distance(bench: Callable[[str], ModuleType]) -> None:
+    pytest.importorskip("matplotlib")
+    heights = bench("plots").spread([4.2, 4.3, 16.0, 21.0, 27.7, 31.0, 57.0], 1.2)
+    assert all(above / below > 1.19 for below, above in pairwise(heights))

@@ -208,7 +208,7 @@ def test_models_that_cannot_have_biases_say_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("allocation", ["global", "measured"])
 def test_unequal_budgets_become_per_layer_folders(folder: Path, tmp_path: Path, allocation: str) -> None:
-    budget = Budget(0.4, of="blocks", allocation=allocation)
+    budget = Budget(0.4, ratio_of="blocks", allocation=allocation)
     result = job(folder, tmp_path / "out", budget=budget, refit=Refit())
     assert result.written.format == "per-layer"
 
@@ -221,13 +221,13 @@ def test_unequal_budgets_become_per_layer_folders(folder: Path, tmp_path: Path, 
         ({"structures": ("neurons",)}, "unknown structure 'neurons'"),
         ({"heads": "pairs"}, "unknown way to count heads 'pairs'"),
         ({"heads": "query", "structures": ("channels",)}, "no heads go; add heads to --structures"),
-        ({"structures": ("hidden",), "budget": Budget(0.5, of="model")}, "the ratio counts groups where hidden go"),
+        ({"structures": ("hidden",), "budget": Budget(0.5, ratio_of="model")}, "the ratio counts groups where hidden go"),
         ({"structures": ("hidden",), "scoring": Scoring("obs")}, "obs has no scores for hidden dimensions"),
         ({"structures": ("heads", "layers"), "budget": Budget(0.5, layers=(0, 2))}, "--layers cannot be used where"),
         ({"budget": Budget(0.5, allocation="global"), "format": "stock"}, "use the format per-layer or padded"),
         ({"budget": Budget(0.5, allocation="global"), "scoring": Scoring("obs")}, "no scores to compare"),
         ({"rounds": 0}, "at least 1 round"),
-        ({"budget": Budget(target=("parameters", 10.0))}, "ask for less, or prune more kinds"),
+        ({"budget": Budget(target_params=10.0)}, "ask for less, or prune more kinds"),
         ({"heads": "query", "scoring": Scoring("gate")}, "not for query heads"),
     ],
 )

@@ -1,1 +1,1 @@
-"""How many groups each layer keeps."""
+"""The number of groups that each layer keeps."""

@@ -1,4 +1,4 @@
-"""How many groups every layer keeps: where the budget meets the model, its scores, and measured losses."""
+"""Allocation: the number of groups that every layer keeps, from the budget, the model, its scores and its losses."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -6,28 +6,29 @@ from functools import partial
 import numpy as np
 
 from minillm_jax.budget import budget as budgets
-from minillm_jax.budget.budget import Budget, Counts, Stock
+from minillm_jax.budget.budget import Counts, Inventory
 from minillm_jax.budget.measured_losses import level_losses
 from minillm_jax.data.windows import Calibration
-from minillm_jax.errors import InputError, one_of
+from minillm_jax.errors import InputError
 from minillm_jax.model import costs
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.tree import group_counts, layer_count, part_counts
 from minillm_jax.progress import StageProgress, tell
-from minillm_jax.pruning.refit import Refit
+from minillm_jax.settings import Budget, Refit
 
-# Shares of the groups of a layer that are tried on their own for measured budgets.
+# Removed shares of the groups of a layer at which the allocation `measured` measures the loss.
 SHARES = tuple(n / 10 for n in range(1, 10))
 
 
 @dataclass(frozen=True)
 class Allocated:
-    """How many groups every layer keeps.
+    """The number of groups that every layer keeps.
 
     Attributes:
       counts: kind -> one number for each layer.
-      losses: of measured budgets: kind -> for each layer, pairs of a count and the change of the loss (nats) when only
-        so many groups of that kind of that layer stay; all groups first.
+      losses: with the allocation `measured`: kind -> for each layer, pairs of a number of kept groups and the change of
+        the mean loss (nats) when only this kind of groups of this layer is pruned to that number. The first pair is for
+        all groups.
     """
 
     counts: Counts
@@ -35,102 +36,117 @@ class Allocated:
 
 
 def expected(decoder: Decoder, kinds: tuple[str, ...], budget: Budget) -> Counts | None:
-    """What a budget will keep, as far as the shapes alone say it: None where scores or losses decide.
+    """The counts where the shapes alone determine them; None where scores or losses do.
+
+    Args:
+      decoder: the dense model; only its shapes are read.
+      kinds: the pruned kinds of groups.
+      budget: how much is removed.
 
     Raises:
-      InputError: the budget is out of its range, not for this model, or cannot be met.
+      InputError: the budget is out of its range, does not suit the model, or cannot be met.
     """
-    stock = stock_of(decoder, kinds, budget)
-    return _uniform(stock, _limit(decoder, stock, budget), budget)
+    inventory = inventory_of(decoder, kinds, budget)
+    return _uniform(inventory, _limit(decoder, inventory, budget), budget)
 
 
-def _limit(decoder: Decoder, stock: Stock, budget: Budget) -> float:
-    return budgets.limit_of(stock, budget, costs.block_parameters(decoder))
+def _limit(decoder: Decoder, inventory: Inventory, budget: Budget) -> float:
+    return budgets.limit_of(inventory, budget, costs.block_parameters(decoder))
 
 
-def _uniform(stock: Stock, limit: float, budget: Budget) -> Counts | None:
-    """The counts where the shapes alone say them."""
+def _uniform(inventory: Inventory, limit: float, budget: Budget) -> Counts | None:
+    """The counts of the allocation `uniform`; None for the other allocations."""
     if budget.allocation != "uniform":
         return None
     if budget.by_share:
-        return budgets.by_ratio(stock, budget.ratio or 0.0, budget)
-    return budgets.uniform(stock, limit, budget)
+        return budgets.by_ratio(inventory, budget.ratio or 0.0, budget)
+    return budgets.uniform(inventory, limit, budget)
 
 
-def stock_of(decoder: Decoder, kinds: tuple[str, ...], budget: Budget) -> Stock:
-    """What there is to remove, and what it costs in the measure of the budget.
+def inventory_of(decoder: Decoder, kinds: tuple[str, ...], budget: Budget) -> Inventory:
+    """The groups of a model and their costs in the measure of the budget.
+
+    Args:
+      decoder: the dense model; only its shapes are read.
+      kinds: the pruned kinds of groups.
+      budget: its measure, window and layers.
 
     Raises:
-      InputError: a setting is out of its range, the layers are not the model's, or no group could ever go.
+      InputError: a setting is out of its range, the model lacks the layers, or no query head can be removed.
     """
     budget.check()
-    one_of("measure", budget.measure, costs.MEASURES)
     layers = layers_of(budget, layer_count(decoder))
     counts = {kind: group_counts(decoder, kind) for kind in kinds}
     parts = part_counts(decoder, kinds)
     for kind in kinds:
         if kind == "query" and all(counts[kind][layer] == parts[kind][layer] for layer in layers):
             raise InputError("every key/value head has one query head in this model; leave out --heads query")
-    prices = costs.group_costs(decoder, kinds, budget.measure, budget.window)
-    return Stock(counts, parts, prices, costs.cost(decoder, budget.measure, budget.window), layers)
+    group_costs = costs.group_costs(decoder, kinds, budget.measure, budget.window)
+    return Inventory(counts, parts, group_costs, costs.cost(decoder, budget.measure, budget.window), layers)
+
+
+# The former name, which other modules still use.
+stock_of = inventory_of
 
 
 def counts_for(
     decoder: Decoder,
-    scores: dict[str, list[np.ndarray]],
-    on_the_way: bool,
+    kinds: tuple[str, ...],
+    scores: dict[str, list[np.ndarray]] | None,
     per_cost: bool,
     budget: Budget,
     refit: Refit,
     calibration: Calibration | None,
     progress: StageProgress | None = None,
 ) -> Allocated:
-    """How many groups of every kind each layer keeps.
+    """The number of groups of every kind that each layer keeps.
 
     Args:
       decoder: the dense model.
-      scores: of its groups; the order in which they go.
-      on_the_way: there are no scores: the groups are chosen while they are removed.
-      per_cost: scores are compared per cost in global budgets.
-      budget: how much goes.
-      refit: as what stays will be refitted; measured budgets measure with it.
-      calibration: what they measure on.
-      progress: told how many losses are measured.
+      kinds: the pruned kinds of groups.
+      scores: kind -> for each layer, the scores of its groups; None where structured OBS chooses the groups.
+      per_cost: whether the allocation `global` divides scores by the cost of the groups.
+      budget: how much is removed, and its allocation.
+      refit: the refit of the pruned model; the allocation `measured` measures losses after this refit.
+      calibration: the windows on which losses are measured; None for other allocations.
+      progress: called with the number of losses measured, and of all.
 
     Raises:
-      InputError: see `expected`; or the allocation needs what is not there.
+      InputError: see `expected`; or the allocation needs scores or windows that are missing.
     """
-    stock = stock_of(decoder, tuple(scores), budget)
-    limit = _limit(decoder, stock, budget)
-    counts = _uniform(stock, limit, budget)
+    inventory = inventory_of(decoder, kinds, budget)
+    limit = _limit(decoder, inventory, budget)
+    counts = _uniform(inventory, limit, budget)
     if counts is not None:
         return Allocated(counts)
     if budget.allocation == "global":
-        check_comparable("obs" if on_the_way else "")
-        return Allocated(budgets.globally(stock, limit, budget, scores, per_cost))
+        check_comparable("obs" if scores is None else "")
+        assert scores is not None
+        return Allocated(budgets.globally(inventory, limit, budget, scores, per_cost))
     if calibration is None:
         raise InputError("measured budgets take losses on calibration windows; give the calibration")
-    tried = budgets.levels(stock, budget, SHARES)
+    levels = budgets.levels(inventory, budget, SHARES)
 
-    def stays(kind: str, layer: int, keep: int) -> np.ndarray:
-        one = {kind: [scores[kind][layer]]}
-        return np.asarray(budgets.choose(one, {kind: [keep]}, {kind: [stock.parts[kind][layer]]})[kind][0])
+    def choose(kind: str, layer: int, keep: int) -> np.ndarray:
+        assert scores is not None, "structured OBS chooses groups without scores"
+        of_layer = {kind: [scores[kind][layer]]}
+        kept = budgets.choose(of_layer, {kind: [keep]}, {kind: [inventory.parts[kind][layer]]})
+        return np.asarray(kept[kind][0])
 
-    told = partial(tell, progress, "budget")
-    batches = calibration.batches
-    losses = level_losses(decoder, batches, tried, None if on_the_way else stays, refit, told)
+    report = partial(tell, progress, "budget")
+    losses = level_losses(decoder, calibration.batches, levels, None if scores is None else choose, refit, report)
     pairs = {
-        kind: [list(zip(*row, strict=True)) for row in zip(tried[kind], rows, strict=True)]
+        kind: [list(zip(*row, strict=True)) for row in zip(levels[kind], rows, strict=True)]
         for kind, rows in losses.items()
     }
-    return Allocated(budgets.cheapest(stock, limit, tried, losses), pairs)
+    return Allocated(budgets.cheapest(inventory, limit, levels, losses), pairs)
 
 
 def check_comparable(criterion: str) -> None:
-    """Whether a criterion has scores that global budgets can compare.
+    """Check that a criterion has scores that the allocation `global` can compare between layers.
 
     Raises:
-      InputError: it chooses while it prunes.
+      InputError: the criterion is `obs`, which chooses groups during pruning.
     """
     if criterion == "obs":
         raise InputError(
@@ -140,7 +156,14 @@ def check_comparable(criterion: str) -> None:
 
 
 def steps_between(before: Counts, after: Counts, parts: Counts, steps: int) -> list[Counts]:
-    """The counts after each of so many rounds, which remove about equally many."""
+    """The counts after each round of pruning. All rounds remove about equally many groups.
+
+    Args:
+      before: kind -> for each layer, the number of groups of the dense model.
+      after: the number of kept groups after the last round.
+      parts: number of parts, each of which loses equally many groups in every round.
+      steps: number of rounds.
+    """
 
     def after_step(kind: str, step: int) -> list[int]:
         rows = zip(before[kind], after[kind], parts[kind], strict=True)
@@ -150,10 +173,10 @@ def steps_between(before: Counts, after: Counts, parts: Counts, steps: int) -> l
 
 
 def layers_of(budget: Budget, count: int) -> range:
-    """The layers that are pruned, of so many.
+    """The pruned layers of a model with `count` layers.
 
     Raises:
-      InputError: they are not the model's.
+      InputError: the model lacks these layers.
     """
     if budget.layers is None:
         return range(count)

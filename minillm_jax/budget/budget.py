@@ -1,9 +1,12 @@
-"""How many groups stay, and which.
+"""Budget: the number of groups that each layer keeps, and the choice of the kept groups by their scores.
 
-A budget says how much goes and how that is shared between the layers; `Stock` is what there is. From both follow the
-counts, kind -> one number for each layer, and from the counts and the scores the groups that stay.
+A `Budget` says how much is removed and how the budget is shared between layers (`settings.Budget`). An `Inventory` says
+how many groups a model has and what each costs. Every allocation is a function from both to the counts: kind -> for
+each layer, the number of kept groups. `choose` then takes that many groups with the highest scores.
 
-    step        the smallest removal from one layer: one group, or one query head of every key/value head
+    part        all parts of a layer lose equally many groups: each key/value head is a part of the query heads; groups
+                of other kinds have one part
+    step        the smallest removal from one layer: one group of every part
 """
 
 from bisect import bisect_left
@@ -15,97 +18,24 @@ from math import ceil, floor
 import numpy as np
 from jaxtyping import Float
 
-from minillm_jax.errors import InputError, one_of
+from minillm_jax.errors import InputError
 from minillm_jax.model.axis_table import Kept
-
-COUNTED = ("groups", "blocks", "model")
-ALLOCATIONS = ("uniform", "global", "measured")
+from minillm_jax.settings import Budget
 
 Counts = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How much goes, and from where.
+class Inventory:
+    """The groups of a model and their costs: kind -> one number for each layer; kinds in the order of the forward pass.
 
     Attributes:
-      ratio: share that goes, in (0, 1); None with a target.
-      of: what the ratio is a share of: the `groups` of every kind in every pruned layer; or the parameters of the
-        `blocks` or of the whole `model`, which are reached to within one step (`uniform`: one step in every layer).
-      target: instead of a ratio, the measure and the most of it that may be left: ("parameters", 5.4e9).
-      allocation: `uniform`, the same share in every layer; `global`, the lowest scores per cost wherever they are; or
-        `measured`, the cheapest combination of measured losses.
-      layers: first layer that is pruned, and the one after the last, from the end where negative; all by default.
-      round_heads_to: keep a multiple of this many heads in a pruned layer, rounding up, where there are as many: tensor
-        parallelism wants its degree (`uniform` only).
-      round_width_to: the same for MLP channels: hardware wants 64 or 128.
-      least: share of a layer's groups that stays at least (`global` and `measured`).
-      window: tokens of the window that targets in macs and memory are for.
-    """
-
-    ratio: float | None = None
-    of: str = "groups"
-    target: tuple[str, float | int] | None = None
-    allocation: str = "uniform"
-    layers: tuple[int, int] | None = None
-    round_heads_to: int = 1
-    round_width_to: int = 1
-    least: float = 0.1
-    window: int = 128
-
-    def check(self) -> None:
-        """Whether the settings go together.
-
-        Raises:
-          InputError: they do not, or one is out of its range.
-        """
-        one_of("thing that the ratio counts", self.of, COUNTED)
-        one_of("allocation", self.allocation, ALLOCATIONS)
-        if (self.ratio is None) == (self.target is None):
-            raise InputError("give a ratio or a target for what is left, one of them")
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise InputError(f"the ratio must lie between 0 and 1, both excluded, found {self.ratio:g}")
-        if self.target is not None and self.of != "groups":
-            raise InputError("a target takes the place of the ratio, so there is nothing for it to be a share of")
-        for words, multiple in (("heads", self.round_heads_to), ("channels", self.round_width_to)):
-            if multiple < 1:
-                raise InputError(
-                    f"the number of kept {words} can be rounded to multiples of at least 1, not {multiple}"
-                )
-            if multiple > 1 and self.allocation != "uniform":
-                raise InputError(
-                    f"the number of kept {words} is rounded in uniform budgets only, not {self.allocation}"
-                )
-        if not 0 <= self.least < 1:
-            raise InputError(f"the least share that stays must lie in [0, 1), found {self.least:g}")
-        if self.window < 1:
-            raise InputError(f"the window that costs are for must have at least 1 token, found {self.window}")
-
-    @property
-    def measure(self) -> str:
-        """What is counted where costs are: parameters, but for other targets."""
-        return "parameters" if self.target is None else self.target[0]
-
-    @property
-    def by_share(self) -> bool:
-        """Whether every pruned layer loses the same share of its groups: nothing else has to be found out."""
-        return self.allocation == "uniform" and self.target is None and self.of == "groups"
-
-    def multiple(self, kind: str) -> int:
-        """What the number of kept groups of a kind is rounded to."""
-        return self.round_width_to if kind == "channel" else self.round_heads_to
-
-
-@dataclass(frozen=True)
-class Stock:
-    """What there is to remove, kind -> one number for each layer; kinds in the order of the forward pass.
-
-    Attributes:
-      counts: groups.
-      parts: in how many parts they lie, from each of which equally many go (see `decoder.part_count`).
-      costs: what one group less saves in the measure of the budget.
-      whole: what the dense model costs.
-      layers: the layers that are pruned.
+      counts: number of groups.
+      parts: number of parts in which the groups lie, each of equally many groups (see `tree.part_count`). Every part
+        loses equally many groups.
+      costs: cost of one group, in the measure of the budget.
+      whole: cost of the dense model.
+      layers: the pruned layers.
     """
 
     counts: Counts
@@ -115,273 +45,322 @@ class Stock:
     layers: range
 
     def left(self, kept: Mapping[str, Sequence[int]]) -> int:
-        """What a model with those counts costs."""
+        """The cost of a model with these numbers of kept groups."""
         saved = 0
         for kind, counts in self.counts.items():
             saved += sum(c * (n - k) for c, n, k in zip(self.costs[kind], counts, kept[kind], strict=True))
         return self.whole - saved
 
     def prunable(self) -> int:
-        """What all groups of the pruned layers cost together."""
+        """The cost of all groups of the pruned layers together."""
         return sum(self.costs[k][layer] * n[layer] for k, n in self.counts.items() for layer in self.layers)
 
 
-def kept_count(count: int, ratio: float, multiple: int = 1) -> int:
-    """How many of `count` groups stay: floor(count · ratio + 1/2) go, but at least one stays.
+# The former name, which other modules still import.
+Stock = Inventory
 
-    The ratio is read as the decimal number it is written as: 0.29 of 50 is 14.5, although the float is a little less.
-    With a `multiple`, the number is rounded up to one; to the largest there is when that is more than `count`, and
-    to `count` itself when there is none.
+
+def kept_count(count: int, ratio: float, multiple: int = 1) -> int:
+    """Number of kept groups of `count`: floor(count · ratio + 1/2) are removed, and at least one is kept.
+
+    The ratio counts as the decimal number that is written: 0.29 of 50 is 14.5, although the float is a little less.
+    The number of kept groups is rounded up to a multiple of `multiple`; where that exceeds `count`, down to the largest
+    multiple within `count`; and to `count` itself where no multiple fits.
     """
-    asked = max(1, count - floor(count * Decimal(str(ratio)) + Decimal("0.5")))
-    rounded = min(-(-asked // multiple), count // multiple) * multiple
+    exact = max(1, count - floor(count * Decimal(str(ratio)) + Decimal("0.5")))
+    rounded = min(-(-exact // multiple), count // multiple) * multiple
     return rounded or count
 
 
-def by_ratio(stock: Stock, ratio: float, budget: Budget | None = None) -> Counts:
-    """The same share of the groups of every kind and pruned layer goes; rounded as the budget says."""
-    return {kind: _by_ratio(stock, kind, ratio, budget.multiple(kind) if budget else 1) for kind in stock.counts}
-
-
-def _by_ratio(stock: Stock, kind: str, ratio: float, multiple: int = 1, more: int = 0) -> list[int]:
-    """The counts of one kind; with so many more steps in every pruned layer, as far as there are."""
-    found = []
-    for layer, (count, parts) in enumerate(zip(stock.counts[kind], stock.parts[kind], strict=True)):
-        steps = count // parts
-        kept = min(max(kept_count(steps, ratio, multiple) + more, 1), steps)
-        found.append(parts * kept if layer in stock.layers else count)
-    return found
-
-
-def limit_of(stock: Stock, budget: Budget, blocks: int) -> float:
-    """The most that the pruned model may cost.
+def by_ratio(inventory: Inventory, ratio: float, budget: Budget | None = None) -> Counts:
+    """The counts after removal of the same share of the groups of every kind and pruned layer.
 
     Args:
-      stock: what there is, in parameters unless the budget has a target in another measure.
-      budget: what is asked for.
-      blocks: parameters of the layers.
+      inventory: the groups of the model.
+      ratio: the removed share.
+      budget: its multiples round the counts; no rounding by default.
+    """
+    multiples = {kind: budget.multiple(kind) if budget else 1 for kind in inventory.counts}
+    return {kind: _by_ratio(inventory, kind, ratio, multiple) for kind, multiple in multiples.items()}
+
+
+def _by_ratio(inventory: Inventory, kind: str, ratio: float, multiple: int = 1, more: int = 0) -> list[int]:
+    """The counts of one kind, with `more` steps kept in addition in every pruned layer, between one step and all."""
+    counts = []
+    for layer, (count, parts) in enumerate(zip(inventory.counts[kind], inventory.parts[kind], strict=True)):
+        steps = count // parts
+        kept = min(max(kept_count(steps, ratio, multiple) + more, 1), steps)
+        counts.append(parts * kept if layer in inventory.layers else count)
+    return counts
+
+
+def limit_of(inventory: Inventory, budget: Budget, blocks: int) -> float:
+    """The largest cost of the pruned model, in the measure of the budget.
+
+    Args:
+      inventory: the groups of the model, with costs in the measure of the budget.
+      budget: the ratio or the target.
+      blocks: number of parameters of the layers.
 
     Raises:
-      InputError: the target is not below what the model costs, or cannot be reached.
+      InputError: the target is not below the cost of the dense model, or the limit cannot be reached.
     """
     if budget.target is not None:
-        limit, asked = float(budget.target[1]), f"the target of {budget.target[1]:,.0f} ({budget.target[0]})"
-        if not limit < stock.whole:
-            raise InputError(f"{asked} is not below the {stock.whole:,} of the model: there is nothing to remove")
+        measure, limit = budget.target
+        request = f"the target of {limit:,.0f} ({measure})"
+        if not limit < inventory.whole:
+            raise InputError(f"{request} is not below the {inventory.whole:,} of the model: there is nothing to remove")
     else:
         ratio = budget.ratio or 0.0
-        if budget.of == "groups":
-            return float(stock.left(by_ratio(stock, ratio, budget)))
-        limit, asked = stock.whole - ratio * (blocks if budget.of == "blocks" else stock.whole), f"a ratio of {ratio:g}"
-    least = stock.left({k: _fewest(stock, k, budget.least) for k in stock.counts})
+        if budget.ratio_of == "groups":
+            return float(inventory.left(by_ratio(inventory, ratio, budget)))
+        limit = inventory.whole - ratio * (blocks if budget.ratio_of == "blocks" else inventory.whole)
+        request = f"a ratio of {ratio:g}"
+    least = inventory.left({kind: _fewest(inventory, kind, budget.keep_at_least) for kind in inventory.counts})
     if limit < least:
         raise InputError(
-            f"{asked} asks for {limit:,.0f} at most, but the least that pruning these groups leaves is {least:,}; "
-            "ask for less, or prune more kinds of groups or layers"
+            f"{request} allows {limit:,.0f} at most, but a model with the fewest groups of these kinds still has "
+            f"{least:,}; ask for less, or prune more kinds of groups or layers"
         )
-    return limit
+    return float(limit)
 
 
-def _fewest(stock: Stock, kind: str, least: float) -> list[int]:
-    """The fewest groups that may stay in each layer."""
-    found = []
-    for layer, (count, parts) in enumerate(zip(stock.counts[kind], stock.parts[kind], strict=True)):
+def _fewest(inventory: Inventory, kind: str, least: float) -> list[int]:
+    """The smallest counts of one kind: at least the share `least` and one step of every pruned layer."""
+    counts = []
+    for layer, (count, parts) in enumerate(zip(inventory.counts[kind], inventory.parts[kind], strict=True)):
         fewest = parts * max(1, ceil(count // parts * least))
-        found.append(fewest if layer in stock.layers else count)
-    return found
+        counts.append(fewest if layer in inventory.layers else count)
+    return counts
 
 
-def uniform(stock: Stock, limit: float, budget: Budget) -> Counts:
-    """The same share in every layer: heads by the share that is asked of everything, then as many channels as fit.
+def uniform(inventory: Inventory, limit: float, budget: Budget) -> Counts:
+    """The counts with the same share in every layer whose cost is within the limit.
 
-    The last kind in the stock fills up; it leaves less than one step in every layer. Where the others' share is too
-    much even with all of it, or too little with the least of it, they change by a step in every layer.
+    All kinds but the last (heads) lose the share that the limit requires of all groups together. The last kind
+    (channels) then keeps as many groups as fit, so that the cost is less than one step in every layer below the limit.
+    If even all or even the fewest groups of the last kind miss the limit, the other kinds change by single steps in
+    every layer.
+
+    Args:
+      inventory: the groups of the model.
+      limit: the largest cost of the pruned model.
+      budget: its multiples round the counts.
 
     Raises:
-      InputError: no such counts are few enough.
+      InputError: no such counts are within the limit.
     """
-    share = min((stock.whole - limit) / stock.prunable(), 0.999)
-    *others, filler = stock.counts
-    most = max(n // p for kind in stock.counts for n, p in zip(stock.counts[kind], stock.parts[kind], strict=True))
+    share = min((inventory.whole - limit) / inventory.prunable(), 0.999)
+    *leading, filler = inventory.counts
+    steps_of = [zip(inventory.counts[kind], inventory.parts[kind], strict=True) for kind in inventory.counts]
+    most = max(count // parts for rows in steps_of for count, parts in rows)
 
-    def with_more(steps: int) -> Counts:
-        return {kind: _by_ratio(stock, kind, share, budget.multiple(kind), steps) for kind in others}
+    def leading_counts(more: int) -> Counts:
+        return {kind: _by_ratio(inventory, kind, share, budget.multiple(kind), more) for kind in leading}
 
-    everything = {filler: stock.counts[filler]}
-    first = next((steps for steps in range(most) if stock.left(with_more(steps) | everything) > limit), 0)
-    for steps in range(first, -most, -1):
-        found = _fill(stock, limit, with_more(steps), filler, budget.multiple(filler))
-        if found is not None:
-            return found
+    full = {filler: inventory.counts[filler]}
+    first = next((more for more in range(most) if inventory.left(leading_counts(more) | full) > limit), 0)
+    for more in range(first, -most, -1):
+        counts = _fill(inventory, limit, leading_counts(more), filler, budget.multiple(filler))
+        if counts is not None:
+            return counts
     raise InputError(
         f"no number of groups, the same share in every layer, leaves at most {limit:,.0f}; use the allocation global "
         "or measured, or ask for less"
     )
 
 
-def _fill(stock: Stock, limit: float, counts: Counts, filler: str, multiple: int) -> Counts | None:
-    """As many groups of one kind, the same share in every layer, as keep the limit; None where the fewest do not."""
-    sizes = {n // p for n, p in zip(stock.counts[filler], stock.parts[filler], strict=True)}
-    ratios = sorted({gone / n for n in sizes for gone in range(n)})
+def _fill(inventory: Inventory, limit: float, leading: Counts, filler: str, multiple: int) -> Counts | None:
+    """The counts with the most groups of the kind `filler` within the limit, the same share in every layer.
+
+    None where even the fewest groups of that kind exceed the limit.
+    """
+    sizes = {n // p for n, p in zip(inventory.counts[filler], inventory.parts[filler], strict=True)}
+    ratios = sorted({removed / n for n in sizes for removed in range(n)})
 
     def fits(ratio: float) -> bool:
-        return stock.left(counts | {filler: _by_ratio(stock, filler, ratio, multiple)}) <= limit
+        return inventory.left(leading | {filler: _by_ratio(inventory, filler, ratio, multiple)}) <= limit
 
     place = bisect_left(ratios, True, key=fits)
-    return counts | {filler: _by_ratio(stock, filler, ratios[place], multiple)} if place < len(ratios) else None
+    if place == len(ratios):
+        return None
+    return leading | {filler: _by_ratio(inventory, filler, ratios[place], multiple)}
 
 
-# ------------------------------------------------------------------------------------------------ between layers
+# ------------------------------------------------------------------------------------ allocation: global, measured
 
 
 def globally(
-    stock: Stock, limit: float, budget: Budget, scores: Mapping[str, Sequence[np.ndarray]], per_cost: bool
+    inventory: Inventory, limit: float, budget: Budget, scores: Mapping[str, Sequence[np.ndarray]], per_cost: bool
 ) -> Counts:
-    """The steps of the lowest scores go, wherever they are, until the limit is kept.
+    """The counts after removal of the steps with the lowest scores of the whole model, until the limit is reached.
 
     Args:
-      stock: what there is.
-      limit: the most that may be left.
-      budget: how much of a layer stays at least.
-      scores: of all groups; they must mean the same in every layer.
-      per_cost: compare scores per cost, for scores that are losses; not for standardised ones.
+      inventory: the groups of the model.
+      limit: the largest cost of the pruned model.
+      budget: its `keep_at_least` bounds the counts from below.
+      scores: kind -> for each layer, the scores of all groups. They must be comparable between layers.
+      per_cost: compare scores divided by the cost of the groups, for scores that estimate losses. Standardised scores
+        are compared as they are.
     """
     steps = []
-    for kind, counts in stock.counts.items():
-        fewest = _fewest(stock, kind, budget.least)
-        for layer in stock.layers:
-            parts = stock.parts[kind][layer]
-            rows = np.sort(np.asarray(scores[kind][layer]).reshape(parts, -1), axis=1).sum(axis=0)
-            cost = parts * stock.costs[kind][layer]
-            rows = rows[: (counts[layer] - fewest[layer]) // parts] / (cost if per_cost else parts)
-            steps += [(float(score), kind, layer, number) for number, score in enumerate(rows)]
-    kept = {kind: list(counts) for kind, counts in stock.counts.items()}
-    left = stock.whole
-    for _, kind, layer, _ in sorted(steps, key=lambda step: step[0]):
+    for kind, counts in inventory.counts.items():
+        fewest = _fewest(inventory, kind, budget.keep_at_least)
+        for layer in inventory.layers:
+            parts = inventory.parts[kind][layer]
+            sums = np.sort(np.asarray(scores[kind][layer]).reshape(parts, -1), axis=1).sum(axis=0)
+            cost = parts * inventory.costs[kind][layer]
+            sums = sums[: (counts[layer] - fewest[layer]) // parts] / (cost if per_cost else parts)
+            steps += [(float(score), kind, layer) for score in sums]
+    kept = {kind: list(counts) for kind, counts in inventory.counts.items()}
+    left = inventory.whole
+    for _, kind, layer in sorted(steps, key=lambda step: step[0]):
         if left <= limit:
             break
-        kept[kind][layer] -= stock.parts[kind][layer]
-        left -= stock.parts[kind][layer] * stock.costs[kind][layer]
+        kept[kind][layer] -= inventory.parts[kind][layer]
+        left -= inventory.parts[kind][layer] * inventory.costs[kind][layer]
     return kept
 
 
-def levels(stock: Stock, budget: Budget, shares: Sequence[float]) -> dict[str, list[list[int]]]:
-    """The counts whose loss is measured, for each kind and pruned layer, most to least; all groups first."""
-    found = {}
-    for kind, counts in stock.counts.items():
-        fewest, parts = _fewest(stock, kind, budget.least), stock.parts[kind]
-        found[kind] = [
+def levels(inventory: Inventory, budget: Budget, shares: Sequence[float]) -> dict[str, list[list[int]]]:
+    """The counts at which a layer's loss is measured: kind -> for each layer, descending, first all its groups.
+
+    Args:
+      inventory: the groups of the model.
+      budget: its `keep_at_least` bounds the counts from below.
+      shares: the removed shares to try. A layer outside the pruned layers has one level, all its groups.
+    """
+    levels_of = {}
+    for kind, counts in inventory.counts.items():
+        fewest, parts = _fewest(inventory, kind, budget.keep_at_least), inventory.parts[kind]
+        levels_of[kind] = [
             sorted({max(fewest[i], parts[i] * kept_count(n // parts[i], s)) for s in shares} | {n}, reverse=True)
-            if i in stock.layers
+            if i in inventory.layers
             else [n]
             for i, n in enumerate(counts)
         ]
-    return found
+    return levels_of
 
 
-# What is saved is counted in at most this many units, exactly where it is no more; else rounded up, and made good for.
+# Savings are counted in at most this many units: exactly if they are no more, otherwise rounded up to whole units.
 _UNITS = 4096
 
 
 def cheapest(
-    stock: Stock,
+    inventory: Inventory,
     limit: float,
     tried: Mapping[str, Sequence[Sequence[int]]],
     losses: Mapping[str, Sequence[Sequence[float]]],
 ) -> Counts:
-    """The counts with the least sum of losses that keep the limit, by dynamic programming; then groups come back.
+    """The counts with the least sum of losses within the limit, by dynamic programming over the measured levels.
 
-    Between the measured counts losses are taken to be linear: what the levels leave below the limit is filled with the
-    groups that gain most for their cost.
+    Single steps then correct the counts: fewer groups where rounded units exceed the limit, more groups where the
+    levels leave room below it. Losses between two levels are interpolated linearly.
 
     Args:
-      stock: what there is.
-      limit: the most that may be left.
-      tried: the counts that were measured, as `levels` makes them.
-      losses: the loss of the model with only that one kind of one layer pruned, for each of them.
+      inventory: the groups of the model.
+      limit: the largest cost of the pruned model.
+      tried: the measured counts, from `levels`.
+      losses: the change of the loss at each of these counts, with one kind of one layer pruned alone, nats.
 
     Raises:
-      InputError: not even the fewest groups of all keep the limit.
+      InputError: even the fewest measured groups of all layers exceed the limit.
     """
-    unit = max(1.0, (stock.whole - limit) / _UNITS)
-    needed = ceil((stock.whole - limit) / unit - 1e-9)
-    sites = [(kind, layer) for kind in stock.counts for layer in stock.layers]
-    best = np.full(needed + 1, np.inf)  # by units that are saved; the last place is for all that are enough
+    unit = max(1.0, (inventory.whole - limit) / _UNITS)
+    needed = ceil((inventory.whole - limit) / unit - 1e-9)
+    sites = [(kind, layer) for kind in inventory.counts for layer in inventory.layers]
+    best = np.full(needed + 1, np.inf)  # least sum of losses by number of saved units; the last entry: needed or more
     best[0] = 0.0
     steps = []
     for kind, layer in sites:
         counts = tried[kind][layer]
-        saved = [ceil(stock.costs[kind][layer] * (counts[0] - count) / unit - 1e-9) for count in counts]
-        best, choice, before = _further(best, saved, losses[kind][layer])
+        saved = [ceil(inventory.costs[kind][layer] * (counts[0] - count) / unit - 1e-9) for count in counts]
+        best, choice, before = _with_site(best, saved, losses[kind][layer])
         steps.append((choice, before))
     if not np.isfinite(best[-1]):
-        raise InputError(f"the counts that were measured do not reach {limit:,.0f}; ask for less, or let less stay")
-    kept = {kind: list(counts) for kind, counts in stock.counts.items()}
+        raise InputError(
+            f"the fewest measured groups of all layers leave more than the limit of {limit:,.0f}; ask for less, or "
+            "lower --keep-at-least"
+        )
+    kept = {kind: list(counts) for kind, counts in inventory.counts.items()}
     place = needed
     for (kind, layer), (choice, before) in zip(reversed(sites), reversed(steps), strict=True):
         kept[kind][layer] = tried[kind][layer][choice[place]]
         place = before[place]
-    return _fitted(stock, limit, kept, tried, losses)
+    return _corrected(inventory, limit, kept, tried, losses)
 
 
-def _further(
+def _with_site(
     best: Float[np.ndarray, " units"], saved: Sequence[int], losses: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The best sums with one more site; which of its levels each takes, and from which place it comes."""
+    """One step of the dynamic program: the least sums of losses with one more site.
+
+    Args:
+      best: least sum of losses of the sites so far, by number of saved units.
+      saved: units saved at each level of the site.
+      losses: loss of each level.
+
+    Returns:
+      By number of saved units: the least sums, the level of the site in each, and the number of units that the sites
+      before it save.
+    """
     last = len(best) - 1
-    found = np.full((len(saved), len(best)), np.inf)
-    before = np.zeros_like(found, dtype=np.int64)
-    for option, (units, loss) in enumerate(zip(saved, losses, strict=True)):
+    sums = np.full((len(saved), len(best)), np.inf)
+    before = np.zeros_like(sums, dtype=np.int64)
+    for level, (units, loss) in enumerate(zip(saved, losses, strict=True)):
         units = min(units, last)
-        found[option, units:] = best[: last + 1 - units] + loss
-        before[option, units:] = np.arange(last + 1 - units)
+        sums[level, units:] = best[: last + 1 - units] + loss
+        before[level, units:] = np.arange(last + 1 - units)
         enough = last - units + int(np.argmin(best[last - units :]))
-        found[option, last], before[option, last] = best[enough] + loss, enough
-    choice = np.argmin(found, axis=0)
-    everywhere = np.arange(len(best))
-    return found[choice, everywhere], choice, before[choice, everywhere]
+        sums[level, last], before[level, last] = best[enough] + loss, enough
+    choice = np.argmin(sums, axis=0)
+    entries = np.arange(len(best))
+    return sums[choice, entries], choice, before[choice, entries]
 
 
-def _fitted(
-    stock: Stock,
+def _corrected(
+    inventory: Inventory,
     limit: float,
     kept: Counts,
     tried: Mapping[str, Sequence[Sequence[int]]],
     losses: Mapping[str, Sequence[Sequence[float]]],
 ) -> Counts:
-    """Steps less, the one that loses least for its cost first, until the limit is kept; then steps back that fit."""
+    """The counts after single steps: removals until the limit holds, then additions as long as one fits.
 
-    def slope(kind: str, layer: int, way: int) -> float:
-        """What one step more, or less, changes the loss by for its cost."""
-        count, parts = kept[kind][layer], stock.parts[kind][layer]
+    Each step is the one with the least change of the loss for its cost.
+    """
+
+    def slope(kind: str, layer: int, sign: int) -> float:
+        """Change of the loss by one step more (+1) or less (-1), divided by the cost of the step."""
+        count, parts = kept[kind][layer], inventory.parts[kind][layer]
         counts, values = tried[kind][layer][::-1], losses[kind][layer][::-1]
-        now, after = np.interp([count, count + way * parts], counts, values)
-        return float(after - now) / (parts * stock.costs[kind][layer])
+        now, after = np.interp([count, count + sign * parts], counts, values)
+        return float(after - now) / (parts * inventory.costs[kind][layer])
 
-    def step(way: int) -> bool:
-        """The best step one way, if there is one."""
+    def step(sign: int) -> bool:
+        """Takes the best step of this sign; False where there is none."""
         sites = [
             (kind, layer)
-            for kind, counts in stock.counts.items()
-            for layer in stock.layers
-            if tried[kind][layer][-1] <= kept[kind][layer] + way * stock.parts[kind][layer] <= counts[layer]
-            and (way < 0 or left + stock.parts[kind][layer] * stock.costs[kind][layer] <= limit)
+            for kind, counts in inventory.counts.items()
+            for layer in inventory.layers
+            if tried[kind][layer][-1] <= kept[kind][layer] + sign * inventory.parts[kind][layer] <= counts[layer]
+            and (sign < 0 or left + inventory.parts[kind][layer] * inventory.costs[kind][layer] <= limit)
         ]
         if not sites:
             return False
-        kind, layer = min(sites, key=lambda site: slope(*site, way))
-        kept[kind][layer] += way * stock.parts[kind][layer]
+        kind, layer = min(sites, key=lambda site: slope(*site, sign))
+        kept[kind][layer] += sign * inventory.parts[kind][layer]
         return True
 
-    left = stock.left(kept)
+    left = inventory.left(kept)
     while left > limit and step(-1):
-        left = stock.left(kept)
+        left = inventory.left(kept)
     while step(+1):
-        left = stock.left(kept)
+        left = inventory.left(kept)
     return kept
 
 
-# ------------------------------------------------------------------------------------------------------- which
+# ----------------------------------------------------------------------------------------------- choice of groups
 
 
 def choose(
@@ -389,12 +368,15 @@ def choose(
     counts: Mapping[str, Sequence[int]],
     parts: Mapping[str, Sequence[int]],
 ) -> Kept:
-    """The groups with the highest scores of every part of every layer; ties keep the lower index.
+    """The groups with the highest scores of every part of every layer. A tie keeps the lower index.
 
     Args:
       scores: kind -> one array of scores for each layer.
-      counts: how many stay.
-      parts: in how many parts the groups of a layer lie, from each of which equally many stay.
+      counts: kind -> for each layer, the number of kept groups.
+      parts: kind -> for each layer, the number of parts in which the groups lie. Every part keeps equally many groups.
+
+    Returns:
+      Kind -> for each layer, the indices of the kept groups, ascending.
 
     Raises:
       InputError: a score is not finite.
@@ -404,8 +386,8 @@ def choose(
         for layer, values in enumerate(scores[kind]):
             if not np.isfinite(values).all():
                 raise InputError(f"the {kind} scores of layer {layer} are not finite; try another criterion or epsilon")
-            of_parts = np.reshape(values, (parts[kind][layer], -1))
-            best = np.argsort(-of_parts, axis=1, kind="stable")[:, : counts[kind][layer] // len(of_parts)]
-            first = of_parts.shape[1] * np.arange(len(of_parts))[:, None]
+            by_part = np.reshape(values, (parts[kind][layer], -1))
+            best = np.argsort(-by_part, axis=1, kind="stable")[:, : counts[kind][layer] // len(by_part)]
+            first = by_part.shape[1] * np.arange(len(by_part))[:, None]
             rows.append(np.sort((first + best).ravel()))
     return kept

@@ -1,8 +1,8 @@
-"""What pruning one kind of groups of one layer costs, measured: the loss by forward passes, level by level.
+"""Measured losses: the loss of a model with one kind of groups of one layer pruned, at each level, by forward passes.
 
-The rest of the model stays dense. A trial needs no smaller model: rows of zeros in the output projection remove their
-groups just as slicing does, and its other rows are refitted as they would be; so all trials of a kind are one compiled
-program, and only one projection is made anew for each.
+All other sublayers stay dense. A measurement needs no smaller model: zeros in the rows of the output projection remove
+the groups just as slicing does, and the other rows are refitted as in pruning. All measurements of a kind therefore
+share one compiled program, and each of them replaces one output projection only.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,107 +21,107 @@ from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.loss import token_losses
 from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import group_count, layer_count
-from minillm_jax.pruning.refit import Refit, fit_of, pruned_kind, removal_order
+from minillm_jax.pruning.refit import fit_of, pruned_kind, removal_order, resolve
 from minillm_jax.pruning.walk import PROJECTIONS, Site, projection, walk
+from minillm_jax.settings import Refit
+
+# Kind of group, layer index, number of kept groups -> indices of the kept groups, ascending.
+Choose = Callable[[str, int, int], Int[np.ndarray, " kept"]]
 
 
 def level_losses(
     decoder: Decoder,
     batches: Batches,
     levels: Mapping[str, Sequence[Sequence[int]]],
-    stays: Callable[[str, int, int], Int[np.ndarray, " kept"]] | None,
+    choose: Choose | None,
     refit: Refit,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[list[float]]]:
-    """The change of the mean loss when only that many groups of one kind of one layer stay, nats.
+    """The change of the mean loss at every level, nats: kind -> for each layer, one number for each level.
 
-    Takes one forward pass over the windows for each level but the first, and a walk over the layers.
+    Takes one walk through the layers, and one forward pass over the windows for each level but the first.
 
     Args:
       decoder: the dense model.
       batches: calibration windows.
-      levels: kind -> for each layer, the counts to try, most to least; the first is that of the dense model.
-      stays: the groups of a kind and layer that stay when there are so many; None to choose them by structured OBS.
-      refit: as they will be refitted.
+      levels: kind -> for each layer, numbers of kept groups, descending; the first is that of the dense model.
+      choose: the kept groups of a kind and layer; None for groups chosen by structured OBS.
+      refit: the refit of the kept rows.
       progress: called with the number of losses measured, and of all.
 
     Raises:
       InputError: see `slice_and_refit`.
     """
-    settings = refit.resolve(decoder.config)
-    predictions = batches.predictions
+    settings = resolve(refit, decoder.config)
     dense = float(window_losses(decoder, batches).sum(dtype=np.float64))
     total = sum(len(counts) - 1 for rows in levels.values() for counts in rows)
-    found: dict[str, list[list[float]]] = {kind: [] for kind in levels}
+    losses: dict[str, list[list[float]]] = {kind: [] for kind in levels}
     done = 0
 
-    def look(site: Site) -> Block:
+    def measure(site: Site) -> Block:
         nonlocal done
         kind = pruned_kind(site.kind, levels)
         if kind is None:
             return site.run
         changes = [0.0]
-        for kernel, bias in _trials(site, kind, levels[kind][site.layer][1:], stays, settings):
-            place, name = jnp.int32(site.layer), PROJECTIONS[site.kind]
-            trial = partial(_losses, place=place, kernel=kernel, shift=bias, name=name)
-            loss = window_losses(decoder, batches, trial).sum(dtype=np.float64)
-            changes.append(float(loss - dense) / predictions)
+        for kernel, shift in _projections(site, kind, levels[kind][site.layer][1:], choose, settings):
+            layer, name = jnp.int32(site.layer), PROJECTIONS[site.kind]
+            program = partial(_losses, replaced=layer, kernel=kernel, shift=shift, name=name)
+            loss = window_losses(decoder, batches, program).sum(dtype=np.float64)
+            changes.append(float(loss - dense) / batches.predictions)
             done += 1
             if progress is not None:
                 progress(done, total)
-        found[kind].append(changes)
+        losses[kind].append(changes)
         return site.run
 
-    walk(decoder, batches, look)
-    assert all(len(rows) == layer_count(decoder) for rows in found.values())
-    return found
+    walk(decoder, batches, measure)
+    assert all(len(rows) == layer_count(decoder) for rows in losses.values())
+    return losses
 
 
-def _trials(
-    site: Site,
-    kind: str,
-    counts: Sequence[int],
-    stays: Callable[[str, int, int], Int[np.ndarray, " kept"]] | None,
-    settings: Refit,
+def _projections(
+    site: Site, kind: str, counts: Sequence[int], choose: Choose | None, settings: Refit
 ) -> Iterator[tuple[Float[Array, "..."], Float[Array, " D"]]]:
-    """The projection at full width with zeros for what goes, and the shift of its bias, for each count."""
+    """For each count, the refitted kernel at full width, with rows of zeros, and the change of the bias."""
     if not counts:
         return
     fit, count = fit_of(site, settings), group_count(site.run, kind)
-    order = removal_order(site, kind, min(counts), fit, settings.solver) if stays is None else None
+    order = removal_order(site, kind, min(counts), fit, settings.solver) if choose is None else None
+    shape = projection(site.run, site.kind).kernel.shape[1:]
     for keep in counts:
         if order is None:
-            assert stays is not None, "without an order somebody says who stays"
-            stay = stays(kind, site.layer, keep)
+            assert choose is not None
+            kept = choose(kind, site.layer, keep)
         else:
-            stay = np.delete(np.arange(count), order[: count - keep])
-        rows = np.arange(len(fit.kernel)).reshape(count, -1)[stay].ravel()
+            kept = np.delete(np.arange(count), order[: count - keep])
+        rows = np.arange(len(fit.kernel)).reshape(count, -1)[kept].ravel()
         kernel = np.zeros_like(fit.kernel)
         kernel[rows] = fit.refitted(rows, settings)
         shift = None if settings.method == "none" else fit.shift(rows, kernel[rows])
         shift = np.zeros(kernel.shape[1]) if shift is None else shift
-        shape = projection(site.run, site.kind).kernel.shape[1:]
         yield jnp.asarray(kernel.reshape(shape), jnp.float32), jnp.asarray(shift, jnp.float32)
 
 
+# The replaced layer is an argument of the compiled program, so that all layers share one compilation.
 @partial(jax.jit, static_argnames="name")
 def _losses(
     decoder: Decoder,
     tokens: Int[Array, "B T"],
-    place: Int[Array, ""],
+    replaced: Int[Array, ""],
     kernel: Float[Array, "..."],
     shift: Float[Array, " D"],
     *,
     name: str,
 ) -> Float[Array, " B"]:
-    """Summed cross entropy of every sequence with another kernel, and a shift of the bias, in one layer."""
+    """Summed cross entropy of every sequence, with the output projection `name` of one layer replaced."""
     angles = rotary_angles(decoder, tokens.shape[1])
 
     def step(x: Array, block: Block, layer: Array, extra: None) -> tuple[Array, None]:
         def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
-            here = layer == place
+            here = layer == replaced
             match axis_table.array_path(path).removeprefix(f"{name}."):
-                case "kernel" if array.shape == kernel.shape:  # layers of other sizes are not the one
+                case "kernel" if array.shape == kernel.shape:  # a layer of another size is never the replaced one
                     return jnp.where(here, kernel.astype(array.dtype), array)
                 case "bias":
                     return array + jnp.where(here, shift, 0).astype(array.dtype)

@@ -1,8 +1,8 @@
-"""Text to windows of token ids."""
+"""Texts and data sets to token ids."""
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,19 @@ from minillm_jax.errors import InputError, cause
 BLANK_LINE = "\n\n"
 FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".npy", ".csv")
 
-# A Hub data set may be endless; this much of it is read.
+# Number of characters that are read of a Hub data set, which may be larger than the memory.
 HUB_CHARACTERS = 20_000_000
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of a whole text, and the number of documents it was joined from."""
+    """The token ids of a text.
+
+    Attributes:
+      ids: the token ids.
+      source: path or Hub id of the text, for errors and records.
+      documents: number of documents that were joined.
+    """
 
     ids: Integer[np.ndarray, " tokens"]
     source: str
@@ -29,33 +35,58 @@ class Tokens:
 
 
 def read_tokens(source: str | Path, tokenizer_folder: Path, vocabulary: int, bos: bool = False) -> Tokens:
-    """The token ids of a file or a Hub data set, documents joined by blank lines, no special tokens added.
+    """The token ids of a file or a Hub data set, documents joined by blank lines, without special tokens.
 
     Args:
       source: a text file, a .jsonl or .parquet file with a `text` field, a .npy file of token ids, or a Hub data set as
-        `owner/name`, optionally with `/config` and `:split` (train by default), of which the first twenty million
+        `owner/name`, optionally with `/config` and `:split` (`train` by default), of which the first twenty million
         characters are read.
-      tokenizer_folder: the model folder whose tokenizer reads the text.
-      vocabulary: number of token ids the model knows.
-      bos: put the tokenizer's beginning-of-sequence token before the text.
+      tokenizer_folder: folder of the model with the tokenizer.
+      vocabulary: number of token ids of the model.
+      bos: whether to put the tokenizer's beginning-of-sequence token before the text.
 
     Raises:
-      InputError: the source is missing, empty, or of another form; an id lies outside the vocabulary.
+      InputError: the source is missing, empty or in an unknown format, or a token id lies outside the vocabulary.
     """
     path = Path(source).expanduser()
     if path.suffix == ".npy" and os.path.isfile(path):  # noqa: PTH113  see read_documents
+        return given_tokens(_read_ids(path), tokenizer_folder, vocabulary, bos, str(source))
+    return given_tokens(list(read_documents(source)), tokenizer_folder, vocabulary, bos, str(source))
+
+
+def given_tokens(
+    data: Sequence[str] | np.ndarray,
+    tokenizer_folder: Path,
+    vocabulary: int,
+    bos: bool = False,
+    source: str = "the given data",
+) -> Tokens:
+    """The token ids of documents, joined by blank lines, or of an array of token ids.
+
+    Args:
+      data: documents, or token ids of any shape.
+      tokenizer_folder: folder of the model with the tokenizer.
+      vocabulary: number of token ids of the model.
+      bos: whether to put the tokenizer's beginning-of-sequence token before the text.
+      source: name of the data in errors and records.
+
+    Raises:
+      InputError: there is no text, the data are of another type, or an id lies outside the vocabulary.
+    """
+    if isinstance(data, np.ndarray):
         if bos:
             raise InputError(f"{source}: --bos is for text; put the token into the array instead")
-        tokens = Tokens(_read_ids(path), str(source), 1)
+        tokens = Tokens(_checked_ids(data, source), source, 1)
     else:
-        documents = list(read_documents(source))
-        text = BLANK_LINE.join(documents)
+        if not all(isinstance(document, str) for document in data):
+            raise InputError(f"{source}: expected texts or an array of token ids, found {type(data).__name__}")
+        text = BLANK_LINE.join(data)
         if not text.strip():
             raise InputError(f"{source}: there is no text in it")
-        tokens = Tokens(tokenise(text, tokenizer_folder, bos), str(source), len(documents))
-    if tokens.ids.size and (tokens.ids.min() < 0 or tokens.ids.max() >= vocabulary):
-        outside = tokens.ids[(tokens.ids < 0) | (tokens.ids >= vocabulary)][0]
-        raise InputError(f"{source}: token id {outside} lies outside the model's vocabulary of {vocabulary}")
+        tokens = Tokens(tokenise(text, tokenizer_folder, bos), source, len(data))
+    outside = tokens.ids[(tokens.ids < 0) | (tokens.ids >= vocabulary)]
+    if outside.size:
+        raise InputError(f"{source}: token id {outside[0]} lies outside the model's vocabulary of {vocabulary}")
     return replace(tokens, ids=tokens.ids.astype(np.int32))
 
 
@@ -63,7 +94,7 @@ def read_documents(source: str | Path) -> Iterator[str]:
     """The documents of a file (a text file is one document) or of a Hub data set.
 
     Raises:
-      InputError: the source is missing or of another form.
+      InputError: the source is missing or in an unknown format.
     """
     path = Path(source).expanduser()
     if not os.path.exists(path):  # noqa: PTH110  Path.exists raises for a name that is too long
@@ -84,7 +115,7 @@ def read_documents(source: str | Path) -> Iterator[str]:
 
 
 def tokenise(text: str, folder: Path, bos: bool = False) -> Int[np.ndarray, " tokens"]:
-    """Token ids of a text by the tokenizer of a model folder, int32.
+    """Token ids of a text from the tokenizer of a model folder, int32, without special tokens but for `bos`.
 
     Raises:
       InputError: the folder has no tokenizer that works without remote code.
@@ -93,10 +124,10 @@ def tokenise(text: str, folder: Path, bos: bool = False) -> Int[np.ndarray, " to
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a whole text is longer than the context, and is meant to be
+    logging.set_verbosity_error()  # a warning says that the text is longer than the context, as it is meant to be
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raise many kinds
+    except Exception as error:  # tokenizers raise many types
         raise InputError(f"{folder}: no usable tokenizer ({cause(error)}); give token ids as .npy instead") from error
     try:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -111,15 +142,19 @@ def tokenise(text: str, folder: Path, bos: bool = False) -> Int[np.ndarray, " to
     return np.asarray(ids, dtype=np.int32)
 
 
-def _read_ids(path: Path) -> Integer[np.ndarray, " tokens"]:
+def _read_ids(path: Path) -> np.ndarray:
     try:
         ids = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: not a NumPy array of token ids ({cause(error)})") from error
     if not isinstance(ids, np.ndarray):
         raise InputError(f"{path}: not a NumPy array of token ids but an archive of several arrays")
+    return ids
+
+
+def _checked_ids(ids: np.ndarray, source: str) -> Integer[np.ndarray, " tokens"]:
     if not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
-        raise InputError(f"{path}: expected whole-number token ids, found {ids.dtype} of shape {ids.shape}")
+        raise InputError(f"{source}: expected whole-number token ids, found {ids.dtype} of shape {ids.shape}")
     return ids.reshape(-1)
 
 
@@ -177,5 +212,5 @@ def _hub_documents(source: str) -> Iterator[str]:
                 return
     except (InputError, GeneratorExit):
         raise
-    except Exception as error:  # the Hub client raises many kinds
+    except Exception as error:  # the Hub client raises many types
         raise InputError(f"{source}: no such file, and the Hub could not provide it ({cause(error)})") from error

@@ -14,12 +14,12 @@ from minillm_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Calibration:
-    """The windows of token ids that every score, statistic and refit is estimated on, and where they came from.
+    """The calibration windows, from which scores, statistics and refits are estimated, with their source.
 
     Attributes:
       batches: the windows.
-      source: the text's path or Hub id.
-      seed: the seed that drew the windows.
+      source: path or Hub id of the text.
+      seed: seed of the draw.
     """
 
     batches: Batches
@@ -27,12 +27,12 @@ class Calibration:
     seed: int
 
     def fingerprint(self) -> str:
-        """The SHA-256 of all token ids and of the windows' shape: equal for equal windows on every machine."""
+        """SHA-256 of the token ids and of the shape of the windows; the same on every machine."""
         ids = np.ascontiguousarray(self.batches.windows, dtype="<i4")
         return hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """Source, number, length and seed of the windows, for pruning.json."""
+        """Source, number, length, seed and fingerprint of the windows, for pruning.json."""
         return {
             "source": self.source,
             "samples": self.batches.count,
@@ -43,7 +43,7 @@ class Calibration:
 
 
 def cut(tokens: Tokens, length: int) -> Int[np.ndarray, "B T"]:
-    """A text cut into consecutive windows of `length` tokens; the last partial window is dropped.
+    """Consecutive windows of `length` tokens of a text, int32 [B, T], without the last partial window.
 
     Raises:
       InputError: the length is below 2, or the text is shorter than one window.
@@ -57,10 +57,10 @@ def cut(tokens: Tokens, length: int) -> Int[np.ndarray, "B T"]:
 
 
 def sample(tokens: Tokens, samples: int, length: int, seed: int) -> Int[np.ndarray, "B T"]:
-    """`samples` different windows of a text, drawn without replacement by a seed.
+    """`samples` windows of `length` tokens of a text, int32 [B, T], drawn without replacement.
 
     Raises:
-      InputError: the text holds fewer windows than that, or the seed is out of range.
+      InputError: the text has fewer windows, a number is out of its range, or the text is shorter than one window.
     """
     check_seed(seed)
     if samples < 1:
@@ -71,15 +71,15 @@ def sample(tokens: Tokens, samples: int, length: int, seed: int) -> Int[np.ndarr
             f"{tokens.source}: {len(tokens.ids)} tokens make {len(windows)} windows of {length}, but {samples} are "
             "asked for; give more text, or fewer or shorter samples"
         )
-    chosen = np.random.default_rng(seed).choice(len(windows), samples, replace=False)
-    return windows[chosen]
+    numbers = np.random.default_rng(seed).choice(len(windows), samples, replace=False)
+    return windows[numbers]
 
 
 def check_seed(seed: int) -> None:
-    """Whether a number is a seed: a 32-bit word, because a key takes no more and larger ones would repeat smaller ones.
+    """Checks that a seed has 32 bits: a random key holds no more, so larger seeds would repeat smaller seeds.
 
     Raises:
-      InputError: it is not.
+      InputError: the seed is negative or has more than 32 bits.
     """
     if not 0 <= seed < 2**32:
         raise InputError(f"--seed must lie between 0 and 2^32 - 1, found {seed}")

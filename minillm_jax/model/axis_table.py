@@ -1,17 +1,16 @@
-"""The table: which axis of which array belongs to a head, a channel, a hidden dimension, a layer.
+"""The table of axes: which axis of each array belongs to a head, a channel, a hidden dimension or a layer.
 
-Letters, used for shapes everywhere in the package:
+The whole package writes shapes with these letters:
 
     B batch            T query length     S key length      V vocabulary
     D hidden size      N query heads      K key/value heads  G query heads of one key/value head (N = K * G)
     H head size        F MLP width        L layers           P directions
-    E embedding size, which is D but for models that project their embeddings (OPT-350m)
+    E embedding size, equal to D except in models that project their embeddings (OPT-350m)
     M learned positions
 
-A kernel is written `inputs outputs`: `"D NH"` is an array [D, N, H] that maps D to N heads of size H. Arrays of a
-block carry a further leading axis L, because equal layers are stacked. Everything that has to know a shape reads this
-table: the abstract decoder, slicing, scoring and the converter. A decoder has those arrays of it that its
-configuration asks for.
+A kernel is written `inputs outputs`: `"D NH"` is an array [D, N, H] that maps D to N heads of size H. The arrays of a
+block have a further leading axis L, because equal layers are stacked. The abstract decoder, slicing, scoring and the
+converter read all shapes from this table. The configuration of a decoder decides which arrays of the table it has.
 """
 
 from collections.abc import Mapping, Sequence
@@ -60,22 +59,22 @@ BLOCK_AXES = {
     "mlp_post_norm.scale": "D",
 }
 
-# Data of a layer that follow from the configuration: sliced and scanned with it, but no parameters, and not stored.
+# Data of a layer: computed from the configuration, sliced and scanned with the layer, neither trained nor stored.
 DATA = ("attention.window", "attention.slopes")
 
-# The letters a kind of group slices, the one that counts its groups first: query heads go with their key/value head or,
-# as groups of their own, alone; and the embedding size with the hidden size that it is (but for models that project the
-# one to the other).
+# The letters that a kind of group slices; the first letter counts the groups. A head is sliced with its query heads
+# (`head`), or single query heads are sliced (`query`). Hidden dimensions are sliced from the embedding too, except in
+# models that project their embeddings.
 GROUP_LETTERS = {"head": "KN", "query": "N", "channel": "F", "hidden": "DE", "layer": "L"}
 
-# The kinds that are pruned inside each block where nothing else is asked for; hidden dimensions and layers go through
-# the whole model.
+# The default kinds of groups, both inside a block.
 KINDS = ("head", "channel")
 
-# How heads are counted: as whole key/value heads, or query by query, as many of every key/value head.
+# The unit in which heads are pruned -> the kind of group. With `query`, every key/value head of a layer keeps equally
+# many query heads.
 HEADS = {"group": "head", "query": "query"}
 
-# Kind of group -> for each layer, the indices that stay, ascending; layers may keep different numbers.
+# Kind of group -> for each layer, the indices of the kept groups, ascending. Layers may keep different numbers.
 Kept = Mapping[str, Sequence[Int[np.ndarray, " _"]]]
 
 
@@ -86,40 +85,40 @@ def matrices() -> dict[str, str]:
 
 
 def letters(axes: str) -> str:
-    """`"D NH"` as a plain sequence of axis letters, `"DNH"`."""
+    """The axis letters without spaces: `"DNH"` for `"D NH"`."""
     return axes.replace(" ", "")
 
 
 def structures(kind: str) -> dict[str, str]:
-    """The matrices that have a part in every group of a kind, and their axes."""
+    """Name and axes of every matrix that holds a structure of each group of a kind."""
     return {name: axes for name, axes in matrices().items() if set(axes) & set(GROUP_LETTERS[kind])}
 
 
 def shape(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The array shape of an entry of the table, from the size of each letter."""
+    """The array shape for the axes of an entry of the table and the size of each letter."""
     return tuple(sizes[letter] for letter in letters(axes))
 
 
 def group_axis(axes: str, kind: str) -> int | None:
-    """Position of the axis that a kind of group slices, or None when the array has none."""
-    found = [i for i, letter in enumerate(letters(axes)) if letter in GROUP_LETTERS[kind]]
-    return found[0] if found else None
+    """Position of the axis that a kind of group slices; None for an array without such an axis."""
+    positions = (i for i, letter in enumerate(letters(axes)) if letter in GROUP_LETTERS[kind])
+    return next(positions, None)
 
 
 def axes_of(path: str) -> str:
-    """Axes of an array of a decoder by its path; those of a block (`runs.0.mlp.up.kernel`) begin with L."""
+    """The axes of a decoder's array, by its path. The axes of a block's array (`runs.0.mlp.up.kernel`) begin with L."""
     if path.startswith("runs."):
         return f"L {BLOCK_AXES[path.split('.', 2)[2]]}"
     return OUTER_AXES[path]
 
 
 def is_data(path: str) -> bool:
-    """Whether a path of a decoder names data of a layer, which are no parameters."""
+    """Whether the path of an array names data of a layer, which are not parameters."""
     return path.endswith(DATA)
 
 
 def split_groups(array: Shaped[Array, "..."], axes: str, kind: str, count: int) -> Shaped[Array, "count rest"]:
-    """An array cut into the parts of its groups, [count, everything else]."""
+    """The structures of an array, one row per group: [count, all other axes]."""
     axis = group_axis(axes, kind)
     assert axis is not None, f"{axes} has no axis of kind {kind}"
     return jnp.moveaxis(array, axis, 0).reshape(count, -1)
@@ -128,10 +127,10 @@ def split_groups(array: Shaped[Array, "..."], axes: str, kind: str, count: int) 
 def take_groups(
     array: Shaped[Array, "..."], axes: str, kind: str, kept: Shaped[Array, "kept"], count: int
 ) -> Shaped[Array, "..."]:
-    """An array with only the kept groups of a kind; unchanged when the kind has no axis in it.
+    """An array with only the kept groups of a kind; unchanged if the array has no axis of the kind.
 
-    Its bits are taken as whole numbers: devices that share the axis put the result together by summing what they have
-    and zeros, and a sum of floats would lose the sign of a negative zero.
+    The values are taken as integers of the same bits. Devices that share the axis combine the result as a sum with
+    zeros, and a sum of floats would lose the sign of a negative zero.
     """
     axis = group_axis(axes, kind)
     if axis is None:
@@ -146,7 +145,7 @@ def take_groups(
 def put_groups(
     array: Shaped[Array, "..."], axes: str, kind: str, places: Shaped[Array, "before"], before: int, after: int
 ) -> Shaped[Array, "..."]:
-    """An array with its groups of a kind put in their places among `after` groups, the others zero."""
+    """The inverse of `take_groups`: an array with `after` groups of a kind, zero except at `places`."""
     axis = group_axis(axes, kind)
     assert axis is not None, f"{axes} has no axis of kind {kind}"
     width = array.shape[axis] // before
@@ -156,13 +155,17 @@ def put_groups(
 
 
 def array_path(path: jax.tree_util.KeyPath) -> str:
-    """A leaf's path in a module tree as the dotted name the tables use (`attention.q.kernel`)."""
+    """The dotted name in the tables (`attention.q.kernel`) of a leaf's path in a module tree."""
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def kept_of_kept(first: Kept, second: Kept) -> dict[str, list[Int[np.ndarray, " _"]]]:
-    """What stays of a model that was pruned twice, by the indices it had before the first time."""
+    """The kept groups of a model that was pruned twice, as indices of the dense model.
+
+    Args:
+      first: the groups kept by the first pruning, as indices of the dense model.
+      second: the groups kept by the second pruning, as indices of the once pruned model.
+    """
     return {
-        kind: [np.asarray(before)[after] for before, after in zip(first[kind], second[kind], strict=True)]
-        for kind in first
+        kind: [np.asarray(dense)[kept] for dense, kept in zip(first[kind], second[kind], strict=True)] for kind in first
     }

@@ -1,4 +1,4 @@
-"""Decoders made from a configuration and sizes: abstract, with random weights, or with other layers."""
+"""Decoders built from a configuration and sizes: abstract, with random weights, or with new layers."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -14,12 +14,12 @@ from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import MLP, Attention, Block, Linear, Norm
 
-# The window of a layer that has none, in a model where others have one: no sequence fills it.
+# The window of a layer without a sliding window, in a model with windows: longer than every sequence.
 NO_WINDOW = np.iinfo(np.int32).max
 
 
 def with_runs(decoder: Decoder, runs: Sequence[Block]) -> Decoder:
-    """A decoder with other layers; the rest is shared with the original."""
+    """A decoder with new layers; all other arrays are shared with the original."""
     position = decoder.position_embedding
     return Decoder(
         decoder.config,
@@ -35,9 +35,12 @@ def with_runs(decoder: Decoder, runs: Sequence[Block]) -> Decoder:
 
 
 def build(config: DecoderConfig, sizes: Sizes, dtype: DTypeLike = jnp.float32) -> Decoder:
-    """The decoder with `jax.ShapeDtypeStruct` leaves: what loading, initialising and refitting fill in.
+    """An abstract decoder: its leaves are `jax.ShapeDtypeStruct`, and data of the layers are NumPy arrays.
 
-    Data of the layers (windows, slopes) follow from the sizes and are there already, as NumPy arrays.
+    Args:
+      config: how the decoder computes.
+      sizes: the sizes of all arrays, and the data of the layers (windows, slopes).
+      dtype: type of all parameters.
 
     Example:
       >>> abstract = build(config, sizes)
@@ -61,17 +64,17 @@ def build(config: DecoderConfig, sizes: Sizes, dtype: DTypeLike = jnp.float32) -
 
 
 def _layer_data(config: DecoderConfig, run: Sequence[LayerSizes]) -> dict[str, np.ndarray]:
-    """Windows and slopes of a run's layers, stacked, where the configuration has them."""
-    found: dict[str, np.ndarray] = {}
+    """Windows and slopes of the layers of a run, stacked, if the configuration has them."""
+    data: dict[str, np.ndarray] = {}
     if config.windowed:
-        found["attention.window"] = np.asarray([layer.window or NO_WINDOW for layer in run], np.int32)
+        data["attention.window"] = np.asarray([layer.window or NO_WINDOW for layer in run], np.int32)
     if config.alibi_heads is not None:
-        found["attention.slopes"] = np.asarray([layer.slopes for layer in run], np.float32)
-    return found
+        data["attention.slopes"] = np.asarray([layer.slopes for layer in run], np.float32)
+    return data
 
 
 def assemble(config: DecoderConfig, outer: Mapping[str, Any], runs: Sequence[Block]) -> Decoder:
-    """A decoder from the arrays outside its layers, by the names of the table, and its runs."""
+    """A decoder from its runs and the arrays outside the layers, named as in `axis_table.OUTER_AXES`."""
     return Decoder(
         config,
         outer["embedding"],
@@ -113,7 +116,13 @@ def _build_block(arrays: Mapping[str, Any]) -> Block:
 
 
 def initialise(abstract: Decoder, key: Array, deviation: float = 0.02) -> Decoder:
-    """Random weights for an abstract decoder: normal matrices, norms that change nothing, zero biases."""
+    """An abstract decoder filled with random weights: normal matrices, norms of factor one, zero biases.
+
+    Args:
+      abstract: the decoder of `build`.
+      key: key of the random numbers.
+      deviation: standard deviation of the matrices.
+    """
     unit = 0.0 if abstract.config.norm == "rms_plus_one" else 1.0
 
     def fill(path: jax.tree_util.KeyPath, leaf: Any) -> Array:

@@ -1,7 +1,7 @@
-"""How a decoder computes and how large it is, as data; `families` makes it from a Hugging Face configuration.
+"""How a decoder computes, and its sizes, as data. `families` makes both from a Hugging Face configuration.
 
-A `DecoderConfig` says how a decoder computes and which optional arrays it has, never how large it is: sizes are read
-off the arrays, so slicing cannot make a configuration lie. `Sizes` exists only to build a decoder in the first place.
+A `DecoderConfig` says how a decoder computes and which optional arrays it has. It holds no sizes: they are read from
+the arrays, so that slicing leaves the configuration true. `Sizes` is only used to build a decoder.
 """
 
 from dataclasses import dataclass
@@ -11,22 +11,22 @@ from minillm_jax.model.ops import Rope
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """How a decoder computes. Hashable, so that it is part of what `jax.jit` keys on.
+    """How a decoder computes. It is hashable, as a static argument of `jax.jit` must be.
 
     Attributes:
       family: the Hugging Face model type.
-      norm_epsilon: of every norm.
+      norm_epsilon: epsilon of every norm.
       rope: rotary positions, or None.
       norm: kind of all norms: `rms`, `rms_plus_one` or `layer`.
       norm_scale: whether norms have learned factors.
       norm_bias: whether norms have learned offsets.
-      norm_after: each half's norm stands after its residual sum instead of before its matrices (OPT-350m).
-      post_norms: further norms of what each half adds (Gemma 2, GLM 4).
+      norm_after: the norm of each sublayer stands after its residual sum instead of before its matrices (OPT-350m).
+      post_norms: a further norm of the output of each sublayer, before the residual sum (Gemma 2, GLM 4).
       final_norm: whether there is a norm after the last layer.
-      parallel: both halves read the same residual stream (GPT-NeoX).
-      residual_from_norm: each half is added to its normed input instead of its input (an option of BLOOM).
-      activation: of the MLP.
-      gated: whether the MLP has a gate; without one it is down(activation(up(x))).
+      parallel: both sublayers read the same residual stream (GPT-NeoX).
+      residual_from_norm: the output of each sublayer is added to its normed input, not to its input (a BLOOM option).
+      activation: activation of the MLP, a key of `ops.ACTIVATIONS`.
+      gated: whether the MLP has a gate; without a gate it is down(activation(up(x))).
       qkv_bias: biases of the query, key and value projections.
       output_bias: bias of the output projection.
       mlp_bias: biases of the MLP.
@@ -34,14 +34,14 @@ class DecoderConfig:
       query_scale: factor of the attention scores; H^-1/2 when None.
       attention_cap: soft cap of the attention scores.
       logit_cap: soft cap of the logits.
-      alibi_heads: linear attention biases with the slopes of that many heads (the dense model's); every layer has
-        its own heads' slopes. None for none.
-      windowed: some layer has a sliding window; every layer has its window.
-      position_offset: learned positions, the first of them in this row; None for none.
+      alibi_heads: number of heads of the dense model, from which the ALiBi slopes follow; each layer holds the slopes
+        of its kept heads. None for a model without ALiBi.
+      windowed: whether some layer has a sliding window; if so, every layer holds its window as data.
+      position_offset: row of the first learned position; None for a model without learned positions.
       embedding_scale: factor of the embedding (Gemma: the square root of the dense model's hidden size).
-      embedding_norm: a norm of the embedding (BLOOM).
-      embedding_projection: the embedding is projected to the hidden size and back (OPT-350m).
-      tie_embeddings: the embedding is the head too.
+      embedding_norm: whether there is a norm of the embedding (BLOOM).
+      embedding_projection: whether the embedding is projected to the hidden size and back (OPT-350m).
+      tie_embeddings: whether the embedding is also the head.
     """
 
     family: str
@@ -110,7 +110,15 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """What may differ between layers: query heads, key/value heads, MLP width; sliding window, ALiBi slopes [N]."""
+    """The sizes and data in which layers may differ.
+
+    Attributes:
+      N: number of query heads.
+      K: number of key/value heads.
+      F: MLP width.
+      window: sliding window in tokens; None for a layer without one.
+      slopes: ALiBi slope of every query head; empty for a model without ALiBi.
+    """
 
     N: int
     K: int
@@ -121,7 +129,16 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class Sizes:
-    """All sizes of a decoder: vocabulary, hidden size, head size, and those of each layer; E is D when None."""
+    """All sizes of a decoder.
+
+    Attributes:
+      V: vocabulary.
+      D: hidden size.
+      H: head size.
+      layers: the sizes of each layer.
+      E: embedding size; None for D.
+      M: number of learned positions.
+    """
 
     V: int
     D: int

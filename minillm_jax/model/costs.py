@@ -1,9 +1,9 @@
-"""What a model costs, by formula from its shapes: parameters, multiply-accumulates, memory.
+"""Costs of a model, by formula from its shapes: parameters, multiply-accumulates, memory.
 
-parameters  of all arrays; tied embeddings count once
-macs        multiply-accumulates of one forward pass over one window of T tokens: every matrix T times, and for
-            every query head 2 · T² · H (scores, and the mixture of values; a causal mask saves nothing by itself)
-memory      bytes of the weights as they are stored, and of the keys and values of one window
+parameters  number of parameters of all arrays; tied embeddings count once
+macs        multiply-accumulates of one forward pass over one window of T tokens: T times the size of every matrix, and
+            2 · T² · H for every query head (scores and mixed values; the causal mask is not counted as a saving)
+memory      bytes of the weights in their type, and of the keys and values of one window
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,20 @@ from minillm_jax.model.tree import group_count, kernels, named_arrays, parameter
 
 MEASURES = ("parameters", "macs", "memory")
 
-# Tokens of the window that `macs` and `memory` are for, where nothing else is said.
+# Default number of tokens of the window of `macs` and `memory`.
 WINDOW = 128
 
 
 def cost(decoder: Decoder, measure: str, window: int = WINDOW) -> int:
-    """What a model costs in a measure; only shapes are looked at.
+    """The cost of a model in one of `MEASURES`. The decoder may be abstract.
+
+    Args:
+      decoder: the model.
+      measure: `parameters`, `macs` or `memory` (bytes).
+      window: tokens of the window for `macs` and `memory`.
 
     Raises:
-      InputError: there is no such measure.
+      InputError: the measure is unknown.
     """
     one_of("measure", measure, MEASURES)
     match measure:
@@ -42,12 +47,12 @@ def cost(decoder: Decoder, measure: str, window: int = WINDOW) -> int:
 
 
 def all_costs(decoder: Decoder, window: int = WINDOW) -> dict[str, int]:
-    """What a model costs in every measure."""
+    """The cost of a model in every measure."""
     return {measure: cost(decoder, measure, window) for measure in MEASURES}
 
 
 def block_macs(block: Block, window: int = WINDOW) -> int:
-    """Multiply-accumulates of one layer, given as a run of one, over one window."""
+    """Multiply-accumulates of a run over one window; for a run of one layer, those of the layer."""
     return _run_macs(block, window)
 
 
@@ -66,16 +71,16 @@ def _key_bytes(run: Block, heads: int) -> int:
 
 
 def block_parameters(decoder: Decoder) -> int:
-    """Parameters of the layers, without embeddings, final norm and head."""
+    """Number of parameters of the layers, without embeddings, final norm and head."""
     return sum(
         leaf.size for path, leaf in named_arrays(decoder) if path.startswith("runs.") and not axis_table.is_data(path)
     )
 
 
 def group_costs(decoder: Decoder, kinds: Sequence[str], measure: str, window: int = WINDOW) -> dict[str, list[int]]:
-    """What one group less saves: kind -> one number for each layer.
+    """The cost saved by the removal of one group: kind -> one number for each layer.
 
-    Groups of two kinds share no array, so savings add up.
+    Groups of two kinds share no array, so savings add up. The arguments are those of `cost`.
     """
     return {
         kind: [_group_cost(run, kind, measure, window) for run in decoder.runs for _ in range(depth(run))]

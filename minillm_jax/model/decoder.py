@@ -1,8 +1,7 @@
-"""The one decoder: embedding, runs of equal blocks, final norm, head (letters: see `axis_table`).
+"""The decoder of all families: embedding, runs of equal layers, final norm, head (letters: see `axis_table`).
 
-The modules are plain pytrees of arrays. Consecutive layers of equal shape are stacked along a leading axis L and
-scanned; a model pruned unequally is a longer list of such runs behind the same interface. Sizes are read off the
-arrays everywhere.
+Consecutive layers of equal size are one run: their arrays are stacked along a leading axis L, and the forward pass
+scans them. A model with layers of unequal size is a longer list of runs. Sizes are read from the arrays.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +20,9 @@ from minillm_jax.model.modules import Angles, Block, Linear, Norm, depth
 
 
 class Decoder(nnx.Module):
-    """A causal language model as a pytree: the embedding [V, E] and what goes with it, runs of blocks, the head.
+    """A causal language model as a pytree of arrays.
 
-    `head` is None where the embedding is tied; the other optional parts are None where the configuration has none.
+    `head` is None if the embedding is tied. The other optional modules are None if the configuration lacks them.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class Decoder(nnx.Module):
         self.head = head
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        """Float32 logits of every position. For losses see `loss`, which never holds them all."""
+        """The logits of every position, float32. `loss` computes losses without all logits in memory."""
         return project_to_vocabulary(self, final_hidden(self, tokens))
 
 
@@ -60,20 +59,20 @@ def scan_layers(
     per_layer: Sequence[Any] | None = None,
     visits: int = 1,
 ) -> tuple[Any, list[Any]]:
-    """Walk over all layers in order: `carry, out = step(carry, block, layer, extra)`.
+    """A scan over all layers in order: `carry, out = step(carry, block, layer, extra)`.
 
-    The only loop that carries a stream through the layers. Each run is one `jax.lax.scan`, so compile time grows with
-    the number of runs, and what a step makes lives for one step only.
+    All forward passes over several layers use this function. Each run is one `jax.lax.scan`, so compile time grows with
+    the number of runs, and the temporary arrays of a step are freed after the step.
 
     Args:
-      runs: stacked blocks.
-      step: called with one layer's block, its index from 0 (int32 []), and its slice of `per_layer`.
-      carry: initial carry.
-      per_layer: a further pytree for each run, its leaves stacked like the run, or None.
-      visits: how often in a row each layer is stepped through.
+      runs: the layers, stacked.
+      step: carry, block of one layer, index of the layer (int32 []), slice of `per_layer` -> carry, output.
+      carry: the carry of the first step.
+      per_layer: for each run, a further pytree whose leaves have the run's leading axis L; or None.
+      visits: number of consecutive steps with the same layer.
 
     Returns:
-      The last carry, and for each run the stacked outputs of all its steps.
+      The last carry, and for each run the stacked outputs of its steps.
     """
     outputs, start = [], 0
     for position, run in enumerate(runs):
@@ -99,10 +98,10 @@ def _scan_run(
 
 
 def embed(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The residual stream before the first layer, in the common type of embedding and layers.
+    """The residual stream before the first layer, in the promoted type of embedding and layers.
 
     Raises:
-      InputError: the model has learned positions, and fewer of them than T.
+      InputError: the model has learned positions, and they are fewer than T.
     """
     config = decoder.config
     dtype = jnp.promote_types(decoder.embedding.dtype, decoder.runs[0].attention.q.kernel.dtype)
@@ -123,7 +122,7 @@ def embed(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
 
 
 def rotary_angles(decoder: Decoder, length: int) -> Angles:
-    """What every layer shares for one sequence length: rotary angles, or None."""
+    """The rotary angles of all layers for sequences of `length` tokens; None for a model without rotary positions."""
     rope = decoder.config.rope
     if rope is None:
         return None
@@ -131,7 +130,7 @@ def rotary_angles(decoder: Decoder, length: int) -> Angles:
 
 
 def final_hidden(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-    """The residual stream after the last layer, normed and projected as the head expects it."""
+    """The input of the head: the residual stream after the last layer, through `finish`."""
     angles = rotary_angles(decoder, tokens.shape[1])
 
     def step(x: Array, block: Block, layer: Array, extra: None) -> tuple[Array, None]:
@@ -142,13 +141,13 @@ def final_hidden(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B
 
 
 def finish(decoder: Decoder, x: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
-    """The stream after the last layer as the head expects it: final norm and projection, where there are any."""
+    """The final norm and the projection to the embedding size, if the model has them, of the last residual stream."""
     x = x if decoder.final_norm is None else decoder.final_norm(x, decoder.config)
     return x if decoder.project_out is None else decoder.project_out("...D,DE->...E", x)
 
 
 def project_to_vocabulary(decoder: Decoder, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
-    """Float32 logits of final hidden states."""
+    """The logits of the head's input, float32."""
     if decoder.head is None:
         logits = ops.einsum("...E,VE->...V", hidden, decoder.embedding[...], out=jnp.float32)
     else:

@@ -1,4 +1,7 @@
-"""What a family is, as data: its configuration, read into ours; what is not supported raises here."""
+"""The families as data: how the Hugging Face configuration of each becomes a `DecoderConfig` and `Sizes`.
+
+A feature that the decoder lacks raises an `InputError` here, before any weight is read.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -8,25 +11,26 @@ from minillm_jax.errors import InputError
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.ops import ROPE_KINDS, Rope, alibi_slopes, rotary_frequencies
 
-# No model is near it; a configuration that asks for more is broken, and would exhaust the memory before it is noticed.
+# Far above the sizes of every known model. A larger size is an error in the configuration, and the arrays made from it
+# would exhaust the memory before anything else fails.
 LARGEST_SIZE = 2**24
 MOST_LAYERS = 10_000
 
-# How a checkpoint with layers of unequal size names its family: `pruned_opt`.
+# Prefix of the model type of a checkpoint with layers of unequal size: `pruned_opt`.
 PRUNED = "pruned_"
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a family's configuration is read.
+    """How the configuration of a family is read.
 
     Attributes:
-      read: configuration and where it lies -> how the decoder computes.
+      read: configuration, its file (for errors) -> how the decoder computes.
       heads: key of the number of query heads.
-      kv_heads: key of the number of key/value heads; None where every query head has its own.
-      width: key of the MLP width, four times the hidden size where it is missing.
+      kv_heads: key of the number of key/value heads; None for a family with one key/value head per query head.
+      width: key of the MLP width, which is four times the hidden size if the key is missing.
       layers: key of the number of layers.
-      windows: which layers have `sliding_window`: `none`, `all`, or those that `layer_types` says.
+      windows: the layers with `sliding_window`: `none`, `all`, or `layer_types` for the layers listed under that key.
     """
 
     read: Callable[[Mapping[str, Any], str], DecoderConfig]
@@ -38,35 +42,35 @@ class Family:
 
 
 def family_of(raw: Mapping[str, Any], where: str) -> str:
-    """The base family of a configuration, `opt` for `pruned_opt` too.
+    """The base family of a configuration: `opt` for both `opt` and `pruned_opt`.
 
     Raises:
-      InputError: it is not supported.
+      InputError: the family is not supported.
     """
     family = raw.get("model_type")
     base = family.removeprefix(PRUNED) if isinstance(family, str) else ""
     if base not in FAMILIES:
-        asks = f" ({NOT_SUPPORTED[base]})" if base in NOT_SUPPORTED else ""
+        reason = f" ({NOT_SUPPORTED[base]})" if base in NOT_SUPPORTED else ""
         raise InputError(
-            f"{where}: model_type {family!r}{asks} is not supported; expected one of {', '.join(FAMILIES)}"
+            f"{where}: model_type {family!r}{reason} is not supported; expected one of {', '.join(FAMILIES)}"
         )
     return base
 
 
 def parse(raw: Mapping[str, Any], where: str) -> tuple[DecoderConfig, Sizes]:
-    """Read a Hugging Face configuration, as transformers completes it (`rope_parameters`, defaults filled in).
+    """Configuration and sizes of the decoder for a Hugging Face configuration.
 
     Args:
-      raw: the configuration as a dictionary.
-      where: the file it came from, named in errors.
+      raw: the configuration as a dictionary, completed by transformers (`rope_parameters`, defaults).
+      where: the file of the configuration, for errors.
 
     Raises:
-      InputError: the family, or something the configuration asks for, is not supported.
+      InputError: the family or a feature of the configuration is not supported, or a value is out of its range.
     """
     family = family_of(raw, where)
     check_layer_count(raw, where)
     if raw.get("is_causal", True) is not True or raw.get("use_bidirectional_attention"):
-        raise InputError(f"{where}: only causal models are supported, but the configuration asks for another attention")
+        raise InputError(f"{where}: only causal models are supported, but the configuration sets another attention")
     try:
         config = FAMILIES[family].read(raw, where)
         sizes = _sizes(raw, config, where)
@@ -78,17 +82,17 @@ def parse(raw: Mapping[str, Any], where: str) -> tuple[DecoderConfig, Sizes]:
         ) from error
     if config.rope is not None and not 0 < len(rotary_frequencies(config.rope, sizes.H)) <= sizes.H // 2:
         raise InputError(
-            f"{where}: heads of {sizes.H} features, of which {config.rope.fraction:g} turn, cannot be cut into pairs; "
-            "head_dim must be even and partial_rotary_factor leave at least one pair"
+            f"{where}: head_dim {sizes.H} with partial_rotary_factor {config.rope.fraction:g} gives no pairs of rotated "
+            "features; head_dim must be even, and partial_rotary_factor large enough for one pair"
         )
     return replace(config, windowed=any(layer.window is not None for layer in sizes.layers)), sizes
 
 
 def check_layer_count(raw: Mapping[str, Any], where: str) -> None:
-    """Whether a configuration, complete or not, asks for a number of layers that can be: before lists are made of it.
+    """Checks the number of layers, before transformers completes the configuration with lists of that length.
 
     Raises:
-      InputError: it does not.
+      InputError: the number of layers is not a whole number in the allowed range.
     """
     for key in {"num_hidden_layers", FAMILIES[family_of(raw, where)].layers} & raw.keys():
         number = raw[key]
@@ -98,29 +102,29 @@ def check_layer_count(raw: Mapping[str, Any], where: str) -> None:
 
 def _sizes(raw: Mapping[str, Any], config: DecoderConfig, where: str) -> Sizes:
     family = FAMILIES[config.family]
-    named = {key: raw[key] for key in ("vocab_size", "hidden_size", family.heads)}
+    checked = {key: raw[key] for key in ("vocab_size", "hidden_size", family.heads)}
     if config.position_offset is not None:
-        named["max_position_embeddings"] = raw["max_position_embeddings"]
+        checked["max_position_embeddings"] = raw["max_position_embeddings"]
     if config.embedding_projection:
-        named["word_embed_proj_dim"] = raw["word_embed_proj_dim"]
-    for key, number in named.items():
+        checked["word_embed_proj_dim"] = raw["word_embed_proj_dim"]
+    for key, number in checked.items():
         _check_size(key, number, where)
-    named["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw[family.heads]
-    _check_size("head_dim", named["head_dim"], where)
+    head_size = raw.get("head_dim") or raw["hidden_size"] // raw[family.heads]
+    _check_size("head_dim", head_size, where)
     changes = _layer_changes(raw, family, where)
     windows = _windows(raw, family, where)
     layers = tuple(
         _layer_sizes({**raw, **changes.get(layer, {})}, config, window, where) for layer, window in enumerate(windows)
     )
-    rows = 0 if config.position_offset is None else named["max_position_embeddings"] + config.position_offset
-    width = named.get("word_embed_proj_dim")
-    return Sizes(raw["vocab_size"], raw["hidden_size"], named["head_dim"], layers, width, rows)
+    positions = 0 if config.position_offset is None else checked["max_position_embeddings"] + config.position_offset
+    embedding_size = checked.get("word_embed_proj_dim")
+    return Sizes(raw["vocab_size"], raw["hidden_size"], head_size, layers, embedding_size, positions)
 
 
 def _layer_sizes(raw: Mapping[str, Any], config: DecoderConfig, window: int | None, where: str) -> LayerSizes:
-    """The sizes of one layer, from the configuration with that layer's own values."""
+    """The sizes of one layer, from the configuration updated with the values of that layer."""
     family = FAMILIES[config.family]
-    # A layer's own values may spell the heads as transformers does everywhere else, whatever the family's key is.
+    # `per_layer_config` may use the usual key in families with another key for the number of heads.
     heads = raw.get("num_attention_heads") or raw[family.heads]
     kv_heads = (raw.get(family.kv_heads) or heads) if family.kv_heads else heads
     width = raw.get(family.width) or 4 * raw["hidden_size"]
@@ -133,10 +137,10 @@ def _layer_sizes(raw: Mapping[str, Any], config: DecoderConfig, window: int | No
 
 
 def _slopes(raw: Mapping[str, Any], dense_heads: int, heads: int, where: str) -> tuple[float, ...]:
-    """The ALiBi slopes of a layer's heads; a layer that has lost heads must say which it has."""
+    """The ALiBi slopes of the heads of a layer; `alibi_heads` lists the kept heads of a pruned layer."""
     kept = raw["alibi_heads"] if "alibi_heads" in raw and _is_pruned(raw) else list(range(dense_heads))
-    whole = isinstance(kept, list) and all(isinstance(head, int) and not isinstance(head, bool) for head in kept)
-    if not whole or sorted(set(kept)) != kept or len(kept) != heads or not 0 <= kept[0] <= kept[-1] < dense_heads:
+    integers = isinstance(kept, list) and all(isinstance(head, int) and not isinstance(head, bool) for head in kept)
+    if not integers or sorted(set(kept)) != kept or len(kept) != heads or not 0 <= kept[0] <= kept[-1] < dense_heads:
         raise InputError(f"{where}: alibi_heads must be {heads} ascending numbers below {dense_heads}, found {kept!r}")
     return tuple(float(slope) for slope in alibi_slopes(dense_heads)[kept])
 
@@ -146,21 +150,22 @@ def _is_pruned(raw: Mapping[str, Any]) -> bool:
 
 
 def _layer_changes(raw: Mapping[str, Any], family: Family, where: str) -> dict[int, dict[str, Any]]:
-    """What single layers set for themselves: the sparse `per_layer_config` by layer number."""
-    found = raw.get("per_layer_config") or {}
-    if found and not _is_pruned(raw):
+    """The values of `per_layer_config`, by layer number; layers without changes are missing."""
+    listed = raw.get("per_layer_config") or {}
+    if listed and not _is_pruned(raw):
         raise InputError(f"{where}: per_layer_config is supported for model types {PRUNED}... only")
     try:
-        changes = {int(layer): dict(values) for layer, values in found.items()}
+        changes = {int(layer): dict(values) for layer, values in listed.items()}
     except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: per_layer_config must map layer numbers to objects, found {found!r}") from error
-    own = {family.heads, "num_attention_heads", family.kv_heads, family.width, "alibi_heads"}
+        raise InputError(f"{where}: per_layer_config must map layer numbers to objects, found {listed!r}") from error
+    allowed = {family.heads, "num_attention_heads", family.kv_heads, family.width, "alibi_heads"} - {None}
     for layer, values in changes.items():
         if not 0 <= layer < raw[family.layers]:
             raise InputError(f"{where}: per_layer_config names layer {layer}, but there are {raw[family.layers]}")
-        for key in values.keys() - own:
+        for key in values.keys() - allowed:
             raise InputError(
-                f"{where}: per_layer_config of layer {layer} sets {key!r}, which is one for all layers here"
+                f"{where}: per_layer_config of layer {layer} sets {key!r}, which cannot differ between layers; "
+                f"expected one of {', '.join(sorted(allowed))}"
             )
     return changes
 
@@ -180,7 +185,7 @@ def _windows(raw: Mapping[str, Any], family: Family, where: str) -> tuple[int | 
         if kind not in ("full_attention", "sliding_attention"):
             raise InputError(f"{where}: layer type {kind!r} is not supported")
         if kind == "sliding_attention" and window is None:
-            raise InputError(f"{where}: layer_types asks for sliding attention, but there is no sliding_window")
+            raise InputError(f"{where}: layer_types has sliding attention, but sliding_window is not set")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
@@ -202,7 +207,7 @@ def _llama(raw: Mapping[str, Any], where: str, partial_rope: bool = False) -> De
 
 
 def _mistral(raw: Mapping[str, Any], where: str) -> DecoderConfig:
-    # MistralConfig has no biases; the keys may stand in a file all the same.
+    # transformers ignores the bias keys of a Mistral configuration.
     return replace(_llama(raw, where), family="mistral", qkv_bias=False, output_bias=False, mlp_bias=False)
 
 
@@ -238,7 +243,7 @@ def _gemma2(raw: Mapping[str, Any], where: str) -> DecoderConfig:
 
 def _glm(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     llama = _llama(raw, where, partial_rope=True)
-    assert llama.rope is not None, "_llama always has one"
+    assert llama.rope is not None, "_llama always sets rope"
     rope = replace(llama.rope, interleaved=True)
     return replace(llama, family="glm", rope=rope, output_bias=False, mlp_bias=False)
 
@@ -326,7 +331,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(_phi3, windows="all"),
 }
 
-# What well-known families would need first.
+# Well-known families that are not supported, and the reason.
 NOT_SUPPORTED = {
     "mixtral": "mixture of experts",
     "qwen2_moe": "mixture of experts",
@@ -338,7 +343,7 @@ NOT_SUPPORTED = {
     "chatglm": "its own remote code; convert it to glm or glm4 first",
 }
 
-# Hugging Face's name of an activation -> ours.
+# Name of an activation in transformers -> key of `ops.ACTIVATIONS`.
 ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",

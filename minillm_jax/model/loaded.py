@@ -1,4 +1,4 @@
-"""A loaded model: the decoder, and what a folder of weights says besides."""
+"""A loaded model: the decoder with its configuration, its folder and its pruning record."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +9,15 @@ from minillm_jax.model.decoder import Decoder
 
 @dataclass(frozen=True)
 class Model:
-    """What `load` returns and `save` takes.
+    """A model, as `load` returns and `save` takes it.
 
     Attributes:
-      decoder: the weights, as a pytree that computes.
-      raw_config: config.json as it was read; writing updates sizes, types and rotary settings and keeps the rest.
-      folder: where the model lies; tokenizer and generation settings are copied from here.
-      name: what it was loaded by, a path or a Hub id.
-      record: how it was pruned (what pruning.json says), None for a dense model.
+      decoder: the weights and the forward pass.
+      raw_config: config.json as it was read; `save` updates sizes, types and rotary settings and copies all other keys.
+      folder: folder of the model; `save` copies the tokenizer and generation settings from it.
+      name: the path or Hub id that was loaded.
+      record: the content of pruning.json; None for a dense model.
+      revision: the commit of the weights on the Hub; None for a local folder.
     """
 
     decoder: Decoder
@@ -24,3 +25,4 @@ class Model:
     folder: Path
     name: str
     record: dict[str, Any] | None = None
+    revision: str | None = None

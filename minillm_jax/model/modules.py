@@ -1,4 +1,4 @@
-"""The parts of a decoder: plain pytrees of arrays that know how to compute their part (letters: see `axis_table`)."""
+"""The modules of a decoder: attention, MLP, norms and linear maps, as pytrees of arrays (letters: see `axis_table`)."""
 
 from typing import Any
 
@@ -9,43 +9,43 @@ from jaxtyping import Array, Float
 from minillm_jax.model import ops
 from minillm_jax.model.config import DecoderConfig
 
-# Cosine and sine of the rotary angles, or None where positions come in otherwise.
+# Cosine and sine of the rotary angles; None for a model without rotary positions.
 Angles = tuple[Float[Array, "T half"], Float[Array, "T half"]] | None
 
 
 class LayerData(nnx.Variable):
-    """What a layer knows besides its weights: its sliding window, its heads' ALiBi slopes."""
+    """Data of a layer that are not parameters: its sliding window, the ALiBi slopes of its heads."""
 
 
 class Linear(nnx.Module):
-    """x · kernel + bias, along the axes that the einsum equation names."""
+    """x · kernel + bias, along the axes of an einsum equation."""
 
     def __init__(self, kernel: Any, bias: Any = None):
         self.kernel = nnx.Param(kernel)
         self.bias = None if bias is None else nnx.Param(bias)
 
     def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The product along the equation's axes, plus the bias along its last ones."""
+        """The product along the axes of the equation, plus the bias along the last axes."""
         y = ops.einsum(equation, x, self.kernel[...])
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
 
 
 class Norm(nnx.Module):
-    """A norm over the last axis; which kind, the configuration says."""
+    """A norm over the last axis. The configuration holds its kind and its epsilon."""
 
     def __init__(self, scale: Any = None, bias: Any = None):
         self.scale = None if scale is None else nnx.Param(scale)
         self.bias = None if bias is None else nnx.Param(bias)
 
     def __call__(self, x: Float[Array, "..."], config: DecoderConfig) -> Float[Array, "..."]:
-        """The norm over the last axis."""
+        """The norm of x over the last axis."""
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         return ops.norm(x, scale, bias, config.norm, config.norm_epsilon)
 
 
 class Attention(nnx.Module):
-    """Projections of grouped-query attention; q and k norms act on each head; window and slopes are data."""
+    """Projections of grouped-query attention, norms of each head's queries and keys, and data: window, slopes."""
 
     def __init__(
         self,
@@ -65,14 +65,14 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Projections of the MLP: down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate."""
+    """Matrices of the MLP: down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate."""
 
     def __init__(self, gate: Linear | None, up: Linear, down: Linear):
         self.gate, self.up, self.down = gate, up, down
 
 
 class Block(nnx.Module):
-    """One layer, or a run of equal layers when its arrays carry a leading axis L."""
+    """One layer, or a run of equal layers, whose arrays have a leading axis L."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""Norms, rotary positions, ALiBi, attention, activations: free functions over arrays (letters: see `axis_table`).
+"""Norms, rotary positions, ALiBi, attention, activations: functions of arrays (letters: see `axis_table`).
 
-Dtype policy: matrix products run in the type their operands promote to and accumulate in float32; norms, softmax and
-rotary angles are float32 whatever that type is. float32 products ask for precision HIGHEST, because accelerators
+Types: a matrix product runs in the promoted type of its operands and accumulates in float32. Norms, softmax and rotary
+angles are float32 for every type of the operands. float32 products use precision HIGHEST, because accelerators would
 otherwise round their operands to TF32 or bfloat16.
 """
 
@@ -24,13 +24,17 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions: base, how low frequencies are stretched, and which features turn.
+    """Rotary positions: the frequencies and the rotated features.
 
     Attributes:
       theta: base of the frequencies.
-      kind: `default`, `linear` or `llama3`, with the settings of the last two below.
-      fraction: share of a head's features that turn, the first ones.
-      interleaved: feature 2i turns with 2i + 1, instead of i with i + half.
+      kind: the scaling of the frequencies: `default` (none), `linear` or `llama3`.
+      factor: for `linear` and `llama3`, the divisor of the (low) frequencies.
+      low_freq_factor: for `llama3`, the number of turns in `original_length` below which a frequency is divided fully.
+      high_freq_factor: for `llama3`, the number of turns in `original_length` above which a frequency is not divided.
+      original_length: for `llama3`, the context length in tokens before the scaling.
+      fraction: share of a head's features that are rotated; the first features are.
+      interleaved: feature 2i is paired with 2i + 1; otherwise feature i is paired with i + half.
     """
 
     theta: float
@@ -49,7 +53,7 @@ ROPE_KINDS = ("default", "linear", "llama3")
 def einsum(
     equation: str, x: Float[Array, "..."], y: Float[Array, "..."], out: DTypeLike | None = None
 ) -> Float[Array, "..."]:
-    """Matrix product in the operands' common type, accumulated in float32, returned in that type or in `out`."""
+    """Matrix product in the promoted type of x and y, accumulated in float32, returned in that type or in `out`."""
     dtype = jnp.promote_types(x.dtype, y.dtype)
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     product = jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
@@ -66,10 +70,11 @@ def norm(
     """Norm over the last axis, in float32.
 
     Args:
-      x: what is normed.
+      x: the input.
       scale: learned factors, or None.
       bias: learned offsets, or None.
-      kind: `rms` (root mean square), `rms_plus_one` (the same, scaled by 1 + scale) or `layer` (mean and variance).
+      kind: `rms` (root mean square), `rms_plus_one` (root mean square, scaled by 1 + scale) or `layer` (mean and
+        variance).
       epsilon: added to the mean square or variance.
     """
     x32 = x.astype(jnp.float32)
@@ -77,8 +82,8 @@ def norm(
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
     if kind == "rms":
-        # Rounded before the scale, as the reference does: it is what bfloat16 checkpoints were trained with. The
-        # other two are scaled in float32.
+        # transformers rounds before the scale in this kind, and bfloat16 checkpoints were trained so. The other two
+        # kinds are scaled in float32.
         normed = normed.astype(x.dtype)
     if scale is not None:
         factor = jnp.broadcast_to(scale, x.shape).astype(normed.dtype)
@@ -89,24 +94,24 @@ def norm(
 
 
 def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
-    """Values squeezed smoothly into (-cap, cap); unchanged without a cap (Gemma 2, arXiv 2408.00118)."""
+    """Soft cap of values to (-cap, cap), cap · tanh(x / cap); unchanged without a cap (Gemma 2, arXiv 2408.00118)."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
     """Slopes of the linear attention biases, float32 [N] (Press et al., arXiv 2108.12409).
 
-    A geometric series from 2^(-8/n) for the largest power of two n up to N, and every second one of the next series
-    for the heads beyond.
+    The first n heads, where n is the largest power of two up to N, have the geometric series 2^(-8i/n), i = 1, ..., n.
+    The other heads have every second slope of the series for 2n heads.
     """
-    whole = 2 ** (heads.bit_length() - 1)
-    first = 2.0 ** (-8.0 * np.arange(1, whole + 1) / whole)
-    between = 2.0 ** (-4.0 * np.arange(1, 2 * (heads - whole) + 1, 2) / whole)
+    power = 2 ** (heads.bit_length() - 1)
+    first = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
+    between = 2.0 ** (-4.0 * np.arange(1, 2 * (heads - power) + 1, 2) / power)
     return np.concatenate([first, between]).astype(np.float32)
 
 
 def rotary_frequencies(rope: Rope, head_size: int) -> np.ndarray:
-    """Angle per position of each rotated pair, float32 [half of the features that turn]."""
+    """Angle per position of each pair of rotated features, float32 [half]."""
     size = int(head_size * rope.fraction)
     frequencies = 1.0 / rope.theta ** (np.arange(0, size, 2, dtype=np.float64) / size)
     if rope.kind == "linear":
@@ -120,7 +125,7 @@ def rotary_frequencies(rope: Rope, head_size: int) -> np.ndarray:
 
 
 def rotary_angles(rope: Rope, head_size: int, length: int) -> tuple[Float[Array, "T half"], Float[Array, "T half"]]:
-    """Cosine and sine of every position's angles, float32 [T, H / 2] each."""
+    """Cosine and sine of the angle of each position and pair, float32 [T, half] each."""
     positions = jnp.arange(length, dtype=jnp.float32)
     angles = positions[:, None] * jnp.asarray(rotary_frequencies(rope, head_size))[None, :]
     return jnp.cos(angles), jnp.sin(angles)
@@ -129,22 +134,22 @@ def rotary_angles(rope: Rope, head_size: int, length: int) -> tuple[Float[Array,
 def rotate(
     x: Float[Array, "B T N H"], angles: tuple[Float[Array, "T half"], Float[Array, "T half"]], interleaved: bool
 ) -> Float[Array, "B T N H"]:
-    """Rotary embedding of the first 2 · half features; the rest pass. Half-split convention unless interleaved."""
+    """Rotary positions of the first 2 · half features; the other features are unchanged (see `Rope.interleaved`)."""
     cos, sin = (jnp.expand_dims(a, (0, 2)) for a in angles)  # [1, T, 1, half]
     half = cos.shape[-1]
-    turned = x[..., : 2 * half].astype(jnp.float32)
-    pairs = turned.reshape(*x.shape[:-1], half, 2) if interleaved else turned.reshape(*x.shape[:-1], 2, half)
+    features = x[..., : 2 * half].astype(jnp.float32)
+    pairs = features.reshape(*x.shape[:-1], half, 2) if interleaved else features.reshape(*x.shape[:-1], 2, half)
     axis = -1 if interleaved else -2
     first, second = (jnp.take(pairs, i, axis=axis) for i in (0, 1))
-    both = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=axis)
-    return jnp.concatenate([both.reshape(turned.shape).astype(x.dtype), x[..., 2 * half :]], axis=-1)
+    rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=axis)
+    return jnp.concatenate([rotated.reshape(features.shape).astype(x.dtype), x[..., 2 * half :]], axis=-1)
 
 
 def causal_mask(length: int, window: Int[Array, ""] | int | None) -> Bool[Array, "T S"]:
-    """Which keys each query sees: itself and earlier ones, at most `window` of them when one is given."""
+    """The keys that each query attends to: its own position and earlier positions, the last `window` if it is given."""
     distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
+    causal = distance >= 0
+    return causal if window is None else causal & (distance < window)
 
 
 def attend(
@@ -156,17 +161,17 @@ def attend(
     cap: float | None = None,
     slopes: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention; consecutive query heads share a key/value head. Softmax in float32.
+    """Grouped-query attention with the softmax in float32. Consecutive query heads share a key/value head.
 
     Args:
       q: queries.
       k: keys.
       v: values.
-      mask: which keys each query sees.
+      mask: the keys that each query attends to.
       scale: factor of the scores, H^-1/2 by default.
       cap: soft cap of the scores.
-      slopes: of the linear biases (ALiBi); each key's score grows by slope · position, which the softmax sees only as
-        a penalty on distance.
+      slopes: slopes of the linear biases (ALiBi). slope · key position is added to each score; because the softmax
+        ignores a constant, this is a penalty on the distance.
     """
     batch, length, heads, size = q.shape
     grouped = q.reshape(batch, length, k.shape[2], -1, size)  # [B, T, K, G, H]

@@ -1,4 +1,4 @@
-"""Sizes, counts and names of a decoder's arrays, read off the arrays (letters: see `axis_table`)."""
+"""Sizes, counts and names of the arrays of a decoder, read from the arrays (letters: see `axis_table`)."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -32,13 +32,13 @@ def outer_letters(decoder: Decoder) -> dict[str, int]:
 
 
 def run_letters(run: Block) -> dict[str, int]:
-    """The size of every axis letter of a run's layers."""
+    """The size of every axis letter of the layers of a run."""
     d, n, h = run.attention.q.kernel.shape[1:]
     return {"D": d, "N": n, "H": h, "K": run.attention.k.kernel.shape[2], "F": run.mlp.down.kernel.shape[1]}
 
 
 def sizes_of(decoder: Decoder) -> Sizes:
-    """The sizes that `build` would make this decoder from, data of the layers included."""
+    """The sizes from which `build` makes this decoder, with the data of the layers."""
     outer, head_size = outer_letters(decoder), run_letters(decoder.runs[0])["H"]
     layers = tuple(layer for run in decoder.runs for layer in _layers_of(run))
     return Sizes(outer["V"], outer["D"], head_size, layers, outer["E"], outer["M"])
@@ -49,12 +49,12 @@ def _layers_of(run: Block) -> Iterator[LayerSizes]:
     for index in range(depth(run)):
         window = None if attention.window is None else int(attention.window[index])
         slopes = () if attention.slopes is None else tuple(float(slope) for slope in attention.slopes[index])
-        own = None if window == NO_WINDOW else window
-        yield LayerSizes(letters["N"], letters["K"], letters["F"], own, slopes)
+        window = None if window == NO_WINDOW else window
+        yield LayerSizes(letters["N"], letters["K"], letters["F"], window, slopes)
 
 
 def group_count(block: Block, kind: str) -> int:
-    """Number of groups of a kind (`head`: key/value heads, `query`: query heads, `channel`: MLP width) of a layer."""
+    """Number of groups of a layer: key/value heads for `head`, query heads for `query`, MLP width for `channel`."""
     match kind:
         case "head":
             return block.attention.k.kernel.shape[-2]
@@ -64,12 +64,12 @@ def group_count(block: Block, kind: str) -> int:
 
 
 def part_count(block: Block, kind: str) -> int:
-    """In how many parts the groups of a kind lie, from each of which equally many stay: query heads by key/value."""
+    """Number of parts of a layer's groups that must keep equally many groups: for `query`, the key/value heads."""
     return group_count(block, "head") if kind == "query" else 1
 
 
 def group_counts(decoder: Decoder, kind: str) -> list[int]:
-    """Number of groups of a kind in every layer."""
+    """`group_count` of every layer."""
     return [group_count(run, kind) for run in decoder.runs for _ in range(depth(run))]
 
 
@@ -79,18 +79,18 @@ def part_counts(decoder: Decoder, kinds: Iterable[str]) -> dict[str, list[int]]:
 
 
 def kernels(block: Block) -> dict[str, nnx.Param]:
-    """The matrices that a block has, by name, in the order of the table."""
-    found = {}
+    """The matrices of a block, by name, in the order of the table."""
+    matrices = {}
     for name in axis_table.matrices():
         part, matrix = name.split(".")
         linear = getattr(getattr(block, part), matrix)
         if linear is not None:
-            found[name] = linear.kernel
-    return found
+            matrices[name] = linear.kernel
+    return matrices
 
 
 def replace_kernels(block: Block, new: Callable[[str, Array], Array]) -> Block:
-    """A block with every matrix W replaced by `new(name, W)`, the rest shared with the original."""
+    """A block with every matrix W replaced by `new(name, W)`; all other arrays are shared with the original."""
 
     def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
         name = axis_table.array_path(path)
@@ -100,7 +100,7 @@ def replace_kernels(block: Block, new: Callable[[str, Array], Array]) -> Block:
 
 
 def named_arrays(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Every array of a decoder, or of a tree with its structure, by its dotted path (`runs.0.attention.q.kernel`)."""
+    """Dotted path (`runs.0.attention.q.kernel`) and array of each leaf of a decoder, or of a tree of its structure."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield axis_table.array_path(path), leaf
 

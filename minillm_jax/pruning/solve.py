@@ -1,4 +1,4 @@
-"""Positive definite systems: float64 on the host, or float32 on the device."""
+"""Positive definite systems: in float64 on the host, or in float32 on the device."""
 
 import jax
 import jax.scipy.linalg
@@ -8,26 +8,26 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float
 
 from minillm_jax.model import ops
-
-SOLVERS = ("host", "device")
+from minillm_jax.settings import SOLVERS as SOLVERS
 
 
 def solve(
     matrix: Float[np.ndarray, "I I"], right: Float[np.ndarray, "I D"], floor: float, solver: str = "host"
 ) -> Float[np.ndarray, "I D"]:
-    """X with matrix · X = right, by Cholesky.
+    """The solution X of matrix · X = right, by a Cholesky factorisation.
+
+    Rounding can make a matrix indefinite. Its eigenvalues below `floor` are then raised to `floor`.
 
     Args:
-      matrix: symmetric; no eigenvalue is below `floor`, but for rounding.
+      matrix: a symmetric matrix whose eigenvalues are at least `floor`, up to rounding errors.
       right: the right-hand sides.
-      floor: the ridge in the matrix, positive; where rounding has made the matrix indefinite, eigenvalues are taken
-        for at least that.
-      solver: `host` (float64), or `device` (float32; what fails there is done on the host).
+      floor: the ridge that the matrix contains, positive.
+      solver: `host` (float64), or `device` (float32; a system that fails on the device is solved on the host).
     """
     if solver == "device":
-        found = np.asarray(_on_device(jnp.asarray(matrix, jnp.float32), jnp.asarray(right, jnp.float32)))
-        if np.isfinite(found).all():
-            return found.astype(np.float64)
+        solution = np.asarray(_on_device(jnp.asarray(matrix, jnp.float32), jnp.asarray(right, jnp.float32)))
+        if np.isfinite(solution).all():
+            return solution.astype(np.float64)
     try:
         return scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix), right)
     except np.linalg.LinAlgError:
@@ -36,7 +36,7 @@ def solve(
 
 
 def inverse(matrix: Float[np.ndarray, "I I"], floor: float, solver: str = "host") -> Float[np.ndarray, "I I"]:
-    """The inverse, symmetric; the arguments are those of `solve`."""
+    """The inverse of a symmetric matrix, symmetric up to rounding; the arguments are those of `solve`."""
     if solver == "device":
         return solve(matrix, np.eye(len(matrix)), floor, solver)
     factorise, invert = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (matrix,))
@@ -44,14 +44,14 @@ def inverse(matrix: Float[np.ndarray, "I I"], floor: float, solver: str = "host"
     if failed:
         return solve(matrix, np.eye(len(matrix)), floor)
     lower, _ = invert(factor, lower=True, overwrite_c=True)
-    lower += np.tril(lower, -1).T  # what dpotri leaves above the diagonal is the zeros of the factor
+    lower += np.tril(lower, -1).T  # dpotri writes the lower triangle only; the upper one holds zeros
     return lower
 
 
 def product(
     left: Float[np.ndarray, "I J"], right: Float[np.ndarray, "J K"], solver: str = "host"
 ) -> Float[np.ndarray, "I K"]:
-    """The matrix left · right, in the solver's type and place."""
+    """The product left · right, in the type of the solver and on its device."""
     if solver == "device":
         return np.asarray(_product_on_device(jnp.asarray(left, jnp.float32), jnp.asarray(right, jnp.float32)))
     return left @ right

@@ -115,8 +115,8 @@ def walk(
 ) -> list[Block]:
     """Every layer as `replace` returned it, each a run of one layer.
 
-    Memory at a time: two float32 residual streams of all windows (four with parallel sublayers), one layer's activations
-    of one batch, and the moments of one projection.
+    Memory at a time: two float32 residual streams of all windows (four with parallel sublayers), one layer's
+    activations of one batch, and the moments of one projection.
 
     Args:
       decoder: the dense model; computes in float32 whatever its type is.

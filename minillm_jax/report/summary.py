@@ -16,7 +16,7 @@ from minillm_jax.run import Result
 Summary = Mapping[str, Any]
 
 # The keys of the pruning record that are settings.
-SETTINGS = ("preset", "structures", "budget", "scoring", "refit", "calibration")
+SETTINGS = ("recipe", "structures", "budget", "scoring", "refit", "calibration")
 
 # How each output format is loaded.
 FORMAT_WORDS = {
@@ -56,7 +56,7 @@ class Row(NamedTuple):
 def result_json(result: Result) -> dict[str, Any]:
     """The summary of a pruning job, as one JSON object."""
     record = result.pruned.record or {}
-    costs = {"window": result.job.budget.window, "before": result.costs_before, "after": result.costs_after}
+    costs = {"window": result.job.recipe.budget.window, "before": result.costs_before, "after": result.costs_after}
     return {
         "base_model": record["base_model"],
         "output": result.job.output,
@@ -65,7 +65,7 @@ def result_json(result: Result) -> dict[str, Any]:
         "parameters_before": record["parameters_before"],
         "parameters_after": record["parameters_after"],
         "costs": costs,
-        "evaluation": result.job.evaluation,
+        "evaluation": result.job.recipe.evaluation.text,
         "perplexity_before": None if result.before is None else asdict(result.before),
         "perplexity_after": None if result.after is None else asdict(result.after),
         "whole": {kind: {"before": row["before"], "after": len(row["kept"])} for kind, row in record["whole"].items()},
@@ -144,10 +144,10 @@ def recipe(summary: Summary) -> list[tuple[str, str]]:
     settings = summary["settings"]
     scoring, refit, calibration = settings["scoring"], settings["refit"], settings["calibration"]
     method = refit["method"]
-    numbers = [] if method == "none" else [f"{k} {refit[k]:g}" for k in ("alpha", "ridge", "inner") if refit[k]]
+    numbers = [] if method == "none" else [f"{k} {refit[k]:g}" for k in ("alpha", "ridge", "inputs") if refit[k]]
     text = f"{calibration['samples']} windows of {calibration['length']} tokens of {short_name(calibration['source'])}"
     pairs = [
-        ("preset", settings["preset"] or "none"),
+        ("recipe", short_name(settings["recipe"])),
         ("criterion", scoring["criterion"]),
         ("removed structures", structures(summary)),
         ("budget", f"{amount(summary)}, {settings['budget']['allocation']} allocation"),
@@ -174,7 +174,7 @@ def amount(summary: Summary) -> str:
         measure, limit = budget["target"]
         return f"at most {limit:,.0f} {'bytes of memory' if measure == 'memory' else MEASURE_WORDS[measure]}"
     words = {"groups": structures(summary), "blocks": "the parameters of the layers", "model": "all parameters"}
-    return f"remove {100 * budget['ratio']:g} % of {words[budget['of']]}"
+    return f"remove {100 * budget['ratio']:g} % of {words[budget['ratio_of']]}"
 
 
 def advice(summary: Summary) -> str:

@@ -1,7 +1,6 @@
 """Tables and JSON of the command line, and the documents of a written folder."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -9,9 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from minillm_jax.evaluation.perplexity import Perplexity
-from minillm_jax.presets import COMMON, PRESETS
+from minillm_jax.plan import FEW_TOKENS_PER_CHANNEL, Plan
+from minillm_jax.recipes import recipe as recipes
 from minillm_jax.report import html, model_card, plots
-from minillm_jax.report.summary import FORMAT_WORDS, advice, result_json, rows, title
+from minillm_jax.report.summary import FORMAT_WORDS, advice, result_json, rows, short, short_name, size, title
 from minillm_jax.run import Result
 
 
@@ -57,25 +57,62 @@ def perplexity_table(model: str, source: str, measured: Perplexity) -> Table:
     return table
 
 
-def presets_json() -> dict[str, Any]:
-    """All recipes as one JSON object."""
-    return {name: {"words": preset.words, **preset.options} for name, preset in PRESETS.items()}
+def recipes_json() -> dict[str, Any]:
+    """All recipes as one JSON object: name -> summary, and the settings that differ from the defaults by section."""
+    loaded = {name: recipes.load(name) for name in recipes.names()}
+    return {name: {"summary": recipe.summary, **recipes.as_table(recipe)} for name, recipe in loaded.items()}
 
 
-def presets_table() -> Table:
-    """All recipes as a table: name, description, and the options that differ from the common ones."""
-    table = Table(title="presets", show_lines=True)
-    for heading in ("preset", "description", "options"):
+def recipes_table() -> Table:
+    """All recipes as a table: name, summary, and the settings that differ from the defaults."""
+    table = Table(title="recipes", show_lines=True)
+    for heading in ("recipe", "summary", "settings that differ from the defaults"):
         table.add_column(heading, overflow="fold")
-    for name, preset in PRESETS.items():
-        different = {option: value for option, value in preset.options.items() if COMMON.get(option) != value}
-        table.add_row(name, preset.words, _options(different))
-    common = (
-        "Options of every preset that sets no other value. Options not listed depend on the model or the criterion."
-    )
-    table.add_row("all", common, _options(COMMON))
+    for name in recipes.names():
+        recipe = recipes.load(name)
+        settings = [
+            f"{at}.{key} = {value}" for at, keys in recipes.as_table(recipe).items() for key, value in keys.items()
+        ]
+        table.add_row(name, recipe.summary, Text("\n".join(settings) or "none: the defaults"))
     return table
 
 
-def _options(options: Mapping[str, Any]) -> str:
-    return "\n".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None)
+def plan_table(plan: Plan) -> Table:
+    """The cost of a run before anything is loaded, as a table."""
+    table = Table(title=Text(f"plan: {short_name(plan.model)}, recipe {short_name(plan.recipe)}, {plan.devices}"))
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="left" if not heading else "right", overflow="fold")
+    names = {"parameters": "parameters", "macs": "MACs of a window", "memory": "weights, keys and values"}
+    write = {"parameters": "{:,}".format, "macs": short, "memory": size}
+    for measure, before in plan.costs_before.items():
+        after = "by scores or losses" if plan.costs_after is None else write[measure](plan.costs_after[measure])
+        table.add_row(names[measure], write[measure](before), after)
+    table.add_section()
+    for name, value in _plan_rows(plan):
+        table.add_row(name, "", value)
+    if plan.tokens_per_channel < FEW_TOKENS_PER_CHANNEL:
+        table.caption = Text(
+            f"{plan.tokens_per_channel:.2f} calibration tokens for each MLP channel are few: below "
+            f"{FEW_TOKENS_PER_CHANNEL:g} the ridge decides the refit. Give more --samples or a longer --seq-len."
+        )
+    return table
+
+
+def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
+    memory = size(plan.device_bytes)
+    if plan.fits is not None:
+        memory += f" of {size(plan.device_memory or 0)}: {'fits' if plan.fits else 'does not fit'}"
+    if plan.devices == "cpu":
+        places = [("memory of the process at its peak", f"{size(plan.device_bytes + plan.host_bytes)}")]
+    else:
+        places = [("memory of one device at its peak", memory), ("memory of the host beside it", size(plan.host_bytes))]
+    files = (
+        "per-layer folder, shapes by scores or losses" if plan.files is None else f"{plan.format}, {size(plan.files)}"
+    )
+    return [
+        ("calibration tokens", f"{plan.tokens:,}"),
+        ("calibration tokens for each MLP channel", f"{plan.tokens_per_channel:.2f}"),
+        ("floating-point operations", short(plan.flops)),
+        *places,
+        ("output", files),
+    ]

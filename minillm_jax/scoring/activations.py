@@ -1,4 +1,4 @@
-"""Activation statistics of every input feature, collected in one forward pass."""
+"""Norms of the activations of every input feature over the calibration windows, from one or two forward passes."""
 
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from minillm_jax.model.modules import Block
 
 ACTIVATION_NORMS = ("l2", "rms", "mean-abs", "std", "none")
 
-# For each run: matrix name -> one number for each layer and input feature, [L, inputs...].
+# For each run: name of a matrix -> one number for each layer and input feature, [L, inputs...].
 RunStatistics = list[dict[str, Float[Array, "L ..."]]]
 
 
@@ -24,8 +24,11 @@ def activation_norms(decoder: Decoder, batches: Batches, norm: str = "l2") -> Ru
     Args:
       decoder: the dense model.
       batches: calibration windows.
-      norm: `l2` (‖X_:i‖₂, as Wanda), `rms`, `mean-abs`, `std` (FLAP's fluctuation: the deviation from the mean; a
-        second pass over the windows), or `none` (ones).
+      norm: a name of `ACTIVATION_NORMS`: `l2`, ‖X_:i‖₂ (Wanda, arXiv 2306.11695); `rms`; `mean-abs`; `std`, the
+        standard deviation (the fluctuation of FLAP, arXiv 2312.11983), which takes a second pass; `none`, ones.
+
+    Returns:
+      For each run: name of a matrix -> [L, inputs...].
     """
     if norm != "std":
         sums = _totals(decoder, batches, "squares" if norm in ("l2", "rms") else "absolute")
@@ -36,11 +39,12 @@ def activation_norms(decoder: Decoder, batches: Batches, norm: str = "l2") -> Ru
 
 
 def _totals(decoder: Decoder, batches: Batches, power: str, means: RunStatistics | None = None) -> RunStatistics:
-    """The sums over all batches."""
+    """The sums of `_sums` over all batches."""
     return batches.total(lambda batch: _sums(decoder, batch.tokens, means, power=power))
 
 
 def _finish(sums: Array, norm: str, tokens: int) -> Array:
+    """The norm of every input feature from its sum over all tokens."""
     match norm:
         case "l2":
             return jnp.sqrt(sums)
@@ -55,9 +59,13 @@ def _finish(sums: Array, norm: str, tokens: int) -> Array:
 def _sums(
     decoder: Decoder, tokens: Int[Array, "B T"], means: RunStatistics | None = None, *, power: str
 ) -> RunStatistics:
-    """Sum over batch and positions of every input feature, less its mean where that is given, float32.
+    """The sum of every input feature over the tokens of a batch, float32.
 
-    `power` is `plain`, `absolute` or `squares`: of what the sum is taken.
+    Args:
+      decoder: the model.
+      tokens: token ids of the batch.
+      means: mean of every input feature, which is subtracted first; nothing is subtracted if None.
+      power: the terms of the sum: the features (`plain`), their absolute values (`absolute`), or their `squares`.
     """
     angles = rotary_angles(decoder, tokens.shape[1])
     apply = {"plain": lambda x: x, "absolute": jnp.abs, "squares": jnp.square}[power]
@@ -66,8 +74,8 @@ def _sums(
         x32 = x.astype(jnp.float32)
         return jnp.sum(apply(x32 if mean is None else x32 - jnp.broadcast_to(mean, x32.shape)), axis=(0, 1))
 
-    def step(x: Array, block: Block, layer: Array, own: Any) -> tuple[Array, dict[str, Array]]:
+    def step(x: Array, block: Block, layer: Array, of_layer: Any) -> tuple[Array, dict[str, Array]]:
         x, inputs = apply_layer(block, decoder.config, x, angles)
-        return x, {name: total(value, None if own is None else own[name]) for name, value in inputs.items()}
+        return x, {name: total(value, None if of_layer is None else of_layer[name]) for name, value in inputs.items()}
 
     return scan_layers(decoder.runs, step, embed(decoder, tokens), per_layer=means)[1]

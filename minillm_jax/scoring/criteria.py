@@ -1,25 +1,26 @@
-"""Criteria: a group gets one number.
+"""Criteria: how a group gets one number.
 
-A criterion is data: which factors make the importance of a single weight, which matrices count, and how the
-importances of a structure (one matrix's part in a group) and the structures of a group are reduced.
+A criterion is data: the factors of the importance of a single weight, the matrices that count, and the reductions over
+the weights of a structure (one matrix's part in a group) and over the structures of a group.
 
     FMS(W_ij) = |W_ij| · ‖X_:i‖₂ · |ĝ_ij|        i: input feature
 
 is a working definition. The paper (MINI-LLM, arXiv 2407.11681) names the three factors and the maximum over the
-structures of a group; its literal equation was not at hand.
+structures of a group; its literal equation was not available.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
+from minillm_jax.data.windows import check_seed
+from minillm_jax.errors import InputError, one_of
 from minillm_jax.model import axis_table
-
-WITHIN = ("sum", "mean", "max", "l2", "vector", "standardised")
-ACROSS = ("max", "sum", "mean", "prod", "last")
+from minillm_jax.settings import ACROSS, ACTIVATION_NORMS, FACTORS, WITHIN, Scoring
+from minillm_jax.settings import CRITERIA as NAMES
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,16 @@ class Criterion:
     """How groups are scored.
 
     Attributes:
-      factors: of `magnitude` W, `activation` (the norm of the input feature), `gradient` ĝ, `noise`, which puts fresh
-        noise in the place of ĝ, and `curvature`, the second order (see `importance`); or alone, from the derivative by
-        a factor on the whole group (its matrices are not looked at), `gate`, |∂L/∂gate|, or `gate-square`, the sum of
-        the squares of each sequence's part of it; or `obs`, the error that is left when the other groups take over as
-        well as they can, which is found while pruning (`shrink.obs`); empty for scores drawn at random.
+      factors: of the importance of a weight: `magnitude` W, `activation` (the norm of the input feature), `gradient` ĝ,
+        `noise` (noise in the place of ĝ), and `curvature`, the second order (see `importance`). Or one of these alone:
+        `gate`, |∂L/∂gate| of a factor on the whole group; `gate-square`, the sum of the squares of each sequence's part
+        of it; `obs`, the error after the refit, which is known while pruning only (`pruning.removal_order`). Empty for
+        random scores.
       within: reduction over the weights of a structure.
       across: reduction over the structures of a group, in the order of the forward pass.
       outputs_only: score only the output projections (attention.o, mlp.down), as Wanda-sp does.
-      norm: of the input features, where nothing else is asked for.
-      difference: how the gradient is found, where nothing else is asked for.
+      norm: of the input features.
+      estimator: of the gradient, where the user names none.
     """
 
     factors: tuple[str, ...]
@@ -44,56 +45,114 @@ class Criterion:
     across: str = "max"
     outputs_only: bool = False
     norm: str = "l2"
-    difference: str = "spsa"
+    estimator: str = "spsa"
 
     @property
-    def estimates(self) -> bool:
-        """Whether it takes a gradient."""
+    def takes_gradient(self) -> bool:
+        """Whether it reads a gradient."""
         return self.by_gates or self.curved or "gradient" in self.factors
 
     @property
     def by_gates(self) -> bool:
-        """Whether it takes the gradient by gates."""
+        """Whether it reads the gradient by gates."""
         return bool({"gate", "gate-square"} & set(self.factors))
 
     @property
     def curved(self) -> bool:
-        """Whether it takes the squared gradients of single sequences, which only the exact gradient has."""
+        """Whether it reads the squared gradients of single sequences, which only the exact gradient has."""
         return "curvature" in self.factors
+
+    @property
+    def while_pruning(self) -> bool:
+        """Whether it chooses groups while they are removed and gives no scores."""
+        return "obs" in self.factors
+
+    @property
+    def by_weights(self) -> bool:
+        """Whether it scores single weights, which are then reduced to groups."""
+        return bool(self.factors) and not (self.by_gates or self.while_pruning)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether its scores depend on calibration text."""
+        return self.takes_gradient or self.while_pruning or ("activation" in self.factors and self.norm != "none")
 
 
 def _taylor(*factors: str, within: str = "sum") -> Criterion:
-    """A criterion of LLM-Pruner (arXiv 2305.11627): the change of the loss, expanded, summed over a group."""
-    return Criterion(("magnitude", *factors), within, across="sum", difference="exact")
+    """A criterion of LLM-Pruner (arXiv 2305.11627): the Taylor expansion of the loss, summed over a group."""
+    return Criterion(("magnitude", *factors), within, across="sum", estimator="exact")
 
 
 CRITERIA = {
-    "fms": Criterion(("magnitude", "activation", "gradient")),
-    "noise": Criterion(("magnitude", "activation", "noise")),
+    "obs": Criterion(("obs",)),
     "wanda": Criterion(("magnitude", "activation"), outputs_only=True),
     "flap": Criterion(("magnitude", "activation"), "standardised", outputs_only=True, norm="std"),
+    "fms": Criterion(("magnitude", "activation", "gradient")),
     "magnitude": Criterion(("magnitude",), within="l2"),
     "magnitude-l1": Criterion(("magnitude",)),
     "vector": _taylor("gradient", within="vector"),
     "element-1": _taylor("gradient"),
     "element-2": _taylor("curvature"),
     "mixed": _taylor("gradient", "curvature"),
-    "gate": Criterion(("gate",), difference="jvp"),
-    "gate-square": Criterion(("gate-square",), difference="jvp"),
-    "obs": Criterion(("obs",)),
+    "gate": Criterion(("gate",), estimator="jvp"),
+    "gate-square": Criterion(("gate-square",), estimator="jvp"),
     "random": Criterion(()),
+    "noise": Criterion(("magnitude", "activation", "noise")),
 }
+assert tuple(CRITERIA) == NAMES, "the command line names these criteria"
 
-# The factors of fms, which it can also be asked to leave out.
-FMS_FACTORS = CRITERIA["fms"].factors
+
+def resolve(scoring: Scoring, hidden: bool = False) -> Criterion:
+    """The criterion of some settings, with the user's reductions, norm and factors in the place of its own.
+
+    Reads no more of the settings than the criterion uses.
+
+    Args:
+      scoring: the settings.
+      hidden: hidden dimensions are scored too.
+
+    Raises:
+      InputError: a name is unknown, or two settings do not suit each other.
+    """
+    one_of("criterion", scoring.criterion, CRITERIA)
+    criterion = CRITERIA[scoring.criterion]
+    if scoring.criterion == "fms":
+        criterion = replace(criterion, factors=_factors(scoring.factors))
+    if criterion.by_gates and "query" in scoring.kinds:
+        raise InputError(f"the criterion {scoring.criterion} has gates for whole key/value heads, not for query heads")
+    if not criterion.factors or "noise" in criterion.factors:
+        check_seed(scoring.seed)
+    return _with_reductions(criterion, scoring, hidden) if criterion.by_weights else criterion
+
+
+def _factors(factors: tuple[str, ...] | None) -> tuple[str, ...]:
+    if factors is None:
+        return FACTORS
+    if not factors or len(set(factors)) < len(factors):
+        raise InputError("fms needs at least one factor, and each factor once")
+    for factor in factors:
+        one_of("factor", factor, FACTORS)
+    return factors
+
+
+def _with_reductions(criterion: Criterion, scoring: Scoring, hidden: bool) -> Criterion:
+    changes = {"within": scoring.within or criterion.within}
+    one_of("reduction within a structure", changes["within"], WITHIN)
+    if "activation" in criterion.factors:
+        changes["norm"] = scoring.activation_norm or criterion.norm
+        one_of("activation norm", changes["norm"], ACTIVATION_NORMS)
+    if hidden or not criterion.outputs_only:  # a group has one output projection, and nothing to reduce over
+        changes["across"] = scoring.across or criterion.across
+        one_of("reduction across structures", changes["across"], ACROSS)
+    return replace(criterion, **changes)
 
 
 def scored_matrices(criterion: Criterion, kind: str) -> dict[str, str]:
     """The matrices whose structures a criterion scores for a kind of group, and their axes."""
-    found = axis_table.structures(kind)
+    matrices = axis_table.structures(kind)
     if criterion.outputs_only:
-        return {name: axes for name, axes in found.items() if axes.endswith(" D")}
-    return found
+        return {name: axes for name, axes in matrices.items() if axes.endswith(" D")}
+    return matrices
 
 
 def importance(
@@ -102,27 +161,27 @@ def importance(
     slope: Float[Array, "..."] | None = None,
     curvature: Float[Array, "..."] | None = None,
 ) -> Float[Array, "..."]:
-    """What each weight counts for, with its sign, float32: W times the norm of its input feature times ĝ.
+    """The importance of each weight, with its sign, float32: W times the norm of its input feature times ĝ.
 
-    Each factor only where it is given. With the curvature F, the mean square of the gradients of single sequences
+    Factors that are None are left out. With the curvature F, the mean square of the gradients of single sequences
     (LLM-Pruner's stand-in for the diagonal of the Hessian): W F W alone, W ĝ − ½ W F W with a gradient.
     """
-    weights = found = kernel.astype(jnp.float32)
+    weights = first = kernel.astype(jnp.float32)
     if norm is not None:
-        outputs = (1,) * (found.ndim - norm.ndim)
-        found = found * jnp.broadcast_to(norm.reshape(*norm.shape, *outputs), found.shape)
-    found = found if slope is None else found * slope
+        outputs = (1,) * (first.ndim - norm.ndim)
+        first = first * jnp.broadcast_to(norm.reshape(*norm.shape, *outputs), first.shape)
+    first = first if slope is None else first * slope
     if curvature is None:
-        return found
+        return first
     second = weights * curvature * weights
-    return second if slope is None else found - 0.5 * second
+    return second if slope is None else first - 0.5 * second
 
 
 def gate_importance(slopes: Float[np.ndarray, "B groups"], criterion: Criterion) -> Float[np.ndarray, " groups"]:
     """From each sequence's part of ∂L/∂gate, float64.
 
-    `gate`: to first order, how much the loss changes when the group goes, in either direction. `gate-square`: to second
-    order where the first vanishes, with the empirical Fisher information for the curvature.
+    `gate` is the first-order change of the loss when the group is removed, as an absolute value. `gate-square` is the
+    second-order change where the first order vanishes, with the empirical Fisher information as the curvature.
     """
     slopes = np.asarray(slopes, np.float64)
     return np.square(slopes).sum(axis=0) if "gate-square" in criterion.factors else np.abs(slopes.sum(axis=0))
@@ -131,7 +190,7 @@ def gate_importance(slopes: Float[np.ndarray, "B groups"], criterion: Criterion)
 def reduce_structure(
     values: Float[Array, "..."], axes: str, kind: str, count: int, within: str
 ) -> Float[Array, " count"]:
-    """The importance of each group's part in one matrix, from what its weights count for, with their signs.
+    """The importance of each group's part in one matrix, from the signed importance of its weights.
 
     `sum`, `mean`, `max` and `l2` are of absolute values; `vector` is the absolute value of the sum. `standardised` is
     FLAP's (arXiv 2312.11983): the sum of squares of each feature that the groups slice, in standard deviations from the
@@ -158,9 +217,9 @@ def _standardised(values: Float[Array, "..."], axes: str, kind: str, count: int)
     others = tuple(i for i, letter in enumerate(axis_table.letters(axes)) if letter not in side)
     features = jnp.sum(jnp.square(values), axis=others).ravel()
     spread = jnp.std(features, ddof=1)
-    # Features that are all alike are no better or worse than each other.
-    found = (features - jnp.mean(features)) / jnp.where(spread > 0, spread, 1)
-    return jnp.mean(found.reshape(count, -1), axis=1)
+    # Equal features have a spread of zero and standardised values of zero.
+    standardised = (features - jnp.mean(features)) / jnp.where(spread > 0, spread, 1)
+    return jnp.mean(standardised.reshape(count, -1), axis=1)
 
 
 def reduce_group(structures: Float[np.ndarray, "structures *rest"], across: str) -> Float[np.ndarray, "*rest"]:

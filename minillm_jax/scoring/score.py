@@ -1,4 +1,4 @@
-"""Scores of all groups: where what the forward passes tell and the criteria meet."""
+"""Scores of all groups: activation norms and gradients from forward passes, put together by a criterion."""
 
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -10,9 +10,9 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax.data.windows import Calibration, check_seed
+from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import sharding
-from minillm_jax.errors import InputError, one_of
+from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
@@ -20,95 +20,26 @@ from minillm_jax.model.modules import Block, depth
 from minillm_jax.model.tree import group_count, group_counts, hidden_size, kernels, layer_count, run_letters
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.scoring import criteria
-from minillm_jax.scoring.activations import ACTIVATION_NORMS, RunStatistics, activation_norms
-from minillm_jax.scoring.criteria import CRITERIA, Criterion
+from minillm_jax.scoring.activations import RunStatistics, activation_norms
+from minillm_jax.scoring.criteria import Criterion
 from minillm_jax.scoring.gradient import directions
+from minillm_jax.scoring.gradient import settings as gradient_settings
 from minillm_jax.scoring.gradient.estimate import Estimate, estimate, gate_slopes
 from minillm_jax.scoring.gradient.exact import RunGradients
 from minillm_jax.scoring.gradient.rebuild import rebuild
-from minillm_jax.scoring.gradient.settings import Estimation
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How groups are scored; what is not said is the paper's.
-
-    Attributes:
-      criterion: one of `select.criteria.CRITERIA`: fms, wanda, flap, magnitude, magnitude-l1; vector, element-1,
-        element-2, mixed (LLM-Pruner); gate, gate-square; obs (structured OBS, which chooses while it prunes); random,
-        or noise (fms with ĝ replaced by noise: the control).
-      estimation: of the gradient, used by fms and LLM-Pruner's criteria and, in the space of gates, by gate.
-      activation_norm: l2, rms, mean-abs, std or none; the criterion's own by default.
-      within: reduction inside a structure (sum, mean, max, l2); the criterion's own by default.
-      across: reduction over the structures of a group (max, sum, mean, prod, last); the criterion's own by default.
-      seed: of noise and random scores.
-      factors: those of fms that are multiplied, of magnitude, activation and gradient; all by default.
-      kinds: of groups that are scored: `head` (key/value heads with their query heads) or `query` (query heads), and
-        `channel`.
-    """
-
-    criterion: str = "fms"
-    estimation: Estimation = field(default_factory=Estimation)
-    activation_norm: str | None = None
-    within: str | None = None
-    across: str | None = None
-    seed: int = 0
-    factors: tuple[str, ...] | None = None
-    kinds: tuple[str, ...] = axis_table.KINDS
-
-    def resolve(self) -> tuple[Criterion, Estimation]:
-        """The criterion with its reductions, and the estimate in the space that it takes.
-
-        Raises:
-          InputError: a name is unknown, a number out of its range, or two settings do not go together.
-        """
-        one_of("criterion", self.criterion, CRITERIA)
-        check_seed(self.seed)
-        own = CRITERIA[self.criterion]
-        asked = {"within": self.within, "across": self.across, "norm": self.activation_norm, "factors": self.factors}
-        found = replace(own, **{name: value for name, value in asked.items() if value is not None})
-        one_of("activation norm", found.norm, ACTIVATION_NORMS)
-        one_of("reduction within a structure", found.within, criteria.WITHIN)
-        one_of("reduction across structures", found.across, criteria.ACROSS)
-        if self.factors is not None:
-            self._check_factors(self.factors)
-        if found.by_gates and "query" in self.kinds:
-            raise InputError(f"the criterion {self.criterion} has gates for whole key/value heads, not for query heads")
-        return found, self._estimation(found)
-
-    def _check_factors(self, factors: tuple[str, ...]) -> None:
-        if self.criterion != "fms":
-            raise InputError(f"only the criterion fms is a product whose factors can be chosen, not {self.criterion}")
-        if not factors or len(set(factors)) < len(factors):
-            raise InputError("fms needs at least one factor, and each of them once")
-        for factor in factors:
-            one_of("factor", factor, criteria.FMS_FACTORS)
-
-    def _estimation(self, criterion: Criterion) -> Estimation:
-        by_gates = criterion.by_gates
-        space, difference = "gates" if by_gates else "weights", criterion.difference
-        asked = self.estimation
-        resolved = replace(asked, space=asked.space or space, difference=asked.difference or difference).resolve()
-        if criterion.estimates and by_gates != (resolved.space == "gates"):
-            known = "gates" if by_gates else "weights or low-rank"
-            raise InputError(f"the criterion {self.criterion} takes directions in the space {known}")
-        if criterion.curved and resolved.difference != "exact":
-            raise InputError(
-                f"the criterion {self.criterion} takes the squared gradients of single windows, which only the exact "
-                "gradient has; use --difference exact, or element-1"
-            )
-        return replace(resolved, curvature=criterion.curved)
+from minillm_jax.scoring.gradient.settings import draw, space_of
+from minillm_jax.settings import Estimation, Scoring
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One number for every group: kind -> layer -> [groups], higher stays.
+    """One number for every group: kind -> layer -> [groups]. Groups with higher scores are kept.
 
     Attributes:
       groups: the scores.
-      settings: what they were made with, for the record.
-      calibration: what they were made on, for the record.
-      estimate: of the gradient, when the criterion takes one.
+      settings: the settings that made them, for the record.
+      calibration: the windows that they were made on, for the record.
+      estimate: of the gradient, for criteria that read one.
     """
 
     groups: dict[str, list[np.ndarray]]
@@ -117,23 +48,74 @@ class Scores:
     estimate: Estimate | None = None
 
     @property
-    def on_the_way(self) -> bool:
-        """Whether the groups are chosen while they are removed: there are no scores then."""
-        return self.settings.get("criterion") == "obs"
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of groups that have scores."""
+        return tuple(self.groups)
+
+
+@dataclass(frozen=True)
+class ChosenWhilePruning:
+    """In the place of scores, for structured OBS: the groups are chosen layer by layer while they are removed.
+
+    Attributes:
+      kinds: the kinds of groups that are removed.
+      settings: as in `Scores`.
+      calibration: as in `Scores`.
+    """
+
+    kinds: tuple[str, ...]
+    settings: dict[str, Any]
+    calibration: dict[str, Any]
+
+    @property
+    def estimate(self) -> None:
+        """Structured OBS reads no gradient."""
+        return
 
 
 # The least score, the quartiles and the largest.
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def summaries(scores: Scores) -> dict[str, list[list[float]]] | None:
+def summaries(scores: Scores | ChosenWhilePruning) -> dict[str, list[list[float]]] | None:
     """Five numbers for the scores of every layer, by kind: `QUANTILES`. None where there are no scores."""
-    if scores.on_the_way:
+    if isinstance(scores, ChosenWhilePruning):
         return None
     return {
         kind: [np.quantile(np.asarray(values, np.float64), QUANTILES).tolist() for values in rows]
         for kind, rows in scores.groups.items()
     }
+
+
+def resolve(scoring: Scoring, hidden: bool = False) -> tuple[Criterion, Estimation | None]:
+    """The criterion of some settings, and the gradient estimate that it reads; None where it reads none.
+
+    Raises:
+      InputError: a name is unknown, a number out of its range, or two settings do not suit each other.
+    """
+    criterion = criteria.resolve(scoring, hidden)
+    return criterion, resolve_gradient(scoring.criterion, criterion, scoring.estimation)
+
+
+def resolve_gradient(name: str, criterion: Criterion, estimation: Estimation) -> Estimation | None:
+    """The gradient estimate that a criterion of that name reads; None where it reads none.
+
+    Raises:
+      InputError: see `gradient.settings.resolve`; or the criterion does not take such an estimate.
+    """
+    if not criterion.takes_gradient:
+        return None
+    space = "gates" if criterion.by_gates else "weights"
+    resolved = gradient_settings.resolve(estimation, criterion.estimator, space)
+    if criterion.by_gates != (resolved.space == "gates"):
+        known = "gates" if criterion.by_gates else "weights or low-rank"
+        raise InputError(f"the criterion {name} takes directions in the space {known}, not {resolved.space}")
+    if criterion.curved and resolved.estimator != "exact":
+        raise InputError(
+            f"the criterion {name} takes the squared gradients of single windows, which only the exact gradient has; "
+            "use --estimator exact, or the criterion element-1"
+        )
+    return replace(resolved, curvature=criterion.curved)
 
 
 def score(
@@ -142,55 +124,54 @@ def score(
     scoring: Scoring | None = None,
     progress: StageProgress | None = None,
     checkpoint: str | Path | None = None,
-) -> Scores:
-    """Score every head (with its key/value group) and every MLP channel of every layer.
+) -> Scores | ChosenWhilePruning:
+    """Score every group of every layer.
 
     Args:
       model: the dense model.
       calibration: windows to run it on.
       scoring: the criterion and its settings.
-      progress: told how far each stage is.
-      checkpoint: folder from which an interrupted estimate of the gradient goes on (see `estimate.loop`).
+      progress: called with how far each stage is.
+      checkpoint: folder from which an interrupted gradient estimate continues (see `gradient.estimate`).
 
     Raises:
       InputError: a setting is out of its range, or the estimate is not finite.
     """
     scoring = scoring or Scoring()
-    criterion, estimation = scoring.resolve()
-    found = None
-    if criterion.estimates:
-        told = partial(tell, progress, "directions")
-        found = estimate(model.decoder, calibration.batches, estimation, told, checkpoint)
-    return scores_from(model, calibration, scoring, found, progress)
+    _, estimation = resolve(scoring)
+    gradient = None
+    if estimation is not None:
+        directions_done = partial(tell, progress, "directions")
+        gradient = estimate(model.decoder, calibration.batches, estimation, directions_done, checkpoint)
+    return scores_from(model, calibration, scoring, gradient, progress)
 
 
 def scores_from(
     model: Model,
     calibration: Calibration,
     scoring: Scoring,
-    found: Estimate | None,
+    gradient: Estimate | None,
     progress: StageProgress | None = None,
-) -> Scores:
-    """The scores that follow from an estimate of the gradient, None for criteria that take none.
+) -> Scores | ChosenWhilePruning:
+    """The scores that follow from a gradient estimate; None for criteria that read no gradient.
 
     Raises:
       InputError: a setting is out of its range.
     """
-    criterion, estimation = scoring.resolve()
-    decoder = model.decoder
-    used = estimation if found is None else found.settings
+    criterion, estimation = resolve(scoring)
+    decoder, drawn_on = model.decoder, calibration.record()
+    used = estimation or scoring.estimation if gradient is None else gradient.settings
     settings = asdict(replace(scoring, estimation=used)) | asdict(criterion)
+    if criterion.while_pruning:
+        return ChosenWhilePruning(scoring.kinds, settings, drawn_on)
     if not criterion.factors:
-        return Scores(_random_scores(decoder, scoring), settings, calibration.record())
-    if "obs" in criterion.factors:  # the groups are chosen while they are removed, layer after layer
-        flat = {kind: [np.zeros(count) for count in group_counts(decoder, kind)] for kind in scoring.kinds}
-        return Scores(flat, settings, calibration.record())
-    if found is not None and criterion.by_gates:
-        return Scores(_gate_scores(decoder, found, criterion, scoring.kinds), settings, calibration.record(), found)
+        return Scores(_random_scores(decoder, scoring), settings, drawn_on)
+    if gradient is not None and criterion.by_gates:
+        return Scores(_gate_scores(decoder, gradient, criterion, scoring.kinds), settings, drawn_on, gradient)
     norms = _norms(decoder, calibration, criterion, progress)
-    slopes = _slopes(decoder, criterion, scoring, found)
+    slopes = _slopes(decoder, criterion, scoring, gradient)
     scores = _score_matrices(decoder, norms, slopes, criterion, scoring.kinds, progress)
-    return Scores(scores, settings, calibration.record(), found)
+    return Scores(scores, settings, drawn_on, gradient)
 
 
 def hidden_scores(
@@ -201,48 +182,47 @@ def hidden_scores(
     Raises:
       InputError: a setting is out of its range, or the criterion has no scores for hidden dimensions.
     """
-    criterion, estimation = scoring.resolve()
-    check_hidden(scoring)
+    criterion, estimation = resolve(scoring, hidden=True)
+    check_hidden(scoring.criterion, criterion)
     decoder = model.decoder
     if not criterion.factors:
         return criteria.random_scores(directions.stream_key(scoring.seed, "random"), 0, "hidden", hidden_size(decoder))
-    told = partial(tell, progress, "directions")
-    found = estimate(decoder, calibration.batches, estimation, told) if criterion.estimates else None
+    directions_done = partial(tell, progress, "directions")
+    gradient = None if estimation is None else estimate(decoder, calibration.batches, estimation, directions_done)
     norms = _norms(decoder, calibration, criterion, progress)
-    slopes = _slopes(decoder, criterion, scoring, found)
+    slopes = _slopes(decoder, criterion, scoring, gradient)
     (rows,) = _score_matrices(decoder, norms, slopes, criterion, ("hidden",), progress).values()
     return criteria.reduce_group(np.stack(rows), criterion.across)
 
 
-def check_hidden(scoring: Scoring) -> None:
-    """Whether a criterion has scores for hidden dimensions.
+def check_hidden(name: str, criterion: Criterion) -> None:
+    """Check that the criterion of that name has scores for hidden dimensions.
 
     Raises:
-      InputError: it has not.
+      InputError: it has none.
     """
-    criterion, _ = scoring.resolve()
-    if "obs" in criterion.factors or criterion.by_gates or criterion.within == "standardised":
+    if criterion.while_pruning or criterion.by_gates or criterion.within == "standardised":
         raise InputError(
-            f"the criterion {scoring.criterion} has no scores for hidden dimensions; use wanda, magnitude, fms or "
-            "element-1, for example"
+            f"the criterion {name} has no scores for hidden dimensions; use wanda, magnitude, fms or element-1, "
+            "for example"
         )
 
 
 def _norms(
     decoder: Decoder, calibration: Calibration, criterion: Criterion, progress: StageProgress | None
 ) -> RunStatistics | None:
-    """The norms of the input features, for criteria that take them."""
+    """The norms of the input features, for criteria that read them."""
     if "activation" not in criterion.factors or criterion.norm == "none":
         return None
-    found = activation_norms(decoder, calibration.batches, criterion.norm)
+    norms = activation_norms(decoder, calibration.batches, criterion.norm)
     tell(progress, "activations", 1, 1)
-    return found
+    return norms
 
 
 def _gate_scores(
-    decoder: Decoder, found: Estimate, criterion: Criterion, kinds: tuple[str, ...]
+    decoder: Decoder, gradient: Estimate, criterion: Criterion, kinds: tuple[str, ...]
 ) -> dict[str, list[np.ndarray]]:
-    runs = gate_slopes(decoder, found)
+    runs = gate_slopes(decoder, gradient)
     return {
         kind: [criteria.gate_importance(layer, criterion) for run in runs for layer in sharding.gather(run[kind])]
         for kind in kinds
@@ -251,9 +231,9 @@ def _gate_scores(
 
 @dataclass(frozen=True)
 class _Slopes:
-    """What ĝ of a matrix is made from: keys and projected gradients, the key of the noise, or the exact gradient.
+    """The source of ĝ of a matrix: keys and projected gradients, the key of the noise, or the exact gradient.
 
-    Beside it the mean square of single windows' exact gradients, where the criterion takes it.
+    `curvature` is the mean square of the exact gradients of single windows, for criteria that read it.
     """
 
     traced: dict[str, Any] = field(default_factory=dict)
@@ -262,16 +242,17 @@ class _Slopes:
     space: Any = None
 
 
-def _slopes(decoder: Decoder, criterion: Criterion, scoring: Scoring, found: Estimate | None) -> _Slopes:
+def _slopes(decoder: Decoder, criterion: Criterion, scoring: Scoring, gradient: Estimate | None) -> _Slopes:
     if "noise" in criterion.factors:
         return _Slopes({"noise": directions.stream_key(scoring.seed, "noise")})
-    if found is None:
+    if gradient is None:
         return _Slopes()
-    if found.projected is None:
-        return _Slopes(exact=found.exact if "gradient" in criterion.factors else None, curvature=found.curvature)
-    drawn = found.settings.draw(decoder, 0, len(found.projected))
-    projected = jnp.asarray(found.projected.sum(axis=1), jnp.float32)
-    return _Slopes({"directions": drawn, "projected": projected}, space=found.settings.make_space())
+    if gradient.projected is None:
+        exact = gradient.exact if "gradient" in criterion.factors else None
+        return _Slopes(exact=exact, curvature=gradient.curvature)
+    drawn = draw(gradient.settings, decoder, 0, len(gradient.projected))
+    projected = jnp.asarray(gradient.projected.sum(axis=1), jnp.float32)
+    return _Slopes({"directions": drawn, "projected": projected}, space=space_of(gradient.settings))
 
 
 def _score_matrices(
@@ -282,33 +263,33 @@ def _score_matrices(
     kinds: tuple[str, ...],
     progress: StageProgress | None,
 ) -> dict[str, list[np.ndarray]]:
-    found: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
+    scores: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
     first = 0
     for position, run in enumerate(decoder.runs):
-        own = [None if of is None else of[position] for of in (norms, slopes.exact, slopes.curvature)]
-        for kind, values in _score_run(run, first, own, slopes, criterion, kinds).items():
-            found[kind].extend(values)
+        of_run = [None if of is None else of[position] for of in (norms, slopes.exact, slopes.curvature)]
+        for kind, values in _score_run(run, first, of_run, slopes, criterion, kinds).items():
+            scores[kind].extend(values)
         first += depth(run)
         tell(progress, "scores", first, layer_count(decoder))
-    return found
+    return scores
 
 
 def _score_run(
     run: Block,
     first: int,
-    own: list[dict[str, Array] | None],
+    of_run: list[dict[str, Array] | None],
     slopes: _Slopes,
     criterion: Criterion,
     kinds: tuple[str, ...],
 ) -> dict[str, np.ndarray]:
     """The scores of one run of equal layers that begins at layer `first`: kind -> [L, groups]."""
     layers = jnp.arange(first, first + depth(run), dtype=jnp.int32)
-    found = {}
+    scores = {}
     for kind in kinds:
         structures = [
             _score_structure(
                 kernels(run)[name][...],
-                *(None if values is None else values[name] for values in own),
+                *(None if values is None else values[name] for values in of_run),
                 layers,
                 slopes.traced,
                 name=name,
@@ -320,8 +301,8 @@ def _score_run(
             for name in criteria.scored_matrices(criterion, kind)
             if name in kernels(run)
         ]
-        found[kind] = criteria.reduce_group(np.stack([sharding.gather(part) for part in structures]), criterion.across)
-    return found
+        scores[kind] = criteria.reduce_group(np.stack([sharding.gather(part) for part in structures]), criterion.across)
+    return scores
 
 
 @partial(jax.jit, static_argnames=("name", "kind", "count", "criterion", "space"))
@@ -341,8 +322,8 @@ def _score_structure(
 ) -> Float[Array, "L groups"]:
     """The score of each group's part in one matrix, for every layer of a run.
 
-    One matrix of one layer at a time: ĝ is rebuilt, used and forgotten, so this takes the memory of the weights and a
-    few times that of one matrix.
+    Matrices of single layers are scored one after the other, and ĝ is rebuilt for each: the memory is that of the
+    weights and a few times that of one matrix.
     """
     axes = axis_table.matrices()[name]
 

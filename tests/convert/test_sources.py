@@ -317,14 +317,14 @@ def test_pytorch_files_are_downloaded_only_without_safetensors(
     remote = ["config.json", "pytorch_model-00001-of-00001.bin", TORCH_INDEX, "training_args.bin"]
     remote += ["model-00001-of-00001.safetensors", INDEX] if safe else []
 
-    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
         for file in remote:
             if any(Path(file).match(pattern) for pattern in allow_patterns):
                 (tmp_path / file).write_text("")
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert locate("owner/name") == tmp_path
+    assert locate("owner/name") == (tmp_path, None)
     fetched = {file.name for file in tmp_path.iterdir()}
     assert fetched == {"config.json", *(remote[4:] if safe else remote[1:3])}
 

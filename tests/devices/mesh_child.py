@@ -32,8 +32,8 @@ from minillm_jax.scoring.activations import activation_norms
 from minillm_jax.scoring.gradient import directions, slopes
 from minillm_jax.scoring.gradient.directions import Directions
 from minillm_jax.scoring.gradient.estimate import estimate
-from minillm_jax.scoring.gradient.settings import Estimation
 from minillm_jax.scoring.gradient.spaces import Gates, LowRank, Space, Weights
+from minillm_jax.settings import Estimation
 
 CONFIG = DecoderConfig("llama", 1e-5, Rope(10000.0))
 EVEN = Sizes(V=64, D=32, H=4, layers=(LayerSizes(N=16, K=8, F=64),) * 2)
@@ -114,7 +114,7 @@ def plain(count: int) -> Directions:
 # What whole estimates are made with on several devices.
 ESTIMATES = {
     "spsa": Estimation(directions=4, distribution="rademacher", epsilon=1e-2),
-    "jvp": Estimation("jvp", "gates", 4, per_sequence=True, per_step=2),
+    "jvp": Estimation("jvp", "gates", 4, per_sequence=True, directions_per_step=2),
 }
 
 

@@ -1,4 +1,4 @@
-"""Slicing a group away equals zeroing it, in every array and in the logits."""
+"""A sliced model equals the dense model with zeros in the removed groups, in every array and in the logits."""
 
 import dataclasses
 from pathlib import Path
@@ -33,7 +33,7 @@ BIASED = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
 
 
 def zeroed(decoder: Decoder, kept: dict[str, list[np.ndarray]]) -> Decoder:
-    """The dense model with what feeds back from the groups that go set to zero: written without the table."""
+    """The dense model with zeros in the rows of the output projections of removed groups, without the table of axes."""
     decoder = jax.tree.map(lambda leaf: leaf, decoder)
     layer = 0
     for run in decoder.runs:
@@ -54,8 +54,8 @@ def random_kept(decoder: Decoder, seed: int, equal: bool) -> dict[str, list[np.n
     kept = {}
     for kind in axis_table.KINDS:
         counts = group_counts(decoder, kind)
-        stay = rng.integers(1, counts[0] + 1)
-        chosen = [rng.choice(n, stay if equal else rng.integers(1, n + 1), replace=False) for n in counts]
+        count = rng.integers(1, counts[0] + 1)
+        chosen = [rng.choice(n, count if equal else rng.integers(1, n + 1), replace=False) for n in counts]
         kept[kind] = [np.sort(indices) for indices in chosen]
     return kept
 
@@ -83,10 +83,10 @@ def test_slicing_equals_zeroing(
     )
 
 
-OTHERS = ["llama, biases", "opt, projected, post norm", "bloom, residual from norm", "gpt_neox, sequential"]
+VARIANTS = ["llama, biases", "opt, projected, post norm", "bloom, residual from norm", "gpt_neox, sequential"]
 
 
-@pytest.mark.parametrize("name", [*SMALL, *OTHERS])
+@pytest.mark.parametrize("name", [*SMALL, *VARIANTS])
 def test_slicing_equals_zeroing_in_every_family(tmp_path: Path, name: str) -> None:
     family, changes = CONFIGURATIONS[name]
     decoder = read_model(hugging_face_folder(tmp_path / "model", family, **changes)).decoder
@@ -99,8 +99,8 @@ def test_slicing_equals_zeroing_in_every_family(tmp_path: Path, name: str) -> No
 @pytest.mark.parametrize(
     "name", ["llama, biases", "qwen3", "gemma2", "opt", "bloom", "gpt_neox", "glm4", "phi3", "mistral, sliding window"]
 )
-def test_every_array_is_cut_as_derived_by_hand(tmp_path: Path, name: str) -> None:
-    """The table against plain NumPy indexing, array by array, biases, norms and data of the layers included."""
+def test_every_array_is_sliced_like_by_plain_numpy_indexing(tmp_path: Path, name: str) -> None:
+    """Array by array, including biases, norms and data of the layers."""
     family, changes = CONFIGURATIONS[name]
     decoder = read_model(hugging_face_folder(tmp_path / "model", family, **changes)).decoder
     run = decoder.runs[0]
@@ -126,13 +126,13 @@ def test_every_array_is_cut_as_derived_by_hand(tmp_path: Path, name: str) -> Non
     sliced = dict(named_arrays(slice_groups(decoder, kept)))
     assert sliced.keys() == dict(named_arrays(decoder)).keys()
     for path, array in named_arrays(decoder):
-        cut = by_hand.get(path.removeprefix("runs.0."), lambda a: a)
-        np.testing.assert_array_equal(sliced[path], cut(np.asarray(array)), err_msg=path)
+        expected = by_hand.get(path.removeprefix("runs.0."), lambda a: a)
+        np.testing.assert_array_equal(sliced[path], expected(np.asarray(array)), err_msg=path)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gemma2", "glm4"])
 def test_hidden_dimensions_are_sliced_as_in_torch(tmp_path: Path, family: str) -> None:
-    """A torch model of the smaller hidden size with sliced tensors: 64 is the size of no other axis here."""
+    """Against a torch model of the smaller hidden size with sliced tensors. Only the hidden axes have the size 64."""
     dense = torch_model(family)
     dense.save_pretrained(tmp_path / "model")
     kept = np.sort(np.random.default_rng(0).choice(64, 48, replace=False))
@@ -144,7 +144,7 @@ def test_hidden_dimensions_are_sliced_as_in_torch(tmp_path: Path, family: str) -
                 state[name] = state[name].index_select(axis, torch.from_numpy(kept))
     smaller.load_state_dict(state)
     if family.startswith("gemma"):
-        smaller.model.embed_tokens.embed_scale.fill_(64**0.5)  # the dense model's, not that of 48
+        smaller.model.embed_tokens.embed_scale.fill_(64**0.5)  # the scale of the dense model, not of size 48
     tokens = random_tokens(97, 2, 30)
     decoder = slice_hidden(read_model(tmp_path / "model").decoder, kept)
     assert np.abs(logits_of(decoder, tokens) - torch_logits(smaller, tokens)).max() <= 1e-4
@@ -158,21 +158,21 @@ def test_layers_are_removed_with_their_windows_and_slopes(tmp_path: Path, family
         read_model(tmp_path / "model").decoder,
         {"head": [np.arange(4)] * 3, "channel": [np.arange(n) for n in (40, 40, 39)]},
     )
-    for stay in ([0, 1], [1, 2], [2], [0, 2], [0, 1, 2]):
-        fewer = slice_layers(decoder, stay)
-        assert layer_count(fewer) == len(stay)
+    for kept in ([0, 1], [1, 2], [2], [0, 2], [0, 1, 2]):
+        sliced = slice_layers(decoder, kept)
+        assert layer_count(sliced) == len(kept)
         for kind in axis_table.KINDS:
-            assert group_counts(fewer, kind) == [group_counts(decoder, kind)[layer] for layer in stay]
+            assert group_counts(sliced, kind) == [group_counts(decoder, kind)[layer] for layer in kept]
     tokens = random_tokens(97, 2, 30)
     del (dense.model.layers if family == "gemma2" else dense.transformer.h)[1]
-    whole = read_model(tmp_path / "model").decoder
+    decoder = read_model(tmp_path / "model").decoder
     dense.config.num_hidden_layers = 2
     if family == "gemma2":
         dense.config.layer_types = ["sliding_attention", "sliding_attention"]
-    assert np.abs(logits_of(slice_layers(whole, [0, 2]), tokens) - torch_logits(dense, tokens)).max() <= 1e-4
+    assert np.abs(logits_of(slice_layers(decoder, [0, 2]), tokens) - torch_logits(dense, tokens)).max() <= 1e-4
 
 
-def test_sliced_sizes_are_those_of_the_sliced_decoder(tmp_path: Path) -> None:
+def test_slice_sizes_returns_the_sizes_of_the_sliced_decoder(tmp_path: Path) -> None:
     for family in ("llama", "bloom", "mistral"):
         decoder = read_model(hugging_face_folder(tmp_path / family, family)).decoder
         kept = random_kept(decoder, seed=2, equal=False)
@@ -191,15 +191,14 @@ def test_unequal_layers_become_runs_and_equal_neighbours_one_run() -> None:
     assert arrays_equal(again, direct)
 
 
-def test_nothing_removed_is_the_same_model() -> None:
+def test_slicing_with_all_groups_kept_returns_the_same_model() -> None:
     decoder = small_decoder()
     kept = {kind: [np.arange(n) for n in group_counts(decoder, kind)] for kind in axis_table.KINDS}
     assert arrays_equal(slice_groups(decoder, kept), decoder)
 
 
 @pytest.mark.parametrize("axes", ["D NH", "NH D", "NH", "KH", "F D"])
-def test_split_and_take_agree(axes: str) -> None:
-    """The parts that `take_groups` keeps are the rows of `split_groups`."""
+def test_take_groups_keeps_the_rows_of_split_groups(axes: str) -> None:
     kind = "channel" if "F" in axes else "head"
     sizes = {"D": 5, "N": 8, "K": 4, "H": 3, "F": 4}
     array = jnp.arange(np.prod(axis_table.shape(axes, sizes)), dtype=jnp.float32).reshape(axis_table.shape(axes, sizes))
@@ -209,8 +208,8 @@ def test_split_and_take_agree(axes: str) -> None:
     np.testing.assert_array_equal(np.sort(np.asarray(taken).ravel()), rows)
 
 
-def test_shapes_alone_can_be_sliced() -> None:
-    """What checks early whether a pruned model can be saved."""
+def test_slicing_works_on_shapes_alone() -> None:
+    """A job slices shapes to check that the pruned model can be saved, before it begins."""
     decoder = small_decoder()
     kept = {"head": [np.arange(2)] * 3, "channel": [np.arange(5)] * 3}
     abstract = jax.eval_shape(lambda d: slice_groups(d, kept), decoder)

@@ -1,5 +1,7 @@
-"""The walk over blocks, against plain loops over layers."""
+"""The walk through the layers, against plain loops over layers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -15,7 +17,6 @@ from minillm_jax.model.decoder import Decoder, embed, rotary_angles
 from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.modules import Block
 from minillm_jax.pruning import slicing
-from minillm_jax.pruning import walk as walking
 from minillm_jax.pruning.walk import PROJECTIONS, Moments, Site, projection, walk
 from tests.helpers import CONFIGURATIONS, arrays_equal, hugging_face_folder, logits_of, random_tokens, small_decoder
 
@@ -23,12 +24,13 @@ BIASED = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
 KEPT = {"head": np.array([0, 2]), "channel": np.array([1, 2, 5, 6, 7, 11])}
 
 
-def slice_half(site: Site) -> Block:
+def slice_sublayer(site: Site) -> Block:
+    """The layer with the kept groups of one sublayer."""
     return slicing.take(site.run, {site.kind: jnp.asarray(KEPT[site.kind])[None]}, 0, 1)
 
 
 def without_mlp(block: Block) -> Block:
-    """A layer whose stream after it is that after its attention."""
+    """The layer with an MLP that adds nothing, so that its output is the residual stream after its attention."""
 
     def leaf(path: jax.tree_util.KeyPath, array: jax.Array) -> jax.Array:
         return jnp.zeros_like(array) if axis_table.array_path(path).startswith("mlp.down") else array
@@ -39,56 +41,63 @@ def without_mlp(block: Block) -> Block:
 _apply = jax.jit(apply_layer, static_argnames="config")
 
 
-def halves(
-    decoder: Decoder, smaller: Decoder, windows: np.ndarray
+def sublayer_activations(
+    decoder: Decoder, pruned_decoder: Decoder, windows: np.ndarray
 ) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Layer and kind -> full-width input of the projection and stream before it, both pruned; dense stream after it."""
-    dense, pruned = decoder.runs[0], smaller.runs[0]
+    """Activations around every output projection, by layer and kind, from a plain loop over the layers.
+
+    Returns:
+      The full-width input of the projection on the pruned residual stream [tokens, I], the pruned residual stream
+      before the sublayer [tokens, D], and the dense residual stream after it [tokens, D].
+    """
+    dense_run, pruned_run = decoder.runs[0], pruned_decoder.runs[0]
     angles = rotary_angles(decoder, windows.shape[1])
     x_dense = x_pruned = embed(decoder, jnp.asarray(windows))
-    found = {}
-    for layer in range(dense.attention.q.kernel.shape[0]):
-        old, new = (jax.tree.map(lambda array, i=layer: array[i], run) for run in (dense, pruned))
-        mixed = jax.tree.map(lambda array: array, old)
-        mixed.attention = new.attention
-        inputs = _apply(old, decoder.config, x_pruned, angles)[1]
+    activations = {}
+    for layer in range(dense_run.attention.q.kernel.shape[0]):
+        dense, pruned = (jax.tree.map(lambda array, i=layer: array[i], run) for run in (dense_run, pruned_run))
+        pruned_attention = jax.tree.map(lambda array: array, dense)
+        pruned_attention.attention = pruned.attention
+        inputs = _apply(dense, decoder.config, x_pruned, angles)[1]
         attended = [
-            _apply(without_mlp(block), decoder.config, x, angles)[0] for block, x in ((old, x_dense), (new, x_pruned))
+            _apply(without_mlp(block), decoder.config, x, angles)[0]
+            for block, x in ((dense, x_dense), (pruned, x_pruned))
         ]
-        found[layer, "head"] = (inputs["attention.o"], x_pruned, attended[0])
-        wide = _apply(mixed, decoder.config, x_pruned, angles)[1]["mlp.down"]
-        x_dense = _apply(old, decoder.config, x_dense, angles)[0]
-        found[layer, "channel"] = (wide, attended[1], x_dense)
-        x_pruned = _apply(new, decoder.config, x_pruned, angles)[0]
-    flat = decoder.embedding.shape[1]
+        activations[layer, "head"] = (inputs["attention.o"], x_pruned, attended[0])
+        wide = _apply(pruned_attention, decoder.config, x_pruned, angles)[1]["mlp.down"]
+        x_dense = _apply(dense, decoder.config, x_dense, angles)[0]
+        activations[layer, "channel"] = (wide, attended[1], x_dense)
+        x_pruned = _apply(pruned, decoder.config, x_pruned, angles)[0]
+    width = decoder.embedding.shape[1]
     tokens = windows.size
     return {
-        site: (np.asarray(a).reshape(tokens, -1), *(np.asarray(x).reshape(tokens, flat) for x in streams))
-        for site, (a, *streams) in found.items()
+        site: (np.asarray(a).reshape(tokens, -1), *(np.asarray(x).reshape(tokens, width) for x in streams))
+        for site, (a, *streams) in activations.items()
     }
 
 
-def collect(decoder: Decoder, windows: np.ndarray) -> dict[tuple[int, str], Moments]:
-    found = {}
+def collect_moments(decoder: Decoder, batches: Batches) -> dict[tuple[int, str], Moments]:
+    moments = {}
 
     def replace(site: Site) -> Block:
-        found[site.layer, site.kind] = site.moments()
-        return slice_half(site)
+        moments[site.layer, site.kind] = site.moments()
+        return slice_sublayer(site)
 
-    walk(decoder, windows, replace)
-    return found
+    walk(decoder, batches, replace)
+    return moments
 
 
-def test_moments_are_those_of_a_plain_loop_on_both_streams() -> None:
+def test_moments_equal_those_of_a_plain_loop_over_both_residual_streams() -> None:
     decoder, windows = small_decoder(**BIASED), random_tokens(61, 5, 9)
     sliced = slicing.slice_groups(decoder, {kind: [rows] * 3 for kind, rows in KEPT.items()})
-    reference, found = halves(decoder, sliced, windows), collect(decoder, windows)
-    assert list(found) == list(reference) == [(layer, kind) for layer in range(3) for kind in PROJECTIONS]
-    for (layer, kind), (a, before, after) in reference.items():
+    activations = sublayer_activations(decoder, sliced, windows)
+    moments = collect_moments(decoder, Batches(windows))
+    assert list(moments) == list(activations) == [(layer, kind) for layer in range(3) for kind in PROJECTIONS]
+    for (layer, kind), (a, before, after) in activations.items():
         bias = projection(decoder.runs[0], kind).bias
         gap = after - before - (0 if bias is None else np.asarray(bias)[layer])
         expected = Moments(a.T @ a, a.sum(axis=0), a.T @ gap, gap.sum(axis=0))
-        for name, moment, value in zip(Moments._fields, found[layer, kind], expected, strict=True):
+        for name, moment, value in zip(Moments._fields, moments[layer, kind], expected, strict=True):
             scale = np.abs(value).max()
             np.testing.assert_allclose(moment, value, atol=1e-5 * scale, err_msg=f"{layer} {kind} {name}")
 
@@ -103,8 +112,8 @@ def test_moments_are_those_of_a_plain_loop_on_both_streams() -> None:
         "mistral, sliding window",
     ],
 )
-def test_on_a_model_that_is_left_alone_the_gap_is_the_output_of_the_projection(tmp_path: Path, name: str) -> None:
-    """In every kind of family: A · W + bias is what brings the stream to where it goes."""
+def test_gap_of_an_unpruned_model_is_the_output_of_the_projection(tmp_path: Path, name: str) -> None:
+    """For every kind of family: both residual streams are equal, so the gap is A W."""
     family, changes = CONFIGURATIONS[name]
     decoder = read_model(hugging_face_folder(tmp_path / "model", family, **changes)).decoder
 
@@ -115,39 +124,81 @@ def test_on_a_model_that_is_left_alone_the_gap_is_the_output_of_the_projection(t
         np.testing.assert_allclose(gaps, inputs @ kernel, atol=1e-4 * np.abs(cross).max())
         return site.run
 
-    found = with_runs(decoder, slicing.merge(walk(decoder, random_tokens(97, 3, 20), check)))
-    assert arrays_equal(found, decoder)
+    walked = with_runs(decoder, slicing.merge(walk(decoder, Batches(random_tokens(97, 3, 20)), check)))
+    assert arrays_equal(walked, decoder)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "bloom", "gpt_neox"])
-def test_the_pruned_stream_is_that_of_the_sliced_model(tmp_path: Path, name: str) -> None:
-    """Post norms, windows and slopes included: what the walk assembles is what slicing makes."""
+def test_walk_that_slices_returns_the_sliced_model(tmp_path: Path, name: str) -> None:
+    """With norms after the sublayers, attention windows and ALiBi slopes."""
     family, changes = CONFIGURATIONS[name]
     decoder = read_model(hugging_face_folder(tmp_path / "model", family, **changes)).decoder
-    found = with_runs(decoder, slicing.merge(walk(decoder, random_tokens(97, 2, 20), slice_half)))
-    expected = slicing.slice_groups(decoder, {kind: [rows] * 3 for kind, rows in KEPT.items()})
-    assert arrays_equal(found, expected)
+    walked = with_runs(decoder, slicing.merge(walk(decoder, Batches(random_tokens(97, 2, 20)), slice_sublayer)))
+    sliced = slicing.slice_groups(decoder, {kind: [rows] * 3 for kind, rows in KEPT.items()})
+    assert arrays_equal(walked, sliced)
     tokens = random_tokens(97, 2, 30)
-    np.testing.assert_array_equal(logits_of(found, tokens), logits_of(expected, tokens))
+    np.testing.assert_array_equal(logits_of(walked, tokens), logits_of(sliced, tokens))
 
 
-def test_moments_do_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder, windows = small_decoder(), random_tokens(61, 7, 9)
-    whole = collect(decoder, windows)
-    monkeypatch.setattr(walking, "batches", lambda windows: Batches(windows, 18))
-    for site, moments in collect(decoder, windows).items():
-        for split, together in zip(moments, whole[site], strict=True):
-            np.testing.assert_allclose(split, together, atol=1e-6 * float(jnp.abs(together).max()))
+def test_moments_do_not_depend_on_batches() -> None:
+    decoder, batches = small_decoder(), Batches(random_tokens(61, 7, 9))
+    assert (len(batches), len(batches.resized(18))) == (1, 4)
+    expected = collect_moments(decoder, batches)
+    for site, moments in collect_moments(decoder, batches.resized(18)).items():
+        for moment, value in zip(moments, expected[site], strict=True):
+            np.testing.assert_allclose(moment, value, atol=1e-6 * float(jnp.abs(value).max()))
 
 
-def test_equal_layers_share_their_programs_and_moments_nobody_asks_for_are_not_collected(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    decoder, steps = small_decoder(layers=5), []
-    programs = (walking._layer, walking._begin, walking._advance)
-    before = [program._cache_size() for program in programs]
-    monkeypatch.setattr(walking, "_moments", None)
-    walk(decoder, random_tokens(61, 5, 11), slice_half, lambda done, total: steps.append((done, total)))
-    after = [program._cache_size() for program in programs]
-    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1, 4]
+# -------------------------------------------------------------------------------------------------- compilations
+
+
+@contextmanager
+def compiled_programs() -> Iterator[list[str]]:
+    """The names of the programs that XLA compiles inside the block, starting from empty caches."""
+    programs: list[str] = []
+
+    def listen(event: str, seconds: float, *, fun_name: str = "", **_: str) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            programs.append(fun_name)
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield programs
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def programs_of_walk(layers: int, kinds_with_moments: tuple[str, ...] = ()) -> list[str]:
+    """The programs compiled by a walk that collects the moments of the given kinds only, sorted."""
+    decoder, batches = small_decoder(layers=layers), Batches(random_tokens(61, 5, 11))
+
+    def replace(site: Site) -> Block:
+        if site.kind in kinds_with_moments:
+            site.moments()
+        return slice_sublayer(site)
+
+    with compiled_programs() as programs:
+        walk(decoder, batches, replace)
+    assert programs, "the listener hears of compilations"
+    return sorted(programs)
+
+
+def test_equal_layers_share_their_compiled_programs() -> None:
+    assert programs_of_walk(layers=5) == programs_of_walk(layers=1)
+    assert programs_of_walk(layers=5, kinds_with_moments=("head", "channel")) == programs_of_walk(
+        layers=1, kinds_with_moments=("head", "channel")
+    )
+
+
+def test_moments_are_collected_only_on_request() -> None:
+    """Every kind whose moments are collected needs a compiled program more."""
+    without, heads, both = (programs_of_walk(3, kinds) for kinds in ((), ("head",), ("head", "channel")))
+    assert len(without) < len(heads) < len(both)
+
+
+def test_walk_reports_every_sublayer() -> None:
+    steps = []
+    decoder, batches = small_decoder(layers=5), Batches(random_tokens(61, 5, 11))
+    walk(decoder, batches, slice_sublayer, lambda done, total: steps.append((done, total)))
     assert steps == [(done, 10) for done in range(1, 11)]

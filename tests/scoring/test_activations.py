@@ -1,4 +1,4 @@
-"""Activation norms of every input feature, against what PyTorch's modules see."""
+"""Activation norms of every input feature, against norms of the inputs of PyTorch's modules."""
 
 from pathlib import Path
 
@@ -9,7 +9,6 @@ import torch
 from convert.reader import read_model
 from minillm_jax.data.batches import Batches
 from minillm_jax.model import axis_table
-from minillm_jax.scoring import activations
 from minillm_jax.scoring.activations import ACTIVATION_NORMS, activation_norms
 from tests.helpers import hugging_face_folder, load_torch, random_tokens, small_decoder
 
@@ -27,12 +26,12 @@ MODULES = {
 @pytest.mark.parametrize("norm", ACTIVATION_NORMS)
 def test_norms_equal_those_of_the_inputs_in_pytorch(tmp_path: Path, norm: str) -> None:
     folder = hugging_face_folder(tmp_path / "model")
-    model, windows, seen = load_torch(folder), random_tokens(97, 4, 15), {}
+    model, windows, recorded = load_torch(folder), random_tokens(97, 4, 15), {}
     for layer in range(3):
         for name, path in MODULES.items():
             module = model.get_submodule(f"model.layers.{layer}.{path}")
             key = (name, layer)
-            module.register_forward_pre_hook(lambda _, x, key=key: seen.__setitem__(key, x[0].flatten(0, 1)))
+            module.register_forward_pre_hook(lambda _, x, key=key: recorded.__setitem__(key, x[0].flatten(0, 1)))
     with torch.no_grad():
         model(torch.from_numpy(windows.astype(np.int64)))
     reference = {
@@ -42,20 +41,19 @@ def test_norms_equal_those_of_the_inputs_in_pytorch(tmp_path: Path, norm: str) -
         "mean-abs": lambda x: x.abs().mean(dim=0),
         "none": lambda x: torch.ones(x.shape[1]),
     }[norm]
-    (found,) = activation_norms(read_model(folder).decoder, windows, norm)
-    assert found.keys() == axis_table.matrices().keys() == MODULES.keys()
-    for (name, layer), inputs in seen.items():
-        np.testing.assert_allclose(found[name][layer].ravel(), reference(inputs).numpy(), rtol=1e-4, err_msg=name)
+    (norms,) = activation_norms(read_model(folder).decoder, Batches(windows), norm)
+    assert norms.keys() == axis_table.matrices().keys() == MODULES.keys()
+    for (name, layer), inputs in recorded.items():
+        np.testing.assert_allclose(norms[name][layer].ravel(), reference(inputs).numpy(), rtol=1e-4, err_msg=name)
 
 
-def test_norms_have_the_input_axes_of_their_matrix_and_do_not_depend_on_batches(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_norms_have_the_input_axes_of_their_matrix_and_do_not_depend_on_batches() -> None:
     decoder, windows = small_decoder(), random_tokens(61, 5, 9)
-    (whole,) = activation_norms(decoder, windows)
+    (reference,) = activation_norms(decoder, Batches(windows))
     for name, axes in axis_table.matrices().items():
-        assert whole[name].ndim == 1 + len(axes.split()[0])
-    monkeypatch.setattr(activations, "batches", lambda windows, devices: Batches(windows, 18, devices))
-    (split,) = activation_norms(decoder, windows)
-    for name, norms in whole.items():
-        np.testing.assert_allclose(split[name], norms, rtol=1e-6)
+        assert reference[name].ndim == 1 + len(axes.split()[0])
+    in_small_batches = Batches(windows, tokens_per_batch=18)
+    assert len(in_small_batches) == 3
+    (norms,) = activation_norms(decoder, in_small_batches)
+    for name, expected in reference.items():
+        np.testing.assert_allclose(norms[name], expected, rtol=1e-6)

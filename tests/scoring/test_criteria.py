@@ -16,8 +16,8 @@ from convert.reader import read_model
 from minillm_jax.data.windows import Calibration
 from minillm_jax.errors import InputError
 from minillm_jax.model.loaded import Model
-from minillm_jax.scoring.gradient.settings import Estimation
 from minillm_jax.scoring.score import Scoring, score
+from minillm_jax.settings import Estimation
 from tests.helpers import hugging_face_folder, load_torch, random_tokens
 
 LAYERS, HEADS, CHANNELS = 3, 4, 40

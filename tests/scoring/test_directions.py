@@ -1,4 +1,4 @@
-"""Directions: rebuilt bit for bit from keys, whatever program they are rebuilt in."""
+"""Directions: drawn again from their keys bit for bit, in every program."""
 
 import jax
 import numpy as np
@@ -9,35 +9,36 @@ from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import scan_layers
 from minillm_jax.model.tree import kernels
 from minillm_jax.scoring.gradient import directions
+from minillm_jax.settings import DISTRIBUTIONS
 from tests.helpers import perturb, small_decoder
 
 SHAPES = {"attention.q": (48, 8, 4), "attention.o": (8, 4, 48), "mlp.down": (37, 48)}
 
 
-def eager(key: jax.Array, layer: int, name: str, distribution: str) -> np.ndarray:
+def draw_without_jit(key: jax.Array, layer: int, name: str, distribution: str) -> np.ndarray:
     with jax.disable_jit():
         return np.asarray(directions.draw(key, jnp.int32(layer), name, SHAPES[name], distribution))
 
 
-@pytest.mark.parametrize("distribution", directions.DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_same_key_same_direction_bit_for_bit_in_every_program(name: str, distribution: str) -> None:
-    """Alone, jitted, vmapped over directions, and inside a scan over layers."""
+    """Programs: without jit, jitted, vmapped over directions, and inside a scan over layers."""
     keys, layers = directions.direction_keys(7, 0, 3), jnp.arange(2, dtype=jnp.int32)
 
     def draw(key: jax.Array, layer: jax.Array) -> jax.Array:
         return directions.draw(key, layer, name, SHAPES[name], distribution)
 
-    together = jax.jit(jax.vmap(draw, (0, None)))(keys, layers[1])
+    vmapped = jax.jit(jax.vmap(draw, (0, None)))(keys, layers[1])
     scanned = jax.jit(lambda key: jax.lax.scan(lambda c, layer: (c, draw(key, layer)), 0, layers)[1])
     for number, key in enumerate(keys):
-        alone = eager(key, 1, name, distribution)
-        np.testing.assert_array_equal(jax.jit(draw)(key, layers[1]), alone)
-        np.testing.assert_array_equal(together[number], alone)
-        np.testing.assert_array_equal(scanned(key)[1], alone)
+        expected = draw_without_jit(key, 1, name, distribution)
+        np.testing.assert_array_equal(jax.jit(draw)(key, layers[1]), expected)
+        np.testing.assert_array_equal(vmapped[number], expected)
+        np.testing.assert_array_equal(scanned(key)[1], expected)
 
 
-@pytest.mark.parametrize("distribution", directions.DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_entries_have_zero_mean_and_unit_variance_and_do_not_repeat(distribution: str) -> None:
     shape = (256, 40, 33)
     z = directions.draw(directions.direction_keys(0, 0, 1)[0], jnp.int32(0), "attention.q", shape, distribution)
@@ -52,41 +53,41 @@ def test_entries_have_zero_mean_and_unit_variance_and_do_not_repeat(distribution
         assert set(np.unique(z)) == {-1.0, 1.0}
 
 
-@pytest.mark.parametrize("distribution", directions.DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_directions_matrices_layers_and_seeds_are_independent(distribution: str) -> None:
     shape = (64, 64)
-    one, other = directions.direction_keys(0, 0, 2)
-    drawn = [
+    first, second = directions.direction_keys(0, 0, 2)
+    entries = [
         directions.draw(key, jnp.int32(layer), name, shape, distribution)
         for key, layer, name in (
-            (one, 0, "mlp.gate"),
-            (other, 0, "mlp.gate"),
-            (one, 1, "mlp.gate"),
-            (one, 0, "mlp.up"),
+            (first, 0, "mlp.gate"),
+            (second, 0, "mlp.gate"),
+            (first, 1, "mlp.gate"),
+            (first, 0, "mlp.up"),
             (directions.direction_keys(1, 0, 1)[0], 0, "mlp.gate"),
             (directions.stream_key(0, "noise"), 0, "mlp.gate"),
         )
     ]
-    for i, left in enumerate(drawn):
-        for right in drawn[i + 1 :]:
+    for i, left in enumerate(entries):
+        for right in entries[i + 1 :]:
             assert abs(float(jnp.mean(left * right))) < 5 / left.size**0.5
 
 
-def test_keys_do_not_depend_on_how_directions_are_chunked() -> None:
-    whole = directions.direction_keys(3, 0, 7)
-    parts = jnp.concatenate([directions.direction_keys(3, 0, 2), directions.direction_keys(3, 2, 7)])
-    assert jnp.array_equal(jax.random.key_data(whole), jax.random.key_data(parts))
+def test_keys_do_not_depend_on_the_chunks_of_directions() -> None:
+    at_once = directions.direction_keys(3, 0, 7)
+    in_chunks = jnp.concatenate([directions.direction_keys(3, 0, 2), directions.direction_keys(3, 2, 7)])
+    assert jnp.array_equal(jax.random.key_data(at_once), jax.random.key_data(in_chunks))
 
 
-def test_keys_do_not_depend_on_the_process_default() -> None:
+def test_keys_do_not_depend_on_the_default_random_generator_of_the_process() -> None:
     expected = jax.random.key_data(directions.direction_keys(3, 0, 2))
     with jax.default_prng_impl("rbg"):
-        found = jax.random.key_data(directions.direction_keys(3, 0, 2))
-    assert jnp.array_equal(expected, found)
+        keys = jax.random.key_data(directions.direction_keys(3, 0, 2))
+    assert jnp.array_equal(expected, keys)
 
 
-@pytest.mark.parametrize("distribution", directions.DISTRIBUTIONS)
-def test_perturb_moves_every_matrix_and_nothing_else(distribution: str) -> None:
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_a_step_moves_every_matrix_but_no_bias_and_no_norm(distribution: str) -> None:
     decoder = small_decoder(qkv_bias=True)
     key = directions.direction_keys(0, 0, 1)[0]
 

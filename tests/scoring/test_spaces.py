@@ -1,4 +1,4 @@
-"""Directions in other spaces than the weights: the same losses as a model that is really moved."""
+"""Directions in the spaces low-rank and gates: the same losses as a model with moved kernels."""
 
 from dataclasses import replace
 from functools import partial
@@ -10,6 +10,7 @@ import pytest
 from jax import numpy as jnp
 
 from convert.reader import read_model
+from minillm_jax.data.batches import Batches
 from minillm_jax.errors import InputError
 from minillm_jax.model.build import with_runs
 from minillm_jax.model.decoder import Decoder, final_hidden
@@ -20,25 +21,25 @@ from minillm_jax.pruning.slicing import slice_groups
 from minillm_jax.scoring.gradient import directions
 from minillm_jax.scoring.gradient.estimate import estimate, gate_slopes
 from minillm_jax.scoring.gradient.exact import gate_gradients, gated_losses, weight_gradients
-from minillm_jax.scoring.gradient.settings import Estimation
+from minillm_jax.scoring.gradient.settings import draw
 from minillm_jax.scoring.gradient.slopes import directional_derivatives
 from minillm_jax.scoring.gradient.spaces import GATED, Gates, LowRank, Weights
 from minillm_jax.scoring.score import Scoring
+from minillm_jax.settings import DISTRIBUTIONS, Estimation
 from tests.helpers import CONFIGURATIONS, hugging_face_folder, pairs_of, random_tokens, small_decoder
 
 SPACES = [LowRank(1), LowRank(3, "rademacher"), Gates(), Gates("rademacher")]
 
-
-# Slopes, post norms and caps, norms after the sum, parallel halves: what other families compute is among it.
+# Families with ALiBi slopes, norms behind the sublayers and caps, norms after the sum, and parallel sublayers.
 FAMILIES = ["bloom", "gemma2", "opt, projected, post norm", "gpt_neox"]
 
 
 @partial(jax.jit, static_argnames=("scale", "space"))
 def moved(decoder: Decoder, key: jax.Array, scale: float, space: LowRank | Gates) -> Decoder:
-    """A decoder whose kernels are those that the space only computes with, made here on their own."""
+    """A decoder with the moved kernels that the space computes with but never stores."""
     runs, layer = [], 0
     for run in decoder.runs:
-        run = jax.tree.map(lambda leaf: leaf, run)  # a tree of its own
+        run = jax.tree.map(lambda leaf: leaf, run)  # a copy of the tree
         counts = {kind: group_count(run, kind) for kind in GATED}
         for name, kernel in kernels(run).items():
             layers = []
@@ -88,37 +89,37 @@ def test_every_kind_of_family(tmp_path_factory: pytest.TempPathFactory, name: st
 def test_low_rank_directions_have_unit_variance() -> None:
     zero, one = jnp.zeros((16, 8, 4)), jnp.float32(1)
     for rank in (1, 4):
-        draw = jax.vmap(lambda key, rank=rank: LowRank(rank).add(zero, one, key, jnp.int32(0), "attention.q"))
-        drawn = draw(directions.direction_keys(0, 0, 200))
-        assert np.mean(np.square(drawn)) == pytest.approx(1.0, abs=0.1)
-        assert np.linalg.matrix_rank(np.asarray(drawn[0]).reshape(16, 32)) == rank
+        draw_all = jax.vmap(lambda key, rank=rank: LowRank(rank).add(zero, one, key, jnp.int32(0), "attention.q"))
+        entries = draw_all(directions.direction_keys(0, 0, 200))
+        assert np.mean(np.square(entries)) == pytest.approx(1.0, abs=0.1)
+        assert np.linalg.matrix_rank(np.asarray(entries[0]).reshape(16, 32)) == rank
 
 
-def by_hand(decoder: Decoder, tokens: jax.Array) -> list[dict[str, np.ndarray]]:
-    """The derivative of the summed loss by every gate: that by a kernel, times the kernel, summed over the group."""
+def gate_gradients_from_kernels(decoder: Decoder, tokens: jax.Array) -> list[dict[str, np.ndarray]]:
+    """The gradient of the summed loss by every gate: kernel · gradient by the kernel, summed over the group."""
     slopes = jax.grad(lambda d: jnp.sum(sequence_losses(d, tokens)), allow_int=True)(decoder)
-    found = []
+    gradients = []
     for run, slope in zip(decoder.runs, slopes.runs, strict=True):
-        own = {}
+        by_kind = {}
         for kind, name in GATED.items():
             product = np.asarray(kernels(run)[name][...] * kernels(slope)[name][...])
-            own[kind] = product.reshape(product.shape[0], group_count(run, kind), -1).sum(-1)
-        found.append(own)
-    return found
+            by_kind[kind] = product.reshape(product.shape[0], group_count(run, kind), -1).sum(-1)
+        gradients.append(by_kind)
+    return gradients
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_forward_and_reverse_mode_agree_in_every_kind_of_family(
     tmp_path_factory: pytest.TempPathFactory, name: str
 ) -> None:
-    """The exact gradient against plain autodiff, and the directional derivatives against the exact gradient."""
+    """The exact gradient equals plain autodiff; the directional derivatives equal gradient · direction."""
     family, changes = CONFIGURATIONS[name]
     decoder = read_model(hugging_face_folder(tmp_path_factory.mktemp("family") / "model", family, **changes)).decoder
     tokens = jnp.asarray(random_tokens(97, 2, 13))
     gates = gate_gradients(decoder, tokens)
-    for found, expected in zip(gates, by_hand(decoder, tokens), strict=True):
+    for gradients, expected in zip(gates, gate_gradients_from_kernels(decoder, tokens), strict=True):
         for kind, values in expected.items():
-            np.testing.assert_allclose(np.asarray(found[kind]).sum(1), values, rtol=1e-3, atol=1e-3)
+            np.testing.assert_allclose(np.asarray(gradients[kind]).sum(1), values, rtol=1e-3, atol=1e-3)
     weights = weight_gradients(decoder, tokens)
     key, windows = directions.direction_keys(1, 0, 1), jnp.arange(2, dtype=jnp.int32)
     stacked = directions.Directions.plain(key).stacked(1)
@@ -128,15 +129,15 @@ def test_forward_and_reverse_mode_agree_in_every_kind_of_family(
 
 
 def along(decoder: Decoder, key: jax.Array, space: Any, weights: list, gates: list) -> float:
-    """The exact gradient times a direction."""
+    """The inner product of the exact gradient and a direction."""
     total, layer = 0.0, 0
     for run, by_weight, by_gate in zip(decoder.runs, weights, gates, strict=True):
         counts = {kind: group_count(run, kind) for kind in GATED}
         for index in range(depth(run)):
             number = jnp.int32(layer + index)
             if isinstance(space, Gates):
-                drawn = space.draw(key, number, counts, jnp.zeros(1, jnp.int32))
-                total += sum(float(jnp.sum(z * by_gate[kind][index])) for kind, z in drawn.items())
+                direction = space.draw(key, number, counts, jnp.zeros(1, jnp.int32))
+                total += sum(float(jnp.sum(z * by_gate[kind][index])) for kind, z in direction.items())
                 continue
             for name, slope in by_weight.items():
                 z = space.add(jnp.zeros(slope.shape[1:]), jnp.float32(1), key, number, name)
@@ -145,49 +146,54 @@ def along(decoder: Decoder, key: jax.Array, space: Any, weights: list, gates: li
     return total
 
 
-@pytest.mark.parametrize("difference", ["spsa", "jvp"])
-@pytest.mark.parametrize("distribution", directions.DISTRIBUTIONS)
-def test_gates_approach_their_exact_derivatives(distribution: str, difference: str) -> None:
-    """Cosine √(n / (n + d)), as theory says of n directions in d dimensions; here d is 48."""
-    decoder, windows = small_decoder(), random_tokens(61, 4, 16)
-    true = flat(gate_slopes(decoder, estimate(decoder, windows, Estimation("exact", "gates"))))
-    settings = Estimation(difference, "gates", 1024, distribution=distribution, per_step=64)
-    whole = estimate(decoder, windows, settings)
-    assert whole.projected is not None
+@pytest.mark.parametrize("estimator", ["spsa", "jvp"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_gate_slopes_approach_the_exact_gradient(distribution: str, estimator: str) -> None:
+    """Theory predicts the cosine √(n / (n + d)) for n directions in d dimensions; here d is 48."""
+    decoder, batches = small_decoder(), Batches(random_tokens(61, 4, 16))
+    exact = flat(gate_slopes(decoder, estimate(decoder, batches, Estimation("exact", "gates"))))
+    settings = Estimation(estimator, "gates", 1024, distribution=distribution, directions_per_step=64)
+    gradient = estimate(decoder, batches, settings)
+    assert gradient.projected is not None
     for n in (16, 256, 1024):
-        estimated = flat(gate_slopes(decoder, replace(whole, projected=whole.projected[:n])))
-        cosine = estimated @ true / np.linalg.norm(estimated) / np.linalg.norm(true)
-        assert cosine == pytest.approx(np.sqrt(n / (n + true.size)), abs=0.15)
+        estimated = flat(gate_slopes(decoder, replace(gradient, projected=gradient.projected[:n])))
+        cosine = estimated @ exact / np.linalg.norm(estimated) / np.linalg.norm(exact)
+        assert cosine == pytest.approx(np.sqrt(n / (n + exact.size)), abs=0.15)
 
 
 def flat(runs: list[dict[str, jax.Array]]) -> np.ndarray:
-    """∂L/∂gate of all gates, summed over the sequences."""
+    """∂L/∂gate of all gates, summed over the windows."""
     return np.concatenate([np.asarray(values).sum(axis=1).ravel() for run in runs for values in run.values()])
 
 
-def test_every_sequence_may_follow_a_direction_of_its_own() -> None:
-    """The loss of one sequence alone along its own direction, and the mean over them, whatever the split."""
+def test_per_sequence_directions_differ_between_windows() -> None:
+    """Each slope belongs to one window and its direction; the estimate does not depend on the directions per step."""
     decoder, windows = small_decoder(), random_tokens(61, 3, 16)
-    settings = Estimation("jvp", "gates", 2048, per_sequence=True, per_step=64)
-    found = estimate(decoder, windows, settings)
-    assert found.projected is not None
-    assert found.projected.shape == (2048, 3)
+    batches = Batches(windows)
+    settings = Estimation("jvp", "gates", 2048, per_sequence=True, directions_per_step=64)
+    gradient = estimate(decoder, batches, settings)
+    assert gradient.projected is not None
+    assert gradient.projected.shape == (2048, 3)
     space, counts = Gates(per_sequence=True), {kind: group_count(decoder.runs[0], kind) for kind in GATED}
-    exact = gate_gradients(decoder, jnp.asarray(windows))[0]
-    key = settings.draw(decoder, 5, 6).keys[0]
+    by_window = gate_gradients(decoder, jnp.asarray(windows))[0]
+    key = draw(settings, decoder, 5, 6).keys[0]
     for window in range(3):
         number = jnp.asarray([window], jnp.int32)
-        drawn = [space.draw(key, jnp.int32(layer), counts, number) for layer in range(3)]
-        slope = sum(float(jnp.sum(drawn[i][kind][0] * exact[kind][i, window])) for i in range(3) for kind in GATED)
-        assert found.projected[5, window] * 3 * 15 == pytest.approx(slope, rel=1e-3, abs=1e-3)
-    split = estimate(decoder, windows, replace(settings, directions=4, per_step=1)).projected
-    np.testing.assert_allclose(split, found.projected[:4], rtol=1e-4, atol=1e-5)
-    true = flat(gate_slopes(decoder, estimate(decoder, windows, Estimation("exact", "gates"))))
-    estimated = flat(gate_slopes(decoder, found))
-    assert estimated @ true / np.linalg.norm(estimated) / np.linalg.norm(true) > 0.9
+        direction = [space.draw(key, jnp.int32(layer), counts, number) for layer in range(3)]
+        slope = sum(
+            float(jnp.sum(direction[layer][kind][0] * by_window[kind][layer, window]))
+            for layer in range(3)
+            for kind in GATED
+        )
+        assert gradient.projected[5, window] * 3 * 15 == pytest.approx(slope, rel=1e-3, abs=1e-3)
+    one_per_step = estimate(decoder, batches, replace(settings, directions=4, directions_per_step=1)).projected
+    np.testing.assert_allclose(one_per_step, gradient.projected[:4], rtol=1e-4, atol=1e-5)
+    exact = flat(gate_slopes(decoder, estimate(decoder, batches, Estimation("exact", "gates"))))
+    estimated = flat(gate_slopes(decoder, gradient))
+    assert estimated @ exact / np.linalg.norm(estimated) / np.linalg.norm(exact) > 0.9
 
 
-def test_gates_of_one_change_nothing() -> None:
+def test_gates_of_one_do_not_change_the_loss() -> None:
     decoder, tokens = small_decoder(), jnp.asarray(random_tokens(61, 2, 9))
     pairs = pairs_of(decoder, directions.direction_keys(0, 0, 1), tokens, 0.0, Gates())
     np.testing.assert_allclose(pairs[0, 0], sequence_losses(decoder, tokens), rtol=1e-6)
@@ -195,7 +201,7 @@ def test_gates_of_one_change_nothing() -> None:
 
 
 def test_a_gate_of_zero_removes_its_group() -> None:
-    """The same loss as the model from which the group is sliced."""
+    """The loss equals that of the model without the group."""
     decoder, tokens = small_decoder(), jnp.asarray(random_tokens(61, 2, 13))
     changes = {kind: np.zeros((3, 1, group_count(decoder.runs[0], kind)), np.float32) for kind in GATED}
     changes["head"][1, 0, 2], changes["channel"][2, 0, 5] = -1.0, -1.0

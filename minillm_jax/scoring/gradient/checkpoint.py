@@ -1,4 +1,4 @@
-"""An estimate that can be killed: what was measured so far lies in a folder, and the next run goes on from there."""
+"""Checkpoints of an estimate: an interrupted estimate continues from the measurements in a folder."""
 
 import hashlib
 import time
@@ -12,28 +12,40 @@ from jaxtyping import Float, Int
 
 from minillm_jax.errors import InputError, cause
 from minillm_jax.scoring.gradient.plan import Plan
-from minillm_jax.scoring.gradient.settings import Estimation
+from minillm_jax.settings import Estimation
 
-# Seconds of work that a kill may cost, beyond the call that was under way.
+# Least time between two checkpoints, in seconds: the work that an interruption may lose beyond the unfinished call.
 SAVE_EVERY = 15.0
+
+# Settings that change the plan of an estimate, but not the estimate.
+_ONLY_SPEED = ("directions_per_step", "memory")
 
 
 class Checkpoint:
-    """The folder of one estimate, an Orbax checkpoint of all losses or slopes that were measured.
+    """The folder of one estimate: an Orbax checkpoint of all measured losses or slopes.
 
-    Whose estimate it is, is stored with it: model (by its losses), text, settings. How it was cut into chunks is too,
-    and used again, so that the resumed estimate is equal to an uninterrupted one bit for bit.
+    The identity of the estimate is stored with the measurements: model, text and settings. The plan is stored too. A
+    resumed estimate uses the stored plan, so that it equals an uninterrupted estimate bit for bit.
+
+    Args:
+      folder: the folder; created if it does not exist.
+      identity: the identity of the estimate (see `identity`).
+      save_every: least time between two saved checkpoints, seconds.
+
+    Raises:
+      InputError: the folder cannot be created or opened.
 
     Example:
-      >>> with Checkpoint("folder", identity) as checkpoint:
-      ...     plan, found = checkpoint.load()
-      ...     checkpoint.save(plan, found)
+      >>> with Checkpoint("folder", identity(settings, windows, losses)) as checkpoint:
+      ...     plan, measured = checkpoint.load()
+      ...     checkpoint.save(plan, measured, last=True)
     """
 
-    def __init__(self, folder: str | Path, identity: dict[str, Any]):
+    def __init__(self, folder: str | Path, identity: dict[str, Any], save_every: float = SAVE_EVERY):
         from orbax.checkpoint import v1 as ocp
 
-        self.folder, self.identity, self._last = Path(folder).expanduser().resolve(), identity, time.monotonic()
+        self.folder, self.identity = Path(folder).expanduser().resolve(), identity
+        self.save_every, self._last = save_every, time.monotonic()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             policy: Any = ocp.training.preservation_policies.LatestN(1)
@@ -50,37 +62,51 @@ class Checkpoint:
         self._store.close()
 
     def load(self) -> tuple[Plan | None, Float[np.ndarray, "done ..."] | None]:
-        """The plan and what was measured along the first directions, or nothing yet.
+        """The plan and the measurements of the first directions; None and None if there is no checkpoint yet.
 
         Raises:
-          InputError: the folder holds another estimate, or is damaged.
+          InputError: the folder holds the checkpoint of another estimate, or a damaged checkpoint.
         """
         if self._store.latest is None:
             return None, None
         try:
             stored: Any = self._store.metadata().custom_metadata
-            found = np.asarray(self._store.load()["found"])
+            measured = np.asarray(self._store.load()["measured"])
             plan = Plan(**stored["plan"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.folder}: not a whole checkpoint of an estimate ({cause(error)})") from error
-        for name, asked in self.identity.items():
-            if stored["identity"].get(name) != asked:
+        for name, expected in self.identity.items():
+            if stored["identity"].get(name) != expected:
                 raise InputError(
                     f"{self.folder}: holds an estimate with another {name} ({stored['identity'].get(name)}, not "
-                    f"{asked}); give another --checkpoint"
+                    f"{expected}); give another --checkpoint"
                 )
-        return plan, found
+        return plan, measured
 
-    def save(self, plan: Plan, found: Float[np.ndarray, "done ..."], last: bool) -> None:
-        """Keep what was measured, if it is the last or enough time has passed; it appears whole or not at all."""
-        if last or time.monotonic() - self._last >= SAVE_EVERY:
-            described: Any = {"identity": self.identity, "plan": asdict(plan)}
-            self._store.save(len(found), {"found": found}, custom_metadata=described, overwrite=True)
+    def save(self, plan: Plan, measured: Float[np.ndarray, "done ..."], last: bool) -> None:
+        """Saves the measurements if `save_every` seconds have passed since the last checkpoint.
+
+        A checkpoint is written whole or not at all.
+
+        Args:
+          plan: the plan of the estimate.
+          measured: losses or slopes of the first directions.
+          last: whether the measurements are complete; complete measurements are always saved.
+        """
+        if last or time.monotonic() - self._last >= self.save_every:
+            metadata: Any = {"identity": self.identity, "plan": asdict(plan)}
+            self._store.save(len(measured), {"measured": measured}, custom_metadata=metadata, overwrite=True)
             self._last = time.monotonic()
 
 
 def identity(settings: Estimation, windows: Int[np.ndarray, "B T"], losses: Float[np.ndarray, " B"]) -> dict[str, Any]:
-    """What an estimate is of: settings that change its figures, the text, and the model by its losses on it."""
-    settled = {name: value for name, value in asdict(settings).items() if name not in ("per_step", "memory")}
+    """The identity of an estimate: settings that change its values, a hash of the text, and a hash of the losses.
+
+    Args:
+      settings: settings of the estimate, with the chosen ε.
+      windows: token ids of the calibration windows.
+      losses: the dense model's loss of every window; their hash identifies the model.
+    """
+    settled = {name: value for name, value in asdict(settings).items() if name not in _ONLY_SPEED}
     text, model = (hashlib.sha256(array.tobytes()).hexdigest()[:16] for array in (windows, losses))
     return settled | {"text": text, "model": model}

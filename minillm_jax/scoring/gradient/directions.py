@@ -11,19 +11,11 @@ from jax import numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from minillm_jax.model import axis_table
-
-# Implementations of random bits in JAX. Keys name their implementation, because the default of `jax.random.key` is a
-# setting of the process and would change the directions. Both implementations give the same bits under `jax.vmap` and
-# under every sharding; JAX's `rbg` and `philox4x32` do not, or not yet.
-IMPLEMENTATIONS = ("threefry2x32", "threefry4x32")
-IMPLEMENTATION = IMPLEMENTATIONS[0]
+from minillm_jax.settings import RNGS
 
 # A Gaussian matrix is drawn in parts along its hidden dimension. The number of parts is the largest divisor of the
 # hidden size up to this limit. The limit belongs to the definition of a direction: a change of it changes directions.
 GAUSSIAN_PARTS = 16
-
-# `sphere` draws Gaussian entries, and `spaces.lengths` scales the direction to the length √d.
-DISTRIBUTIONS = ("gaussian", "rademacher", "sphere")
 
 _ORDINAL = {name: ordinal for ordinal, name in enumerate(axis_table.matrices())}
 
@@ -52,12 +44,12 @@ class Directions(NamedTuple):
         return jax.tree.map(lambda leaf: leaf.reshape(-1, per_step), self)
 
 
-def stream_key(seed: int, stream: str, implementation: str = IMPLEMENTATION) -> Key[Array, ""]:
+def stream_key(seed: int, stream: str, implementation: str = RNGS[0]) -> Key[Array, ""]:
     """The key of a random stream of the package: `direction`, `noise` or `random`."""
     return jax.random.fold_in(jax.random.key(seed, impl=implementation), _STREAMS[stream])
 
 
-def direction_keys(seed: int, first: int, last: int, implementation: str = IMPLEMENTATION) -> Key[Array, " P"]:
+def direction_keys(seed: int, first: int, last: int, implementation: str = RNGS[0]) -> Key[Array, " P"]:
     """The keys of directions first, ..., last - 1."""
     numbers = jnp.arange(first, last, dtype=jnp.uint32)
     return jax.vmap(jax.random.fold_in, (None, 0))(stream_key(seed, "direction", implementation), numbers)
@@ -100,8 +92,9 @@ def add(
       key: the key of the direction.
       layer: index of the layer in the model.
       name: name of the matrix in the table of axes (`attention.q`).
-      distribution: distribution of the entries of z, with zero mean and unit variance: `gaussian` and `sphere` draw
-        normals, `rademacher` draws signs (Spall 1992), 32 signs from one random word.
+      distribution: distribution of the entries of z, with zero mean and unit variance: `gaussian` draws normals, and
+        so does `sphere`, whose directions `spaces.lengths` scales to the length √d; `rademacher` draws signs (Spall
+        1992), 32 signs from one random word.
     """
     key = part_key(key, layer, name)
     if distribution == "rademacher":

@@ -1,7 +1,8 @@
-"""The host's loop around the compiled estimate: chunks of directions, batches of windows, progress."""
+"""Gradient estimates: the loop over directions and batches on the host, with progress and checkpoints."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +18,30 @@ from minillm_jax.errors import InputError
 from minillm_jax.evaluation.perplexity import window_losses
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.scoring.gradient import rebuild, slopes, spaces
-from minillm_jax.scoring.gradient.checkpoint import Checkpoint, identity
+from minillm_jax.scoring.gradient.checkpoint import SAVE_EVERY, Checkpoint, identity
 from minillm_jax.scoring.gradient.directions import Directions
 from minillm_jax.scoring.gradient.exact import RunGradients, gate_gradients, weight_gradients
 from minillm_jax.scoring.gradient.plan import Plan, shared_plan
-from minillm_jax.scoring.gradient.settings import Estimation
+from minillm_jax.scoring.gradient.settings import draw, resolve, space_of, step_of
 from minillm_jax.scoring.gradient.step import StepReport, choose_epsilon
+from minillm_jax.settings import Estimation
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the passes over the calibration windows tell of the gradient.
+    """The gradient of the mean loss over calibration windows: an estimate along directions, or the exact gradient.
 
     Attributes:
-      settings: what it was made with; ε as it was chosen.
-      projected: the projected gradient of the mean loss along every direction, as the part of it that comes from each
-        sequence, float64 [P, B]; None for the exact gradient.
-      step: how the finite step fared; None where there was none.
-      exact: the gradient of the mean loss by weights ([L, ...], float32) or gates ([L, B, groups], by each sequence's
-        own), for each run; None for an estimate.
-      curvature: where it was asked for, the mean over the sequences of the square of the gradient of each one's mean
-        loss, like `exact` by weights.
+      settings: settings of the estimate, with the chosen ε.
+      projected: the share of each window in the projected gradient of the mean loss along each direction, float64
+        [P, B]; None for the exact gradient.
+      step: the report on the finite step; None for `jvp` and `exact`.
+      exact: for each run, the exact gradient of the mean loss by the weights ([L, ...], float32), or the share of each
+        window in the gradient by the gates ([L, B, groups], float32); None for an estimate along directions.
+      curvature: for each run, the mean over the windows of the squared gradient of each window's mean loss, in the
+        shapes of `exact` by weights; None without `Estimation.curvature`.
     """
 
     settings: Estimation
@@ -49,7 +51,10 @@ class Estimate:
     curvature: RunGradients | None = None
 
     def record(self) -> dict[str, Any]:
-        """What a JSON file should say of it."""
+        """The projected gradients and the report on the step, for JSON.
+
+        The projected gradients are summed over the windows where all windows share a direction.
+        """
         projected = None if self.projected is None else self.projected.tolist()
         if self.projected is not None and not self.settings.per_sequence:
             projected = self.projected.sum(axis=1).tolist()
@@ -65,124 +70,155 @@ def estimate(
     settings: Estimation | None = None,
     progress: Progress | None = None,
     checkpoint: str | Path | None = None,
+    plan: Plan | None = None,
+    save_every: float = SAVE_EVERY,
 ) -> Estimate:
-    """The gradient of the mean next-token loss over calibration windows, as far as the settings ask for it.
+    """The gradient of the mean next-token loss over calibration windows.
 
-    `spsa` takes 2 · P + 1 forward passes over the windows for P directions, `jvp` P with tangents (which share the pass
-    itself), `exact` one forward and one backward.
+    For P directions, `spsa` runs 2 · P + 1 forward passes over the windows. `jvp` runs P forward passes with tangents,
+    where the directions of one step share the pass itself. `exact` runs one forward and one backward pass.
 
     Args:
       decoder: the model.
       batches: calibration windows.
-      settings: what is asked for.
-      progress: told the number of directions (of windows, for `exact`) that are done, and of all.
-      checkpoint: folder to save the estimate in while it is made, and to go on from if it was interrupted.
+      settings: settings of the estimate.
+      progress: called with the number of directions done (for `exact`: windows), and of all.
+      checkpoint: folder where the estimate saves its measurements, and from which an interrupted estimate continues.
+      plan: number of directions and tokens in a call; by memory and work if None. The plan of a checkpoint overrides
+        it.
+      save_every: least time between two saved checkpoints, seconds.
 
     Raises:
-      InputError: a setting is out of its range, a loss is not finite, no direction changes it, or the checkpoint is of
-        another estimate.
+      InputError: a setting is out of its range, a loss is not finite, no direction changes the loss, or the checkpoint
+        holds another estimate.
     """
-    settings = (settings or Estimation()).resolve()
-    if settings.difference == "exact":
+    settings = resolve(settings or Estimation())
+    if settings.estimator == "exact":
         if checkpoint is not None:
             raise InputError("the exact gradient is one pass and cannot be resumed; leave out --checkpoint")
         return _exact(decoder, batches, settings, progress)
-    if settings.difference == "spsa" and settings.epsilon is None:
+    if settings.estimator == "spsa" and settings.epsilon is None:
         settings = replace(settings, epsilon=choose_epsilon(decoder, batches, settings))
-    needed = settings.difference == "spsa" or checkpoint is not None
-    dense = window_losses(decoder, batches) if needed else np.zeros(0, np.float32)
+    # The paired losses are compared with the dense losses, and a checkpoint identifies the model by them.
+    needs_dense = settings.estimator == "spsa" or checkpoint is not None
+    dense = window_losses(decoder, batches) if needs_dense else np.zeros(0, np.float32)
+    measure = partial(_measure, decoder, batches, settings, plan, progress)
     if checkpoint is None:
-        found = _measure(decoder, batches, settings, progress, None)
+        measured = measure(None)
     else:
-        with Checkpoint(checkpoint, identity(settings, batches.windows, dense)) as saved:
-            found = _measure(decoder, batches, settings, progress, saved)
-    _check(found, settings)
+        with Checkpoint(checkpoint, identity(settings, batches.windows, dense), save_every) as opened:
+            measured = measure(opened)
+    _check(measured, settings)
     predictions = batches.predictions
-    if settings.difference == "jvp":
-        return Estimate(settings, found / predictions)
-    slopes = (found[:, 0] - found[:, 1]) / (2 * settings.step())
-    report = StepReport.of(found.sum(-1) / predictions, float(dense.sum(dtype=np.float64)) / predictions)
+    if settings.estimator == "jvp":
+        return Estimate(settings, measured / predictions)
+    slopes = (measured[:, 0] - measured[:, 1]) / (2 * step_of(settings))
+    report = StepReport.of(measured.sum(-1) / predictions, float(dense.sum(dtype=np.float64)) / predictions)
     return Estimate(settings, slopes / predictions, report)
 
 
-def _check(found: np.ndarray, settings: Estimation) -> None:
-    step = "" if settings.difference == "jvp" else f" at --epsilon {settings.step():g}"
-    if not np.isfinite(found).all():
-        raise InputError(f"the loss along a direction is not finite{step}; use a smaller one, or --difference jvp")
-    if not (found if settings.difference == "jvp" else found[:, 0] - found[:, 1]).any():
-        raise InputError(f"no direction changes the loss{step}: is the step lost in rounding? use a larger one")
+def _check(measured: Float[np.ndarray, "P *sides B"], settings: Estimation) -> None:
+    if settings.estimator == "jvp":
+        if not np.isfinite(measured).all():
+            raise InputError(
+                "the derivative of the loss along a direction is not finite: the weights of the model are broken, or "
+                "overflow their type; use --dtype float32"
+            )
+        if not measured.any():
+            raise InputError("no direction changes the loss: the derivative is zero along every direction")
+        return
+    step = f"at --epsilon {step_of(settings):g}"
+    if not np.isfinite(measured).all():
+        raise InputError(f"the loss along a direction is not finite {step}; use a smaller one, or --estimator jvp")
+    if not (measured[:, 0] - measured[:, 1]).any():
+        raise InputError(
+            f"no direction changes the loss {step}: the step is lost in rounding; use a larger one, or --estimator jvp"
+        )
 
 
 def _measure(
     decoder: Decoder,
     batches: Batches,
     settings: Estimation,
+    plan: Plan | None,
     progress: Progress | None,
     checkpoint: Checkpoint | None,
 ) -> Float[np.ndarray, "P *sides B"]:
-    """Losses at both ends of every direction, or slopes along it, of every sequence, float64."""
-    chunks, found = (None, None) if checkpoint is None else checkpoint.load()
-    chunks = chunks or shared_plan(decoder, batches.length, settings)
-    for first in range(0 if found is None else len(found), settings.directions, chunks.per_call):
-        last = min(first + chunks.per_call, settings.directions)
-        part = measure_call(decoder, batches, settings, chunks, first, last)
-        found = part if found is None else np.concatenate([found, part])
+    """The losses of every window at both ends of every direction, or its slopes along the directions, float64."""
+    stored, measured = (None, None) if checkpoint is None else checkpoint.load()
+    plan = stored or plan or shared_plan(decoder, batches.length, settings)
+    for first in range(0 if measured is None else len(measured), settings.directions, plan.per_call):
+        last = min(first + plan.per_call, settings.directions)
+        part = measure_call(decoder, batches, settings, plan, first, last)
+        measured = part if measured is None else np.concatenate([measured, part])
         if checkpoint is not None:
-            checkpoint.save(chunks, found, last == settings.directions)
+            checkpoint.save(plan, measured, last == settings.directions)
         if progress is not None:
             progress(last, settings.directions)
-    assert found is not None, "there is at least one direction"
-    return found
+    assert measured is not None, "there is at least one direction"
+    return measured
 
 
 def measure_call(
-    decoder: Decoder, batches: Batches, settings: Estimation, chunks: Plan, first: int, last: int
+    decoder: Decoder, batches: Batches, settings: Estimation, plan: Plan, first: int, last: int
 ) -> Float[np.ndarray, "P *sides B"]:
-    """As `_measure`, for directions first, ..., last - 1, in one call of the compiled program for each batch.
+    """Losses or slopes along directions first, ..., last - 1, in one call of the compiled program for each batch.
 
-    The last call of an estimate is filled up with directions that are thrown away, so that all calls have one shape and
-    the program is compiled once.
+    The last call of an estimate also measures directions that are not part of it. All calls then have the same shapes,
+    and the program is compiled once.
+
+    Args:
+      decoder: the model.
+      batches: calibration windows.
+      settings: settings of the estimate, resolved.
+      plan: number of directions and tokens in a call.
+      first: number of the first direction.
+      last: number after the last direction, at most `first + plan.per_call`.
+
+    Returns:
+      For `spsa` the losses of every window at both ends, [P, 2, B]; for `jvp` its slopes, [P, B]; float64, nats.
     """
-    stacked = settings.draw(decoder, first, first + chunks.per_call).stacked(chunks.per_step)
+    stacked = draw(settings, decoder, first, first + plan.per_call).stacked(plan.per_step)
 
     def program(batch: Batch) -> Array:
         return _run(decoder, _spread(stacked, batch, batches.mesh), batch, settings)
 
-    losses = batches.resized(chunks.tokens).collect(program).astype(np.float64)
-    return losses.reshape(chunks.per_call, *losses.shape[2:])[: last - first]
+    measured = batches.resized(plan.tokens).collect(program).astype(np.float64)
+    return measured.reshape(plan.per_call, *measured.shape[2:])[: last - first]
 
 
 def _spread(directions: Directions, batch: Batch, mesh: Mesh | None) -> Directions:
-    """Directions spread over the devices of `data` where the batch's windows do not divide, [chunks, P]."""
+    """Directions [chunks, P], spread over the axis `data` where the windows of the batch do not divide by it."""
     devices = sharding.data_size(mesh)
     if mesh is None or len(batch.numbers) % devices == 0:
         return directions
-    where = NamedSharding(mesh, PartitionSpec(None, *sharding.over_data(directions.factors.shape[1], mesh).spec))
-    data = sharding.place(np.asarray(jax.random.key_data(directions.keys)), where)
+    over_data = NamedSharding(mesh, PartitionSpec(None, *sharding.over_data(directions.factors.shape[1], mesh).spec))
+    data = sharding.place(np.asarray(jax.random.key_data(directions.keys)), over_data)
     keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(directions.keys))
-    return Directions(keys, sharding.place(np.asarray(directions.factors), where))
+    return Directions(keys, sharding.place(np.asarray(directions.factors), over_data))
 
 
 def _run(decoder: Decoder, directions: Directions, batch: Batch, settings: Estimation) -> Array:
-    space = settings.make_space()
-    if settings.difference == "jvp":
+    """One call of the compiled program for one batch."""
+    space = space_of(settings)
+    if settings.estimator == "jvp":
         return slopes.directional_derivatives(decoder, directions, batch.tokens, batch.numbers, space)
-    epsilon = jnp.float32(settings.step())
+    epsilon = jnp.float32(step_of(settings))
     return slopes.paired_losses(decoder, directions, batch.tokens, batch.numbers, epsilon, space)
 
 
 def _exact(decoder: Decoder, batches: Batches, settings: Estimation, progress: Progress | None) -> Estimate:
-    """By weights: summed over the batches, float32. By gates: the gradient of every sequence."""
+    """The exact gradient: by weights summed over the batches, by gates for every window; float32."""
     by_gates, done = settings.space == "gates", 0
     gradients: RunGradients | None = None
     squares: RunGradients | None = None
-    # The gradient of every single window is squared.
+    # The curvature squares the gradient of every single window.
     for batch in batches.resized(1) if settings.curvature else batches:
         part = (gate_gradients if by_gates else weight_gradients)(decoder, batch.tokens)
         part = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / batches.predictions, part)
         if settings.curvature:
             squares = _add_squares(squares, part, batches.count)
-        gradients = part if gradients is None else jax.tree.map(_beside if by_gates else jnp.add, gradients, part)
+        gradients = part if gradients is None else jax.tree.map(_join if by_gates else jnp.add, gradients, part)
         done += len(batch.numbers)
         if progress is not None:
             progress(done, batches.count)
@@ -190,23 +226,32 @@ def _exact(decoder: Decoder, batches: Batches, settings: Estimation, progress: P
 
 
 def _add_squares(total: RunGradients | None, part: RunGradients, count: int) -> RunGradients:
-    """The part of a sequence's mean loss in the mean of `count` of them, made whole, squared and averaged."""
+    """Adds the squared gradient of one window to the mean over windows.
+
+    `part` is the share of the window in the gradient of the mean loss, so `count` times `part` is the gradient of the
+    window's mean loss.
+    """
     squares = jax.tree.map(lambda leaf: count * jnp.square(leaf), part)
     return squares if total is None else jax.tree.map(jnp.add, total, squares)
 
 
-def _beside(left: Float[Array, "L B groups"], right: Float[Array, "L C groups"]) -> Float[Array, "L _ groups"]:
+def _join(left: Float[Array, "L B groups"], right: Float[Array, "L C groups"]) -> Float[Array, "L _ groups"]:
     return jnp.concatenate([left, right], axis=1)
 
 
-def gate_slopes(decoder: Decoder, found: Estimate) -> list[dict[str, Float[Array, "L B groups"]]]:
-    """Each sequence's part of ∂L/∂gate of every group, estimated or exact, for each run: kind -> [L, B, groups]."""
-    if found.exact is not None:
-        return found.exact
-    assert found.projected is not None, "an estimate has projected gradients"
-    directions = found.settings.draw(decoder, 0, len(found.projected))
-    slopes, space = jnp.asarray(found.projected, jnp.float32), found.settings.make_space()
+def gate_slopes(decoder: Decoder, gradient: Estimate) -> list[dict[str, Float[Array, "L B groups"]]]:
+    """For each run, the share of every window in ∂L/∂gate of every group: kind of group -> [L, B, groups].
+
+    Args:
+      decoder: the model.
+      gradient: an estimate or the exact gradient, by gates.
+    """
+    if gradient.exact is not None:
+        return gradient.exact
+    assert gradient.projected is not None, "an estimate has projected gradients"
+    directions = draw(gradient.settings, decoder, 0, len(gradient.projected))
+    projected, space = jnp.asarray(gradient.projected, jnp.float32), space_of(gradient.settings)
     return [
-        rebuild.rebuild_gates(layers, directions, slopes, counts, space)
+        rebuild.rebuild_gates(layers, directions, projected, counts, space)
         for layers, counts in spaces.gate_counts(decoder)
     ]

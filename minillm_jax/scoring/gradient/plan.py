@@ -1,4 +1,4 @@
-"""How many directions share one pass, and how many passes one call of the compiled program: by memory and by work."""
+"""Number of directions in one pass, by memory, and number of passes in one call of the compiled program, by work."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -11,29 +11,30 @@ from minillm_jax.devices import hosts
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import LOGITS_AT_ONCE
 from minillm_jax.model.tree import hidden_size, parameter_count, run_letters
-from minillm_jax.scoring.gradient.settings import Estimation
+from minillm_jax.settings import Estimation
 
-# More directions in one pass share hardly more.
+# Upper limit for the directions of one pass; more directions save hardly any time.
 MOST_PER_STEP = 8
 
-# Floating-point operations of one call: some seconds on a CPU, so that progress is seen and little is lost.
+# Floating-point operations of one call: some seconds on a CPU. Each call reports progress and may save a checkpoint.
 WORK_PER_CALL = 1e12
 MOST_CHUNKS = 64
 
-# What the estimate may use on a CPU, where nobody knows what else the memory is wanted for.
+# Bytes for the estimate on a CPU, where JAX does not report the free memory.
 CPU_MEMORY = 2**30
 
+# Bytes of a float32.
 FLOAT = 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How an estimate is cut up.
+    """How an estimate is divided into calls of the compiled program. It changes speed and memory, not the directions.
 
     Attributes:
-      per_step: directions in one pass, vmapped.
-      chunks: such passes in one call, scanned.
-      tokens: at most so many in a batch, at least one window.
+      per_step: number of directions in one pass, vmapped.
+      chunks: number of passes in one call, scanned.
+      tokens: tokens of a batch on each device, at least one window.
     """
 
     per_step: int
@@ -42,47 +43,69 @@ class Plan:
 
     @property
     def per_call(self) -> int:
-        """Directions of one call."""
+        """Number of directions in one call."""
         return self.per_step * self.chunks
 
 
 def shared_plan(decoder: Decoder, length: int, settings: Estimation) -> Plan:
-    """As `plan`, and the same in all processes: by the memory of process 0."""
+    """The plan of process 0, in all processes; the arguments are those of `plan`."""
     return Plan(**json.loads(hosts.agree(json.dumps(asdict(plan(decoder, length, settings))))))
 
 
-def plan(decoder: Decoder, length: int, settings: Estimation) -> Plan:
-    """The plan for windows of so many tokens."""
-    per_step = min(settings.per_step or _per_step(decoder, length, settings), settings.directions)
-    tokens = max(length, TOKENS_PER_BATCH // per_step)
-    needed = -(-settings.directions // per_step)
-    work = 4.0 * parameter_count(decoder) * tokens * per_step  # a pair; a multiply and an add for each weight
-    calls = -(-needed // max(1, min(MOST_CHUNKS, int(WORK_PER_CALL / work))))
-    return Plan(per_step, -(-needed // calls), tokens)
+def plan(
+    decoder: Decoder,
+    length: int,
+    settings: Estimation,
+    tokens_at_once: int = TOKENS_PER_BATCH,
+    work_per_call: float = WORK_PER_CALL,
+) -> Plan:
+    """The plan for windows of a length.
+
+    Args:
+      decoder: the model.
+      length: tokens of a window.
+      settings: settings of the estimate; `directions_per_step` and `memory` limit the directions of a pass.
+      tokens_at_once: tokens of one pass on each device, over all its directions; at least one window.
+      work_per_call: floating-point operations of one call; at least one pass.
+    """
+    per_step = settings.directions_per_step or _per_step(decoder, length, settings, tokens_at_once)
+    per_step = min(per_step, settings.directions)
+    tokens = max(length, tokens_at_once // per_step)
+    passes = -(-settings.directions // per_step)
+    work = 4.0 * parameter_count(decoder) * tokens * per_step  # two losses; a multiply and an add for each weight
+    calls = -(-passes // max(1, min(MOST_CHUNKS, int(work_per_call / work))))
+    return Plan(per_step, -(-passes // calls), tokens)
 
 
-def _per_step(decoder: Decoder, length: int, settings: Estimation) -> int:
-    """As many directions as the memory takes; pairs on a CPU one by one, which is as fast there."""
+def _per_step(decoder: Decoder, length: int, settings: Estimation, tokens_at_once: int) -> int:
+    """As many directions as the memory holds; one for pairs on a CPU, where more are not faster."""
     device = jax.local_devices()[0]
-    if device.platform == "cpu" and settings.difference == "spsa":
+    if device.platform == "cpu" and settings.estimator == "spsa":
         return 1
     memory = settings.memory or _free_memory(device)
-    tokens = max(length, TOKENS_PER_BATCH // MOST_PER_STEP)
+    tokens = max(length, tokens_at_once // MOST_PER_STEP)
     return max(1, min(MOST_PER_STEP, memory // direction_bytes(decoder, tokens, length, settings)))
 
 
 def _free_memory(device: Any) -> int:
-    found = device.memory_stats() or {}
-    if "bytes_limit" not in found:
+    """Bytes for the estimate: most of the device's free memory."""
+    statistics = device.memory_stats() or {}
+    if "bytes_limit" not in statistics:
         return CPU_MEMORY
-    return int(0.8 * (found["bytes_limit"] - found.get("bytes_in_use", 0)))
+    return int(0.8 * (statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)))
 
 
 def direction_bytes(decoder: Decoder, tokens: int, length: int, settings: Estimation) -> int:
-    """Memory of one more direction in a pass over so many tokens in windows of a length: a bound, not a measurement.
+    """Bytes of one more direction in a pass: an upper bound by formula.
 
-    The streams of both sides (or the tangent), what the widest layer makes from them, a copy of that layer where its
-    weights move, and a chunk of logits.
+    The sum of the residual streams of both sides (or of the tangent), the activations of the widest layer, a copy of
+    the largest layer in the space `weights`, and a chunk of logits.
+
+    Args:
+      decoder: the model.
+      tokens: tokens of the pass.
+      length: tokens of a window.
+      settings: settings of the estimate, resolved.
     """
     widest = 0
     for run in decoder.runs:
@@ -95,4 +118,5 @@ def direction_bytes(decoder: Decoder, tokens: int, length: int, settings: Estima
 
 
 def _largest_layer(decoder: Decoder) -> int:
+    """Number of entries of the largest layer."""
     return max(sum(leaf[0].size for leaf in jax.tree.leaves(run)) for run in decoder.runs)

@@ -25,8 +25,6 @@ from minillm_jax.model.modules import MLP, Attention, Block, Linear, depth
 from minillm_jax.model.tree import group_count, kernels, replace_kernels
 from minillm_jax.scoring.gradient import directions
 
-SPACES = ("weights", "low-rank", "gates")
-
 # Kind of group -> output projection of the groups; the gates multiply its input.
 GATED = {"head": "attention.o", "channel": "mlp.down"}
 
@@ -207,8 +205,8 @@ def make(space: str, distribution: str, rank: int, per_sequence: bool) -> Any:
     """The space of a name.
 
     Args:
-      space: a name of `SPACES`.
-      distribution: a name of `directions.DISTRIBUTIONS`.
+      space: a name of `settings.SPACES`.
+      distribution: a name of `settings.DISTRIBUTIONS`.
       rank: rank of the directions in `low-rank`.
       per_sequence: whether every window has a different direction in `gates`.
     """

@@ -1,0 +1,319 @@
+"""The commands. They import what they need when they run, so that `--help` answers at once."""
+
+import os
+import sys
+import tempfile
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minillm_jax import __version__
+from minillm_jax.cli.flags import COMMON, SHOW, SYNONYMS, show_all, with_settings
+from minillm_jax.cli.show import progress, show
+from minillm_jax.errors import InputError
+from minillm_jax.recipes import recipe as recipes
+
+if TYPE_CHECKING:
+    from minillm_jax.run import Job
+
+app = typer.Typer(
+    help="Make a language model physically smaller with forward passes alone.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+recipe_app = typer.Typer(help="List the recipes, or show what one sets.", no_args_is_help=True)
+convert_app = typer.Typer(help="Convert Hugging Face folders to Flax checkpoints, and back.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(convert_app, name="convert")
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local model folder or a Hub id.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+HiddenJson = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object instead of a table.", rich_help_panel=SHOW, hidden=True),
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", help="Print no progress on standard error.", rich_help_panel=SHOW, hidden=True)
+]
+HelpAllOption = Annotated[
+    bool,
+    typer.Option(
+        "--help-all", help="Show every option, by panel.", rich_help_panel=COMMON, is_eager=True, callback=show_all
+    ),
+]
+RecipeModelArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[MODEL]", help="A local model folder or a Hub id; by default the one that a recipe names."),
+]
+RecipeOption = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        "--preset",
+        metavar="NAME|FILE",
+        help="Settings for all options that are not given: a recipe of `minillm-jax recipe list`, or a TOML file.",
+        rich_help_panel=COMMON,
+        autocompletion=lambda incomplete: [name for name in recipes.names() if name.startswith(incomplete)],
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="One setting of the recipe, refit.ridge=0.1.", rich_help_panel=COMMON
+    ),
+]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--revision", metavar="TEXT", help="Branch, tag or commit on the Hub.", rich_help_panel="Data", hidden=True
+    ),
+]
+
+
+def main() -> None:
+    """Entry point of `minillm-jax`: bad input is one sentence on standard error and exit status 2."""
+    # transformers otherwise advises to install PyTorch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        status = app(standalone_mode=False)
+    except InputError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not an error of the command line
+            raise
+        _fail(_usage(error))
+    else:
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(sentence: str) -> None:
+    print(f"minillm-jax: {' '.join(sentence.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with a command line, and the nearest option where one does not exist."""
+    wrong = getattr(error, "option_name", None)
+    if wrong is None:
+        sentence = error.format_message().rstrip(".")
+        return f"{sentence[:1].lower()}{sentence[1:]}; see minillm-jax --help"
+    name = wrong.lstrip("-")
+    flags = ["--" + keyword.replace("_", "-") for keyword in recipes.places()]
+    near = SYNONYMS.get(name) or next(iter(get_close_matches(f"--{name}", flags, 1)), None)
+    return f"no such option: {wrong}; " + (f"did you mean {near}?" if near else "see --help-all")
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        print(f"minillm-jax {__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+# ------------------------------------------------------------------------------------------------- prune and plan
+
+
+def prune(
+    model: RecipeModelArgument = None,
+    output: Annotated[
+        str,
+        typer.Option("--output", metavar="FOLDER", help="Folder to write; it must not exist.", rich_help_panel=COMMON),
+    ] = "",
+    recipe: RecipeOption = recipes.DEFAULT,
+    assignments: SetOption = None,
+    revision: RevisionOption = None,
+    as_json: HiddenJson = False,
+    quiet: QuietOption = False,
+    help_all: HelpAllOption = False,
+    **given: Any,
+) -> None:
+    """Prune a model and write it as a folder that transformers loads."""
+    if not output:
+        raise InputError("no output folder is given; name one that does not exist with --output")
+    _run(_job(model, output, recipe, assignments, revision, given), as_json, quiet)
+
+
+def plan(
+    model: RecipeModelArgument = None,
+    recipe: RecipeOption = recipes.DEFAULT,
+    assignments: SetOption = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            "--devices",
+            metavar="KIND-N",
+            help="Devices of the run: v5e-8, h100; this machine if unset.",
+            rich_help_panel=COMMON,
+        ),
+    ] = None,
+    revision: RevisionOption = None,
+    as_json: HiddenJson = False,
+    help_all: HelpAllOption = False,
+    **given: Any,
+) -> None:
+    """Show what a run of prune would cost and write, before anything is loaded."""
+    from convert.reader import describe_model
+    from minillm_jax import plan as plans
+    from minillm_jax.recipes.used import used
+    from minillm_jax.report import tables
+
+    job = _job(model, "", recipe, assignments, revision, given)
+    settings = used(job.recipe, job.given).recipe
+    described = describe_model(job.model, settings.output.dtype, job.revision)
+    planned = plans.plan(described, job.model, settings, devices)
+    show(as_json, planned.as_json, lambda: tables.plan_table(planned))
+
+
+app.command("prune")(with_settings(prune))
+app.command("plan")(with_settings(plan))
+
+
+def _job(
+    model: str | None,
+    output: str,
+    recipe: str,
+    assignments: list[str] | None,
+    revision: str | None,
+    given: dict[str, Any],
+) -> "Job":
+    """The job that a command line describes."""
+    from minillm_jax.run import Job
+
+    loaded = recipes.load(recipe)
+    chosen, set_flags = recipes.with_assignments(loaded, assignments or [])
+    chosen, flags = recipes.with_options(chosen, given)
+    name = model or loaded.origin.get("model")
+    if name is None:
+        raise InputError("no model is given; name a local model folder or a Hub id")
+    if revision is None and model in (None, loaded.origin.get("model")):
+        revision = loaded.origin.get("revision")
+    return Job(str(name), output, chosen, set_flags | flags, revision)
+
+
+def _run(job: "Job", as_json: bool, quiet: bool) -> None:
+    from minillm_jax import run as runs
+    from minillm_jax.devices import hosts
+    from minillm_jax.report import tables
+
+    with progress(quiet or as_json) as told:
+        result = runs.run(job, told, tables.documents)
+    if hosts.is_writer():
+        show(as_json, lambda: tables.result_json(result), lambda: tables.result_table(result))
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="Folder to write; it must not exist.")] = "demo-pruned",
+    ratio: Annotated[float, typer.Option(help="Share of the heads and channels of every layer to remove.")] = 0.2,
+    recipe: Annotated[str, typer.Option("--recipe", "--preset", help="As in prune.")] = recipes.DEFAULT,
+    as_json: JsonOption = False,
+) -> None:
+    """Prune the bundled demo model and measure it on text it has never seen."""
+    from minillm_jax import demo as bundled
+
+    with tempfile.TemporaryDirectory() as folder:
+        training, held_out = Path(folder, "training.txt"), Path(folder, "held-out.txt")
+        training.write_text(bundled.training_text(), encoding="utf-8")
+        held_out.write_text(bundled.held_out_text(), encoding="utf-8")
+        given = {"ratio": ratio, "calibration": str(training), "evaluate": str(held_out)}
+        _run(_job(str(bundled.FOLDER), output, recipe, None, None, given), as_json, quiet=False)
+
+
+# ------------------------------------------------------------------------------------------------------ the others
+
+
+@app.command("eval")
+def evaluate_model(
+    model: ModelArgument,
+    text: Annotated[str, typer.Option(help="Text, .jsonl, .parquet or .npy (token ids) file, or a Hub data set.")],
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 128,
+    bos: Annotated[bool, typer.Option("--bos", help="Put the beginning-of-sequence token before the text.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress on standard error.")] = False,
+) -> None:
+    """Measure the perplexity over the non-overlapping windows of a whole text."""
+    from minillm_jax import api
+    from minillm_jax.report import tables
+
+    with progress(quiet or as_json) as told:
+        measured = api.evaluate(api.load(model, dtype, revision=revision), text, window, bos, told)
+    show(
+        as_json,
+        lambda: tables.perplexity_json(model, text, measured),
+        lambda: tables.perplexity_table(model, text, measured),
+    )
+
+
+@recipe_app.command("list")
+def list_recipes(as_json: JsonOption = False) -> None:
+    """List the recipes of the package, and what each sets."""
+    from minillm_jax.report import tables
+
+    show(as_json, tables.recipes_json, tables.recipes_table)
+
+
+@recipe_app.command("show")
+def show_recipe(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A recipe of the package, or a TOML file.")],
+    every: Annotated[
+        bool, typer.Option("--all", help="Show every setting, and not only those that the recipe sets.")
+    ] = False,
+) -> None:
+    """Show a recipe as TOML."""
+    loaded = recipes.load(name)
+    keys = {section: {one.name for at, one, _ in recipes.options() if at == section} for section in recipes.SECTIONS}
+    print(recipes.to_toml(loaded, keys if every else None), end="")
+
+
+@app.command("presets", hidden=True)
+def show_presets(as_json: JsonOption = False) -> None:
+    """List the recipes: the former name of `recipe list`."""
+    list_recipes(as_json)
+
+
+OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")]
+DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")]
+
+
+@convert_app.command("to-flax")
+def to_flax(model: ModelArgument, output: OutArgument, dtype: DtypeOption = None) -> None:
+    """Convert a Hugging Face folder or Hub id to an Orbax checkpoint of the Flax pytree."""
+    from convert.__main__ import convert
+
+    print(f"written to {output} ({convert('to-flax', model, output, dtype)})")
+
+
+@convert_app.command("to-torch")
+def to_torch(
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A Flax checkpoint folder.")],
+    output: OutArgument,
+    dtype: DtypeOption = None,
+    format: Annotated[  # noqa: A002  the name of the option
+        str | None, typer.Option(help="stock, per-layer or padded; the first that holds the shapes by default.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Size of the largest weight file.")] = "5GB",
+) -> None:
+    """Convert a Flax checkpoint to a Hugging Face folder."""
+    from convert.__main__ import convert
+
+    if format == "flax":
+        raise InputError("to-torch writes a Hugging Face folder; use one of the formats stock, per-layer and padded")
+    print(f"written to {output} ({convert('to-torch', checkpoint, output, dtype, format, max_shard_size)})")
+
+
+if __name__ == "__main__":
+    main()

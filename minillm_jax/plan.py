@@ -1,0 +1,340 @@
+"""The cost of a pruning run before anything is loaded: from config.json and the headers of the weight files.
+
+Parameters, shapes and the output format are exact. Memory and floating-point operations are formulas over the shapes,
+the number of calibration tokens and the recipe; `docs/benchmarks.md` holds them against measured peaks.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from convert import formats
+from convert.reader import Description
+from minillm_jax.budget import allocate
+from minillm_jax.budget.budget import choose, kept_count
+from minillm_jax.errors import InputError
+from minillm_jax.model import costs
+from minillm_jax.model.build import build
+from minillm_jax.model.config import DecoderConfig, Sizes
+from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.tree import group_counts, named_arrays, part_counts
+from minillm_jax.pruning.slicing import slice_sizes
+from minillm_jax.recipes.recipe import Recipe
+
+FLOAT, DOUBLE = 4, 8
+
+# Below this, the Gram matrix of a projection's inputs is close to singular and the ridge decides the refit.
+FEW_TOKENS_PER_CHANNEL = 2.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """A kind of accelerator.
+
+    Attributes:
+      memory: bytes of one device.
+      flops: peak floating-point operations a second of one device in bfloat16, by its data sheet; None where unknown.
+    """
+
+    memory: int
+    flops: float | None = None
+
+
+GB = 10**9
+DEVICES = {
+    "v4": Device(32 * GB, 275e12),
+    "v5e": Device(16 * GB, 197e12),
+    "v5p": Device(95 * GB, 459e12),
+    "v6e": Device(32 * GB, 918e12),
+    "a100": Device(80 * GB, 312e12),
+    "h100": Device(80 * GB, 989e12),
+    "h200": Device(141 * GB, 989e12),
+    "l4": Device(24 * GB, 121e12),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost and write.
+
+    Attributes:
+      model: name of the model.
+      recipe: name of the recipe.
+      devices: the devices in words.
+      count: number of devices.
+      parameters_before: of the dense model.
+      parameters_after: of the pruned model; None where scores or losses decide.
+      costs_before: parameters, macs and memory of the dense model, for a window of `seq_len` tokens.
+      costs_after: of the pruned model, or None.
+      format: of the output folder.
+      files: bytes of the weight files; None where the shapes are not known.
+      tokens: calibration tokens.
+      tokens_per_channel: calibration tokens for each channel of the widest MLP.
+      flops: floating-point operations on the devices, all together.
+      device_bytes: peak memory of one device.
+      host_bytes: peak memory of the host process beside the device's.
+      device_memory: memory of one device; None where it is not known.
+    """
+
+    model: str
+    recipe: str
+    devices: str
+    count: int
+    parameters_before: int
+    parameters_after: int | None
+    costs_before: dict[str, int]
+    costs_after: dict[str, int] | None
+    format: str | None
+    files: int | None
+    tokens: int
+    tokens_per_channel: float
+    flops: float
+    device_bytes: int
+    host_bytes: int
+    device_memory: int | None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak memory fits the device; None where the device's memory is not known."""
+        return None if self.device_memory is None else self.device_bytes <= self.device_memory
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures as one JSON object."""
+        return asdict(self) | {"fits": self.fits}
+
+
+def plan(described: Description, name: str, recipe: Recipe, devices: str | None = None) -> Plan:
+    """The cost of a run.
+
+    Args:
+      described: configuration and sizes of the model.
+      name: of the model.
+      recipe: settings as `recipes.used` completes them.
+      devices: `v5e-8`, `h100`, `h100-4`; this machine by default.
+
+    Raises:
+      InputError: the devices are unknown, or the recipe does not suit the model's shapes.
+    """
+    kind, count, memory = parse_devices(devices)
+    dense = described.abstract
+    after = pruned_sizes(dense.config, described.sizes, recipe)
+    window, dtype = recipe.budget.window, np.dtype(dense.embedding.dtype)
+    small = None if after is None else build(dense.config, after, dtype)
+    layout = None if after is None else output_format(dense.config, after, described.raw_config, recipe.output.format)
+    tokens = recipe.data.samples * recipe.data.seq_len
+    return Plan(
+        model=name,
+        recipe=recipe.name,
+        devices=kind,
+        count=count,
+        parameters_before=costs.cost(dense, "parameters"),
+        parameters_after=None if small is None else costs.cost(small, "parameters"),
+        costs_before=costs.all_costs(dense, window),
+        costs_after=None if small is None else costs.all_costs(small, window),
+        format=None if layout is None else layout[0],
+        files=None if layout is None else layout[1] * dtype.itemsize,
+        tokens=tokens,
+        tokens_per_channel=tokens / max(layer.F for layer in described.sizes.layers),
+        flops=run_flops(dense, small or dense, recipe),
+        device_bytes=device_bytes(dense, small or dense, recipe, count),
+        host_bytes=host_bytes(dense, recipe, on_cpu=kind == "cpu"),
+        device_memory=memory,
+    )
+
+
+def parse_devices(text: str | None) -> tuple[str, int, int | None]:
+    """Kind, number and memory of the devices that `v5e-8` or `h100` stands for; this machine for None.
+
+    Raises:
+      InputError: the kind is unknown, or the number is not a number.
+    """
+    if text is None:
+        device = jax.local_devices()[0]
+        limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else _ram()
+        return device.platform, 1 if device.platform == "cpu" else jax.local_device_count(), limit
+    kind, _, number = text.lower().partition("-")
+    if kind not in DEVICES or (number and not number.isdecimal()) or number == "0":
+        raise InputError(
+            f"--devices {text!r} is not understood; expected a kind and a number, v5e-8 or h100, with a kind of "
+            f"{', '.join(DEVICES)}"
+        )
+    count = int(number or 1)
+    return text.lower(), count, DEVICES[kind].memory
+
+
+def _ram() -> int | None:
+    import os
+
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not a POSIX system
+        return None
+
+
+# --------------------------------------------------------------------------------------------------------- shapes
+
+
+def pruned_sizes(config: DecoderConfig, sizes: Sizes, recipe: Recipe) -> Sizes | None:
+    """The sizes of the pruned decoder; None where scores or losses decide them.
+
+    Raises:
+      InputError: the budget does not suit the model, or cannot be met.
+    """
+    budget = recipe.budget
+    ratio, layers = budget.ratio or 0.0, allocate.layers_of(budget, len(sizes.layers))
+    if "layers" in budget.structures:
+        removed = len(layers) - kept_count(len(layers), ratio)
+        sizes = replace(sizes, layers=sizes.layers[: len(sizes.layers) - removed])
+    if "hidden" in budget.structures:
+        width = kept_count(sizes.D, ratio, budget.round_width_to)
+        sizes = replace(sizes, D=width, E=sizes.E if config.embedding_projection else width)
+    if not budget.kinds:
+        return sizes
+    abstract = build(config, sizes)
+    counts = allocate.expected(abstract, budget.kinds, budget)
+    if counts is None:
+        return None
+    equal = {kind: [np.zeros(n) for n in group_counts(abstract, kind)] for kind in counts}
+    return slice_sizes(sizes, choose(equal, counts, part_counts(abstract, counts)))
+
+
+def output_format(config: DecoderConfig, sizes: Sizes, raw: dict[str, Any], wanted: str | None) -> tuple[str, int]:
+    """The format of the output folder, and the number of parameters in its files.
+
+    Raises:
+      InputError: the format cannot hold the shapes.
+    """
+    if wanted == formats.FLAX:
+        return formats.FLAX, costs.cost(build(config, sizes), "parameters")
+    described = formats.describe(config, sizes, raw, wanted)
+    return described.format, costs.cost(build(config, described.sizes), "parameters")
+
+
+# --------------------------------------------------------------------------------------------------------- memory
+
+
+def device_bytes(dense: Decoder, pruned: Decoder, recipe: Recipe, count: int = 1) -> int:
+    """Peak memory of one device: weights, pruned weights, residual streams, one layer's activations, Gram matrices.
+
+    With several devices the weights are taken as spread over all of them; residual streams and Gram matrices as not.
+    """
+    width = np.dtype(dense.embedding.dtype).itemsize
+    weights = costs.cost(dense, "parameters") * width
+    smaller = 2 * costs.cost(pruned, "parameters") * width  # the pruned layers, and their stacked copy at the end
+    return (weights + smaller) // count + max(walk_bytes(dense, recipe), forward_bytes(dense, recipe))
+
+
+def walk_bytes(dense: Decoder, recipe: Recipe) -> int:
+    """Memory of the walk through the layers beside the weights; 0 for recipes without one."""
+    if not walks(recipe):
+        return 0
+    letters = _letters(dense)
+    tokens = recipe.data.samples * recipe.data.seq_len
+    streams = (4 if dense.config.parallel else 2) * tokens * letters["D"]
+    inputs = max(letters["N"] * letters["H"], letters["F"])
+    moments = 2 * (inputs**2 + inputs * letters["D"]) + 2 * letters["D"] ** 2
+    layer = _layer_parameters(dense)
+    return FLOAT * (streams + tokens * letters["D"] + moments + 2 * layer) + _activations(dense, recipe)
+
+
+def forward_bytes(dense: Decoder, recipe: Recipe) -> int:
+    """Memory of a forward pass over one batch beside the weights: one layer's activations, one chunk of logits."""
+    from minillm_jax.model.loss import LOGITS_AT_ONCE
+
+    return _activations(dense, recipe) + FLOAT * LOGITS_AT_ONCE
+
+
+def _activations(dense: Decoder, recipe: Recipe) -> int:
+    from minillm_jax.data.batches import TOKENS_PER_BATCH
+
+    letters, length = _letters(dense), recipe.data.seq_len
+    tokens = max(length, min(TOKENS_PER_BATCH, recipe.data.samples * length))
+    attention = 4 * letters["N"] * letters["H"] + 4 * letters["K"] * letters["H"] + 3 * letters["N"] * length
+    return FLOAT * tokens * (8 * letters["D"] + max(attention, 4 * letters["F"]))
+
+
+def host_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
+    """Peak memory of the host process beside the device's: libraries, float64 systems, one layer on its way.
+
+    On a CPU the device's memory is the host's too, and is not counted here.
+    """
+    letters = _letters(dense)
+    inputs = max(letters["N"] * letters["H"], letters["F"])
+    systems = 0
+    if walks(recipe):
+        matrices = 6 if recipe.scoring.criterion == "obs" else 3
+        systems = DOUBLE * (matrices * inputs**2 + 3 * inputs * letters["D"])
+    layer = 0 if on_cpu else 2 * FLOAT * _layer_parameters(dense)
+    return LIBRARIES + systems + layer
+
+
+# Resident memory of a process that has imported JAX, transformers and Orbax and compiled a few programs.
+LIBRARIES = 650 * 10**6
+
+
+def walks(recipe: Recipe) -> bool:
+    """Whether the run walks through the layers with calibration activations."""
+    return bool(recipe.budget.kinds) and (
+        recipe.scoring.criterion == "obs" or recipe.refit.method != "none" or recipe.budget.allocation == "measured"
+    )
+
+
+def _letters(decoder: Decoder) -> dict[str, int]:
+    """The largest size of every axis letter of the layers."""
+    from minillm_jax.model.tree import run_letters
+
+    runs = [run_letters(run) for run in decoder.runs]
+    return {letter: max(run[letter] for run in runs) for letter in runs[0]}
+
+
+def _layer_parameters(decoder: Decoder) -> int:
+    """Parameters of the largest layer."""
+    return max(sum(leaf.size // leaf.shape[0] for _, leaf in named_arrays(run)) for run in decoder.runs)
+
+
+# --------------------------------------------------------------------------------------------------------- work
+
+
+def run_flops(dense: Decoder, pruned: Decoder, recipe: Recipe) -> float:
+    """Floating-point operations on the devices: forward passes, Gram matrices, and the gradient estimate."""
+    length, samples = recipe.data.seq_len, recipe.data.samples
+    forward = 2.0 * costs.cost(dense, "macs", length) * samples
+    total = forward * gradient_passes(recipe) * recipe.budget.rounds
+    if walks(recipe):
+        total += walk_flops(dense, pruned, recipe) * recipe.budget.rounds
+    elif recipe.scoring.criterion in ("wanda", "fms", "noise"):
+        total += forward
+    elif recipe.scoring.criterion == "flap":
+        total += 2 * forward
+    if recipe.budget.allocation == "measured":
+        layers = sum(leaf.attention.q.kernel.shape[0] for leaf in dense.runs)
+        total += forward * (1 + len(allocate.SHARES) * len(recipe.budget.kinds) * layers)
+    return total
+
+
+def gradient_passes(recipe: Recipe) -> float:
+    """Forward passes of the gradient estimate, in forward passes over all calibration windows."""
+    from minillm_jax.scoring.criteria import CRITERIA
+
+    criterion = CRITERIA[recipe.scoring.criterion]
+    if not criterion.takes_gradient or not (recipe.budget.kinds or "hidden" in recipe.budget.structures):
+        return 0.0
+    match recipe.scoring.estimation.estimator:
+        case "exact":
+            return 4.0  # forward, forward again for the layers' activations, backward
+        case "jvp":
+            return 2.0 * recipe.scoring.estimation.directions
+    return 2.0 * recipe.scoring.estimation.directions + 1
+
+
+def walk_flops(dense: Decoder, pruned: Decoder, recipe: Recipe) -> float:
+    """Of the walk: three passes through every dense sublayer, one through every pruned one, and the Gram matrices."""
+    letters, tokens = _letters(dense), recipe.data.samples * recipe.data.seq_len
+    layers = sum(run.attention.q.kernel.shape[0] for run in dense.runs)
+    blocks = 2.0 * costs.block_parameters(dense) * tokens
+    smaller = 2.0 * costs.block_parameters(pruned) * tokens
+    grams = sum(2.0 * tokens * n * (n + letters["D"]) for n in (letters["N"] * letters["H"], letters["F"]))
+    inputs = 2 * 2.0 * tokens * 2 * letters["D"] ** 2 if recipe.refit.method == "least-squares" else 0.0
+    return (5 if inputs else 3) * blocks + smaller + layers * (grams + inputs)

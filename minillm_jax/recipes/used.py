@@ -1,0 +1,221 @@
+"""The settings that a run reads: everything else is left out, and a setting that a user gave in vain is an error.
+
+`used` goes through the same decisions as the run, on sections that note which of their fields are read. It builds the
+settings of the run from these reads alone, so a field that is not read cannot change the run.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+from minillm_jax.budget.allocate import check_comparable
+from minillm_jax.errors import InputError, one_of
+from minillm_jax.recipes.recipe import SECTIONS, Recipe
+from minillm_jax.scoring import criteria
+from minillm_jax.scoring.criteria import Criterion
+from minillm_jax.scoring.score import check_hidden, resolve_gradient
+from minillm_jax.settings import METHODS, SOLVERS, Budget, Data, Estimation, Evaluation, Output, Refit, Scoring
+
+Section = TypeVar("Section")
+
+
+@dataclass(frozen=True)
+class Used:
+    """The settings of a run.
+
+    Attributes:
+      recipe: the settings, each at its default where the run does not read it.
+      keys: section -> the keys that the run reads.
+    """
+
+    recipe: Recipe
+    keys: Mapping[str, set[str]]
+
+
+def watched(section: Section, reads: set[str]) -> Section:
+    """A copy of a section that adds the name of every field that is read to `reads`."""
+    kind, names = type(section), {one.name for one in fields(section)}  # pyright: ignore[reportArgumentType]
+
+    class Watched(kind):
+        def __getattribute__(self, name: str) -> Any:
+            if name in names:
+                reads.add(name)
+            return super().__getattribute__(name)
+
+    copy: Any = object.__new__(Watched)
+    vars(copy).update(vars(section))
+    return copy
+
+
+def used(recipe: Recipe, given: Mapping[tuple[str, str], str] | None = None) -> Used:
+    """The settings that a run of a recipe reads, checked as far as that is possible without the model.
+
+    Args:
+      recipe: the recipe.
+      given: section and key -> flag, of the settings that a user gave.
+
+    Raises:
+      InputError: a setting is out of its range, two do not suit each other, or a given one would do nothing.
+    """
+    keys: dict[str, set[str]] = {section: set() for section in SECTIONS}
+    scored = replace(recipe.scoring, kinds=recipe.budget.kinds or Scoring.kinds)
+    recipe = replace(recipe, scoring=scored)
+    watch = replace(recipe, **{name: watched(getattr(recipe, name), keys[name]) for name in SECTIONS})
+    budget = _budget(watch.budget)
+    criterion, scoring, gradient = _scoring(watch, budget)
+    refit = _refit(watch.refit, budget, criterion)
+    chosen = replace(
+        recipe,
+        data=_data(watch.data, _reads_text(budget, criterion, refit)),
+        budget=replace(budget, window=watch.data.seq_len),
+        scoring=scoring,
+        gradient=gradient or Estimation(),
+        refit=refit,
+        output=_output(watch.output, budget, gradient),
+        devices=replace(recipe.devices, mesh=watch.devices.mesh, hosts=watch.devices.hosts),
+        evaluation=_evaluation(watch.evaluation),
+    )
+    _check_idle(recipe, criterion, keys, given or {})
+    return Used(chosen, keys)
+
+
+def _budget(budget: Budget) -> Budget:
+    budget.check()
+    both = [structure for structure in ("hidden", "layers") if structure in budget.structures]
+    if both and not budget.by_share:
+        raise InputError(
+            f"the ratio counts groups, the same share in every layer, where {' and '.join(both)} are removed; leave "
+            "out --ratio-of, --budget and targets"
+        )
+    if budget.layers is not None and both and budget.structures != ("layers",):
+        raise InputError("--layers cannot be used where hidden dimensions are removed, or layers and another structure")
+    heads, width = "heads" in budget.structures, bool({"channels", "hidden"} & set(budget.structures))
+    return Budget(
+        budget.ratio,
+        ratio_of="groups" if budget.ratio is None else budget.ratio_of,
+        target_params=budget.target_params,
+        target_macs=budget.target_macs,
+        target_memory=budget.target_memory,
+        allocation=budget.allocation if budget.kinds else "uniform",
+        structures=budget.structures,
+        heads=budget.heads if heads else "group",
+        layers=budget.layers,
+        rounds=budget.rounds if budget.kinds else 1,
+        round_heads_to=budget.round_heads_to if heads else 1,
+        round_width_to=budget.round_width_to if width else 1,
+        keep_at_least=Budget.keep_at_least if budget.by_share else budget.keep_at_least,
+    )
+
+
+def _scoring(recipe: Recipe, budget: Budget) -> tuple[Criterion | None, Scoring, Estimation | None]:
+    """The criterion, and its settings; no criterion where only whole layers are removed."""
+    hidden = "hidden" in budget.structures
+    if not budget.kinds and not hidden:
+        return None, Scoring(), None
+    settings = recipe.scoring
+    criterion = criteria.resolve(settings, hidden)
+    if hidden:
+        check_hidden(settings.criterion, criterion)
+    if budget.allocation == "global":
+        check_comparable(settings.criterion)
+    gradient = resolve_gradient(settings.criterion, criterion, recipe.gradient)
+    if gradient is not None:
+        gradient = replace(gradient, seed=recipe.data.seed)
+    by_weights = criterion.by_weights
+    scoring = Scoring(
+        settings.criterion,
+        gradient or Estimation(),
+        activation_norm=criterion.norm if by_weights and "activation" in criterion.factors else None,
+        within=criterion.within if by_weights else None,
+        across=criterion.across if by_weights else None,
+        seed=recipe.data.seed,
+        factors=criterion.factors if settings.criterion == "fms" else None,
+        kinds=settings.kinds,
+    )
+    return criterion, scoring, gradient
+
+
+def _refit(refit: Refit, budget: Budget, criterion: Criterion | None) -> Refit:
+    """What each method reads; structured OBS reads target, ridge and solver whatever is refitted afterwards."""
+    if not budget.kinds:
+        return Refit("none")
+    one_of("refit", refit.method, METHODS)
+    least_squares, obs = refit.method == "least-squares", criterion is not None and criterion.while_pruning
+    solves = least_squares or obs
+    if solves:
+        one_of("solver", refit.solver, SOLVERS)
+    return Refit(
+        refit.method,
+        alpha=refit.alpha if solves or refit.method == "bias" else None,
+        ridge=refit.ridge if solves else Refit.ridge,
+        inputs=refit.inputs if least_squares else None,
+        solver=refit.solver if solves else Refit.solver,
+    )
+
+
+def _reads_text(budget: Budget, criterion: Criterion | None, refit: Refit) -> bool:
+    if criterion is None or "layers" in budget.structures or budget.allocation == "measured":
+        return True
+    return criterion.reads_text or refit.method != "none"
+
+
+def _data(data: Data, reads_text: bool) -> Data:
+    """Every run draws windows, but their number matters only where something is computed on them."""
+    return Data(data.calibration, data.samples if reads_text else 1, data.seq_len, data.seed)
+
+
+def _output(output: Output, budget: Budget, gradient: Estimation | None) -> Output:
+    if gradient is None:
+        checkpoint = None
+    else:
+        checkpoint = output.checkpoint
+        if checkpoint is not None and gradient.estimator == "exact":
+            raise InputError("the exact gradient is one pass and cannot be resumed; leave out --checkpoint")
+        if checkpoint is not None and budget.rounds > 1:
+            raise InputError(
+                "a checkpoint holds one estimate and cannot be used with several rounds; leave out one of the two"
+            )
+    if budget.allocation != "uniform" and output.format == "stock":
+        raise InputError(
+            f"{budget.allocation} budgets keep unequal numbers in the layers, which no stock class can hold; use the "
+            "format per-layer or padded"
+        )
+    size = Output.max_shard_size if output.format == "flax" else output.max_shard_size
+    return Output(output.format, size, output.dtype, checkpoint)
+
+
+def _evaluation(evaluation: Evaluation) -> Evaluation:
+    if evaluation.text is None:
+        return Evaluation()
+    return Evaluation(evaluation.text, evaluation.window)
+
+
+def _check_idle(
+    recipe: Recipe, criterion: Criterion | None, keys: Mapping[str, set[str]], given: Mapping[tuple[str, str], str]
+) -> None:
+    """Whether the run reads every setting that a user gave."""
+    for (section, key), flag in given.items():
+        if key not in keys[section]:
+            raise InputError(
+                f"{flag} would do nothing in this run ({_reason(recipe, section, criterion)}); leave it out"
+            )
+
+
+def _reason(recipe: Recipe, section: str, criterion: Criterion | None) -> str:
+    """The choices that decide whether a section's settings are read."""
+    structures = f"structures {','.join(recipe.budget.structures)}"
+    if criterion is None and section in ("scoring", "gradient", "refit"):
+        return structures
+    scoring, gradient = recipe.scoring, recipe.gradient
+    estimator = gradient.estimator or (criterion.estimator if criterion is not None else "none")
+    reasons = {
+        "data": f"criterion {scoring.criterion}, refit {recipe.refit.method}",
+        "budget": f"{structures}, budget {recipe.budget.allocation}",
+        "scoring": f"criterion {scoring.criterion}",
+        "gradient": f"criterion {scoring.criterion}"
+        + (f", estimator {estimator}" if criterion is not None and criterion.takes_gradient else ""),
+        "refit": f"refit {recipe.refit.method}, criterion {scoring.criterion}, {structures}",
+        "output": f"format {recipe.output.format}, criterion {scoring.criterion}",
+        "evaluation": "no --evaluate",
+    }
+    return reasons.get(section, "it is not read")
