@@ -10,6 +10,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from minillm_jax.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from minillm_jax.api import calibrate as calibrate
     from minillm_jax.api import evaluate as evaluate
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from minillm_jax.settings import Estimation as Estimation
     from minillm_jax.settings import Refit as Refit
     from minillm_jax.settings import Scoring as Scoring
-
-__version__ = "0.1.0"
 
 # Resolved on first use: `import minillm_jax.settings`, or the help of a command, must not import JAX and transformers.
 _HOME = {

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from minillm_jax import __version__
 from minillm_jax.budget import allocate
 from minillm_jax.budget.budget import Counts, by_ratio, choose, kept_count
 from minillm_jax.data.windows import Calibration
@@ -38,6 +37,7 @@ from minillm_jax.pruning.slicing import slice_groups, slice_hidden, slice_layers
 from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.scoring.score import ChosenWhilePruning, Scores, hidden_scores, score, summaries
 from minillm_jax.settings import Budget, Refit, Scoring
+from minillm_jax.version import __version__
 
 RECORDED_PACKAGES = ("jax", "flax", "transformers", "numpy")
 

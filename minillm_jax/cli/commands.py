@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minillm_jax import __version__
 from minillm_jax.cli.flags import COMMON, SHOW, SYNONYMS, show_all, with_settings
 from minillm_jax.cli.show import progress, show
 from minillm_jax.errors import InputError
 from minillm_jax.recipes import recipe as recipes
+from minillm_jax.version import __version__
 
 if TYPE_CHECKING:
     from minillm_jax.run import Job
