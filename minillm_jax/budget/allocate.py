@@ -85,10 +85,6 @@ def inventory_of(decoder: Decoder, kinds: tuple[str, ...], budget: Budget) -> In
     return Inventory(counts, parts, group_costs, costs.cost(decoder, budget.measure, budget.window), layers)
 
 
-# The former name, which other modules still use.
-stock_of = inventory_of
-
-
 def counts_for(
     decoder: Decoder,
     kinds: tuple[str, ...],

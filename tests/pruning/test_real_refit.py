@@ -26,8 +26,8 @@ def test_refit_recovers_more_than_half_of_the_loss_of_a_trained_model() -> None:
     """64 windows calibrate, 96 other windows measure the perplexity."""
     folder, source = shared("models/stories260K"), shared("data/tinystories/tinystories_sample_2MiB.txt")
     model = load(folder)
-    drawn = windows.sample(text.read_tokens(source, folder, 512), 160, 128, seed=0)
-    calibration, held_out = Batches(drawn[:64]), Batches(drawn[64:])
+    sampled = windows.sample(text.read_tokens(source, folder, 512), 160, 128, seed=0)
+    calibration, held_out = Batches(sampled[:64]), Batches(sampled[64:])
     dense = perplexity(model.decoder, held_out).perplexity
     scores = score(model, Calibration(calibration, "stories", 0), Scoring("wanda"))
     for ratio, bound in BOUNDS.items():
@@ -47,8 +47,8 @@ def test_host_and_device_prune_a_trained_model_alike() -> None:
     """Float32 on the device chooses the same groups as float64 on the host, and reaches the same perplexity."""
     model = load(demo.FOLDER)
     tokens = text.tokenise(demo.held_out_text(), model.folder)
-    drawn = windows.sample(text.Tokens(tokens, "held out", 1), 24, 128, seed=0)
-    calibration, held_out = Batches(drawn[:8]), Batches(drawn[8:])
+    sampled = windows.sample(text.Tokens(tokens, "held out", 1), 24, 128, seed=0)
+    calibration, held_out = Batches(sampled[:8]), Batches(sampled[8:])
     counts = {kind: [n // 2 for n in group_counts(model.decoder, kind)] for kind in axis_table.KINDS}
     (host, kept_on_host), (device, kept_on_device) = (
         prune_by_obs(model.decoder, counts, calibration, Refit(solver=solver)) for solver in SOLVERS
