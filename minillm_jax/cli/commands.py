@@ -269,14 +269,14 @@ def list_recipes(as_json: JsonOption = False) -> None:
 @recipe_app.command("show")
 def show_recipe(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A recipe of the package, or a TOML file.")],
-    every: Annotated[
-        bool, typer.Option("--all", help="Show every setting, and not only those that the recipe sets.")
+    changes: Annotated[
+        bool, typer.Option("--changes", help="Show only the settings that differ from the defaults.")
     ] = False,
 ) -> None:
     """Show a recipe as TOML."""
     loaded = recipes.load(name)
     keys = {section: {one.name for at, one, _ in recipes.options() if at == section} for section in recipes.SECTIONS}
-    print(recipes.to_toml(loaded, keys if every else None), end="")
+    print(recipes.to_toml(loaded, None if changes else keys), end="")
 
 
 @app.command("presets", hidden=True)

@@ -69,11 +69,11 @@ def options() -> Iterator[tuple[str, "Field[Any]", Option]]:
 
 def places() -> dict[str, tuple[str, str]]:
     """Keyword in Python -> section and key: the flag's name with underscores, its aliases, and the field's name."""
-    found: dict[str, tuple[str, str]] = {}
+    keywords: dict[str, tuple[str, str]] = {}
     for section, one, described in options():
         for name in (described.flag or one.name, *described.aliases):
-            found[name] = section, one.name
-    return found
+            keywords[name] = section, one.name
+    return keywords
 
 
 # ------------------------------------------------------------------------------------------------------------ in
@@ -81,8 +81,8 @@ def places() -> dict[str, tuple[str, str]]:
 
 def names() -> list[str]:
     """The recipes of the package, the default first."""
-    found = sorted(path.stem for path in FOLDER.glob("*.toml"))
-    return sorted(found, key=lambda name: name != DEFAULT)
+    packaged = sorted(path.stem for path in FOLDER.glob("*.toml"))
+    return sorted(packaged, key=lambda name: name != DEFAULT)
 
 
 def load(name: str | Path = DEFAULT) -> Recipe:
