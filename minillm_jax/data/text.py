@@ -90,15 +90,19 @@ def given_tokens(
     return replace(tokens, ids=tokens.ids.astype(np.int32))
 
 
-def read_documents(source: str | Path) -> Iterator[str]:
+def read_documents(source: str | Path, hub_characters: int = HUB_CHARACTERS) -> Iterator[str]:
     """The documents of a file (a text file is one document) or of a Hub data set.
+
+    Args:
+      source: as for `read_tokens`.
+      hub_characters: number of characters after which a Hub data set is read no further.
 
     Raises:
       InputError: the source is missing or in an unknown format.
     """
     path = Path(source).expanduser()
     if not os.path.exists(path):  # noqa: PTH110  Path.exists raises for a name that is too long
-        yield from _hub_documents(str(source))
+        yield from _hub_documents(str(source), hub_characters)
         return
     try:
         match path.suffix:
@@ -190,7 +194,7 @@ def _text_of(row: Any, where: str) -> str:
     return text
 
 
-def _hub_documents(source: str) -> Iterator[str]:
+def _hub_documents(source: str, limit: int) -> Iterator[str]:
     name, _, split = source.partition(":")
     parts = name.split("/")
     if not 2 <= len(parts) <= 3 or not all(parts) or name[0] in "./~" or Path(name).suffix in FILE_SUFFIXES:
@@ -208,7 +212,7 @@ def _hub_documents(source: str) -> Iterator[str]:
             document = _text_of(row, source)
             yield document
             characters += len(document)
-            if characters >= HUB_CHARACTERS:
+            if characters >= limit:
                 return
     except (InputError, GeneratorExit):
         raise

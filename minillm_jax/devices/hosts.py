@@ -1,4 +1,4 @@
-"""The processes of several hosts: joining them, and making them agree."""
+"""Processes of several hosts: they are joined, agree on texts and checks, and wait for each other."""
 
 import re
 from collections.abc import Callable
@@ -9,13 +9,19 @@ import numpy as np
 
 from minillm_jax.errors import InputError, cause
 
-# Bytes of what one process tells the others: a path or a sentence.
+# Largest size in bytes of a text that process 0 sends to the others: a path or a sentence.
 LONGEST = 8192
 
 
 @dataclass(frozen=True)
 class Hosts:
-    """How a process finds its fellows; what is None is taken from the environment (a TPU pod, Slurm, Open MPI)."""
+    """The address of the job. JAX reads fields that are None from the environment (a TPU pod, Slurm, Open MPI).
+
+    Attributes:
+      coordinator: address and port of process 0.
+      count: number of processes.
+      number: number of this process, from 0.
+    """
 
     coordinator: str | None = None
     count: int | None = None
@@ -23,10 +29,10 @@ class Hosts:
 
 
 def parse_hosts(text: str) -> Hosts:
-    """What `auto` or `ADDRESS:PORT,COUNT,NUMBER` stands for.
+    """The hosts written as `auto` or `ADDRESS:PORT,COUNT,NUMBER`.
 
     Raises:
-      InputError: it is not written like that, or the number is not below the count.
+      InputError: the text has another form, or the number is not below the count.
     """
     if text == "auto":
         return Hosts()
@@ -34,61 +40,61 @@ def parse_hosts(text: str) -> Hosts:
     if match is None or int(match[3]) >= int(match[2]):
         raise InputError(
             f"hosts {text!r} is not understood; expected auto or ADDRESS:PORT,COUNT,NUMBER with the address of process "
-            "0 and the number of this process, from 0, 10.0.0.1:1234,2,0 for example"
+            "0, the number of processes and the number of this process from 0, for example 10.0.0.1:1234,2,0"
         )
     return Hosts(match[1], int(match[2]), int(match[3]))
 
 
 def initialise_hosts(hosts: Hosts) -> None:
-    """Join the other processes. Comes before anything that asks JAX for a device.
+    """Joins the other processes. It must be called before any use of the devices of JAX.
 
     Raises:
-      InputError: no coordinator is known or answers, or JAX has devices already.
+      InputError: the coordinator is unknown or does not answer, or JAX has initialised its devices already.
     """
     try:
         jax.distributed.initialize(hosts.coordinator, hosts.count, hosts.number)
     except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"the processes could not be joined ({cause(error)}); where no TPU pod, Slurm or Open MPI starts them, "
-            "--hosts ADDRESS:PORT,COUNT,NUMBER says which they are"
+            f"the processes could not be joined ({cause(error)}); without a TPU pod, Slurm or Open MPI, "
+            "name the processes with --hosts ADDRESS:PORT,COUNT,NUMBER"
         ) from error
 
 
 def is_writer() -> bool:
-    """Whether this process writes files and prints: the first of them does."""
+    """Whether this process writes files and prints; only process 0 does."""
     return jax.process_index() == 0
 
 
 def agree(text: str) -> str:
-    """What process 0 says, in every process."""
+    """The text of process 0, in every process; cut to `LONGEST` bytes with several processes."""
     if jax.process_count() == 1:
         return text
     from jax.experimental import multihost_utils
 
     data = text.encode()[:LONGEST]
-    told = multihost_utils.broadcast_one_to_all(np.frombuffer(data.ljust(LONGEST, b"\0"), np.uint8))
-    return bytes(told).rstrip(b"\0").decode(errors="ignore")
+    received = multihost_utils.broadcast_one_to_all(np.frombuffer(data.ljust(LONGEST, b"\0"), np.uint8))
+    return bytes(received).rstrip(b"\0").decode(errors="ignore")
 
 
 def decide(check: Callable[[], None]) -> None:
-    """A check that process 0 makes for all, so that none goes on alone.
+    """Runs a check in process 0 and raises its error in every process, so that all processes stop together.
 
     Raises:
-      InputError: the check raised it, in every process.
+      InputError: the check raised it.
     """
-    said = ""
+    message = ""
     if is_writer():
         try:
             check()
         except InputError as error:
-            said = str(error)
-    said = agree(said)
-    if said:
-        raise InputError(said)
+            message = str(error)
+    message = agree(message)
+    if message:
+        raise InputError(message)
 
 
 def wait() -> None:
-    """Go on when all processes have come here."""
+    """Waits until all processes have called it."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

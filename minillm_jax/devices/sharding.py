@@ -1,10 +1,10 @@
-"""Many devices: what of a decoder and of a batch lies where.
+"""Shards of arrays on a mesh of devices (letters: see `axis_table`).
 
-A mesh has two axes. Over `data` go sequences or directions, over `model` go weights: query heads with their key/value
-heads, channels, the vocabulary. JAX's compiler does the rest; nothing else in the package knows of devices. A decoder
-carries its mesh in its arrays (`of`), so nobody has to hand it on.
+A mesh has two axes. `data` shares windows or directions between devices. `model` shares weights: key/value heads with
+their query heads, channels, the vocabulary. The compiler of JAX adds the communication between devices. The mesh of a
+decoder is read from its arrays (`mesh_of`), so functions of a decoder need no mesh argument.
 
-What does not divide by its axis is replicated: every device holds all of it.
+An array whose size does not divide by the number of devices is replicated: every device holds the full array.
 """
 
 import re
@@ -24,13 +24,19 @@ from minillm_jax.model.tree import named_arrays, outer_letters, run_letters
 
 DATA, MODEL = "data", "model"
 
-# The letters that are cut over `model`. Query heads go with their key/value head, or attention would have to fetch it.
+# Letter that is cut over `model` -> letter whose size must divide by the devices. Query heads are cut with their
+# key/value head, because attention on another device would have to fetch it.
 SHARDED = {"V": "V", "F": "F", "K": "K", "N": "K"}
 
 
 @dataclass(frozen=True)
 class MeshShape:
-    """How many devices share the batch or the directions, and how many share the weights."""
+    """The numbers of devices along the axes of a mesh.
+
+    Attributes:
+      data: devices that share the windows or the directions.
+      model: devices that share the weights.
+    """
 
     data: int = 1
     model: int = 1
@@ -42,59 +48,63 @@ class MeshShape:
 
 
 def parse_mesh(text: str | None) -> MeshShape | None:
-    """The shape that `data=2,model=4` stands for; an axis left out is 1. None for None and for `auto`: one device.
+    """The shape written as `data=2,model=4`; a missing axis is 1. None, for one device, if the text is None or `auto`.
 
     Raises:
-      InputError: it is not written like that.
+      InputError: the text has another form.
     """
     if text is None or text == "auto":
         return None
-    found: dict[str, int] = {}
+    axes: dict[str, int] = {}
     for part in text.split(","):
         match = re.fullmatch(rf"({DATA}|{MODEL})=([1-9]\d{{0,5}})", part.strip(), re.ASCII)
-        if match is None or match[1] in found:
+        if match is None or match[1] in axes:
             raise InputError(
                 f"mesh {text!r} is not understood at {part!r}; expected {DATA}=A,{MODEL}=B with numbers of devices, "
                 f"{DATA}=2,{MODEL}=4 for example, or auto for a single device"
             )
-        found[match[1]] = int(match[2])
-    return MeshShape(**found)
+        axes[match[1]] = int(match[2])
+    return MeshShape(**axes)
 
 
-def make(shape: MeshShape | None) -> Mesh | None:
-    """The mesh of that shape over the devices of all processes; None for one device.
+def make_mesh(shape: MeshShape | None) -> Mesh | None:
+    """The mesh of a shape over the devices of all processes; None for one device.
 
     Raises:
-      InputError: there are fewer devices, or several processes and devices that would be left out.
+      InputError: the mesh is larger than the number of devices, or smaller with several processes.
     """
     processes, devices = jax.process_count(), jax.device_count()
     if shape is None and processes == 1:
         return None
-    asked = 1 if shape is None else shape.size
-    if shape is None or asked > devices or (processes > 1 and asked < devices):
+    size = 1 if shape is None else shape.size
+    if shape is None or size > devices or (processes > 1 and size < devices):
         raise InputError(
-            f"the mesh is for {asked} devices, but there are {devices} in {processes} processes; "
-            f"--mesh {DATA}={devices} would take all of them"
+            f"the mesh is for {size} devices, but there are {devices} in {processes} processes; "
+            f"use --mesh {DATA}={devices} for all devices"
         )
     return jax.make_mesh((shape.data, shape.model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
-def of(decoder: Decoder) -> Mesh | None:
-    """The mesh that a decoder's arrays lie on, None for one device."""
+def mesh_of(decoder: Decoder) -> Mesh | None:
+    """The mesh of the arrays of a decoder; None for one device."""
     sharding = getattr(decoder.embedding[...], "sharding", None)
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) else None
 
 
-# ------------------------------------------------------------------------------------------------------- the rules
+# Former names.
+make, of = make_mesh, mesh_of
+
+
+# ---------------------------------------------------------------------------------------------------------- rules
 
 
 def shardings(decoder: Decoder, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Where each array of a decoder goes, by its path. The decoder may be abstract."""
+    """The sharding of each array of a decoder, by its path. The decoder may be abstract."""
     sizes = [run_letters(run) for run in decoder.runs]
 
     def one(path: str) -> NamedSharding:
-        if axis_table.is_data(path):  # a few numbers, which every host reads
+        if axis_table.is_data(path):  # replicated, because every host reads its few numbers
             return NamedSharding(mesh, PartitionSpec())
         letters = sizes[int(path.split(".")[1])] if path.startswith("runs.") else outer_letters(decoder)
         return NamedSharding(mesh, spec(axis_table.axes_of(path), letters, mesh.shape[MODEL]))
@@ -103,12 +113,12 @@ def shardings(decoder: Decoder, mesh: Mesh) -> dict[str, NamedSharding]:
 
 
 def spec(axes: str, sizes: Mapping[str, int], devices: int) -> PartitionSpec:
-    """Which axis of an array is cut over so many devices of `model`: at most one is.
+    """The sharding of an array over `model`, which cuts at most one axis.
 
     Args:
-      axes: of the array, as the table writes them.
-      sizes: of every axis letter.
-      devices: of the axis `model`.
+      axes: axes of the array, as in `axis_table`.
+      sizes: size of every axis letter.
+      devices: number of devices along `model`.
     """
 
     def cut(letter: str) -> str | None:
@@ -120,65 +130,70 @@ def spec(axes: str, sizes: Mapping[str, int], devices: int) -> PartitionSpec:
 def constrain(
     array: Shaped[Array, "..."], name: str, sizes: Mapping[str, int], mesh: Mesh | None
 ) -> Shaped[Array, "..."]:
-    """Inside a compiled program: one layer's array, by its name in the layer, lies where the rules say."""
+    """An array of one layer with the sharding of its rule, inside a compiled program; unchanged without a mesh.
+
+    Args:
+      array: the array, without a leading axis L.
+      name: name of the array in the layer (`attention.q.kernel`).
+      sizes: size of every axis letter.
+      mesh: the mesh, or None.
+    """
     if mesh is None:
         return array
-    where = PartitionSpec() if axis_table.is_data(name) else spec(axis_table.BLOCK_AXES[name], sizes, mesh.shape[MODEL])
-    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, where))
+    rule = PartitionSpec() if axis_table.is_data(name) else spec(axis_table.BLOCK_AXES[name], sizes, mesh.shape[MODEL])
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, rule))
 
 
-# ---------------------------------------------------------------------------------------------------- there and back
+# ----------------------------------------------------------------------------------- to the devices and to the host
 
 
 def place(array: Shaped[np.ndarray, "..."] | Shaped[Array, "..."], sharding: NamedSharding | None) -> Array:
-    """An array in the shards of its devices; each gets its own part only, and a process fills its own devices only.
+    """An array on its devices, each of which receives only its shard; on the default device without a sharding.
 
-    In several processes the array must be the same in all of them. Without a sharding it goes to the one device.
+    Each process fills only its own devices, so all processes must call this with the same array.
     """
     if sharding is None or (sharding.is_fully_addressable and isinstance(array, jax.Array)):
         return jax.device_put(array, sharding)
-    whole = np.asarray(array)
-    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def shard(decoder: Decoder, mesh: Mesh | None) -> Decoder:
-    """A decoder with its weights cut over `model`, and replicated over `data`; unchanged without a mesh."""
+    """A decoder with its weights cut over `model` and replicated over `data`; unchanged without a mesh."""
     if mesh is None:
         return decoder
-    places = shardings(decoder, mesh)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: place(leaf, places[axis_table.array_path(path)]), decoder
-    )
+    rules = shardings(decoder, mesh)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: place(leaf, rules[axis_table.array_path(path)]), decoder)
 
 
 def shard_batch(tokens: Int[np.ndarray, "B T"], mesh: Mesh | None) -> Int[Array, "B T"]:
-    """Sequences spread over `data`; replicated where their number does not divide."""
+    """Windows spread over `data`; replicated if their number does not divide by the devices of `data`."""
     return jnp.asarray(tokens) if mesh is None else place(tokens, over_data(len(tokens), mesh))
 
 
 def data_size(mesh: Mesh | None) -> int:
-    """How many devices share a batch."""
+    """Number of devices that share a batch."""
     return 1 if mesh is None else mesh.shape[DATA]
 
 
 def over_data(count: int, mesh: Mesh) -> NamedSharding:
-    """The first axis of an array, of that size, spread over `data`; replicated where it does not divide."""
+    """The sharding of an array with a first axis of size `count`, spread over `data` as in `shard_batch`."""
     return NamedSharding(mesh, PartitionSpec(DATA if count % data_size(mesh) == 0 else None))
 
 
 def gather(array: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
-    """A whole array on every host, wherever its shards lie; in several processes all of them have to ask for it."""
+    """An array with all its shards on the host. With several processes, every process must call it."""
     if isinstance(array.sharding, NamedSharding) and not array.is_fully_addressable:
-        everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
-        array = jax.jit(lambda whole: whole, out_shardings=everywhere)(array)
+        replicated = NamedSharding(array.sharding.mesh, PartitionSpec())
+        array = jax.jit(lambda array: array, out_shardings=replicated)(array)
     return np.asarray(array)
 
 
 def parts(array: Shaped[Array, "..."]) -> Iterator[tuple[tuple[slice, ...], Shaped[np.ndarray, "..."]]]:
-    """What this process holds of an array: every different part once, and where it belongs."""
+    """Index and values of each shard of an array on the devices of this process; equal shards once."""
     seen = set()
-    for one in array.addressable_shards:
-        place = tuple((part.start, part.stop) for part in one.index)
-        if place not in seen:
-            seen.add(place)
-            yield one.index, np.asarray(one.data)
+    for shard in array.addressable_shards:
+        bounds = tuple((part.start, part.stop) for part in shard.index)
+        if bounds not in seen:
+            seen.add(bounds)
+            yield shard.index, np.asarray(shard.data)

@@ -82,8 +82,8 @@ def parse(raw: Mapping[str, Any], where: str) -> tuple[DecoderConfig, Sizes]:
         ) from error
     if config.rope is not None and not 0 < len(rotary_frequencies(config.rope, sizes.H)) <= sizes.H // 2:
         raise InputError(
-            f"{where}: head_dim {sizes.H} with partial_rotary_factor {config.rope.fraction:g} gives no pairs of rotated "
-            "features; head_dim must be even, and partial_rotary_factor large enough for one pair"
+            f"{where}: head_dim {sizes.H} with partial_rotary_factor {config.rope.fraction:g} gives no pairs of "
+            "rotated features; head_dim must be even, and partial_rotary_factor large enough for one pair"
         )
     return replace(config, windowed=any(layer.window is not None for layer in sizes.layers)), sizes
 

@@ -1,4 +1,4 @@
-"""Text to windows: every kind of source, and what is wrong with bad ones."""
+"""Texts of every format to token ids and windows; errors of unusable sources."""
 
 import json
 import sys
@@ -12,7 +12,6 @@ import pyarrow.parquet
 import pytest
 
 from minillm_jax import demo
-from minillm_jax.data import text
 from minillm_jax.data.text import Tokens, read_documents, read_tokens, tokenise
 from minillm_jax.data.windows import cut, sample
 from minillm_jax.errors import InputError
@@ -29,7 +28,7 @@ def read(path: Path, **options: bool) -> Tokens:
     return read_tokens(path, FOLDER, VOCABULARY, **options)
 
 
-def test_documents_are_joined_by_blank_lines_whatever_the_format(tmp_path: Path) -> None:
+def test_documents_of_every_format_are_joined_by_blank_lines(tmp_path: Path) -> None:
     documents = [TEXT, "The second."]
     (tmp_path / "text.txt").write_text("\n\n".join(documents))
     lines = [json.dumps({"text": text, "other": 1}) for text in documents]
@@ -37,29 +36,29 @@ def test_documents_are_joined_by_blank_lines_whatever_the_format(tmp_path: Path)
     pyarrow.parquet.write_table(pyarrow.table({"text": documents}), tmp_path / "text.parquet")
     expected = ids_of("\n\n".join(documents))
     for name, count in (("text.txt", 1), ("text.jsonl", 2), ("text.parquet", 2)):
-        found = read(tmp_path / name)
-        np.testing.assert_array_equal(found.ids, expected)
-        assert found.documents == count
+        tokens = read(tmp_path / name)
+        np.testing.assert_array_equal(tokens.ids, expected)
+        assert tokens.documents == count
 
 
-def test_no_special_tokens_unless_asked(tmp_path: Path) -> None:
+def test_bos_is_the_only_special_token_and_optional(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     plain, with_bos = read(tmp_path / "text.txt"), read(tmp_path / "text.txt", bos=True)
     np.testing.assert_array_equal(plain.ids, ids_of(TEXT))
     np.testing.assert_array_equal(with_bos.ids, [0, *plain.ids])
 
 
-def test_token_ids_are_read_as_they_are(tmp_path: Path) -> None:
+def test_an_array_of_token_ids_is_read_unchanged(tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", np.arange(20).reshape(4, 5))
     np.testing.assert_array_equal(read(tmp_path / "ids.npy").ids, np.arange(20))
 
 
-def test_windows_are_consecutive_and_the_last_partial_one_is_dropped() -> None:
+def test_windows_are_consecutive_and_the_last_partial_window_is_dropped() -> None:
     windows = cut(Tokens(np.arange(23, dtype=np.int32), "here", 1), 5)
     np.testing.assert_array_equal(windows, np.arange(20).reshape(4, 5))
 
 
-def test_samples_are_different_windows_decided_by_the_seed() -> None:
+def test_samples_are_different_windows_drawn_by_the_seed() -> None:
     tokens = Tokens(np.arange(1000, dtype=np.int32), "here", 1)
     first = sample(tokens, 10, 16, 0)
     assert first.shape == (10, 16)
@@ -69,7 +68,7 @@ def test_samples_are_different_windows_decided_by_the_seed() -> None:
     assert not np.array_equal(first, sample(tokens, 10, 16, 1))
 
 
-def test_too_little_text_says_how_much_there_is() -> None:
+def test_the_error_of_a_short_text_names_its_length() -> None:
     tokens = Tokens(np.arange(100, dtype=np.int32), "here", 1)
     with pytest.raises(InputError, match="here: 100 tokens make 6 windows of 16, but 7 are asked for"):
         sample(tokens, 7, 16, 0)
@@ -98,13 +97,13 @@ def test_too_little_text_says_how_much_there_is() -> None:
         ("surrogate.jsonl", b'{"text": "\\ud800"}', "the text cannot be tokenised"),
     ],
 )
-def test_bad_files_are_errors(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_unreadable_files_are_errors(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         read(tmp_path / name)
 
 
-def test_bad_arrays_are_errors(tmp_path: Path) -> None:
+def test_unusable_arrays_are_errors(tmp_path: Path) -> None:
     np.save(tmp_path / "floats.npy", np.ones(4))
     with pytest.raises(InputError, match="expected whole-number token ids, found float64"):
         read(tmp_path / "floats.npy")
@@ -119,12 +118,12 @@ def test_bad_arrays_are_errors(tmp_path: Path) -> None:
         read(tmp_path / "body.parquet")
 
 
-def test_unusual_but_right_files_are_read(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_a_line_separator_are_read(tmp_path: Path) -> None:
     (tmp_path / "separator.jsonl").write_text('{"text": "one\u2028two"}\n', encoding="utf-8-sig")
     assert list(read_documents(tmp_path / "separator.jsonl")) == ["one\u2028two"]
 
 
-def test_arrays_of_other_kinds_and_bos_are_errors(tmp_path: Path) -> None:
+def test_archives_large_token_ids_and_bos_with_ids_are_errors(tmp_path: Path) -> None:
     with (tmp_path / "archive.npy").open("wb") as file:
         np.savez(file, a=np.arange(3), b=np.arange(3))
     with pytest.raises(InputError, match="an archive of several arrays"):
@@ -137,7 +136,7 @@ def test_arrays_of_other_kinds_and_bos_are_errors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
-def test_seeds_are_words_of_32_bits(seed: int) -> None:
+def test_a_seed_outside_32_bits_is_an_error(seed: int) -> None:
     with pytest.raises(InputError, match="--seed must lie between 0 and"):
         sample(Tokens(np.arange(100, dtype=np.int32), "here", 1), 1, 16, seed)
 
@@ -151,7 +150,7 @@ def test_missing_sources_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         list(read_documents("owner/name"))
 
 
-def test_hub_data_sets_stream_their_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_data_sets_are_streamed_up_to_a_number_of_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     class Hub:
         @staticmethod
         def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> Iterator[dict[str, str]]:
@@ -164,8 +163,7 @@ def test_hub_data_sets_stream_their_text(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "datasets", Hub)
     assert list(read_documents("owner/name-v1.5")) == ["owner/name-v1.5 None train True"]
     assert list(read_documents("owner/name/config:test")) == ["owner/name config test True"]
-    monkeypatch.setattr(text, "HUB_CHARACTERS", 1200)
-    assert len(list(read_documents("owner/endless"))) == 3
+    assert len(list(read_documents("owner/endless", hub_characters=1200))) == 3
     with pytest.raises(InputError, match=r"the Hub could not provide it \(offline\)"):
         list(read_documents("owner/lost"))
 

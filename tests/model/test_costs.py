@@ -1,4 +1,4 @@
-"""Costs by formula against compiled programs, sums over arrays, and models that are really sliced."""
+"""Costs by formula, compared with compiled programs, sums over arrays, and sliced models."""
 
 import jax
 import numpy as np
@@ -15,13 +15,13 @@ from minillm_jax.pruning.slicing import slice_groups
 from tests.helpers import small_decoder
 from tests.pruning.test_walk import BIASED
 
-# Matrices large enough that norms, rotations and softmax are little beside them.
+# With matrices of this size, norms, rotary positions and softmax are a few per cent of the operations.
 LARGE = Sizes(V=61, D=256, H=32, layers=(LayerSizes(N=8, K=4, F=640),))
 
 
 @pytest.mark.parametrize(("window", "changes"), [(64, {}), (256, {}), (64, BIASED)])
 def test_macs_of_a_block_are_half_the_operations_that_xla_counts(window: int, changes: dict[str, bool]) -> None:
-    """One layer outside the scan, whose body XLA counts once. The rest that it counts is a few per cent."""
+    """One layer without a scan, because XLA counts the body of a scan once."""
     decoder = small_decoder(sizes=LARGE, **changes)
     block = jax.tree.map(lambda leaf: leaf[0], decoder.runs[0])
     angles = rotary_angles(decoder, window)
@@ -31,7 +31,7 @@ def test_macs_of_a_block_are_half_the_operations_that_xla_counts(window: int, ch
     assert costs.block_macs(decoder.runs[0], window) == pytest.approx(counted, rel=0.04)
 
 
-def test_macs_of_the_whole_add_the_head_and_grow_with_the_square_of_the_window() -> None:
+def test_macs_of_a_model_add_the_head_and_grow_with_the_square_of_the_window() -> None:
     decoder = small_decoder(sizes=LARGE)
     for window in (1, 64):
         head = window * 61 * 256
@@ -42,7 +42,7 @@ def test_macs_of_the_whole_add_the_head_and_grow_with_the_square_of_the_window()
 
 @pytest.mark.parametrize("changes", [{}, BIASED, {"tie_embeddings": True}])
 def test_parameters_and_memory_are_sums_over_arrays(changes: dict[str, bool]) -> None:
-    """Half precision halves the memory; the window adds keys and values of 3 layers, 4 heads of 4."""
+    """bfloat16 halves the memory; the window adds the keys and values of 3 layers with 4 heads of size 4."""
     decoder = small_decoder(**changes)
     arrays = [leaf for path, leaf in named_arrays(decoder) if not axis_table.is_data(path)]
     assert costs.all_costs(decoder, 7) == {
@@ -56,8 +56,8 @@ def test_parameters_and_memory_are_sums_over_arrays(changes: dict[str, bool]) ->
         costs.cost(decoder, "seconds")
 
 
-def without_one(decoder: Decoder, kind: str, layer: int) -> tuple[Decoder, int]:
-    """A model with one group less, or one less in every part where the groups lie in parts; and how many went."""
+def remove_one_group(decoder: Decoder, kind: str, layer: int) -> tuple[Decoder, int]:
+    """A model with one group removed from each part of a layer (see `part_count`), and the number of removed groups."""
     counts, parts = group_counts(decoder, kind), part_counts(decoder, [kind])[kind]
     kept = [np.arange(count) for count in counts]
     kept[layer] = np.delete(kept[layer], np.arange(0, counts[layer], counts[layer] // parts[layer]))
@@ -67,16 +67,16 @@ def without_one(decoder: Decoder, kind: str, layer: int) -> tuple[Decoder, int]:
 @pytest.mark.parametrize("measure", costs.MEASURES)
 @pytest.mark.parametrize("kind", ["head", "query", "channel"])
 @pytest.mark.parametrize("changes", [{}, BIASED], ids=["plain", "biased"])
-def test_what_a_group_saves_is_what_slicing_it_away_saves(changes: dict[str, bool], kind: str, measure: str) -> None:
+def test_the_saving_of_a_group_is_that_of_its_removal(changes: dict[str, bool], kind: str, measure: str) -> None:
     decoder = small_decoder(layers=2, **changes)
-    smaller, gone = without_one(decoder, kind, layer=1)
+    smaller, removed = remove_one_group(decoder, kind, layer=1)
     saved = costs.cost(decoder, measure, 9) - costs.cost(smaller, measure, 9)
-    assert costs.group_costs(decoder, [kind], measure, 9)[kind][1] * gone == saved > 0
-    left = costs.group_costs(smaller, [kind], measure, 9)[kind]
-    assert left == costs.group_costs(decoder, [kind], measure, 9)[kind], "savings add up"
+    assert costs.group_costs(decoder, [kind], measure, 9)[kind][1] * removed == saved > 0
+    remaining = costs.group_costs(smaller, [kind], measure, 9)[kind]
+    assert remaining == costs.group_costs(decoder, [kind], measure, 9)[kind], "savings add up"
 
 
-def test_blocks_are_all_but_what_lies_outside_the_layers() -> None:
+def test_block_parameters_are_all_parameters_inside_the_layers() -> None:
     decoder = small_decoder()
     outside = sum(leaf.size for path, leaf in named_arrays(decoder) if not path.startswith("runs."))
     assert costs.block_parameters(decoder) == costs.cost(decoder, "parameters") - outside

@@ -1,4 +1,4 @@
-"""Configurations: what a family asks for and is not there is an error that names it."""
+"""Configurations of every family; an unsupported feature is an error that names it."""
 
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from tests.helpers import SMALL, edit_json, hugging_face_folder
 
 
 def raw(family: str, **changes: Any) -> dict[str, Any]:
-    """A configuration as transformers completes it, and then changed."""
+    """A configuration completed by transformers, with changes."""
     return transformers.AutoConfig.for_model(family, **SMALL[family]).to_dict() | changes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_small_configurations_have_the_sizes_they_say(family: str) -> None:
+def test_small_configurations_are_read_with_their_sizes(family: str) -> None:
     config, sizes = parse(raw(family), "here")
     assert config.family == family
     assert (sizes.V, len(sizes.layers), sizes.E or sizes.D) == (97, 3, sizes.D)
@@ -41,8 +41,8 @@ def rope(**changes: Any) -> dict[str, Any]:
         ("phi3", rope(rope_type="longrope"), "rope_type 'longrope' is not supported"),
         ("glm", rope(partial_rotary_factor=1.5), r"partial_rotary_factor 1\.5 is not supported"),
         ("glm", rope(partial_rotary_factor=-1), "partial_rotary_factor must be a positive number, found -1"),
-        ("llama", {"head_dim": 9}, "heads of 9 features, of which 1 turn, cannot be cut into pairs"),
-        ("gpt_neox", rope(partial_rotary_factor=0.01), r"heads of 16 features, of which 0\.01 turn"),
+        ("llama", {"head_dim": 9}, "head_dim 9 with partial_rotary_factor 1 gives no pairs"),
+        ("gpt_neox", rope(partial_rotary_factor=0.01), r"head_dim 16 with partial_rotary_factor 0\.01 gives no pairs"),
         ("llama", {"is_causal": False}, "only causal models are supported"),
         ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 1 to 10,000"),
         ("bloom", {"n_layer": 10_001}, "n_layer must be a whole number from 1 to 10,000, found 10001"),
@@ -54,7 +54,11 @@ def rope(**changes: Any) -> dict[str, Any]:
         ("gemma2", {"attn_logit_softcapping": -1.0}, r"attn_logit_softcapping must be a positive number, found -1\.0"),
         ("gemma2", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 3 layers"),
         ("qwen2", {"layer_types": ["linear_attention"] * 3}, "layer type 'linear_attention' is not supported"),
-        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "asks for sliding attention, but there is no"),
+        (
+            "qwen3",
+            {"layer_types": ["sliding_attention"] * 3},
+            "layer_types has sliding attention, but",
+        ),
         ("mistral", {"sliding_window": 0}, "sliding_window must be a whole number from 1 to .*, found 0"),
         ("bloom", {"n_head": 0}, "n_head must be a whole number from 1 to"),
         ("opt", {"ffn_dim": "wide"}, "ffn_dim must be a whole number from 1 to .*, found 'wide'"),
@@ -63,7 +67,7 @@ def rope(**changes: Any) -> dict[str, Any]:
         ("phi3", {"num_key_value_heads": 3}, "num_attention_heads 8 is not a multiple of num_key_value_heads 3"),
     ],
 )
-def test_what_is_not_supported_is_named(family: str, changes: dict[str, Any], message: str) -> None:
+def test_an_unsupported_feature_is_an_error_that_names_it(family: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         parse(raw(family, **changes), "here/config.json")
     assert "malformed" not in str(caught.value)
@@ -86,10 +90,10 @@ def test_what_is_not_supported_is_named(family: str, changes: dict[str, Any], me
         ("bloom", {"0": {"n_head": 2, "alibi_heads": 7}}, "alibi_heads must be 2 ascending numbers"),
         ("bloom", {"0": {"n_head": 2, "alibi_heads": []}}, "alibi_heads must be 2 ascending numbers"),
         ("bloom", {"0": {"n_head": 2}}, "alibi_heads must be 2 ascending numbers"),
-        ("llama", {"0": {"rms_norm_eps": 0.5}}, "per_layer_config of layer 0 sets 'rms_norm_eps'"),
+        ("llama", {"0": {"rms_norm_eps": 0.5}}, "per_layer_config of layer 0 sets 'rms_norm_eps', which cannot differ"),
     ],
 )
-def test_bad_layers_are_errors(tmp_path: Path, family: str, layers: Any, message: str) -> None:
+def test_malformed_layer_changes_are_errors(tmp_path: Path, family: str, layers: Any, message: str) -> None:
     folder = hugging_face_folder(tmp_path / "model", family)
     heads = {"n_head": 6, "head_dim": 8} if family == "bloom" else {}
     edit_json(folder / "config.json", model_type=f"pruned_{family}", per_layer_config=layers, **heads)
@@ -98,13 +102,13 @@ def test_bad_layers_are_errors(tmp_path: Path, family: str, layers: Any, message
     assert "\n" not in str(caught.value)
 
 
-def test_gemma_reads_the_activation_that_transformers_reads() -> None:
+def test_gemma_reads_the_same_activation_key_as_transformers() -> None:
     assert parse(raw("gemma", hidden_activation="relu"), "here")[0].activation == "gelu_tanh"
     assert parse(raw("gemma2", hidden_act="relu"), "here")[0].activation == "gelu_tanh"
     assert parse(raw("gemma2", hidden_activation="relu"), "here")[0].activation == "relu"
 
 
-def test_the_scale_of_a_pruned_gemma_is_no_key_of_a_stock_one() -> None:
+def test_embedding_scale_is_read_from_a_pruned_gemma_only() -> None:
     assert parse(raw("gemma", embedding_scale=3.0), "here")[0].embedding_scale == 8.0
     pruned = raw("gemma", embedding_scale=3.0, model_type="pruned_gemma")
     assert parse(pruned, "here")[0].embedding_scale == 3.0
