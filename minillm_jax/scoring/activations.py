@@ -12,8 +12,6 @@ from minillm_jax.model.decoder import Decoder, embed, rotary_angles, scan_layers
 from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.modules import Block
 
-ACTIVATION_NORMS = ("l2", "rms", "mean-abs", "std", "none")
-
 # For each run: name of a matrix -> one number for each layer and input feature, [L, inputs...].
 RunStatistics = list[dict[str, Float[Array, "L ..."]]]
 
@@ -24,8 +22,9 @@ def activation_norms(decoder: Decoder, batches: Batches, norm: str = "l2") -> Ru
     Args:
       decoder: the dense model.
       batches: calibration windows.
-      norm: a name of `ACTIVATION_NORMS`: `l2`, ‖X_:i‖₂ (Wanda, arXiv 2306.11695); `rms`; `mean-abs`; `std`, the
-        standard deviation (the fluctuation of FLAP, arXiv 2312.11983), which takes a second pass; `none`, ones.
+      norm: a name of `settings.ACTIVATION_NORMS`: `l2`, ‖X_:i‖₂ (Wanda, arXiv 2306.11695); `rms`; `mean-abs`;
+        `std`, the standard deviation (the fluctuation of FLAP, arXiv 2312.11983), which takes a second pass; `none`,
+        ones.
 
     Returns:
       For each run: name of a matrix -> [L, inputs...].

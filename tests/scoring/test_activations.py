@@ -9,7 +9,8 @@ import torch
 from convert.reader import read_model
 from minillm_jax.data.batches import Batches
 from minillm_jax.model import axis_table
-from minillm_jax.scoring.activations import ACTIVATION_NORMS, activation_norms
+from minillm_jax.scoring.activations import activation_norms
+from minillm_jax.settings import ACTIVATION_NORMS
 from tests.helpers import hugging_face_folder, load_torch, random_tokens, small_decoder
 
 MODULES = {

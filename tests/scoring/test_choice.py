@@ -1,6 +1,4 @@
-"""Criteria against NumPy, and how many groups stay."""
-
-from typing import Any
+"""Criteria against NumPy, and the number and the choice of kept groups."""
 
 import jax
 import numpy as np
@@ -9,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import numpy as jnp
 
-from minillm_jax.budget.budget import Budget, Stock, by_ratio, choose, kept_count
+from minillm_jax.budget.budget import Inventory, by_ratio, choose, kept_count
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.scoring import criteria
 from minillm_jax.scoring.gradient import directions
+from minillm_jax.settings import ACROSS, Budget
 from tests.helpers import best_of
 
 RNG = np.random.default_rng(0)
@@ -29,8 +28,8 @@ def normal(*shape: int) -> np.ndarray:
 def test_importance_multiplies_the_factors_along_the_input_axes() -> None:
     kernel, slope = normal(8, 4, 6), normal(8, 4, 6)
     norm = np.abs(normal(8, 4))  # an output projection: its input has two axes
-    found = criteria.importance(jnp.asarray(kernel), jnp.asarray(norm), jnp.asarray(slope))
-    np.testing.assert_allclose(found, kernel * norm[:, :, None] * slope, rtol=1e-6)
+    importance = criteria.importance(jnp.asarray(kernel), jnp.asarray(norm), jnp.asarray(slope))
+    np.testing.assert_allclose(importance, kernel * norm[:, :, None] * slope, rtol=1e-6)
     np.testing.assert_allclose(criteria.importance(jnp.asarray(kernel)), kernel)
 
 
@@ -48,22 +47,22 @@ def test_reduction_within_a_structure(within: str, reference: object) -> None:
     """Query rows of one key/value head are one structure: heads 0-1 belong to group 0, 2-3 to group 1, ..."""
     values = normal(5, 8, 3)  # [D, N, H], four groups of two heads
     parts = np.stack([values[:, 2 * g : 2 * g + 2].ravel() for g in range(4)])
-    found = criteria.reduce_structure(jnp.asarray(values), "D NH", "head", 4, within)
-    np.testing.assert_allclose(found, reference(parts), rtol=1e-5)
+    reduced = criteria.reduce_structure(jnp.asarray(values), "D NH", "head", 4, within)
+    np.testing.assert_allclose(reduced, reference(parts), rtol=1e-5)
     values = normal(7, 5)  # [F, D]
-    found = criteria.reduce_structure(jnp.asarray(values), "F D", "channel", 7, within)
-    np.testing.assert_allclose(found, reference(values), rtol=1e-5)
+    reduced = criteria.reduce_structure(jnp.asarray(values), "F D", "channel", 7, within)
+    np.testing.assert_allclose(reduced, reference(values), rtol=1e-5)
 
 
-@pytest.mark.parametrize("across", criteria.ACROSS)
+@pytest.mark.parametrize("across", ACROSS)
 def test_reduction_over_the_structures_of_a_group(across: str) -> None:
-    values = np.abs(normal(4, 3, 6)) * 1e-12  # a product of these leaves float32
+    values = np.abs(normal(4, 3, 6)) * 1e-12  # their product is too small for float32
     reference = {"max": np.max, "sum": np.sum, "mean": np.mean, "prod": np.prod}.get(across)
     expected = values[-1] if reference is None else reference(values.astype(np.float64), axis=0)
-    found = criteria.reduce_group(values, across)
-    assert found.dtype == np.float64
-    np.testing.assert_allclose(found, expected)
-    assert (found > 0).all()
+    reduced = criteria.reduce_group(values, across)
+    assert reduced.dtype == np.float64
+    np.testing.assert_allclose(reduced, expected)
+    assert (reduced > 0).all()
 
 
 def test_structures_of_a_group_are_all_matrices_with_its_axis_in_forward_order() -> None:
@@ -80,14 +79,14 @@ def test_structures_of_a_group_are_all_matrices_with_its_axis_in_forward_order()
 
 def test_random_scores_depend_on_layer_kind_and_seed_only() -> None:
     key = directions.stream_key(0, "random")
-    first = criteria.random_scores(key, 1, "head", 8)
-    np.testing.assert_array_equal(first, criteria.random_scores(key, 1, "head", 8))
-    for other in (
+    reference = criteria.random_scores(key, 1, "head", 8)
+    np.testing.assert_array_equal(reference, criteria.random_scores(key, 1, "head", 8))
+    for scores in (
         criteria.random_scores(key, 2, "head", 8),
         criteria.random_scores(key, 1, "channel", 8),
         criteria.random_scores(directions.stream_key(1, "random"), 1, "head", 8),
     ):
-        assert not np.array_equal(first, other)
+        assert not np.array_equal(reference, scores)
 
 
 # --------------------------------------------------------------------------------------------------------- budget
@@ -97,32 +96,35 @@ def test_random_scores_depend_on_layer_kind_and_seed_only() -> None:
     ("count", "ratio", "kept"),
     [(4, 0.2, 3), (5, 0.2, 4), (172, 0.2, 138), (10, 0.25, 7), (50, 0.29, 35), (1, 0.9, 1), (2, 0.99, 1), (8, 0.01, 8)],
 )
-def test_floor_of_n_ratio_plus_a_half_go_and_one_stays(count: int, ratio: float, kept: int) -> None:
+def test_floor_of_n_ratio_plus_a_half_groups_are_removed_and_at_least_one_is_kept(
+    count: int, ratio: float, kept: int
+) -> None:
     assert kept_count(count, ratio) == kept
 
 
 @settings(deadline=None)
 @given(count=st.integers(1, 40), ratio=st.floats(0.01, 0.99), layers=st.integers(1, 4), seed=st.integers(0, 99))
-def test_the_best_groups_stay_in_ascending_order(count: int, ratio: float, layers: int, seed: int) -> None:
+def test_the_groups_with_the_highest_scores_are_kept_in_ascending_order(
+    count: int, ratio: float, layers: int, seed: int
+) -> None:
     scores = np.random.default_rng(seed).normal(size=(layers, count))
     kept = best_of({"channel": list(scores)}, ratio)["channel"]
     for row, indices in zip(scores, kept, strict=True):
         assert len(indices) == kept_count(count, ratio)
         assert (np.diff(indices) > 0).all()
-        gone = np.delete(row, indices)
-        assert not gone.size or row[indices].min() >= gone.max()
+        removed = np.delete(row, indices)
+        assert not removed.size or row[indices].min() >= removed.max()
 
 
-def stock(counts: dict[str, list[int]], layers: range | None = None, **changes: Any) -> Stock:
-    """Groups of which one costs 1, in a model that costs 1000 more."""
+def inventory(counts: dict[str, list[int]], layers: range) -> Inventory:
+    """Groups of cost 1, in a model whose other parameters cost 1000."""
     ones = {kind: [1] * len(rows) for kind, rows in counts.items()}
     whole = 1000 + sum(map(sum, counts.values()))
-    found = {"counts": counts, "parts": ones, "costs": ones, "whole": whole, "layers": layers or range(3)}
-    return Stock(**found | changes)
+    return Inventory(counts, parts=ones, costs=ones, whole=whole, layers=layers)
 
 
 def test_ties_keep_the_lower_index_and_layers_outside_the_range_keep_all() -> None:
-    counts = by_ratio(stock({"head": [4] * 3}, range(1, 2)), 0.5)
+    counts = by_ratio(inventory({"head": [4] * 3}, range(1, 2)), 0.5)
     kept = choose({"head": [np.zeros(4)] * 3}, counts, {"head": [1] * 3})["head"]
     assert [indices.tolist() for indices in kept] == [[0, 1, 2, 3], [0, 1], [0, 1, 2, 3]]
 

@@ -1,4 +1,4 @@
-"""The memory of inference, from the compiler's own account: nothing is allocated here."""
+"""The memory of estimates and scores, from the compiler's account of abstract models: nothing is allocated."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ TOKENS = jax.ShapeDtypeStruct((8, 128), jnp.int32)
 
 
 def account(lowered: Any) -> tuple[int, int]:
-    """Argument and temporary bytes."""
+    """Bytes of the arguments and of the temporary arrays of a program."""
     memory = lowered.compile().memory_analysis()
     return memory.argument_size_in_bytes, memory.temp_size_in_bytes
 
@@ -36,35 +36,35 @@ def layer_bytes(decoder: Decoder) -> float:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run)) / depth(run)
 
 
-def pair(decoder: Decoder, space: Space) -> tuple[int, int]:
-    drawn = jax.eval_shape(lambda: Directions.plain(directions.direction_keys(0, 0, 16)).stacked(1))
+def account_of_paired_losses(decoder: Decoder, space: Space) -> tuple[int, int]:
+    stacked = jax.eval_shape(lambda: Directions.plain(directions.direction_keys(0, 0, 16)).stacked(1))
     epsilon, windows = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.int32)
-    return account(slopes.paired_losses.lower(decoder, drawn, TOKENS, windows, epsilon, space))
+    return account(slopes.paired_losses.lower(decoder, stacked, TOKENS, windows, epsilon, space))
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-def test_paired_loss_takes_the_memory_of_a_forward_pass(distribution: str) -> None:
+def test_paired_losses_take_the_memory_of_a_forward_pass(distribution: str) -> None:
     """25 M parameters, 8 windows of 128 tokens, 16 directions: argument + temp at most 1.15 times the forward's."""
     forward = account(sequence_losses.lower(MEDIUM, TOKENS))
-    assert sum(pair(MEDIUM, Weights(distribution))) <= 1.15 * sum(forward)
+    assert sum(account_of_paired_losses(MEDIUM, Weights(distribution))) <= 1.15 * sum(forward)
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-def test_paired_loss_of_seven_billion_parameters_adds_at_most_a_layer_and_a_quarter(distribution: str) -> None:
+def test_paired_losses_of_seven_billion_parameters_add_at_most_a_layer_and_a_quarter(distribution: str) -> None:
     _, forward = account(sequence_losses.lower(LARGE, TOKENS))
-    assert pair(LARGE, Weights(distribution))[1] - forward <= 1.25 * layer_bytes(LARGE)
+    assert account_of_paired_losses(LARGE, Weights(distribution))[1] - forward <= 1.25 * layer_bytes(LARGE)
 
 
 @pytest.mark.parametrize("space", [LowRank(), Gates()], ids=str)
-def test_directions_without_a_copy_add_next_to_nothing(space: Space) -> None:
-    """The other side's stream, and no more: a tenth of a layer of seven billion parameters at most."""
+def test_directions_without_a_copy_of_the_weights_add_one_residual_stream(space: Space) -> None:
+    """The residual stream of the second side: at most a tenth of a layer of seven billion parameters."""
     _, forward = account(sequence_losses.lower(LARGE, TOKENS))
-    assert pair(LARGE, space)[1] - forward <= 0.1 * layer_bytes(LARGE)
+    assert account_of_paired_losses(LARGE, space)[1] - forward <= 0.1 * layer_bytes(LARGE)
 
 
 @pytest.mark.parametrize("name", ["mlp.gate", "mlp.down"])
 def test_scoring_seven_billion_parameters_takes_about_one_layer(name: str) -> None:
-    """ĝ is rebuilt for one matrix of one layer at a time, and never exists for the model."""
+    """The estimate ĝ is rebuilt for one matrix of one layer at a time and never exists for the whole model."""
     kernel = kernels(LARGE.runs[0])[name].get_value()
     slopes = jax.eval_shape(
         lambda: {"directions": Directions.plain(directions.direction_keys(0, 0, 16)), "projected": jnp.zeros(16)}
@@ -78,7 +78,7 @@ def test_scoring_seven_billion_parameters_takes_about_one_layer(name: str) -> No
 
 
 def test_no_logits_array_of_batch_length_vocabulary_exists() -> None:
-    """A vocabulary so large that whole logits would dwarf everything else."""
+    """An array of logits [B, T, V] would be twenty times the limit."""
     decoder = build(CONFIG, Sizes(V=250_000, D=64, H=16, layers=(LayerSizes(N=4, K=4, F=64),)))
     tokens = jax.ShapeDtypeStruct((16, 512), jnp.int32)
     _, temporary = account(sequence_losses.lower(decoder, tokens))

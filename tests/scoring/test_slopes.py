@@ -76,19 +76,23 @@ def flat_gradient(decoder: Decoder, tokens: jax.Array) -> np.ndarray:
 
 def flat_estimate(decoder: Decoder, projected: np.ndarray, settings: Estimation) -> np.ndarray:
     """ĝ over all block matrices, in the order of `flat_gradient`."""
-    used, slopes = draw(settings, decoder, 0, len(projected)), jnp.asarray(projected, jnp.float32)
+    all_directions, slopes = draw(settings, decoder, 0, len(projected)), jnp.asarray(projected, jnp.float32)
     rebuilt = []
     for name, kernel in kernels(decoder.runs[0]).items():
         layers = jnp.arange(kernel.shape[0], dtype=jnp.int32)
-        rebuilt.append(rebuild_all_layers(name, kernel.shape[1:], settings.distribution, layers, used, slopes))
+        rebuilt.append(
+            rebuild_all_layers(name, kernel.shape[1:], settings.distribution, layers, all_directions, slopes)
+        )
     return np.concatenate([np.asarray(matrices, np.float64).ravel() for matrices in rebuilt])
 
 
 @partial(jax.jit, static_argnames=("name", "shape", "distribution"))
 def rebuild_all_layers(
-    name: str, shape: tuple, distribution: str, layers: jax.Array, used: Directions, projected: jax.Array
+    name: str, shape: tuple, distribution: str, layers: jax.Array, all_directions: Directions, projected: jax.Array
 ) -> jax.Array:
-    return jax.lax.map(lambda layer: rebuild(name, shape, layer, used, projected, Weights(distribution)), layers)
+    return jax.lax.map(
+        lambda layer: rebuild(name, shape, layer, all_directions, projected, Weights(distribution)), layers
+    )
 
 
 def cosine(left: np.ndarray, right: np.ndarray) -> float:

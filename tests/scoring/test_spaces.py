@@ -24,8 +24,8 @@ from minillm_jax.scoring.gradient.exact import gate_gradients, gated_losses, wei
 from minillm_jax.scoring.gradient.settings import draw
 from minillm_jax.scoring.gradient.slopes import directional_derivatives
 from minillm_jax.scoring.gradient.spaces import GATED, Gates, LowRank, Weights
-from minillm_jax.scoring.score import Scoring
-from minillm_jax.settings import DISTRIBUTIONS, Estimation
+from minillm_jax.scoring.score import resolve
+from minillm_jax.settings import DISTRIBUTIONS, Estimation, Scoring
 from tests.helpers import CONFIGURATIONS, hugging_face_folder, pairs_of, random_tokens, small_decoder
 
 SPACES = [LowRank(1), LowRank(3, "rademacher"), Gates(), Gates("rademacher")]
@@ -216,9 +216,10 @@ def test_a_gate_of_zero_removes_its_group() -> None:
 
 def test_criterion_and_space_must_fit() -> None:
     with pytest.raises(InputError, match="the criterion gate takes directions in the space gates"):
-        Scoring("gate", Estimation(space="weights")).resolve()
+        resolve(Scoring("gate", Estimation(space="weights")))
     with pytest.raises(InputError, match="the criterion fms takes directions in the space weights or low-rank"):
-        Scoring("fms", Estimation(space="gates")).resolve()
-    assert Scoring("gate").resolve()[1].space == "gates"
-    assert Scoring("fms").resolve()[1].space == "weights"
-    Scoring("fms", Estimation(space="low-rank", rank=2)).resolve()
+        resolve(Scoring("fms", Estimation(space="gates")))
+    assert resolve(Scoring("gate"))[1].space == "gates"
+    assert resolve(Scoring("fms"))[1].space == "weights"
+    low_rank = resolve(Scoring("fms", Estimation(space="low-rank", rank=2)))[1]
+    assert (low_rank.space, low_rank.rank) == ("low-rank", 2)
