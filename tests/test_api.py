@@ -1,7 +1,11 @@
-"""The whole job from Python, its controls, and everything that must fail before any work."""
+"""The public functions, the scores by every criterion, and bad jobs, which fail before any work."""
 
 import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,19 +15,20 @@ from jax import numpy as jnp
 import minillm_jax
 from minillm_jax import demo
 from minillm_jax.api import calibrate, evaluate, load, prune, save
-from minillm_jax.budget.budget import Budget, kept_count
+from minillm_jax.budget.budget import kept_count
+from minillm_jax.data.batches import Batches
 from minillm_jax.data.windows import Calibration
 from minillm_jax.errors import InputError
-from minillm_jax.evaluation.perplexity import perplexity
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import group_counts, kernels
-from minillm_jax.pruning.refit import Refit
+from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.run import Job, run
 from minillm_jax.scoring.activations import activation_norms
 from minillm_jax.scoring.criteria import CRITERIA
 from minillm_jax.scoring.gradient import directions
-from minillm_jax.scoring.score import Scores, Scoring, score
-from minillm_jax.settings import Estimation
+from minillm_jax.scoring.score import Scores, score
+from minillm_jax.settings import Budget, Data, Estimation, Evaluation, Output, Refit, Scoring
+from minillm_jax.stages import prune_groups
 from tests.helpers import (
     arrays_equal,
     hugging_face_folder,
@@ -43,15 +48,15 @@ def small_model() -> Model:
 
 
 def windows(seed: int = 0) -> Calibration:
-    return Calibration(random_tokens(61, 4, 12, seed=seed), "random", seed)
+    return Calibration(Batches(random_tokens(61, 4, 12, seed=seed)), "random", seed)
 
 
-def test_five_lines_from_a_folder_to_a_folder(tmp_path: Path) -> None:
+def test_every_step_by_its_public_function(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(demo.training_text()[:20_000])
     model = minillm_jax.load(demo.FOLDER)
     calibration = minillm_jax.calibrate(model, tmp_path / "text.txt", samples=3, length=32)
     scores = minillm_jax.score(model, calibration, minillm_jax.Scoring("fms", FEW))
-    pruned = minillm_jax.prune(model, scores, ratio=0.2)
+    pruned = minillm_jax.prune(model, calibration, ratio=0.2, recipe="mini-llm", scores=scores)
     minillm_jax.save(pruned, tmp_path / "out")
 
     tokens = random_tokens(1024, 2, 40)
@@ -66,6 +71,40 @@ def test_five_lines_from_a_folder_to_a_folder(tmp_path: Path) -> None:
     assert record["scoring"]["criterion"] == "fms"
     assert record["estimate"]["projected_gradients"] == projected_of(scores).tolist()
     assert record["versions"].keys() >= {"minillm-jax", "jax"}
+    assert record["recipe"] == "mini-llm"
+
+
+def test_one_call_prunes_a_model_with_a_text(tmp_path: Path) -> None:
+    """The text may be a file, a list of texts, or calibration windows: the pruned weights are bit-equal."""
+    (tmp_path / "text.txt").write_text(demo.training_text()[:20_000])
+    model = load(demo.FOLDER)
+    options = {"ratio": 0.2, "samples": 3, "seq_len": 32, "seed": 5}
+    pruned = prune(model, tmp_path / "text.txt", **options)
+    assert group_counts(pruned.decoder, "head") == [4] * 4
+    assert pruned.record is not None
+    assert (pruned.record["scoring"]["criterion"], pruned.record["refit"]["method"]) == ("obs", "least-squares")
+    calibration = calibrate(model, tmp_path / "text.txt", samples=3, length=32, seed=5)
+    assert pruned.record["calibration"] == calibration.record()
+    assert arrays_equal(prune(model, calibration, ratio=0.2).decoder, pruned.decoder)
+    assert arrays_equal(prune(model, [demo.training_text()[:20_000]], **options).decoder, pruned.decoder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 0.2}, "unknown option 'sparsity'"),
+        ({"ratios": 0.2}, "unknown option 'ratios'; did you mean ratio?"),
+        ({"ratio": 0.2, "alpha": "much"}, "--alpha must be a number, found 'much'"),
+        ({"ratio": 0.2, "samples": 2.5}, "--samples must be a whole number, found '2.5'"),
+        ({"ratio": 0.2, "directions": 4}, "--directions would do nothing in this run"),
+        ({"ratio": 1.0}, "ratio must lie between 0 and 1"),
+        ({}, "give a ratio or a target for the pruned model"),
+        ({"ratio": 0.2, "recipe": "best"}, "unknown recipe 'best'"),
+    ],
+)
+def test_options_that_prune_does_not_take(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        prune(small_model(), windows(), progress=lambda *_: pytest.fail("worked before checking"), **options)
 
 
 def load_file_tensors(folder: Path) -> list[np.ndarray]:
@@ -83,8 +122,8 @@ def test_public_names_resolve_and_unknown_ones_do_not() -> None:
 
 
 def by_hand(model: Model, calibration: Calibration, criterion: str, slopes: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Channel and head scores written out in NumPy, matrix by matrix, with the paper's reductions."""
-    (norms,) = activation_norms(model.decoder, calibration.windows)
+    """Head and channel scores written out in NumPy, matrix by matrix, with the paper's reductions."""
+    (norms,) = activation_norms(model.decoder, calibration.batches)
     matrices = {name: np.asarray(kernel[...], np.float64) for name, kernel in kernels(model.decoder.runs[0]).items()}
 
     def importance(name: str) -> np.ndarray:
@@ -121,9 +160,9 @@ def test_scores_equal_those_written_out_by_hand(criterion: str) -> None:
         layers = range(3)
         if criterion == "fms":
             keys = directions.direction_keys(4, 0, 3)
-            drawn = [[draw(k, jnp.int32(i), name, kernel.shape[1:], "gaussian") for i in layers] for k in keys]
+            along = [[draw(k, jnp.int32(i), name, kernel.shape[1:], "gaussian") for i in layers] for k in keys]
             slopes[name] = np.mean(
-                [c * np.asarray(z, np.float64) for c, z in zip(projected_of(scores), drawn, strict=True)], axis=0
+                [c * np.asarray(z, np.float64) for c, z in zip(projected_of(scores), along, strict=True)], axis=0
             )
         if criterion == "noise":
             key = directions.stream_key(9, "noise")
@@ -156,24 +195,6 @@ def test_every_criterion_scores_every_group_and_is_deterministic(criterion: str)
     assert same == criterion.startswith("magnitude")
 
 
-@pytest.mark.parametrize("criterion", ["obs", "wanda"])
-def test_pruning_with_refit_walks_over_the_calibration(criterion: str) -> None:
-    """The same numbers of groups as without, chosen on the way by obs, and a loss that is nearer to the dense one."""
-    model, calibration = small_model(), Calibration(random_tokens(61, 32, 12), "random", 0)
-    scores = score(model, calibration, Scoring(criterion))
-    with pytest.raises(InputError, match="give the calibration"):
-        prune(model, scores, 0.5, refit=Refit())
-    refitted = prune(model, scores, 0.5, refit=Refit(), calibration=calibration)
-    plain = prune(model, score(model, calibration, Scoring("wanda")), 0.5)
-    for kind in ("head", "channel"):
-        assert group_counts(refitted.decoder, kind) == group_counts(plain.decoder, kind)
-    dense, with_it, without = (perplexity(one.decoder, calibration.windows).loss for one in (model, refitted, plain))
-    assert abs(with_it - dense) < abs(without - dense)
-    assert refitted.record is not None
-    assert refitted.record["refit"]["alpha"] == 0.5
-    assert [len(rows) for rows in refitted.record["kept"]["channel"]] == [6, 6, 6]
-
-
 def test_activation_norms_and_reductions_are_options() -> None:
     model, calibration = small_model(), windows()
     plain = score(model, calibration, Scoring("wanda")).groups["channel"]
@@ -193,7 +214,7 @@ def test_one_rademacher_direction_is_wanda_over_all_structures() -> None:
     model, calibration = small_model(), windows()
     one = score(model, calibration, Scoring("fms", Estimation(directions=1, distribution="rademacher")))
     constant = abs(projected_of(one)[0])
-    (norms,) = activation_norms(model.decoder, calibration.windows)
+    (norms,) = activation_norms(model.decoder, calibration.batches)
     up = np.abs(np.asarray(model.decoder.runs[0].mlp.up.kernel[...])) * np.asarray(norms["mlp.up"])[:, :, None]
     ratio = np.asarray(
         score(model, calibration, Scoring("fms", Estimation(directions=1, distribution="rademacher"))).groups["channel"]
@@ -201,35 +222,23 @@ def test_one_rademacher_direction_is_wanda_over_all_structures() -> None:
     assert (ratio / constant >= up.sum(axis=1) * (1 - 1e-4)).all()
 
 
-def test_pruning_twice_keeps_the_first_record_and_a_range_of_layers_prunes_only_those() -> None:
-    model = small_model()
-    once = prune(model, score(model, windows(), Scoring("wanda")), 0.25)
-    twice = prune(once, score(once, windows(), Scoring("wanda")), Budget(0.25, layers=(1, 3)))
-    assert group_counts(once.decoder, "channel") == [9, 9, 9]
-    assert group_counts(twice.decoder, "channel") == [9, 7, 7]
-    assert twice.record is not None
-    assert twice.record["pruned_before"] == once.record
-    with pytest.raises(InputError, match=r"the scores are for \[4, 4, 4\] groups of kind head"):
-        prune(once, score(model, windows(), Scoring("wanda")), 0.25)
-
-
 @pytest.mark.parametrize(
     ("scoring", "message"),
     [
         (
             Scoring("best"),
-            "unknown criterion 'best'; expected one of fms, noise, wanda, flap, ",
+            "unknown criterion 'best'; expected one of obs, wanda, flap, fms, ",
         ),
-        (Scoring(activation_norm="l7"), "unknown activation norm 'l7'"),
-        (Scoring(within="median"), "unknown reduction within a structure 'median'"),
-        (Scoring(across="first"), "unknown reduction across structures 'first'"),
-        (Scoring(estimation=Estimation(distribution="cauchy")), "unknown distribution 'cauchy'"),
+        (Scoring("fms", activation_norm="l7"), "unknown activation norm 'l7'"),
+        (Scoring("fms", within="median"), "unknown reduction within a structure 'median'"),
+        (Scoring("fms", across="first"), "unknown reduction across structures 'first'"),
+        (Scoring("fms", estimation=Estimation(distribution="cauchy")), "unknown distribution 'cauchy'"),
         (
-            Scoring(estimation=Estimation(directions=0)),
+            Scoring("fms", estimation=Estimation(directions=0)),
             "the number of directions must be at least 1, found 0",
         ),
-        (Scoring(estimation=Estimation(epsilon=0.0)), "epsilon must be a positive float32 number, found 0"),
-        (Scoring(estimation=Estimation(epsilon=float("nan"))), "epsilon must be a positive float32 number"),
+        (Scoring("fms", estimation=Estimation(epsilon=0.0)), "epsilon must be a positive float32 number, found 0"),
+        (Scoring("fms", estimation=Estimation(epsilon=float("nan"))), "epsilon must be a positive float32 number"),
     ],
 )
 def test_settings_out_of_range_are_errors(scoring: Scoring, message: str) -> None:
@@ -237,49 +246,92 @@ def test_settings_out_of_range_are_errors(scoring: Scoring, message: str) -> Non
         score(small_model(), windows(), scoring)
 
 
+def recipe_of(text: Path, **changes: Any) -> Recipe:
+    """A recipe that scores by wanda, with other sections in the place of its own."""
+    sections = {"data": Data(str(text)), "budget": Budget(0.2), "scoring": Scoring("wanda"), "refit": Refit("none")}
+    return Recipe(**sections | changes)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"budget": Budget(1.0)}, "ratio must lie between 0 and 1"),
         ({"scoring": Scoring("best")}, "unknown criterion"),
-        ({"model": "./nowhere"}, "no such folder"),
         ({"budget": Budget(0.2, layers=(1, 9))}, r"layers 1:9 are not a range of this model's layers; it has 0:4"),
         (
-            {"budget": Budget(0.2, layers=(1, 3)), "format": "stock"},
+            {"budget": Budget(0.2, layers=(1, 3)), "output": Output("stock")},
             "unequal numbers of query heads .* use the format per-layer or padded",
         ),
-        ({"format": "zip"}, "unknown format 'zip'"),
-        ({"max_shard_size": "0GB"}, "shard size '0GB' is not understood"),
+        ({"output": Output("zip")}, "unknown format 'zip'"),
+        ({"output": Output(max_shard_size="0GB")}, "shard size '0GB' is not understood"),
         ({"budget": Budget(0.2, round_heads_to=0)}, "multiples of at least 1, not 0"),
-        ({"calibration": "nowhere.txt"}, "no such file"),
-        ({"samples": 100_000}, "but 100000 are asked for"),
-        ({"evaluation": "nowhere.txt"}, "no such file"),
+        ({"data": Data()}, "no calibration text is given"),
     ],
 )
-def test_bad_jobs_fail_before_any_work_and_write_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, message: str
-) -> None:
-    (tmp_path / "text.txt").write_text(demo.training_text()[:20_000])
-    monkeypatch.setattr("minillm_jax.api.score", lambda *_: pytest.fail("scored before checking"))
-    job = {
-        "model": str(demo.FOLDER),
-        "calibration": str(tmp_path / "text.txt"),
-        "output": str(tmp_path / "out"),
-        "budget": Budget(0.2),
-    }
+def test_bad_settings_fail_before_the_weights_are_read(tmp_path: Path, changes: dict, message: str) -> None:
+    """The model has no weight file, so that reading the weights would be another error."""
+    model = shutil.copytree(demo.FOLDER, tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    recipe = recipe_of(tmp_path / "nowhere.txt", **changes)
     with pytest.raises(InputError, match=message):
-        run(Job(**job | changes))
+        run(Job(str(model), str(tmp_path / "out"), recipe))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "evaluation", "message"),
+    [
+        ("./nowhere", Data(), Evaluation(), "no such folder"),
+        (demo.FOLDER, Data("nowhere.txt"), Evaluation(), "no such file"),
+        (demo.FOLDER, Data(samples=100_000), Evaluation(), "but 100000 are asked for"),
+        (demo.FOLDER, Data(samples=2), Evaluation("nowhere.txt"), "no such file"),
+    ],
+)
+def test_models_and_texts_that_do_not_exist_fail_before_any_stage(
+    tmp_path: Path, model: Path, data: Data, evaluation: Evaluation, message: str
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(demo.training_text()[:20_000])
+    recipe = recipe_of(text, data=replace(data, calibration=data.calibration or str(text)), evaluation=evaluation)
+    with pytest.raises(InputError, match=message):
+        run(Job(str(model), str(tmp_path / "out"), recipe), lambda *_: pytest.fail("worked before checking"))
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
-def test_interrupted_saving_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object, **__: object) -> None:
+class Interrupted(Mapping[str, str]):
+    """Texts to write beside the weights, whose reading is interrupted."""
+
+    def __getitem__(self, name: str) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("convert.writer.save_file", interrupted)
+    def __iter__(self) -> Iterator[str]:
+        raise KeyboardInterrupt
+
+    def __len__(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("format_name", ["stock", "per-layer", "padded", "flax"])
+def test_interrupted_saving_leaves_nothing(tmp_path: Path, format_name: str) -> None:
+    """The interruption comes after the weights are written to the scratch folder."""
     with pytest.raises(KeyboardInterrupt):
-        save(load(demo.FOLDER), tmp_path / "out")
+        save(load(demo.FOLDER), tmp_path / "deep" / "out", format_name, extra=Interrupted())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
+    """Once in the middle of pruning, and once between pruning and saving."""
+    text = tmp_path / "text.txt"
+    text.write_text(demo.training_text()[:20_000])
+    job = Job(str(demo.FOLDER), str(tmp_path / "out"), recipe_of(text, data=Data(str(text), 2, 32)))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for callbacks in ({"progress": interrupt}, {"documents": interrupt}):
+        with pytest.raises(KeyboardInterrupt):
+            run(job, **callbacks)
+        assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_stories260k_pruned_with_wanda_is_as_good_as_the_prototype(tmp_path: Path) -> None:
@@ -287,13 +339,13 @@ def test_stories260k_pruned_with_wanda_is_as_good_as_the_prototype(tmp_path: Pat
     model = load(shared("models/stories260K"))
     stories = shared("data/tinystories/tinystories_sample_2MiB.txt").read_text().split("<|endoftext|>")
     (tmp_path / "stories.txt").write_text("\n\n".join(story.strip() for story in stories))
-    chosen = calibrate(model, tmp_path / "stories.txt", samples=112, length=128).windows
+    chosen = calibrate(model, tmp_path / "stories.txt", samples=112, length=128).batches.windows
     held_out = tmp_path / "held-out.npy"
     np.save(held_out, chosen[16:])
     dense = evaluate(model, held_out).perplexity
     assert dense < 6
-    scores = score(model, Calibration(chosen[:16], "tinystories", 0), Scoring("wanda"))
-    assert 2.0 <= evaluate(prune(model, scores, 0.2), held_out).perplexity / dense <= 2.6
+    scores = score(model, Calibration(Batches(chosen[:16]), "tinystories", 0), Scoring("wanda"))
+    assert 2.0 <= evaluate(prune_groups(model, scores, Budget(0.2)), held_out).perplexity / dense <= 2.6
 
 
 @pytest.mark.parametrize("family", ["opt", "bloom", "gpt_neox", "gemma2", "glm4", "phi3"])
@@ -302,16 +354,14 @@ def test_the_paper_s_recipe_in_every_kind_of_family(tmp_path: Path, family: str)
     folder = hugging_face_folder(tmp_path / "model", family)
     np.save(tmp_path / "tokens.npy", random_tokens(97, 400))
     estimation = Estimation(directions=2, distribution="rademacher")
-    job = Job(
-        str(folder),
-        str(tmp_path / "tokens.npy"),
-        str(tmp_path / "out"),
-        Budget(0.3),
-        samples=4,
-        length=32,
-        scoring=Scoring("fms", estimation),
+    recipe = Recipe(
+        data=Data(str(tmp_path / "tokens.npy"), 4, 32),
+        budget=Budget(0.3),
+        scoring=Scoring("fms"),
+        gradient=estimation,
+        refit=Refit("none"),
     )
-    result = run(job)
+    result = run(Job(str(folder), str(tmp_path / "out"), recipe))
     counts = {kind: [len(rows) for rows in kept] for kind, kept in (result.pruned.record or {})["kept"].items()}
     expected = {kind: [kept_count(n, 0.3) for n in group_counts(load(folder).decoder, kind)] for kind in counts}
     assert counts == expected

@@ -66,7 +66,7 @@ def used(recipe: Recipe, given: Mapping[tuple[str, str], str] | None = None) -> 
     refit = _refit(watch.refit, budget, criterion)
     chosen = replace(
         recipe,
-        data=_data(watch.data, _reads_text(budget, criterion, refit)),
+        data=_data(watch.data, criterion, _reads_text(budget, criterion, refit)),
         budget=replace(budget, window=watch.data.seq_len),
         scoring=scoring,
         gradient=gradient or Estimation(),
@@ -75,7 +75,7 @@ def used(recipe: Recipe, given: Mapping[tuple[str, str], str] | None = None) -> 
         devices=replace(recipe.devices, mesh=watch.devices.mesh, hosts=watch.devices.hosts),
         evaluation=_evaluation(watch.evaluation),
     )
-    _check_idle(recipe, criterion, keys, given or {})
+    _check_idle(recipe, chosen, criterion, keys, given or {})
     return Used(chosen, keys)
 
 
@@ -128,7 +128,7 @@ def _scoring(recipe: Recipe, budget: Budget) -> tuple[Criterion | None, Scoring,
         activation_norm=criterion.norm if by_weights and "activation" in criterion.factors else None,
         within=criterion.within if by_weights else None,
         across=criterion.across if by_weights else None,
-        seed=recipe.data.seed,
+        seed=recipe.data.seed if criterion.draws else Scoring.seed,
         factors=criterion.factors if settings.criterion == "fms" else None,
         kinds=settings.kinds,
     )
@@ -159,13 +159,19 @@ def _reads_text(budget: Budget, criterion: Criterion | None, refit: Refit) -> bo
     return criterion.reads_text or refit.method != "none"
 
 
-def _data(data: Data, reads_text: bool) -> Data:
-    """Every run draws windows, but their number matters only where something is computed on them."""
-    return Data(data.calibration, data.samples if reads_text else 1, data.seq_len, data.seed)
+def _data(data: Data, criterion: Criterion | None, reads_text: bool) -> Data:
+    """Every run draws windows, but their number and seed matter only where something is computed on them."""
+    draws = criterion is not None and criterion.draws
+    return Data(
+        data.calibration,
+        data.samples if reads_text else 1,
+        data.seq_len,
+        data.seed if reads_text or draws else Data.seed,
+    )
 
 
 def _output(output: Output, budget: Budget, gradient: Estimation | None) -> Output:
-    if gradient is None:
+    if gradient is None or not budget.kinds:  # hidden dimensions are scored without a checkpoint
         checkpoint = None
     else:
         checkpoint = output.checkpoint
@@ -191,11 +197,16 @@ def _evaluation(evaluation: Evaluation) -> Evaluation:
 
 
 def _check_idle(
-    recipe: Recipe, criterion: Criterion | None, keys: Mapping[str, set[str]], given: Mapping[tuple[str, str], str]
+    recipe: Recipe,
+    chosen: Recipe,
+    criterion: Criterion | None,
+    keys: Mapping[str, set[str]],
+    given: Mapping[tuple[str, str], str],
 ) -> None:
-    """Whether the run reads every setting that a user gave."""
+    """Whether the run reads every setting that a user gave, and keeps its value."""
     for (section, key), flag in given.items():
-        if key not in keys[section]:
+        value, kept = (getattr(getattr(settings, section), key) for settings in (recipe, chosen))
+        if key not in keys[section] or value != kept:
             raise InputError(
                 f"{flag} would do nothing in this run ({_reason(recipe, section, criterion)}); leave it out"
             )
@@ -215,7 +226,8 @@ def _reason(recipe: Recipe, section: str, criterion: Criterion | None) -> str:
         "gradient": f"criterion {scoring.criterion}"
         + (f", estimator {estimator}" if criterion is not None and criterion.takes_gradient else ""),
         "refit": f"refit {recipe.refit.method}, criterion {scoring.criterion}, {structures}",
-        "output": f"format {recipe.output.format}, criterion {scoring.criterion}",
+        "output": f"{structures}, criterion {scoring.criterion}"
+        + (f", format {recipe.output.format}" if recipe.output.format is not None else ""),
         "evaluation": "no --evaluate",
     }
     return reasons.get(section, "it is not read")

@@ -68,6 +68,11 @@ class Criterion:
         return "obs" in self.factors
 
     @property
+    def draws(self) -> bool:
+        """Whether its scores depend on random numbers of their own, apart from those of a gradient estimate."""
+        return not self.factors or "noise" in self.factors
+
+    @property
     def by_weights(self) -> bool:
         """Whether it scores single weights, which are then reduced to groups."""
         return bool(self.factors) and not (self.by_gates or self.while_pruning)
@@ -120,7 +125,7 @@ def resolve(scoring: Scoring, hidden: bool = False) -> Criterion:
         criterion = replace(criterion, factors=_factors(scoring.factors))
     if criterion.by_gates and "query" in scoring.kinds:
         raise InputError(f"the criterion {scoring.criterion} has gates for whole key/value heads, not for query heads")
-    if not criterion.factors or "noise" in criterion.factors:
+    if criterion.draws:
         check_seed(scoring.seed)
     return _with_reductions(criterion, scoring, hidden) if criterion.by_weights else criterion
 

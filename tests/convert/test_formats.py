@@ -17,8 +17,7 @@ from jax import numpy as jnp
 from convert import formats
 from convert.reader import read_model
 from convert.writer import check_shard_size, write_model
-from minillm_jax.api import prune
-from minillm_jax.budget.budget import Budget, kept_count
+from minillm_jax.budget.budget import kept_count
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.model.build import build
@@ -27,6 +26,8 @@ from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import group_counts, hidden_size, layer_count, named_arrays, sizes_of
 from minillm_jax.pruning.slicing import slice_groups, slice_hidden, slice_layers
 from minillm_jax.scoring.score import Scores
+from minillm_jax.settings import Budget
+from minillm_jax.stages import prune_groups
 from tests.helpers import (
     CONFIGURATIONS,
     LLAMA_ROPE,
@@ -274,7 +275,7 @@ def test_kept_counts_are_rounded_to_multiples_for_the_hardware(tmp_path: Path) -
         {},
         {},
     )
-    rounded = prune(model, scores, Budget(0.4, layers=(1, 3), round_heads_to=4, round_width_to=64))
+    rounded = prune_groups(model, scores, Budget(0.4, layers=(1, 3), round_heads_to=4, round_width_to=64))
     assert group_counts(rounded.decoder, "head") == [8, 8, 8]  # 5 before rounding, and the next multiple of 4 is 8
     assert group_counts(rounded.decoder, "channel") == [300, 192, 192]  # 180 before rounding
     assert rounded.record is not None
