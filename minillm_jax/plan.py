@@ -4,6 +4,7 @@ Parameters, shapes and the output format are exact. Memory and floating-point op
 the number of calibration tokens and the recipe; `docs/benchmarks.md` holds them against measured peaks.
 """
 
+import os
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,14 +15,18 @@ from convert import formats
 from convert.reader import Description
 from minillm_jax.budget import allocate
 from minillm_jax.budget.budget import choose, kept_count
+from minillm_jax.data.batches import TOKENS_PER_BATCH
 from minillm_jax.errors import InputError
 from minillm_jax.model import costs
 from minillm_jax.model.build import build
 from minillm_jax.model.config import DecoderConfig, Sizes
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.tree import group_counts, named_arrays, part_counts
+from minillm_jax.model.loss import LOGITS_AT_ONCE
+from minillm_jax.model.modules import depth
+from minillm_jax.model.tree import group_counts, layer_count, named_arrays, part_counts, run_letters
 from minillm_jax.pruning.slicing import slice_sizes
 from minillm_jax.recipes.recipe import Recipe
+from minillm_jax.scoring.criteria import CRITERIA
 
 FLOAT, DOUBLE = 4, 8
 
@@ -165,8 +170,6 @@ def parse_devices(text: str | None) -> tuple[str, int, int | None]:
 
 
 def _ram() -> int | None:
-    import os
-
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):  # not a POSIX system
@@ -241,14 +244,10 @@ def walk_bytes(dense: Decoder, recipe: Recipe) -> int:
 
 def forward_bytes(dense: Decoder, recipe: Recipe) -> int:
     """Memory of a forward pass over one batch beside the weights: one layer's activations, one chunk of logits."""
-    from minillm_jax.model.loss import LOGITS_AT_ONCE
-
     return _activations(dense, recipe) + FLOAT * LOGITS_AT_ONCE
 
 
 def _activations(dense: Decoder, recipe: Recipe) -> int:
-    from minillm_jax.data.batches import TOKENS_PER_BATCH
-
     letters, length = _letters(dense), recipe.data.seq_len
     tokens = max(length, min(TOKENS_PER_BATCH, recipe.data.samples * length))
     attention = 4 * letters["N"] * letters["H"] + 4 * letters["K"] * letters["H"] + 3 * letters["N"] * length
@@ -283,15 +282,13 @@ def walks(recipe: Recipe) -> bool:
 
 def _letters(decoder: Decoder) -> dict[str, int]:
     """The largest size of every axis letter of the layers."""
-    from minillm_jax.model.tree import run_letters
-
     runs = [run_letters(run) for run in decoder.runs]
     return {letter: max(run[letter] for run in runs) for letter in runs[0]}
 
 
 def _layer_parameters(decoder: Decoder) -> int:
     """Parameters of the largest layer."""
-    return max(sum(leaf.size // leaf.shape[0] for _, leaf in named_arrays(run)) for run in decoder.runs)
+    return max(sum(leaf.size // depth(run) for _, leaf in named_arrays(run)) for run in decoder.runs)
 
 
 # --------------------------------------------------------------------------------------------------------- work
@@ -309,15 +306,13 @@ def run_flops(dense: Decoder, pruned: Decoder, recipe: Recipe) -> float:
     elif recipe.scoring.criterion == "flap":
         total += 2 * forward
     if recipe.budget.allocation == "measured":
-        layers = sum(leaf.attention.q.kernel.shape[0] for leaf in dense.runs)
-        total += forward * (1 + len(allocate.SHARES) * len(recipe.budget.kinds) * layers)
+        trials = len(allocate.SHARES) * len(recipe.budget.kinds) * layer_count(dense)
+        total += forward * (1 + trials)
     return total
 
 
 def gradient_passes(recipe: Recipe) -> float:
     """Forward passes of the gradient estimate, in forward passes over all calibration windows."""
-    from minillm_jax.scoring.criteria import CRITERIA
-
     criterion = CRITERIA[recipe.scoring.criterion]
     if not criterion.takes_gradient or not (recipe.budget.kinds or "hidden" in recipe.budget.structures):
         return 0.0
@@ -332,7 +327,7 @@ def gradient_passes(recipe: Recipe) -> float:
 def walk_flops(dense: Decoder, pruned: Decoder, recipe: Recipe) -> float:
     """Of the walk: three passes through every dense sublayer, one through every pruned one, and the Gram matrices."""
     letters, tokens = _letters(dense), recipe.data.samples * recipe.data.seq_len
-    layers = sum(run.attention.q.kernel.shape[0] for run in dense.runs)
+    layers = layer_count(dense)
     blocks = 2.0 * costs.block_parameters(dense) * tokens
     smaller = 2.0 * costs.block_parameters(pruned) * tokens
     grams = sum(2.0 * tokens * n * (n + letters["D"]) for n in (letters["N"] * letters["H"], letters["F"]))

@@ -101,13 +101,13 @@ class Budget:
     ratio_of: str = option(
         "groups", str, "What the ratio is a share of: groups, or parameters of the blocks or model.", choices=COUNTED
     )
-    target_params: float | None = option(
+    target_params: float | int | None = option(
         None, str, "Instead of a ratio: keep at most this many parameters, 5.4B or 120M.", spelling=COUNT
     )
-    target_macs: float | None = option(
+    target_macs: float | int | None = option(
         None, str, "Instead of a ratio: at most this many multiply-accumulates a window, 340G.", spelling=COUNT
     )
-    target_memory: float | None = option(
+    target_memory: float | int | None = option(
         None, str, "Instead of a ratio: at most this much memory of weights, keys and values, 10GB.", spelling=BYTES
     )
     allocation: str = option(

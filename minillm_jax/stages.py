@@ -152,6 +152,10 @@ def prune_in_rounds(
       InputError: see `prune_groups` and `score`; or the number of rounds does not suit the rest.
     """
     budget.check()
+    if budget.rounds > 1 and checkpoint is not None:
+        raise InputError(
+            "a checkpoint holds one estimate and cannot be used with several rounds; leave out one of the two"
+        )
     decoder, rounds = model.decoder, budget.rounds
     refit = resolve(refit or Refit("none"), decoder.config)
     scores = scores or score(model, calibration, scoring, progress, checkpoint)

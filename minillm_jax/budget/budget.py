@@ -56,10 +56,6 @@ class Inventory:
         return sum(self.costs[k][layer] * n[layer] for k, n in self.counts.items() for layer in self.layers)
 
 
-# The former name, which other modules still import.
-Stock = Inventory
-
-
 def kept_count(count: int, ratio: float, multiple: int = 1) -> int:
     """Number of kept groups of `count`: floor(count · ratio + 1/2) are removed, and at least one is kept.
 

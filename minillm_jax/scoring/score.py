@@ -287,7 +287,7 @@ def _score_run(
     scores = {}
     for kind in kinds:
         structures = [
-            _score_structure(
+            score_structure(
                 kernels(run)[name][...],
                 *(None if values is None else values[name] for values in of_run),
                 layers,
@@ -306,7 +306,7 @@ def _score_run(
 
 
 @partial(jax.jit, static_argnames=("name", "kind", "count", "criterion", "space"))
-def _score_structure(
+def score_structure(
     kernels: Float[Array, "L ..."],
     norms: Float[Array, "L ..."] | None,
     exact: Float[Array, "L ..."] | None,

@@ -17,7 +17,7 @@ from minillm_jax.scoring.criteria import CRITERIA
 from minillm_jax.scoring.gradient import directions, slopes
 from minillm_jax.scoring.gradient.directions import Directions
 from minillm_jax.scoring.gradient.spaces import Gates, LowRank, Space, Weights
-from minillm_jax.scoring.score import _score_structure
+from minillm_jax.scoring.score import score_structure
 
 CONFIG = DecoderConfig("llama", 1e-5, Rope(10000.0))
 MEDIUM = build(CONFIG, Sizes(V=512, D=512, H=64, layers=(LayerSizes(N=8, K=8, F=1376),) * 8))
@@ -71,9 +71,7 @@ def test_scoring_seven_billion_parameters_takes_about_one_layer(name: str) -> No
     )
     norms = jax.ShapeDtypeStruct(kernel.shape[:2], jnp.float32)
     static = {"name": name, "kind": "channel", "count": 11008, "criterion": CRITERIA["fms"], "space": Weights()}
-    lowered = _score_structure.lower(
-        kernel, norms, None, None, jax.ShapeDtypeStruct((32,), jnp.int32), slopes, **static
-    )
+    lowered = score_structure.lower(kernel, norms, None, None, jax.ShapeDtypeStruct((32,), jnp.int32), slopes, **static)
     assert account(lowered)[1] <= layer_bytes(LARGE)
 
 
