@@ -1,6 +1,8 @@
-"""Small models for the tests: random Hugging Face folders, their PyTorch twins, and real ones where they exist."""
+"""Models for the tests: small random models in both frameworks, and real models if the folder `shared` exists."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 _SLIDING = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
 
-# Name -> family and what differs from its small configuration.
+# Name -> family and changes of its small configuration.
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in SMALL} | {
     "llama, multi-head": ("llama", {"num_key_value_heads": 8}),
     "llama, one key/value head": ("llama", {"num_key_value_heads": 1}),
@@ -110,15 +112,14 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) fo
 
 
 def shared(path: str) -> Path:
-    """A real model or text beside the checkout; the test skips where there is none."""
-    found = SHARED / path
-    if not found.exists():
+    """A real model or text beside the checkout; skips the test if it is missing."""
+    if not (SHARED / path).exists():
         pytest.skip(f"needs the real {path}, which is not part of the repository")
-    return found
+    return SHARED / path
 
 
 def torch_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
-    """A PyTorch model with every parameter randomised, norms and biases included."""
+    """A PyTorch model of a small configuration; all parameters are random, norms and biases included."""
     config = transformers.AutoConfig.for_model(family, **SMALL[family] | changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -132,7 +133,7 @@ def torch_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
 
 
 def hugging_face_folder(path: Path, family: str = "llama", seed: int = 0, **changes: Any) -> Path:
-    """A Hugging Face folder with random weights."""
+    """A Hugging Face folder with the weights of `torch_model`."""
     torch_model(family, seed, **changes).save_pretrained(path)
     return path
 
@@ -141,87 +142,104 @@ _forward = jax.jit(lambda decoder, tokens: decoder(tokens))
 
 
 def logits_of(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
-    """Logits by this package, compiled as a whole: quicker than operation by operation."""
+    """Logits of this package, by one compiled program, which is faster than one program per operation."""
     return np.asarray(_forward(decoder, jnp.asarray(tokens)))
 
 
 def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    """Logits by PyTorch, float32."""
+    """Logits of PyTorch, float32."""
     with torch.no_grad():
         return model(torch.from_numpy(np.asarray(tokens, dtype=np.int64)), use_cache=False).logits.numpy()
 
 
 def load_torch(folder: Path, remote_code: bool = False) -> Any:
-    """A folder as transformers loads it; every weight must be found in it.
+    """A folder loaded by transformers, with a check that it holds exactly the weights of the model.
 
-    Without remote code: the stock classes, and those of `convert.modeling_pruned` once they are registered.
+    Without remote code, the classes of `convert.modeling_pruned` are registered beside the stock classes.
     """
     if not remote_code:
         modeling_pruned.register()
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=remote_code, output_loading_info=True
     )
-    assert not found["missing_keys"]
-    assert not found["unexpected_keys"]
-    assert not found["mismatched_keys"]
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
     return model.eval()
 
 
 def load_stock(folder: Path) -> Any:
-    """A folder that must be loaded by a stock class."""
+    """A folder loaded by a stock class of transformers."""
     model_type = json.loads((folder / "config.json").read_text())["model_type"]
     assert not model_type.startswith("pruned_")
     return load_torch(folder)
 
 
 def random_tokens(vocabulary: int, *shape: int, seed: int = 0) -> np.ndarray:
+    """Random token ids, int32."""
     return np.random.default_rng(seed).integers(0, vocabulary, shape, dtype=np.int32)
 
 
 def small_decoder(
     seed: int = 0, layers: int = 3, deviation: float = 0.3, sizes: Sizes | None = None, **changes: Any
 ) -> Decoder:
-    """A random decoder without any file."""
+    """A decoder with random weights, norms and biases, made without a file."""
     config = DecoderConfig(**{"family": "llama", "norm_epsilon": 1e-5, "rope": Rope(10000.0)} | changes)
     sizes = sizes or Sizes(V=61, D=16, H=4, layers=(LayerSizes(N=8, K=4, F=12),) * layers)
     decoder = initialise(build(config, sizes), jax.random.key(seed), deviation)
     keys = iter(jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(decoder))))
 
-    def shake(path: Any, leaf: jax.Array) -> jax.Array:
+    def add_noise(path: Any, leaf: jax.Array) -> jax.Array:
         if axis_table.is_data(axis_table.array_path(path)):
             return leaf
         return leaf + 0.1 * jax.random.normal(next(keys), leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(shake, decoder)
+    return jax.tree_util.tree_map_with_path(add_noise, decoder)
 
 
 def perturb(block: Block, key: jax.Array, layer: jax.Array, scale: jax.Array, distribution: str) -> Block:
-    """One layer moved along a direction over its weights."""
+    """One layer with its weights moved along a direction."""
     return Weights(distribution).moved(block, key, layer, finite(scale), jnp.zeros(1, jnp.int32))
 
 
 def pairs_of(
     decoder: Decoder, keys: jax.Array, tokens: jax.Array, epsilon: float, space: Any, per_step: int = 1
 ) -> Any:
-    """The paired losses along some directions, [P, 2, B]."""
+    """The paired losses along the directions of some keys, [P, 2, B]."""
     stacked, windows = Directions.plain(keys).stacked(per_step), jnp.arange(len(tokens), dtype=jnp.int32)
-    found = paired_losses(decoder, stacked, tokens, windows, jnp.float32(epsilon), space)
-    return found.reshape(-1, *found.shape[2:])
+    losses = paired_losses(decoder, stacked, tokens, windows, jnp.float32(epsilon), space)
+    return losses.reshape(-1, *losses.shape[2:])
 
 
 def best_of(scores: dict[str, list[np.ndarray]], ratio: float) -> axis_table.Kept:
-    """The groups with the highest scores, the same share in every layer."""
+    """The kept groups with the highest scores, the same share in every layer."""
     counts = {kind: [kept_count(len(values), ratio) for values in rows] for kind, rows in scores.items()}
     return choose(scores, counts, {kind: [1] * len(rows) for kind, rows in scores.items()})
 
 
 def arrays_equal(left: Any, right: Any) -> bool:
     """Whether two trees hold the same arrays, bit for bit."""
-    same = jax.tree.map(lambda a, b: a.dtype == b.dtype and bool(jnp.array_equal(a, b)), left, right)
-    return all(jax.tree.leaves(same))
+    equal = jax.tree.map(lambda a, b: a.dtype == b.dtype and bool(jnp.array_equal(a, b)), left, right)
+    return all(jax.tree.leaves(equal))
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Change keys of a JSON file; None removes a key."""
+    """Changes keys of a JSON file; None removes a key."""
     value = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: item for key, item in value.items() if item is not None}))
+
+
+@contextmanager
+def compilations(name: str) -> Iterator[list[str]]:
+    """A list that grows by one entry for every compilation of a jitted function inside the block."""
+    compiled: list[str] = []
+
+    def listen(event: str, seconds: float, **details: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration" and details.get("fun_name") == f"jit({name})":
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

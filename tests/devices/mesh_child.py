@@ -1,6 +1,6 @@
-"""What test_sharding.py runs in processes of their own: how many devices there are is settled when JAX starts.
+"""The programs that test_sharding.py runs in their own processes, because JAX fixes the number of devices at its start.
 
-`python -m tests.mesh_child NAME ARGUMENTS...` calls the function of that name and prints what it returns as JSON.
+`python -m tests.devices.mesh_child NAME ARGUMENTS...` calls the function of that name and prints its result as JSON.
 """
 
 import json
@@ -16,14 +16,18 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from convert import reader, writer
+from minillm_jax.data.batches import Batch, Batches
 from minillm_jax.devices import hosts, sharding
 from minillm_jax.devices.sharding import MeshShape
-from minillm_jax.model import axis_table, loss
+from minillm_jax.evaluation.perplexity import perplexity, window_losses
+from minillm_jax.model import axis_table
 from minillm_jax.model.build import build
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.loss import sequence_losses
 from minillm_jax.model.ops import Rope
 from minillm_jax.model.tree import named_arrays
 from minillm_jax.pruning.refit import slice_and_refit
@@ -31,9 +35,12 @@ from minillm_jax.pruning.slicing import slice_groups
 from minillm_jax.scoring.activations import activation_norms
 from minillm_jax.scoring.gradient import directions, slopes
 from minillm_jax.scoring.gradient.directions import Directions
-from minillm_jax.scoring.gradient.estimate import estimate
+from minillm_jax.scoring.gradient.estimate import estimate, measure_call
+from minillm_jax.scoring.gradient.plan import Plan
+from minillm_jax.scoring.gradient.settings import resolve
 from minillm_jax.scoring.gradient.spaces import Gates, LowRank, Space, Weights
 from minillm_jax.settings import Estimation
+from tests.helpers import compilations
 
 CONFIG = DecoderConfig("llama", 1e-5, Rope(10000.0))
 EVEN = Sizes(V=64, D=32, H=4, layers=(LayerSizes(N=16, K=8, F=64),) * 2)
@@ -41,6 +48,9 @@ EVEN = Sizes(V=64, D=32, H=4, layers=(LayerSizes(N=16, K=8, F=64),) * 2)
 ODD = Sizes(V=61, D=32, H=4, layers=(LayerSizes(N=12, K=3, F=20),) * 2)
 
 EPSILON = np.float32(0.01)
+
+# Three positions of eight sequences: the loss takes several chunks.
+LOGITS_AT_ONCE = 8 * EVEN.V * 3
 
 SPACES: dict[str, Space] = {
     "gaussian": Weights(),
@@ -50,7 +60,7 @@ SPACES: dict[str, Space] = {
 }
 
 
-# Mesh -> which spaces are followed on it.
+# Shape of the mesh -> the spaces whose paired losses are measured on it.
 MESHES = {
     (8, 1): ("gaussian",),
     (4, 2): ("rademacher",),
@@ -58,12 +68,15 @@ MESHES = {
     (1, 8): ("gates",),
 }
 
+# Half of the groups of the decoder of size `EVEN`.
+KEPT = {kind: [np.arange(0, count, 2)] * 2 for kind, count in (("head", 8), ("channel", 64))}
+
 _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
 
 @cache
 def make_decoder(sizes: Sizes) -> Decoder:
-    random = np.random.default_rng(0)  # NumPy's: there is nothing to compile
+    random = np.random.default_rng(0)  # NumPy compiles nothing
     return jax.tree.map(lambda leaf: jnp.asarray(random.normal(0, 0.3, leaf.shape), leaf.dtype), build(CONFIG, sizes))
 
 
@@ -72,237 +85,261 @@ def make_tokens(count: int, vocabulary: int) -> np.ndarray:
 
 
 def make_mesh(data: int, model: int) -> Mesh:
-    made = sharding.make(MeshShape(data, model))
-    assert made is not None
-    return made
+    mesh = sharding.make_mesh(MeshShape(data, model))
+    assert mesh is not None
+    return mesh
 
 
-def apart(found: Any, expected: Any) -> float:
+def batches_for(decoder: Decoder, tokens: np.ndarray) -> Batches:
+    """Windows in batches on the devices of a decoder."""
+    return Batches(tokens, sharding.mesh_of(decoder))
+
+
+def relative_difference(values: Any, expected: Any) -> float:
     """The largest relative difference between two trees of arrays."""
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    pairs = zip(jax.tree.leaves(values), jax.tree.leaves(expected), strict=True)
     return max(float(np.max(np.abs(np.asarray(a) / np.asarray(b) - 1))) for a, b in pairs)
 
 
-def sent(compiled: Any) -> list[tuple[str, list[int]]]:
-    """What a compiled program sends between devices: the name of the operation, and the shape of what it gives."""
-    found = []
+def communication(compiled: Any) -> list[tuple[str, list[int]]]:
+    """Name and shape of every collective operation in a compiled program."""
+    operations = []
     for line in compiled.as_text().splitlines():
         if match := _COLLECTIVE.search(line):
             shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
-            found += [(match[2], [int(size) for size in shape.split(",") if size]) for shape in shapes]
-    return found
+            operations += [(match[2], [int(size) for size in shape.split(",") if size]) for shape in shapes]
+    return operations
 
 
-def quickly(quick: bool) -> None:
-    """Compile without optimising, as the other tests do, or as users do."""
+def disable_optimizations(disable: bool) -> None:
+    """Compiles without optimizations, as conftest.py does in most modules, or with them, as users do."""
     jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", quick)
+    jax.config.update("jax_disable_most_optimizations", disable)
 
 
-def paired(decoder: Decoder, tokens: np.ndarray, space: Space) -> tuple[np.ndarray, Any]:
-    """The losses of two directions on the decoder's devices, and the program that found them."""
-    batch, drawn = sharding.shard_batch(tokens, sharding.of(decoder)), plain(2).stacked(1)
-    windows = jnp.arange(len(tokens), dtype=jnp.int32)
-    compiled = slopes.paired_losses.lower(decoder, drawn, batch, windows, EPSILON, space).compile()
-    return sharding.gather(compiled(decoder, drawn, batch, windows, EPSILON)), compiled
+def paired_losses(decoder: Decoder, tokens: np.ndarray, space: Space) -> tuple[np.ndarray, Any]:
+    """The losses along two directions on the decoder's devices, [2, 1, 2, B], and the program of the first batch."""
+    stacked, programs = plain(2).stacked(1), []
+
+    def program(batch: Batch) -> Array:
+        arguments = (decoder, stacked, batch.tokens, batch.numbers, EPSILON)
+        programs.append(slopes.paired_losses.lower(*arguments, space, LOGITS_AT_ONCE).compile())
+        return programs[-1](*arguments)
+
+    return batches_for(decoder, tokens).collect(program), programs[0]
 
 
 def plain(count: int) -> Directions:
     return Directions.plain(directions.direction_keys(0, 0, count))
 
 
-# What whole estimates are made with on several devices.
+# Settings of the estimates on several devices.
 ESTIMATES = {
-    "spsa": Estimation(directions=4, distribution="rademacher", epsilon=1e-2),
+    "spsa": Estimation("spsa", directions=4, distribution="rademacher", epsilon=1e-2),
     "jvp": Estimation("jvp", "gates", 4, per_sequence=True, directions_per_step=2),
 }
 
 
 def estimates(decoder: Decoder, tokens: np.ndarray, checkpoint: Path | None = None) -> dict[str, np.ndarray]:
-    """Projected gradients of whole estimates, [P, B], and the sums of exact gate gradients, [L, B]."""
-    found = {}
+    """The projected gradients of `ESTIMATES`, [P, B], and the exact gate gradients summed over channels, [L, B]."""
+    gradients, batches = {}, batches_for(decoder, tokens)
     for name, settings in ESTIMATES.items():
-        made = estimate(decoder, tokens, settings, checkpoint=None if checkpoint is None else checkpoint / name)
-        assert made.projected is not None
-        found[name] = made.projected
-    exact = estimate(decoder, tokens, Estimation("exact", "gates")).exact
+        folder = None if checkpoint is None else checkpoint / name
+        gradients[name] = estimate(decoder, batches, settings, checkpoint=folder).projected
+        assert gradients[name] is not None
+    exact = estimate(decoder, batches, Estimation("exact", "gates")).exact
     assert exact is not None
-    return found | {"exact": sharding.gather(exact[0]["channel"]).sum(-1)}
+    return gradients | {"exact": sharding.gather(exact[0]["channel"]).sum(-1)}
 
 
 @cache
-def paired_alone(sizes: Sizes, count: int, name: str) -> np.ndarray:
-    """The same on one device."""
-    return paired(make_decoder(sizes), make_tokens(count, sizes.V), SPACES[name])[0]
+def paired_losses_on_one_device(sizes: Sizes, count: int, name: str) -> np.ndarray:
+    return paired_losses(make_decoder(sizes), make_tokens(count, sizes.V), SPACES[name])[0]
 
 
 # -------------------------------------------------------------------------------------------- one process, 8 devices
 
 
 def devices(folder: str, out: str) -> dict[str, Any]:
-    """Everything that one process with eight devices has to show."""
-    quickly(False)
-    found: dict[str, Any] = {"directions": directions_are_equal()}
-    quickly(True)
-    loss.LOGITS_AT_ONCE = 8 * EVEN.V * 3  # three positions: the loss takes several chunks
-    results = {"odd": on_mesh((2, 4), ODD, 7, ("rademacher",))}
-    results |= {f"{a},{b}": on_mesh((a, b), EVEN, 8, names) for (a, b), names in MESHES.items()}
-    found["apart"] = {name: result[0] for name, result in results.items()}
-    found["sent"] = {name: result[1] for name, result in results.items()} | {"gather": gathering()}
-    found |= {"directions over data": directions_over_data(), "slices": slices_are_equal()}
-    found["estimates"], found["refitted"] = estimates_apart(), refitted()
-    return found | loading(Path(folder), Path(out))
+    """The results of one process with eight devices."""
+    disable_optimizations(False)
+    results: dict[str, Any] = {"directions": directions_are_equal()}
+    disable_optimizations(True)
+    meshes = {"odd": on_mesh((2, 4), ODD, 7, ("rademacher",))}
+    meshes |= {f"{a},{b}": on_mesh((a, b), EVEN, 8, names) for (a, b), names in MESHES.items()}
+    results["differences"] = {name: differences for name, (differences, _) in meshes.items()}
+    results["communication"] = {name: operations for name, (_, operations) in meshes.items()}
+    results["communication"]["gather"] = communication_of_gather()
+    results |= {"directions over data": directions_over_data(), "slices": slices_are_equal()}
+    results["estimates"], results["refitted"] = differences_of_estimates(), refitted()
+    return results | loading(Path(folder), Path(out))
 
 
 def on_mesh(shape: tuple[int, int], sizes: Sizes, count: int, names: Sequence[str]) -> tuple[dict, dict]:
-    """How far losses and statistics on a mesh are from those on one device, and what is sent for the losses."""
-    single, tokens, made = make_decoder(sizes), make_tokens(count, sizes.V), make_mesh(*shape)
-    decoder, batch = sharding.shard(single, made), sharding.shard_batch(tokens, made)
-    found = {
-        "sequences": apart(sharding.gather(loss.sequence_losses(decoder, batch)), loss.sequence_losses(single, tokens)),
-        "perplexity": apart(loss.perplexity(decoder, tokens).loss, loss.perplexity(single, tokens).loss),
-        "norms": apart(activation_norms(decoder, tokens), activation_norms(single, tokens)),
+    """Differences of losses and statistics on a mesh from those on one device; communication of the paired losses."""
+    single, tokens = make_decoder(sizes), make_tokens(count, sizes.V)
+    decoder = sharding.shard(single, make_mesh(*shape))
+    in_chunks = partial(sequence_losses, logits_at_once=LOGITS_AT_ONCE)
+    functions = {
+        "sequences": partial(window_losses, losses=in_chunks),
+        "perplexity": lambda decoder, batches: perplexity(decoder, batches).loss,
+        "norms": activation_norms,
+    }
+    differences = {
+        name: relative_difference(function(decoder, batches_for(decoder, tokens)), function(single, Batches(tokens)))
+        for name, function in functions.items()
     }
     programs = {}
     for name in names:
-        losses, compiled = paired(decoder, tokens, SPACES[name])
-        found[name], programs[name] = apart(losses, paired_alone(sizes, count, name)), sent(compiled)
-    return found, programs
+        losses, compiled = paired_losses(decoder, tokens, SPACES[name])
+        differences[name] = relative_difference(losses, paired_losses_on_one_device(sizes, count, name))
+        programs[name] = communication(compiled)
+    return differences, programs
 
 
-def gathering() -> list[tuple[str, list[int]]]:
-    """What is sent when the losses of two directions come together."""
-    made = make_mesh(8, 1)
-    spread, everywhere = (
-        NamedSharding(made, spec) for spec in (PartitionSpec(None, None, sharding.DATA), PartitionSpec())
+def communication_of_gather() -> list[tuple[str, list[int]]]:
+    """The communication that replicates the paired losses of two directions."""
+    mesh = make_mesh(8, 1)
+    over_data, replicated = (
+        NamedSharding(mesh, spec) for spec in (PartitionSpec(None, None, sharding.DATA), PartitionSpec())
     )
-    losses = jax.ShapeDtypeStruct((2, 2, 8), jnp.float32, sharding=spread)
-    return sent(jax.jit(lambda losses: losses, out_shardings=everywhere).lower(losses).compile())
+    losses = jax.ShapeDtypeStruct((2, 2, 8), jnp.float32, sharding=over_data)
+    return communication(jax.jit(lambda losses: losses, out_shardings=replicated).lower(losses).compile())
 
 
 def directions_over_data() -> dict[str, Any]:
-    """Each device follows directions of its own on the whole batch: how far the losses are, and what is sent."""
-    single, tokens, made = make_decoder(EVEN), make_tokens(3, EVEN.V), make_mesh(4, 1)
-    stacked, windows, space = plain(4).stacked(4), jnp.arange(3, dtype=jnp.int32), SPACES["rademacher"]
-    decoder, spread = sharding.shard(single, made), sharding.shard_directions(stacked, made)
-    batch = sharding.shard_batch(tokens, made)  # three do not divide
-    compiled = slopes.paired_losses.lower(decoder, spread, batch, windows, EPSILON, space).compile()
-    expected = slopes.paired_losses(single, stacked, jnp.asarray(tokens), windows, EPSILON, space)
-    found = sharding.gather(compiled(decoder, spread, batch, windows, EPSILON))
-    return {"apart": apart(found, expected), "sent": sent(compiled)}
+    """Three windows do not divide by four devices, so each device measures one of four directions on all windows.
+
+    The estimate calls the compiled program with directions spread over `data`: a call with directions that are spread
+    here compiles nothing again.
+    """
+    single, tokens, mesh = make_decoder(EVEN), make_tokens(3, EVEN.V), make_mesh(4, 1)
+    decoder, batches = sharding.shard(single, mesh), Batches(tokens, mesh)
+    settings = resolve(Estimation("spsa", directions=4, distribution="rademacher", epsilon=float(EPSILON)))
+    plan = Plan(per_step=4, chunks=1, tokens=batches.tokens_per_batch)
+    expected = measure_call(single, Batches(tokens), settings, plan, 0, 4)
+    (batch,) = batches
+    over_data = NamedSharding(mesh, PartitionSpec(None, sharding.DATA))
+    spread = jax.device_put(plain(4).stacked(4), over_data)
+    arguments = (decoder, spread, batch.tokens, batch.numbers, jnp.float32(EPSILON), SPACES["rademacher"])
+    with compilations("paired_losses") as compiled:
+        losses = measure_call(decoder, batches, settings, plan, 0, 4)
+        slopes.paired_losses(*arguments)
+    return {
+        "difference": relative_difference(losses, expected),
+        "compilations": len(compiled),
+        "communication": communication(slopes.paired_losses.lower(*arguments).compile()),
+    }
 
 
-def estimates_apart() -> dict[str, float]:
-    """How far whole estimates on a mesh are from those of one device, relative to the largest; seven do not divide."""
+def differences_of_estimates() -> dict[str, float]:
+    """Differences of estimates on a mesh from those on one device, relative to the largest; 7 windows, 2 devices."""
     single, tokens = make_decoder(EVEN), make_tokens(7, EVEN.V)
-    decoder = sharding.shard(single, make_mesh(2, 4))
-    expected, found = estimates(single, tokens), estimates(decoder, tokens)
-    return {name: float(np.abs(found[name] - one).max() / np.abs(one).max()) for name, one in expected.items()}
+    expected = estimates(single, tokens)
+    gradients = estimates(sharding.shard(single, make_mesh(2, 4)), tokens)
+    return {name: float(np.abs(gradients[name] - e).max() / np.abs(e).max()) for name, e in expected.items()}
 
 
 def refitted() -> dict[str, Any]:
-    """How far the loss of a model that was pruned and refitted on a mesh is from that on one device; its shares."""
+    """Difference of the loss of a model refitted on a mesh from that on one device; shares of its arrays."""
     single, tokens = make_decoder(EVEN), make_tokens(8, EVEN.V)
-    kept = {kind: [np.arange(0, n, 2)] * 2 for kind, n in (("head", 8), ("channel", 64))}
-    on_mesh = slice_and_refit(sharding.shard(single, make_mesh(2, 4)), kept, tokens)
-    alone, together = (loss.perplexity(one, tokens).loss for one in (slice_and_refit(single, kept, tokens), on_mesh))
-    return {"apart": apart(together, alone), "shares": shares(on_mesh)}
+    decoder = sharding.shard(single, make_mesh(2, 4))
+    pruned = slice_and_refit(decoder, KEPT, batches_for(decoder, tokens))
+    expected = slice_and_refit(single, KEPT, Batches(tokens))
+    loss, expected_loss = (perplexity(model, batches_for(model, tokens)).loss for model in (pruned, expected))
+    return {"difference": relative_difference(loss, expected_loss), "shares": shares(pruned)}
 
 
 def directions_are_equal() -> dict[str, bool]:
-    """Whether a direction that devices make in shards has the bits of the one that a single device makes."""
+    """Whether the shards of a direction have the same bits as the direction drawn on one device."""
     letters = {"D": 48, "N": 16, "K": 8, "H": 4, "F": 80}
-    key, layer, made = directions.direction_keys(3, 0, 1)[0], jnp.int32(1), make_mesh(1, 8)
-    found = {}
-    for kind, name in product(("gaussian", "rademacher"), ("attention.q", "mlp.up")):
+    key, layer, mesh = directions.direction_keys(3, 0, 1)[0], jnp.int32(1), make_mesh(1, 8)
+    equal = {}
+    for distribution, name in product(("gaussian", "rademacher"), ("attention.q", "mlp.up")):
         axes = axis_table.matrices()[name]
-        draw = partial(
-            directions.draw, layer=layer, name=name, shape=axis_table.shape(axes, letters), distribution=kind
-        )
-        sharded = jax.jit(draw, out_shardings=NamedSharding(made, sharding.spec(axes, letters, 8)))(key)
-        alone = jax.jit(draw)(key)
-        assert {one.data.size for one in sharded.addressable_shards} == {alone.size // 8}
-        found[f"{kind} {name}"] = np.array_equal(np.asarray(sharded), np.asarray(alone))
-    return found
+        shape = axis_table.shape(axes, letters)
+        draw = partial(directions.draw, layer=layer, name=name, shape=shape, distribution=distribution)
+        sharded = jax.jit(draw, out_shardings=NamedSharding(mesh, sharding.spec(axes, letters, 8)))(key)
+        expected = jax.jit(draw)(key)
+        assert {shard.data.size for shard in sharded.addressable_shards} == {expected.size // 8}
+        equal[f"{distribution} {name}"] = np.array_equal(np.asarray(sharded), np.asarray(expected))
+    return equal
 
 
 def slices_are_equal() -> dict[str, Any]:
-    """Whether slicing gives the same bits, negative zeros included; and the devices' shares of what is left."""
-    kept = {kind: [np.arange(0, n, 2)] * 2 for kind, n in (("head", 8), ("channel", 64))}
-    found = {}
+    """Whether slicing gives the same bits on a mesh, negative zeros included; shares of the sliced arrays."""
+    results = {}
     for dtype in ("float32", "bfloat16"):
         single = jax.tree.map(
             lambda leaf, dtype=dtype: jnp.where(leaf > 0.1, leaf, -0.0).astype(dtype), make_decoder(EVEN)
         )
-        sliced = slice_groups(sharding.shard(single, make_mesh(2, 4)), kept)
-        pairs = zip(named_arrays(sliced), named_arrays(slice_groups(single, kept)), strict=True)
-        found[dtype] = all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for (_, a), (_, b) in pairs)
-        found["shares"] = shares(sliced)
-    return found
+        sliced = slice_groups(sharding.shard(single, make_mesh(2, 4)), KEPT)
+        pairs = zip(named_arrays(sliced), named_arrays(slice_groups(single, KEPT)), strict=True)
+        results[dtype] = all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for (_, a), (_, b) in pairs)
+        results["shares"] = shares(sliced)
+    return results
 
 
 # -------------------------------------------------------------------------------------------------------------- files
 
 
 def loading(folder: Path, out: Path) -> dict[str, Any]:
-    """Shares of the devices after loading, and whether what is written is the same as from one device."""
-    on = make_mesh(2, 4)
-    single, model = reader.read_model(folder), reader.read_model(folder, mesh=on)
+    """Shares of the arrays of loaded models, and whether all folders hold the same arrays."""
+    mesh = make_mesh(2, 4)
+    single, model = reader.read_model(folder), reader.read_model(folder, mesh=mesh)
     writer.write_model(single, out / "single")
     writer.write_model(model, out / "sharded")
     writer.write_flax(model, out / "flax")
-    flax, alone = reader.read_model(out / "flax", mesh=on), reader.read_model(out / "flax")
+    flax, flax_single = reader.read_model(out / "flax", mesh=mesh), reader.read_model(out / "flax")
     return {
         "shares": [shares(model.decoder), shares(flax.decoder)],
-        "loaded": [same(single.decoder, other.decoder) for other in (model, flax, alone)],
+        "loaded": [arrays_equal(single.decoder, loaded.decoder) for loaded in (model, flax, flax_single)],
     }
 
 
 def shares(decoder: Decoder) -> dict[str, list[float]]:
-    """What share of each array the devices hold."""
+    """For each array, the shares of its bytes that the devices hold."""
     return {
-        path: sorted({one.data.nbytes / array.nbytes for one in array.addressable_shards})
+        path: sorted({shard.data.nbytes / array.nbytes for shard in array.addressable_shards})
         for path, array in named_arrays(decoder)
     }
 
 
-def same(left: Decoder, right: Decoder) -> bool:
-    same = jax.tree.map(lambda a, b: np.array_equal(sharding.gather(a), sharding.gather(b)), left, right)
-    return all(jax.tree.leaves(same))
+def arrays_equal(left: Decoder, right: Decoder) -> bool:
+    equal = jax.tree.map(lambda a, b: np.array_equal(sharding.gather(a), sharding.gather(b)), left, right)
+    return all(jax.tree.leaves(equal))
 
 
 # ---------------------------------------------------------------------------------------------------- several processes
 
 
 def losses(decoder: Decoder) -> list[float]:
-    """The losses of two directions and the mean loss."""
+    """The paired losses of two directions and the mean loss."""
     tokens = make_tokens(8, 96)
-    pairs, _ = paired(decoder, tokens, SPACES["rademacher"])
-    return [*pairs.ravel().tolist(), loss.perplexity(decoder, tokens).loss]
+    pairs, _ = paired_losses(decoder, tokens, SPACES["rademacher"])
+    return [*pairs.ravel().tolist(), perplexity(decoder, batches_for(decoder, tokens)).loss]
 
 
-def two_hosts(folder: str, out: str, said: str) -> dict[str, Any]:
-    """What one of several processes finds, with the batch and then the weights spread over all of them."""
-    hosts.initialise_hosts(hosts.parse_hosts(said))
-    quickly(True)
+def two_hosts(folder: str, out: str, address: str) -> dict[str, Any]:
+    """The results of one of several processes, with the windows and then the weights spread over all processes."""
+    hosts.initialise_hosts(hosts.parse_hosts(address))
+    disable_optimizations(True)
     count = jax.device_count()
-    found: dict[str, Any] = {"writer": hosts.is_writer(), "processes": jax.process_count(), "devices": count}
+    results: dict[str, Any] = {"writer": hosts.is_writer(), "processes": jax.process_count(), "devices": count}
     for name, shape in (("batch", (count, 1)), ("weights", (1, count))):
         model = reader.read_model(folder, mesh=make_mesh(*shape))
-        found[name] = losses(model.decoder)
-        found[f"{name} estimates"] = {
-            name: values.tolist()
-            for name, values in estimates(model.decoder, make_tokens(8, 96), Path(out) / f"{name} saved").items()
-        }
+        results[name] = losses(model.decoder)
+        gradients = estimates(model.decoder, make_tokens(8, 96), Path(out) / f"{name} saved")
+        results[f"{name} estimates"] = {name: values.tolist() for name, values in gradients.items()}
         writer.write_model(model, Path(out) / name)
         writer.write_flax(model, Path(out) / f"{name} flax")
-    again = reader.read_model(Path(out) / "weights flax", mesh=make_mesh(1, count))
-    found["same"] = same(model.decoder, again.decoder)
+    reloaded = reader.read_model(Path(out) / "weights flax", mesh=make_mesh(1, count))
+    results["reloaded"] = arrays_equal(model.decoder, reloaded.decoder)
     try:
         writer.write_model(model, Path(out) / "batch")
     except ValueError as error:
-        found["refused"] = str(error)
-    return found
+        results["error"] = str(error)
+    return results
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {"devices": devices, "hosts": two_hosts}

@@ -1,6 +1,6 @@
-"""Many devices and several processes give what one device gives; what they send each other is counted.
+"""Several devices and several processes give the results of one device; the communication between devices is counted.
 
-The work is done by `mesh_child` in processes of their own: once for eight devices, and once for two processes.
+`mesh_child` runs in processes of its own: one with eight devices, and two that are joined.
 """
 
 import json
@@ -24,11 +24,11 @@ from tests.devices import mesh_child
 from tests.helpers import hugging_face_folder
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 300  # seconds, after which a process that waits for another is stopped
+TIMEOUT = 300  # seconds, after which the processes of a job are stopped
 
 
 def start(devices: int, name: str, *arguments: object) -> subprocess.Popen[str]:
-    """A process with that many devices that runs a function of `mesh_child`."""
+    """A process with a number of devices that runs a function of `mesh_child`."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     variables = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, "-m", "tests.devices.mesh_child", name, *map(str, arguments)]
@@ -36,35 +36,35 @@ def start(devices: int, name: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 def finish(children: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
-    """What each process found; all of them are stopped when one takes too long."""
+    """The results of the processes; all are stopped after the timeout."""
     try:
-        said = [child.communicate(timeout=PATIENCE) for child in children]
+        outputs = [child.communicate(timeout=TIMEOUT) for child in children]
     finally:
         for child in children:
             child.kill()
             child.wait()
-    for child, (_, errors) in zip(children, said, strict=True):
+    for child, (_, errors) in zip(children, outputs, strict=True):
         assert child.returncode == 0, errors[-5000:]
-    return [json.loads(output.splitlines()[-1]) for output, _ in said]
+    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, whose vocabulary, heads and channels divide by four."""
+    """A folder with a model whose vocabulary, heads and channels divide by four."""
     root = tmp_path_factory.mktemp("mesh")
     hugging_face_folder(root / "model", vocab_size=96)
     return root
 
 
 @pytest.fixture(scope="module")
-def found(root: Path) -> dict[str, Any]:
-    """What eight devices of one process found."""
+def results(root: Path) -> dict[str, Any]:
+    """The results of one process with eight devices."""
     return finish([start(8, "devices", root / "model", root)])[0]
 
 
 @pytest.fixture(scope="module")
 def joined(root: Path) -> list[dict[str, Any]]:
-    """What two processes of two devices found."""
+    """The results of two joined processes with two devices each."""
     (root / "hosts").mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -76,64 +76,68 @@ def joined(root: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("shape", ["8,1", "4,2", "2,4", "1,8", "odd"])
-def test_a_mesh_gives_the_results_of_one_device(found: dict[str, Any], shape: str) -> None:
-    """`odd`: neither sequences, key/value heads nor vocabulary divide; channels do."""
-    assert max(found["apart"][shape].values()) < 1e-6, found["apart"][shape]
+def test_a_mesh_gives_the_results_of_one_device(results: dict[str, Any], shape: str) -> None:
+    """`odd`: neither windows, key/value heads nor vocabulary divide by the devices; channels do."""
+    assert max(results["differences"][shape].values()) < 1e-6, results["differences"][shape]
 
 
-def test_directions_made_in_shards_have_the_same_bits(found: dict[str, Any]) -> None:
-    assert len(found["directions"]) == 4
-    assert all(found["directions"].values()), found["directions"]
+def test_directions_drawn_in_shards_have_the_same_bits(results: dict[str, Any]) -> None:
+    assert len(results["directions"]) == 4
+    assert all(results["directions"].values()), results["directions"]
 
 
-def test_whole_estimates_on_a_mesh_are_those_of_one_device(found: dict[str, Any]) -> None:
-    """Relative to the largest projected gradient; losses agree to 1e-6, so central differences to that over 2ε."""
-    assert found["estimates"]["jvp"] < 1e-5
-    assert found["estimates"]["exact"] < 1e-5
-    assert found["estimates"]["spsa"] < 1e-3
+def test_estimates_on_a_mesh_are_those_of_one_device(results: dict[str, Any]) -> None:
+    """Relative to the largest projected gradient. Losses agree to 1e-6, so central differences to 1e-6 / 2ε."""
+    assert results["estimates"]["jvp"] < 1e-5
+    assert results["estimates"]["exact"] < 1e-5
+    assert results["estimates"]["spsa"] < 1e-3
 
 
-def test_over_data_a_direction_costs_its_scalars(found: dict[str, Any]) -> None:
-    """Finding the losses sends nothing at all, and fetching them one number for each sequence, side and direction."""
-    assert found["sent"]["8,1"] == {"gaussian": []}
-    assert found["sent"]["gather"] == [["all-gather", [2, 2, 8]]]
-    assert found["directions over data"]["sent"] == []
-    assert found["directions over data"]["apart"] < 1e-6
+def test_windows_over_data_communicate_only_their_losses(results: dict[str, Any]) -> None:
+    """The paired losses need no communication; the gather sends one number per window, side and direction."""
+    assert results["communication"]["8,1"] == {"gaussian": []}
+    assert results["communication"]["gather"] == [["all-gather", [2, 2, 8]]]
+
+
+def test_an_estimate_spreads_its_directions_over_data_if_windows_do_not_divide(results: dict[str, Any]) -> None:
+    assert results["directions over data"]["compilations"] == 1
+    assert results["directions over data"]["communication"] == []
+    assert results["directions over data"]["difference"] < 1e-6
 
 
 @pytest.mark.parametrize("space", ["gaussian", "rademacher", "low-rank", "gates"])
-def test_over_model_streams_are_sent_and_never_weights(found: dict[str, Any], space: str) -> None:
-    """Two sums of the residual stream a layer (the scan's body is there once), one of the embedding, and the head's."""
-    stream = [4, 9, 32]  # the sequences of one row of the mesh, positions, hidden size
-    sent = found["sent"]["2,4"][space]
-    assert {name for name, _ in sent} == {"all-reduce"}
-    streams = [shape for _, shape in sent if shape[-3:] == stream]
+def test_weights_over_model_communicate_streams_but_never_weights(results: dict[str, Any], space: str) -> None:
+    """Residual streams are summed twice per layer (the body of the scan counts once) and once after the embedding."""
+    stream = [4, 9, 32]  # the windows of one row of the mesh, positions, hidden size
+    operations = results["communication"]["2,4"][space]
+    assert {name for name, _ in operations} == {"all-reduce"}
+    streams = [shape for _, shape in operations if shape[-3:] == stream]
     assert streams == [stream] * 3
-    thin = 2 * prod(stream[:2]) * 2  # x · u of low-rank directions, and the sums of a softmax over the vocabulary
-    assert all(prod(shape) <= thin for _, shape in sent if shape not in streams), sent
+    small = 2 * prod(stream[:2]) * 2  # x · u of low-rank directions, and the sums of a softmax over the vocabulary
+    assert all(prod(shape) <= small for _, shape in operations if shape not in streams), operations
 
 
-def test_slicing_in_shards_keeps_bits_and_shards(found: dict[str, Any]) -> None:
-    assert found["slices"]["float32"]
-    assert found["slices"]["bfloat16"]
-    assert found["slices"]["shares"] == found["shares"][0]
+def test_slicing_in_shards_keeps_bits_and_shards(results: dict[str, Any]) -> None:
+    assert results["slices"]["float32"]
+    assert results["slices"]["bfloat16"]
+    assert results["slices"]["shares"] == results["shares"][0]
 
 
-def test_a_model_restored_on_a_mesh_is_that_of_one_device(found: dict[str, Any]) -> None:
-    assert found["refitted"]["apart"] < 1e-4
-    assert found["refitted"]["shares"] == found["slices"]["shares"]
+def test_a_model_refitted_on_a_mesh_is_that_of_one_device(results: dict[str, Any]) -> None:
+    assert results["refitted"]["difference"] < 1e-4
+    assert results["refitted"]["shares"] == results["slices"]["shares"]
 
 
-def test_weights_are_loaded_into_shards(found: dict[str, Any]) -> None:
-    """From both kinds of folders: no device is given more of a cut array than its part."""
-    for shares in found["shares"]:
+def test_weights_are_loaded_into_shards(results: dict[str, Any]) -> None:
+    """From both formats, no device receives more of a cut array than its shard."""
+    for shares in results["shares"]:
         assert {path for path, share in shares.items() if share == [1.0]} == {path for path in shares if "norm" in path}
         assert all(share == [0.25] for path, share in shares.items() if "norm" not in path), shares
-    assert found["loaded"] == [True, True, True]
+    assert results["loaded"] == [True, True, True]
 
 
-def test_files_from_shards_are_the_same_bytes(found: dict[str, Any], root: Path) -> None:
-    assert found["loaded"]
+def test_files_written_from_shards_have_the_same_bytes(results: dict[str, Any], root: Path) -> None:
+    assert results["loaded"]
     assert_same_files(root / "sharded", root / "single")
 
 
@@ -149,52 +153,53 @@ def assert_same_files(left: Path, right: Path) -> None:
 
 
 def test_two_processes_give_the_results_of_one(joined: list[dict[str, Any]], root: Path) -> None:
-    alone = mesh_child.losses(reader.read_model(root / "model").decoder)
-    for one in joined:
-        assert (one["processes"], one["devices"]) == (2, 4)
+    expected = mesh_child.losses(reader.read_model(root / "model").decoder)
+    for process in joined:
+        assert (process["processes"], process["devices"]) == (2, 4)
         for spread in ("batch", "weights"):
-            np.testing.assert_allclose(one[spread], alone, rtol=1e-6)
+            np.testing.assert_allclose(process[spread], expected, rtol=1e-6)
 
 
-def test_two_processes_give_the_estimates_of_one_and_save_them(joined: list[dict[str, Any]], root: Path) -> None:
+def test_two_processes_give_and_save_the_estimates_of_one(joined: list[dict[str, Any]], root: Path) -> None:
     decoder, tokens = reader.read_model(root / "model").decoder, mesh_child.make_tokens(8, 96)
-    alone = mesh_child.estimates(decoder, tokens)
-    for one in joined:
+    gradients = mesh_child.estimates(decoder, tokens)
+    for process in joined:
         for spread in ("batch", "weights"):
-            for name, expected in alone.items():
-                found, tolerance = np.asarray(one[f"{spread} estimates"][name]), 1e-3 if name == "spsa" else 1e-5
-                np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
-    for name in ("batch", "weights"):
-        assert list((root / "hosts" / f"{name} saved" / "jvp").iterdir()), "both processes saved one checkpoint"
+            for name, expected in gradients.items():
+                tolerance = (1e-3 if name == "spsa" else 1e-5) * np.abs(expected).max()
+                estimate = np.asarray(process[f"{spread} estimates"][name])
+                np.testing.assert_allclose(estimate, expected, rtol=0, atol=tolerance)
+    for spread in ("batch", "weights"):
+        assert list((root / "hosts" / f"{spread} saved" / "jvp").iterdir()), "both processes saved one checkpoint"
 
 
 @pytest.mark.parametrize("spread", ["batch", "weights"])
 def test_process_0_alone_writes_the_same_files(joined: list[dict[str, Any]], root: Path, spread: str) -> None:
-    assert [one["writer"] for one in joined] == [True, False]
-    writer.write_model(reader.read_model(root / "model"), root / f"{spread} by hand")
-    assert_same_files(root / "hosts" / spread, root / f"{spread} by hand")
-    left_over = [path.name for path in (root / "hosts").iterdir() if path.name.startswith(".")]
-    assert left_over == []
+    assert [process["writer"] for process in joined] == [True, False]
+    writer.write_model(reader.read_model(root / "model"), root / f"{spread} expected")
+    assert_same_files(root / "hosts" / spread, root / f"{spread} expected")
+    temporary = [path.name for path in (root / "hosts").iterdir() if path.name.startswith(".")]
+    assert temporary == []
 
 
-def test_a_checkpoint_of_both_processes_is_whole(joined: list[dict[str, Any]], root: Path) -> None:
-    assert all(one["same"] for one in joined)
-    together, single = reader.read_model(root / "hosts" / "weights flax"), reader.read_model(root / "model")
-    writer.write_model(together, root / "from flax")
+def test_a_checkpoint_of_two_processes_is_complete(joined: list[dict[str, Any]], root: Path) -> None:
+    assert all(process["reloaded"] for process in joined)
+    checkpoint, single = reader.read_model(root / "hosts" / "weights flax"), reader.read_model(root / "model")
+    writer.write_model(checkpoint, root / "from flax")
     writer.write_model(single, root / "from model")
     weights = "model.safetensors"
     assert (root / "from flax" / weights).read_bytes() == (root / "from model" / weights).read_bytes()
 
 
-def test_what_process_0_refuses_all_refuse(joined: list[dict[str, Any]]) -> None:
-    assert len({one["refused"] for one in joined}) == 1
-    assert "already exists" in joined[0]["refused"]
+def test_an_error_of_process_0_is_raised_in_all_processes(joined: list[dict[str, Any]]) -> None:
+    assert len({process["error"] for process in joined}) == 1
+    assert "already exists" in joined[0]["error"]
 
 
-# ---------------------------------------------------------------------------------------------------------- the words
+# ------------------------------------------------------------------------------------------------------------ options
 
 
-def test_meshes_are_read() -> None:
+def test_meshes_are_parsed() -> None:
     assert sharding.parse_mesh(None) is None
     assert sharding.parse_mesh("auto") is None
     assert sharding.parse_mesh("data=2,model=4") == MeshShape(2, 4)
@@ -203,29 +208,29 @@ def test_meshes_are_read() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "2,4", "data", "data=0", "data=-1", "data=2,data=2", "rows=2", "data=2;model=4"])
-def test_meshes_that_are_not_understood(text: str) -> None:
+def test_a_malformed_mesh_is_an_error(text: str) -> None:
     with pytest.raises(InputError, match=r"is not understood at .*; expected data=A,model=B"):
         sharding.parse_mesh(text)
 
 
-def test_one_device_needs_no_mesh_and_two_are_not_there() -> None:
-    assert sharding.make(None) is None
+def test_one_device_has_no_mesh_and_a_mesh_larger_than_the_devices_is_an_error() -> None:
+    assert sharding.make_mesh(None) is None
     with pytest.raises(InputError, match="the mesh is for 8 devices, but there are 1"):
-        sharding.make(MeshShape(2, 4))
+        sharding.make_mesh(MeshShape(2, 4))
 
 
-def test_hosts_are_read() -> None:
+def test_hosts_are_parsed() -> None:
     assert hosts.parse_hosts("auto") == Hosts()
     assert hosts.parse_hosts("10.0.0.1:1234,4,3") == Hosts("10.0.0.1:1234", 4, 3)
 
 
 @pytest.mark.parametrize("text", ["", "10.0.0.1,2,0", "10.0.0.1:1234", "10.0.0.1:1234,2,2", "10.0.0.1:1234,2,-1"])
-def test_hosts_that_are_not_understood(text: str) -> None:
+def test_malformed_hosts_are_an_error(text: str) -> None:
     with pytest.raises(InputError, match="expected auto or ADDRESS:PORT,COUNT,NUMBER"):
         hosts.parse_hosts(text)
 
 
-def test_a_process_that_has_devices_cannot_join() -> None:
-    sharding.make(None)  # asks for the devices
-    with pytest.raises(InputError, match=r"could not be joined .*--hosts ADDRESS:PORT,COUNT,NUMBER says"):
+def test_a_process_with_initialised_devices_cannot_join() -> None:
+    sharding.make_mesh(None)  # initialises the devices
+    with pytest.raises(InputError, match=r"could not be joined .*--hosts ADDRESS:PORT,COUNT,NUMBER"):
         hosts.initialise_hosts(Hosts("127.0.0.1:1", 2, 0))
