@@ -128,7 +128,7 @@ def cases(per_step: list[int]) -> dict[str, Case]:
         ("gates", "gates", "gaussian"),
     ):
         for count in per_step:
-            settings = Estimation("jvp", space, distribution=distribution, per_step=count)
+            settings = Estimation("jvp", space, distribution=distribution, directions_per_step=count)
             known[f"jvp, {name}, {count}"] = Case(settings, 1.5 if (space, count) == ("gates", 8) else None)
     known["exact, gates"] = Case(Estimation("exact", "gates"))
     known["exact, weights"] = Case(Estimation("exact", "weights"), torch="torch, forward and backward")

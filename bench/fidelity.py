@@ -43,8 +43,8 @@ from minillm_jax.scoring.gradient.estimate import Estimate, estimate, gate_slope
 from minillm_jax.scoring.gradient.exact import RunGradients, gated_losses
 from minillm_jax.scoring.gradient.rebuild import rebuild
 from minillm_jax.scoring.gradient.settings import draw, space_of
-from minillm_jax.scoring.score import Scoring, score, scores_from
-from minillm_jax.settings import Estimation
+from minillm_jax.scoring.score import Scores, score, scores_from
+from minillm_jax.settings import Estimation, Scoring
 
 Groups = dict[str, list[np.ndarray]]  # kind -> layer -> one number for each group
 
@@ -163,6 +163,16 @@ def gate_predictions(decoder: Decoder, estimated: Estimate) -> Groups:
     return {k: [-np.asarray(layer).sum(0) for run in runs for layer in np.asarray(run[k])] for k in axis_table.KINDS}
 
 
+def scores_of(model: Model, calibration: Calibration, scoring: Scoring, estimated: Estimate | None = None) -> Groups:
+    """The scores of all groups, by the criterion of `scoring`."""
+    if estimated is None:
+        scores = score(model, calibration, scoring)
+    else:
+        scores = scores_from(model, calibration, scoring, estimated)
+    assert isinstance(scores, Scores), "the study has no criterion that chooses groups while pruning"
+    return scores.groups
+
+
 def of_weights(
     model: Model, calibration: Calibration, estimated: Estimate, truth: Any, counts: list[int]
 ) -> Iterator[Any]:
@@ -180,8 +190,8 @@ def of_weights(
         row: dict[str, Any] = {"directions": count, "cosine": cosine(np.concatenate([t.ravel() for t in total]), true)}
         assert estimated.projected is not None
         first_directions = replace(estimated, projected=estimated.projected[:count])
-        scores = scores_from(model, calibration, Scoring("fms", estimated.settings), first_directions)
-        yield row | {"fms": removal_correlation(scores.groups, chosen, changes)}
+        scores = scores_of(model, calibration, Scoring("fms", estimated.settings), first_directions)
+        yield row | {"fms": removal_correlation(scores, chosen, changes)}
 
 
 def of_gates(
@@ -200,8 +210,8 @@ def of_gates(
             "first order": removal_correlation(gate_predictions(model.decoder, first_directions), chosen, changes),
         }
         for criterion in ("gate", "gate-square"):
-            scores = scores_from(model, calibration, Scoring(criterion, estimated.settings), first_directions)
-            row[criterion] = removal_correlation(scores.groups, chosen, changes)
+            scores = scores_of(model, calibration, Scoring(criterion, estimated.settings), first_directions)
+            row[criterion] = removal_correlation(scores, chosen, changes)
         yield row
 
 
@@ -229,21 +239,19 @@ def study(model: Model, tokens: Tokens, seed: int, arguments: argparse.Namespace
         {"seed": seed, "estimator": "gates, exact"} | row
         for row in of_gates(model, calibration, exact["gates"], truth, [0])
     ]
-    fms = scores_from(model, calibration, Scoring("fms", exact["weights"].settings), exact["weights"])
+    fms = scores_of(model, calibration, Scoring("fms", exact["weights"].settings), exact["weights"])
     rows.append(
         {
             "seed": seed,
             "estimator": "weights, exact",
             "directions": 0,
-            "fms": removal_correlation(fms.groups, chosen, changes),
+            "fms": removal_correlation(fms, chosen, changes),
         }
     )
     plain = []
     for criterion in PLAIN:
-        scores = score(model, calibration, Scoring(criterion, seed=seed))
-        plain.append(
-            {"seed": seed, "criterion": criterion} | {"removal": removal_correlation(scores.groups, chosen, changes)}
-        )
+        scores = scores_of(model, calibration, Scoring(criterion, seed=seed))
+        plain.append({"seed": seed, "criterion": criterion} | {"removal": removal_correlation(scores, chosen, changes)})
         print(json.dumps(plain[-1]), flush=True)
     steps = list(epsilons(decoder, batches, seed))
     return {

@@ -1,4 +1,4 @@
-"""The quality study: perplexity of every preset and criterion, with and without a refit, on real models.
+"""The quality study: perplexity of every recipe and criterion, with and without a refit, on real models.
 
     python bench/quality.py [MODEL TEXT] [--output bench/results/quality-NAME.json]
 
@@ -14,8 +14,8 @@ use the same windows. A row holds
                         earlier compiled programs
 
 A ratio counts groups. Unequal allocations keep at most as many parameters as the uniform budget of the same ratio.
-Presets use the windows of the study instead of their own number of samples, and prune all layers, because the models
-have few layers.
+The recipes of the package use the windows of the study instead of their own number of samples, and prune all layers,
+because the models have few layers.
 """
 
 import argparse
@@ -29,17 +29,16 @@ from typing import Any
 from environment import environment, peak_bytes, restart_peak
 from texts import add_arguments, load
 
-from minillm_jax import api
-from minillm_jax.budget.budget import Budget
 from minillm_jax.data.batches import Batches
 from minillm_jax.data.text import Tokens
 from minillm_jax.data.windows import Calibration, sample
 from minillm_jax.evaluation.perplexity import perplexity
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import parameter_count
-from minillm_jax.pruning.refit import Refit, can_compensate
-from minillm_jax.scoring.score import Scoring, score
-from minillm_jax.settings import Estimation
+from minillm_jax.pruning.refit import can_compensate
+from minillm_jax.scoring.score import score
+from minillm_jax.settings import Budget, Estimation, Refit, Scoring
+from minillm_jax.stages import prune_groups
 
 # Criteria without a gradient or with an estimated gradient, and criteria with the exact gradient.
 CRITERIA = ("random", "noise", "magnitude", "magnitude-l1", "wanda", "flap", "fms", "gate", "gate-square")
@@ -54,7 +53,7 @@ class Recipe:
       scoring: the criterion and its settings.
       refit: the refit and its settings.
       allocation: the allocation of the budget.
-      preset: the preset of this recipe; None if no preset has it.
+      preset: the name of this recipe in the package; None if the package has no such recipe.
     """
 
     scoring: Scoring
@@ -100,7 +99,7 @@ def measure(model: Model, tokens: Tokens, seed: int, arguments: argparse.Namespa
         for ratio in arguments.ratios:
             start = time.perf_counter()
             budget = Budget(ratio, allocation=recipe.allocation)
-            pruned = api.prune(model, scores, budget, recipe.refit, calibration)
+            pruned = prune_groups(model, scores, budget, recipe.refit, calibration)
             seconds = scoring_seconds + time.perf_counter() - start
             yield {
                 "recipe": name,

@@ -21,7 +21,7 @@ def _rows(results: Path, name: str) -> list[dict[str, Any]]:
 
 MODELS = ("stories260K", "opt-3m", "bloom-3m", "demo_model")
 
-# The recipes of the README's quality table: the presets and the controls.
+# The recipes of the README's quality table: those of the package and the controls.
 SHOWN = (
     "obs + least squares, measured",
     "obs + least squares",

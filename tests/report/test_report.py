@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from jax import numpy as jnp
 from convert import writer
 from convert.reader import read_model
 from minillm_jax import demo
-from minillm_jax.budget.budget import Budget
 from minillm_jax.errors import InputError
-from minillm_jax.pruning.refit import Refit
+from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.report import html, model_card, plots, summary, tables
 from minillm_jax.run import Job, Result, run
-from minillm_jax.scoring.score import QUANTILES, Scores, Scoring, summaries
+from minillm_jax.scoring.score import QUANTILES, ChosenWhilePruning, Scores, summaries
+from minillm_jax.settings import Budget, Data, Evaluation, Output, Refit, Scoring
 from tests.helpers import hugging_face_folder, load_torch, random_tokens
 
 HOSTILE = 'a"b: `c`<script src=http://x>|d\n---\n# e & f\u2028\udc80'
@@ -75,17 +76,20 @@ def check_page(text: str, plots: int) -> Page:
     return page
 
 
-def job_of(tmp_path: Path, **changes: Any) -> Job:
+def job_of(tmp_path: Path, evaluate: bool = True, **sections: Any) -> Job:
+    """A job on a small random LLaMA, with the criterion wanda and without a refit unless a section says otherwise."""
     folder = hugging_face_folder(tmp_path / "model")
     (folder / "README.md").write_text("card of the base model")
     np.save(tmp_path / "tokens.npy", random_tokens(97, 400))
     tokens = str(tmp_path / "tokens.npy")
-    options = {"samples": 4, "length": 32, "evaluation": tokens, "window": 32, "scoring": Scoring("wanda")}
-    return Job(
-        **{"model": str(folder), "calibration": tokens, "output": str(tmp_path / "out"), "budget": Budget(0.3)}
-        | options
-        | changes
-    )
+    defaults = {
+        "data": Data(tokens, samples=4, seq_len=32),
+        "budget": Budget(0.3),
+        "scoring": Scoring("wanda"),
+        "refit": Refit("none"),
+        "evaluation": Evaluation(tokens if evaluate else None, window=32),
+    }
+    return Job(str(folder), str(tmp_path / "out"), Recipe(**defaults | sections))
 
 
 def finish(job: Job) -> tuple[Result, dict[str, Any]]:
@@ -114,9 +118,9 @@ def test_the_folder_holds_the_summary_as_json_page_and_card(wanda: tuple[Result,
     from minillm_jax.model import costs
 
     assert written["costs"] == {
-        "window": 128,
-        "before": costs.all_costs(before, 128),
-        "after": costs.all_costs(after, 128),
+        "window": 32,
+        "before": costs.all_costs(before, 32),
+        "after": costs.all_costs(after, 32),
     }
     page = check_page((folder / "report.html").read_text(), plots=5)
     share = 1 - written["parameters_after"] / written["parameters_before"]
@@ -156,8 +160,8 @@ def test_the_same_summary_gives_the_same_bytes(wanda: tuple[Result, dict[str, An
 @pytest.mark.parametrize("form", ["stock", "padded", "flax"])
 def test_every_format_has_its_documents_and_its_loading_snippet(tmp_path: Path, form: str) -> None:
     """The criterion obs has no plot of scores, and a job without evaluation has no plot of perplexity."""
-    job = job_of(tmp_path, format=form, scoring=Scoring("obs"), evaluation=None)
-    job = Job(**vars(job) | {"refit": Refit(), "structures": ("channels",), "heads": "group"})
+    budget = Budget(0.3, structures=("channels",))
+    job = job_of(tmp_path, False, budget=budget, scoring=Scoring("obs"), refit=Refit(), output=Output(form))
     result, written = finish(job)
     assert same_summary(result, written)
     assert written["format"] == result.written.format == form
@@ -170,7 +174,7 @@ def test_every_format_has_its_documents_and_its_loading_snippet(tmp_path: Path, 
 
 
 def test_whole_structures_have_their_rows_and_no_empty_plots(tmp_path: Path) -> None:
-    result, written = finish(job_of(tmp_path, structures=("hidden", "layers")))
+    result, written = finish(job_of(tmp_path, budget=Budget(0.3, structures=("hidden", "layers"))))
     assert same_summary(result, written)
     page = check_page((tmp_path / "out" / "report.html").read_text(), plots=2)
     assert "chooses the groups" not in page.text
@@ -211,7 +215,8 @@ def test_hostile_names_are_only_text(wanda: tuple[Result, dict[str, Any], Path])
     _, written, _ = wanda
     hostile = json.loads(json.dumps(written)) | {"base_model": HOSTILE, "evaluation": HOSTILE}
     hostile["settings"]["calibration"]["source"] = HOSTILE
-    hostile["settings"]["preset"] = HOSTILE
+    hostile["settings"]["recipe"] = HOSTILE
+    hostile["settings"]["scoring"]["criterion"] = HOSTILE
     text = html.page(hostile, plots.draw(hostile))
     page = check_page(text, plots=5)
     assert page.tags == check_page(html.page(written, plots.draw(written)), plots=5).tags
@@ -254,29 +259,30 @@ def test_summaries_are_the_quartiles_of_every_layer() -> None:
     scores = Scores({"head": [values, 2 * values]}, {"criterion": "wanda"}, {})
     assert summaries(scores) == {"head": [[0, 2, 4, 6, 8], [0, 4, 8, 12, 16]]}
     assert len(QUANTILES) == 5
-    assert summaries(Scores({"head": [values]}, {"criterion": "obs"}, {})) is None
+    assert summaries(ChosenWhilePruning(("head",), {"criterion": "obs"}, {})) is None
 
 
-class InterruptedDocuments(dict[str, str]):
-    """Documents whose writing is interrupted after the first file."""
-
-    def items(self) -> Any:
-        for item in super().items():
-            yield item
-            raise KeyboardInterrupt
-
-
-def test_an_interruption_while_documents_are_made_or_written_leaves_nothing(tmp_path: Path) -> None:
-    job = job_of(tmp_path, evaluation=None)
+def test_an_interruption_while_documents_are_made_or_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(tmp_path, evaluate=False)
     before = sorted(path.name for path in tmp_path.iterdir())
 
-    def interrupted(result: Result) -> dict[str, str]:
+    def interrupted(*_: object, **__: object) -> Any:
         raise KeyboardInterrupt
 
-    for documents in (interrupted, lambda result: InterruptedDocuments(tables.documents(result))):
-        with pytest.raises(KeyboardInterrupt):
-            run(job, documents=documents)
-        assert sorted(path.name for path in tmp_path.iterdir()) == before
+    with pytest.raises(KeyboardInterrupt):
+        run(job, documents=interrupted)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    open_path = Path.open
+
+    def interrupted_at_the_page(path: Path, *arguments: Any, **options: Any) -> Any:
+        return interrupted() if path.name == "report.html" else open_path(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", interrupted_at_the_page)
+    with pytest.raises(KeyboardInterrupt):
+        run(job, documents=tables.documents)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_documents_never_replace_a_file_of_the_model(tmp_path: Path) -> None:
@@ -288,13 +294,15 @@ def test_documents_never_replace_a_file_of_the_model(tmp_path: Path) -> None:
 
 def test_only_the_writing_process_makes_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    run(job_of(tmp_path, evaluation=None), documents=lambda _: pytest.fail("made by another process"))
+    run(job_of(tmp_path, evaluate=False), documents=lambda _: pytest.fail("made by another process"))
     assert not (tmp_path / "out").exists()
 
 
 def test_rounds_keep_the_scores_of_the_dense_model(tmp_path: Path) -> None:
-    once = run(job_of(tmp_path, evaluation=None))
-    twice = run(Job(**vars(once.job) | {"rounds": 2, "output": str(tmp_path / "rounds")}), documents=tables.documents)
+    once = run(job_of(tmp_path, evaluate=False))
+    recipe = replace(once.job.recipe, budget=replace(once.job.recipe.budget, rounds=2))
+    job = replace(once.job, recipe=recipe, output=str(tmp_path / "rounds"))
+    twice = run(job, documents=tables.documents)
     assert twice.pruned.record["scores"] == once.pruned.record["scores"]
     assert json.loads((tmp_path / "rounds" / "report.json").read_text())["settings"]["rounds"] == 2
 
