@@ -1,0 +1,338 @@
+"""Recipes: the files of the package, the errors of a file, options, `--set`, and the way back to TOML."""
+
+import tempfile
+import tomllib
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minillm_jax.errors import InputError
+from minillm_jax.options import COUNT, LAYERS, STEP, WORDS, Option
+from minillm_jax.recipes.recipe import (
+    FOLDER,
+    PANELS,
+    SECTIONS,
+    Recipe,
+    as_table,
+    flags_of,
+    load,
+    names,
+    options,
+    places,
+    to_toml,
+    with_assignments,
+    with_options,
+)
+from minillm_jax.recipes.used import used
+from minillm_jax.settings import Budget, Data, Estimation, Refit, Scoring
+
+ALL_KEYS = {section: {one.name for at, one, _ in options() if at == section} for section in SECTIONS}
+
+# ------------------------------------------------------------------------------------------ recipes of the package
+
+# The settings of each published method; `ours` is the defaults.
+DOCUMENTED = {
+    "ours": {},
+    "flap": {
+        "data": {"samples": 1024},
+        "budget": {"allocation": "global"},
+        "scoring": {"criterion": "flap"},
+        "refit": {"method": "bias"},
+    },
+    "llm-pruner": {
+        "data": {"samples": 10, "seq_len": 64},
+        "budget": {"layers": "4:-2"},
+        "scoring": {"criterion": "element-1"},
+        "refit": {"method": "none"},
+    },
+    "mini-llm": {"data": {"samples": 10}, "scoring": {"criterion": "fms"}, "refit": {"method": "none"}},
+    "wanda-sp": {"data": {"samples": 10}, "scoring": {"criterion": "wanda"}, "refit": {"method": "none"}},
+}
+
+
+def test_the_recipes_of_the_package_are_the_documented_ones() -> None:
+    assert names() == list(DOCUMENTED)
+    assert {name: as_table(load(name)) for name in names()} == DOCUMENTED
+    for name in names():
+        recipe = load(name)
+        assert recipe.name == name
+        assert recipe.summary.endswith(".")
+        used(replace(recipe, budget=replace(recipe.budget, ratio=0.2)))
+
+
+def test_the_default_recipe_is_structured_obs_with_least_squares() -> None:
+    recipe = load()
+    assert replace(recipe, summary="") == Recipe()
+    assert recipe.data == Data(None, 64, 128, 0)
+    assert (recipe.scoring.criterion, recipe.refit.method, recipe.refit.ridge) == ("obs", "least-squares", 0.01)
+    assert (recipe.budget.allocation, recipe.budget.structures) == ("uniform", ("heads", "channels"))
+    assert (recipe.gradient.directions, recipe.gradient.epsilon) == (16, 1e-3)
+
+
+def test_every_file_of_the_package_writes_no_default() -> None:
+    for path in FOLDER.glob("*.toml"):
+        table = tomllib.loads(path.read_text())
+        assert {section: values for section, values in table.items() if section != "summary"} == as_table(load(path))
+
+
+# -------------------------------------------------------------------------------------------------- bad files
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[refits]\nridge = 1", "unknown section 'refits'; expected one of data, budget, "),
+        ("ridge = 1", "unknown section 'ridge'"),
+        ("refit = 'none'", "unknown section 'refit'"),
+        ("[refit]\nmidge = 1", "refit.midge: unknown key; expected one of method, alpha, ridge, inputs, solver"),
+        ("[gradient]\nseed = 1", "gradient.seed: unknown key"),
+        ("[budget]\nwindow = 64", "budget.window: unknown key"),
+        ("[refit]\nridge = 'much'", "refit.ridge must be a number, found 'much'"),
+        ("[data]\nsamples = 2.5", "data.samples must be a whole number, found '2.5'"),
+        ("[data]\nsamples = true", "data.samples must be a whole number, found 'True'"),
+        ("[refit]\nridge = true", "refit.ridge must be a number, found 'True'"),
+        ("[data]\ncalibration = 3", "data.calibration must be text, found '3'"),
+        ("[gradient]\nper_sequence = 'maybe'", "gradient.per_sequence must be true or false, found 'maybe'"),
+        ("[scoring]\ncriterion = 'best'", "scoring.criterion 'best'; expected one of obs, wanda, flap, "),
+        ("[refit]\nmethod = 'prayer'", "refit.method 'prayer'; expected one of least-squares, bias, none"),
+        ("[budget]\nlayers = 'one:two'", "budget.layers 'one:two' is not a range; expected A:B"),
+        ("[budget]\ntarget_params = 'many'", "budget.target_params 'many' is not a number; expected 5.4B"),
+        ("[budget]\ntarget_memory = '10'", "budget.target_memory '10' is not a size; expected 2GB"),
+        ("[gradient]\nepsilon = 'small'", "gradient.epsilon 'small' is not a number"),
+        ("[refit\n", "not a TOML file"),
+    ],
+)
+def test_errors_of_a_file_name_the_file_and_the_key(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        load(path)
+    assert message in str(error.value)
+    assert f"recipe {path}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("best", "unknown recipe 'best'; expected one of ours, flap, llm-pruner, mini-llm, wanda-sp, or a path"),
+        ("wanda", "did you mean wanda-sp?"),
+        ("mini_llm", "did you mean mini-llm?"),
+        ("nowhere.toml", "recipe nowhere.toml: cannot be read"),
+        ("./nowhere", "recipe ./nowhere: cannot be read"),
+    ],
+)
+def test_recipes_that_do_not_exist(name: str, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        load(name)
+    assert message in str(error.value)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="cannot be read"):
+        load(tmp_path / "mine.toml")
+
+
+# ------------------------------------------------------------------------------------------------------- options
+
+
+def test_every_flag_and_alias_belongs_to_one_setting() -> None:
+    flags = [name for _, one, described in options() for name in (described.flag or one.name, *described.aliases)]
+    assert [name for name, count in Counter(flags).items() if count > 1] == []
+    assert places().keys() == set(flags)
+    assert PANELS.keys() == set(SECTIONS)
+    for section, one, _ in options():
+        assert places()[flags_of(section, one.name).removeprefix("--").replace("-", "_")] == (section, one.name)
+
+
+@pytest.mark.parametrize(
+    ("former", "current", "value"),
+    [
+        ("restoration", "refit", "none"),
+        ("inner", "refit_inputs", 0.25),
+        ("difference", "estimator", "jvp"),
+        ("allocation", "budget", "global"),
+    ],
+)
+def test_former_names_of_options_set_the_same_setting(former: str, current: str, value: Any) -> None:
+    former_recipe, former_flags = with_options(Recipe(), {former: value})
+    recipe, flags = with_options(Recipe(), {current: value})
+    assert former_recipe == recipe != Recipe()
+    assert former_flags.keys() == flags.keys()
+    assert list(former_flags.values()) == [f"--{former.replace('_', '-')}"]
+
+
+def test_options_are_read_as_the_command_line_writes_them() -> None:
+    texts = {
+        "ratio": "0.2",
+        "target_params": "5.4B",
+        "target_memory": "10GB",
+        "structures": "heads, hidden",
+        "layers": "4:-2",
+        "samples": "8",
+        "epsilon": "auto",
+        "alpha": "0.25",
+        "refit": "bias",
+    }
+    values = {
+        "ratio": 0.2,
+        "target_params": 5.4e9,
+        "target_memory": 10_000_000_000,
+        "structures": ["heads", "hidden"],
+        "layers": (4, -2),
+        "samples": 8,
+        "epsilon": "auto",
+        "alpha": 0.25,
+        "refit": "bias",
+    }
+    recipe, flags = with_options(Recipe(), texts)
+    assert recipe == with_options(Recipe(), values)[0]
+    assert recipe.data == Data(samples=8)
+    assert recipe.budget == Budget(
+        0.2, target_params=5.4e9, target_memory=10**10, structures=("heads", "hidden"), layers=(4, -2)
+    )
+    assert recipe.gradient == Estimation(epsilon=None)
+    assert recipe.refit == Refit("bias", alpha=0.25)
+    assert flags["gradient", "epsilon"] == "--epsilon"
+    assert flags["refit", "method"] == "--refit"
+
+
+@pytest.mark.parametrize(
+    ("options_given", "message"),
+    [
+        ({"sparsity": 1}, "unknown option 'sparsity'"),
+        ({"ratoi": 1}, "unknown option 'ratoi'; did you mean ratio?"),
+        ({"ratio": "x"}, "--ratio must be a number, found 'x'"),
+        ({"samples": "2.5"}, "--samples must be a whole number, found '2.5'"),
+        ({"criterion": "best"}, "unknown --criterion 'best'; expected one of obs, "),
+        ({"restoration": "best"}, "unknown --restoration 'best'"),
+        ({"memory": "2 XB"}, "--memory '2 XB' is not a size; expected 2GB or 500MB"),
+        ({"layers": "²:3"}, "--layers '²:3' is not a range"),
+    ],
+)
+def test_options_that_cannot_be_read(options_given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        with_options(Recipe(), options_given)
+    assert message in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------------- --set
+
+
+def test_assignments_are_read_as_toml_or_as_the_option_is_written() -> None:
+    assignments = [
+        "refit.ridge=0.5",
+        "refit.alpha = 1",
+        "data.samples=8",
+        "data.calibration=some folder/text.txt",
+        'output.max_shard_size="1GB"',
+        "budget.layers=4:-2",
+        "budget.structures=heads,layers",
+        "budget.target_macs=340G",
+        "scoring.factors=magnitude,gradient",
+        "scoring.criterion=fms",
+        "gradient.epsilon=auto",
+        "gradient.per_sequence=true",
+        "devices.mesh=data=2,model=4",
+    ]
+    recipe, flags = with_assignments(Recipe(), assignments)
+    assert recipe.refit == Refit(ridge=0.5, alpha=1.0)
+    assert recipe.data == Data("some folder/text.txt", samples=8)
+    assert recipe.output.max_shard_size == "1GB"
+    assert recipe.budget == Budget(structures=("heads", "layers"), layers=(4, -2), target_macs=340e9)
+    assert recipe.scoring == Scoring("fms", factors=("magnitude", "gradient"))
+    assert recipe.gradient == Estimation(epsilon=None, per_sequence=True)
+    assert recipe.devices.mesh == "data=2,model=4"
+    assert flags["refit", "ridge"] == "--set refit.ridge"
+    assert len(flags) == len(assignments)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("ridge=0.1", "--set 'ridge=0.1' is not understood; expected SECTION.KEY=VALUE"),
+        ("refit.ridge", "--set 'refit.ridge' is not understood"),
+        ("fit.ridge=1", "with a section of data, budget, scoring, gradient, refit, "),
+        ("refit.midge=1", "--set refit.midge: unknown key; expected one of method, alpha, "),
+        ("refit.ridge=big", "--set refit.ridge must be a number, found 'big'"),
+        ("data.samples=2.5", "--set data.samples must be a whole number, found '2.5'"),
+        ("gradient.per_sequence=maybe", "--set gradient.per_sequence must be true or false, found 'maybe'"),
+        ("refit.method=prayer", "unknown --set refit.method 'prayer'; expected one of least-squares"),
+        ("budget.layers=x", "--set budget.layers 'x' is not a range"),
+    ],
+)
+def test_assignments_that_cannot_be_read(assignment: str, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        with_assignments(Recipe(), [assignment])
+    assert message in str(error.value)
+
+
+def test_an_assignment_in_vain_is_refused_like_an_option() -> None:
+    recipe, flags = with_assignments(load("wanda-sp"), ["budget.ratio=0.2", "refit.ridge=0.5"])
+    with pytest.raises(InputError, match=r"--set refit\.ridge would do nothing in this run"):
+        used(recipe, flags)
+
+
+# ----------------------------------------------------------------------------------------------- back to TOML
+
+
+def reloaded(recipe: Recipe, keys: dict[str, set[str]] | None = None) -> Recipe:
+    """The recipe as it is read from the file that holds it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "written.toml")
+        path.write_text(to_toml(recipe, keys), encoding="utf-8")
+        return replace(load(path), name=recipe.name)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_every_recipe_is_read_back_from_its_toml(name: str) -> None:
+    recipe = load(name)
+    assert reloaded(recipe) == reloaded(recipe, ALL_KEYS) == recipe
+
+
+# Characters that TOML can hold: all but surrogates.
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+NUMBERS = st.floats(allow_nan=False)
+WHOLE = st.integers(-(2**63), 2**63 - 1)
+
+
+def values_of(described: Option) -> st.SearchStrategy[Any]:
+    """Values of an option's type. Most are out of its range, which `used` checks and a recipe does not."""
+    if described.choices:
+        return st.sampled_from(described.choices)
+    by_spelling = {
+        COUNT: st.none() | st.floats(0, 1e18),
+        LAYERS: st.none() | st.tuples(st.integers(0, 999_999_999), st.integers(-999_999_999, 999_999_999)),
+        STEP: st.none() | NUMBERS,
+        WORDS: st.lists(TEXTS, max_size=4).map(tuple),
+    }
+    if described.spelling is not None:
+        return by_spelling.get(described.spelling, st.none() | st.integers(0, 2**60))
+    return {float: NUMBERS, int: WHOLE, str: TEXTS, bool: st.booleans()}[described.kind]
+
+
+RECORDED = {(section, one.name): values_of(described) for section, one, described in options() if described.recorded}
+
+
+@given(TEXTS, st.dictionaries(TEXTS, TEXTS, max_size=2), st.fixed_dictionaries({}, optional=RECORDED))
+@settings(max_examples=60, deadline=None)
+def test_all_settings_are_read_back_from_their_toml(
+    summary: str, origin: dict[str, str], values: dict[tuple[str, str], Any]
+) -> None:
+    recipe = Recipe(summary=summary, origin=origin)
+    for (section, key), value in values.items():
+        recipe = replace(recipe, **{section: replace(getattr(recipe, section), **{key: value})})
+    assert reloaded(recipe) == recipe
+    assert reloaded(recipe, ALL_KEYS) == recipe
+
+
+def test_paths_of_one_run_are_not_written() -> None:
+    recipe, _ = with_options(Recipe(), {"checkpoint": "saved", "hosts": "auto", "calibration": "text.txt"})
+    assert as_table(recipe, ALL_KEYS)["data"]["calibration"] == "text.txt"
+    assert "checkpoint" not in to_toml(recipe, ALL_KEYS)
+    assert "hosts" not in to_toml(recipe, ALL_KEYS)
