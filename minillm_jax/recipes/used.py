@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from minillm_jax.budget.allocate import check_comparable
+from minillm_jax.data.windows import check_seed
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.recipes.recipe import SECTIONS, Recipe
 from minillm_jax.scoring import criteria
@@ -161,13 +162,11 @@ def _reads_text(budget: Budget, criterion: Criterion | None, refit: Refit) -> bo
 
 def _data(data: Data, criterion: Criterion | None, reads_text: bool) -> Data:
     """Every run draws windows, but their number and seed matter only where something is computed on them."""
-    draws = criterion is not None and criterion.draws
-    return Data(
-        data.calibration,
-        data.samples if reads_text else 1,
-        data.seq_len,
-        data.seed if reads_text or draws else Data.seed,
-    )
+    seed = Data.seed
+    if reads_text or (criterion is not None and criterion.draws):
+        seed = data.seed
+        check_seed(seed)
+    return Data(data.calibration, data.samples if reads_text else 1, data.seq_len, seed)
 
 
 def _output(output: Output, budget: Budget, gradient: Estimation | None) -> Output:
