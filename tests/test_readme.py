@@ -111,8 +111,17 @@ def test_counts_in_words_are_true() -> None:
         assert f"`{family}`" in families
 
 
-def test_options_of_prune_are_documented() -> None:
-    text = (ROOT / "minillm_jax" / "cli.py").read_text()
-    prune = text[text.index("def prune(") : text.index("def evaluate_model(")]
-    for name in re.findall(r"^    (\w+): Annotated", prune, re.MULTILINE):
-        assert f"--{name.replace('_', '-')}" in README, name
+def test_the_page_of_options_is_made_from_the_settings() -> None:
+    spec = importlib.util.spec_from_file_location("make_options", ROOT / "docs" / "make_options.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "options.md").read_text() == module.page(), "run python docs/make_options.py"
+
+
+def test_the_readme_fits_150_lines_and_links_pages_that_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / link).exists(), link
