@@ -1,1 +1,1 @@
-"""Text in, token windows out."""
+"""Texts and data sets to windows and batches of token ids."""

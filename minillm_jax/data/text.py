@@ -180,7 +180,7 @@ def _parquet_documents(path: Path) -> Iterator[str]:
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a whole parquet file ({cause(error)})") from error
+        raise InputError(f"{path}: not a complete parquet file ({cause(error)})") from error
     if "text" not in table.column_names:
         raise InputError(f"{path}: expected a column 'text', found {', '.join(table.column_names)}")
     for value in table.column("text").to_pylist():

@@ -1,1 +1,1 @@
-"""Meshes of devices, the shards of arrays on them, and the processes of several hosts."""
+"""Meshes of devices, shards of arrays, and processes of several hosts."""

@@ -1,1 +1,1 @@
-"""What a model is and what it computes. Nothing here knows of pruning."""
+"""Decoders of all families: configuration, arrays, forward pass, loss and costs. Independent of pruning."""

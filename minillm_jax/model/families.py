@@ -339,8 +339,8 @@ NOT_SUPPORTED = {
     "olmoe": "mixture of experts",
     "deepseek_v2": "multi-head latent attention",
     "deepseek_v3": "multi-head latent attention",
-    "baichuan": "its own remote code",
-    "chatglm": "its own remote code; convert it to glm or glm4 first",
+    "baichuan": "model code outside transformers",
+    "chatglm": "model code outside transformers; convert it to glm or glm4 first",
 }
 
 # Name of an activation in transformers -> key of `ops.ACTIVATIONS`.

@@ -90,7 +90,7 @@ def test_the_error_of_a_short_text_names_its_length() -> None:
         ("bad.jsonl", b'{"text": "a"}\n{', "line 2 is not JSON"),
         ("other.jsonl", b'{"body": "a"}', "line 1: expected an object with a string 'text'"),
         ("list.jsonl", b'["a"]', "line 1: expected an object with a string 'text'"),
-        ("bad.parquet", b"no parquet", "not a whole parquet file"),
+        ("bad.parquet", b"no parquet", "not a complete parquet file"),
         ("bad.npy", b"no array", "not a NumPy array of token ids"),
         ("empty.npy", b"", "not a NumPy array of token ids"),
         ("nested.jsonl", b"[" * 100_000, "line 1 is not JSON"),

@@ -33,7 +33,7 @@ def rope(**changes: Any) -> dict[str, Any]:
     [
         ("llama", {"model_type": "mixtral"}, r"'mixtral' \(mixture of experts\) is not supported"),
         ("llama", {"model_type": "deepseek_v3"}, r"'deepseek_v3' \(multi-head latent attention\) is not supported"),
-        ("llama", {"model_type": "baichuan"}, r"'baichuan' \(its own remote code\) is not supported"),
+        ("llama", {"model_type": "baichuan"}, r"'baichuan' \(model code outside transformers\) is not supported"),
         ("llama", {"model_type": "pruned_mamba"}, "'pruned_mamba' is not supported"),
         ("llama", {"hidden_act": "mish"}, "activation 'mish' is not supported"),
         ("llama", rope(rope_type="yarn", factor=2.0), "rope_type 'yarn' is not supported"),
