@@ -172,6 +172,24 @@ def compile_rows(results: Path = RESULTS) -> list[str]:
     ]
 
 
+def plan_rows(results: Path = RESULTS) -> list[str]:
+    """One row for each model and recipe: the memory that `plan` predicts, the measured peak, and their ratio."""
+    lines = []
+    for path in sorted(results.glob("plan-*.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            predicted, peak = row["predicted_bytes"], row["peak_bytes"]
+            name, million = path.stem.removeprefix("plan-"), 1e6
+            cells = [
+                name,
+                row["recipe"],
+                f"{predicted / million:,.0f}",
+                f"{peak / million:,.0f}",
+                f"{predicted / peak:.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def fidelity_rows(results: Path = RESULTS) -> list[str]:
     """One row for each model and estimator at its most directions: cosine, then rank correlations with removal."""
     lines = []
@@ -221,7 +239,7 @@ def main() -> None:
     lines = [row for model in MODELS for row in quality_rows(model)]
     lines += [*cost_rows(), *beaten_rows(), *refit_rows(), *conversion_rows(), *fidelity_rows(), *plain_rows()]
     lines += [*estimate_rows(), *estimate_torch_rows(), *estimate_memory_rows(), *process_rows()]
-    lines += [*forward_rows(), *compile_rows()]
+    lines += [*forward_rows(), *compile_rows(), *plan_rows()]
     for line in lines:
         print(line)
 

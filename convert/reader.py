@@ -17,8 +17,8 @@ from minillm_jax.devices.sharding import parts, shardings
 from minillm_jax.errors import InputError, cause
 from minillm_jax.model import axis_table, families
 from minillm_jax.model.build import build
-from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.config import Sizes
+from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import named_arrays
 

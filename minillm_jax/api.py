@@ -61,7 +61,7 @@ def calibrate(
     """
     tokens = tokens_of(model, data)
     drawn = windows.sample(tokens, samples, length, seed)
-    return Calibration(Batches(drawn, sharding.of(model.decoder)), tokens.source, seed)
+    return Calibration(Batches(drawn, sharding.mesh_of(model.decoder)), tokens.source, seed)
 
 
 def prune(
@@ -127,7 +127,7 @@ def evaluate(
       InputError: the text cannot be used, or is shorter than one window.
     """
     held_out = windows.cut(tokens_of(model, data, bos), window)
-    batches = Batches(held_out, sharding.of(model.decoder))
+    batches = Batches(held_out, sharding.mesh_of(model.decoder))
     return perplexity.perplexity(model.decoder, batches, partial(tell, progress, "perplexity"))
 
 

@@ -23,10 +23,11 @@ from minillm_jax.model.config import DecoderConfig, Sizes
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import LOGITS_AT_ONCE
 from minillm_jax.model.modules import depth
-from minillm_jax.model.tree import group_counts, layer_count, named_arrays, part_counts, run_letters
+from minillm_jax.model.tree import group_counts, hidden_size, layer_count, named_arrays, part_counts, run_letters
 from minillm_jax.pruning.slicing import slice_sizes
 from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.scoring.criteria import CRITERIA
+from minillm_jax.scoring.gradient.plan import direction_bytes
 
 FLOAT, DOUBLE = 4, 8
 
@@ -143,7 +144,7 @@ def plan(described: Description, name: str, recipe: Recipe, devices: str | None 
         tokens=tokens,
         tokens_per_channel=tokens / max(layer.F for layer in described.sizes.layers),
         flops=run_flops(dense, small or dense, recipe),
-        device_bytes=device_bytes(dense, small or dense, recipe, count),
+        device_bytes=device_bytes(dense, small or dense, recipe, count, kind == "cpu"),
         host_bytes=host_bytes(dense, recipe, on_cpu=kind == "cpu"),
         device_memory=memory,
     )
@@ -218,21 +219,43 @@ def output_format(config: DecoderConfig, sizes: Sizes, raw: dict[str, Any], want
 # --------------------------------------------------------------------------------------------------------- memory
 
 
-def device_bytes(dense: Decoder, pruned: Decoder, recipe: Recipe, count: int = 1) -> int:
-    """Peak memory of one device: weights, pruned weights, residual streams, one layer's activations, Gram matrices.
+def device_bytes(dense: Decoder, pruned: Decoder, recipe: Recipe, count: int = 1, on_cpu: bool = False) -> int:
+    """Peak memory of one device: the largest of the stages that score, walk through the layers, and stack the result.
 
-    With several devices the weights are taken as spread over all of them; residual streams and Gram matrices as not.
+    With several devices the weights are spread over all devices, and every device holds the residual streams and Gram
+    matrices whole.
     """
     width = np.dtype(dense.embedding.dtype).itemsize
-    weights = costs.cost(dense, "parameters") * width
-    smaller = 2 * costs.cost(pruned, "parameters") * width  # the pruned layers, and their stacked copy at the end
-    return (weights + smaller) // count + max(walk_bytes(dense, recipe), forward_bytes(dense, recipe))
+    weights, smaller = (costs.cost(decoder, "parameters") * width for decoder in (dense, pruned))
+    scores = score_bytes(dense, recipe, on_cpu)
+    walked = smaller // count + walk_bytes(dense, recipe) if walks(recipe) else 0
+    return weights // count + max(scores, walked, 2 * smaller // count)
+
+
+def score_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
+    """Memory of the scores beside the weights: a forward pass, and the gradient estimate; 0 where nothing is estimated.
+
+    XLA for the CPU keeps a float32 copy of all bfloat16 and float16 weights of a program.
+    """
+    criterion, length = CRITERIA[recipe.scoring.criterion], recipe.data.seq_len
+    evaluates = recipe.evaluation.text is not None or recipe.budget.allocation == "measured"
+    if not (criterion.reads_text and not criterion.while_pruning) and not evaluates:
+        return 0
+    parameters = costs.cost(dense, "parameters")
+    upcast = FLOAT * parameters if on_cpu and np.dtype(dense.embedding.dtype).itemsize < FLOAT else 0
+    estimate, tokens = recipe.scoring.estimation, _tokens_per_batch(recipe)
+    if not criterion.takes_gradient:
+        gradient = 0
+    elif estimate.estimator == "exact":
+        gradients = (2 if criterion.curved else 1) * FLOAT * (parameters if estimate.space == "weights" else 0)
+        gradient = gradients + FLOAT * layer_count(dense) * tokens * hidden_size(dense)
+    else:
+        gradient = (estimate.directions_per_step or 1) * direction_bytes(dense, tokens, length, estimate)
+    return upcast + gradient + forward_bytes(dense, recipe)
 
 
 def walk_bytes(dense: Decoder, recipe: Recipe) -> int:
-    """Memory of the walk through the layers beside the weights; 0 for recipes without one."""
-    if not walks(recipe):
-        return 0
+    """Memory of the walk through the layers beside the weights of both models."""
     letters = _letters(dense)
     tokens = recipe.data.samples * recipe.data.seq_len
     streams = (4 if dense.config.parallel else 2) * tokens * letters["D"]
@@ -248,10 +271,14 @@ def forward_bytes(dense: Decoder, recipe: Recipe) -> int:
 
 
 def _activations(dense: Decoder, recipe: Recipe) -> int:
-    letters, length = _letters(dense), recipe.data.seq_len
-    tokens = max(length, min(TOKENS_PER_BATCH, recipe.data.samples * length))
+    letters, length, tokens = _letters(dense), recipe.data.seq_len, _tokens_per_batch(recipe)
     attention = 4 * letters["N"] * letters["H"] + 4 * letters["K"] * letters["H"] + 3 * letters["N"] * length
     return FLOAT * tokens * (8 * letters["D"] + max(attention, 4 * letters["F"]))
+
+
+def _tokens_per_batch(recipe: Recipe) -> int:
+    length = recipe.data.seq_len
+    return max(length, min(TOKENS_PER_BATCH, recipe.data.samples * length))
 
 
 def host_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:

@@ -103,7 +103,7 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     writer.check_new(job.output)
     clock = _Clock()
     check_model(reader.describe_model(job.model, recipe.output.dtype, job.revision), recipe)
-    model = load(job.model, recipe.output.dtype, sharding.make(shape), job.revision)
+    model = load(job.model, recipe.output.dtype, sharding.make_mesh(shape), job.revision)
     costs_before = costs.all_costs(model.decoder, recipe.budget.window)
     calibration = _calibrate(model, job, recipe)
     clock.lap("load")

@@ -308,7 +308,7 @@ def with_biases(model: Model) -> Model:
         name = axis_table.array_path(path)
         return arrays[name] if name in arrays else jnp.zeros(shape.shape, shape.dtype)
 
-    decoder = sharding.shard(jax.tree_util.tree_map_with_path(leaf, abstract), sharding.of(model.decoder))
+    decoder = sharding.shard(jax.tree_util.tree_map_with_path(leaf, abstract), sharding.mesh_of(model.decoder))
     raw = {**model.raw_config, "attention_bias": True, "mlp_bias": True}
     return replace(model, decoder=decoder, raw_config=raw)
 

@@ -46,7 +46,12 @@ def test_every_figure_comes_from_a_committed_result(tables: ModuleType) -> None:
 def test_every_figure_of_the_benchmarks_comes_from_a_committed_result(tables: ModuleType) -> None:
     benchmarks = words_of("docs/benchmarks.md")
     quoted = [*tables.conversion_rows(), *tables.process_rows(), *tables.forward_rows(), *tables.compile_rows()]
-    quoted += [*tables.estimate_rows(), *tables.estimate_torch_rows(), *tables.estimate_memory_rows()]
+    quoted += [
+        *tables.estimate_rows(),
+        *tables.estimate_torch_rows(),
+        *tables.estimate_memory_rows(),
+        *tables.plan_rows(),
+    ]
     assert len(quoted) > 30
     for line in quoted:
         assert " ".join(line.split()) in benchmarks, f"docs/benchmarks.md lacks {line!r}; run python bench/tables.py"

@@ -92,10 +92,6 @@ def mesh_of(decoder: Decoder) -> Mesh | None:
     return mesh if isinstance(mesh, Mesh) else None
 
 
-# Former names.
-make, of = make_mesh, mesh_of
-
-
 # ---------------------------------------------------------------------------------------------------------- rules
 
 

@@ -25,7 +25,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minillm_jax.data.batches import Batches
-from minillm_jax.devices.sharding import gather, of, shard
+from minillm_jax.devices.sharding import gather, mesh_of, shard
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.model import axis_table
 from minillm_jax.model.build import with_runs
@@ -114,7 +114,7 @@ def slice_and_refit(
 
     refit_inputs = _input_refit(settings, kept, batches.tokens)
     layers = walk(decoder, batches, replace_layer, progress, refit_inputs)
-    return shard(with_runs(decoder, slicing.merge(layers)), of(decoder))
+    return shard(with_runs(decoder, slicing.merge(layers)), mesh_of(decoder))
 
 
 def prune_by_obs(
@@ -156,7 +156,7 @@ def prune_by_obs(
     kept_ranges = {kind: [range(count) for count in rows] for kind, rows in counts.items()}  # only their lengths matter
     refit_inputs = _input_refit(settings, kept_ranges, batches.tokens)
     layers = walk(decoder, batches, replace_layer, progress, refit_inputs)
-    return shard(with_runs(decoder, slicing.merge(layers)), of(decoder)), kept
+    return shard(with_runs(decoder, slicing.merge(layers)), mesh_of(decoder)), kept
 
 
 def _input_refit(settings: Refit, kept: Mapping[str, Sequence[Sized]], tokens: int) -> RefitInputs | None:

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from minillm_jax.devices.sharding import constrain, of
+from minillm_jax.devices.sharding import constrain, mesh_of
 from minillm_jax.model import axis_table
 from minillm_jax.model.build import with_runs
 from minillm_jax.model.config import Sizes
@@ -35,7 +35,7 @@ def slice_groups(decoder: Decoder, kept: axis_table.Kept) -> Decoder:
     for run in decoder.runs:
         for start, stop in _segments(kept, first, first + depth(run)):
             indices = {kind: jnp.asarray(np.stack(rows[start:stop])) for kind, rows in kept.items()}
-            pieces.append(take(run, indices, start - first, stop - first, of(decoder)))
+            pieces.append(take(run, indices, start - first, stop - first, mesh_of(decoder)))
         first += depth(run)
     return with_runs(decoder, merge(pieces))
 

@@ -10,6 +10,7 @@ from minillm_jax.data.batches import TOKENS_PER_BATCH
 from minillm_jax.devices import hosts
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import LOGITS_AT_ONCE
+from minillm_jax.model.modules import depth
 from minillm_jax.model.tree import hidden_size, parameter_count, run_letters
 from minillm_jax.settings import Estimation
 
@@ -119,4 +120,4 @@ def direction_bytes(decoder: Decoder, tokens: int, length: int, settings: Estima
 
 def _largest_layer(decoder: Decoder) -> int:
     """Number of entries of the largest layer."""
-    return max(sum(leaf[0].size for leaf in jax.tree.leaves(run)) for run in decoder.runs)
+    return max(sum(leaf.size // depth(run) for leaf in jax.tree.leaves(run)) for run in decoder.runs)
