@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import Field
-from typing import Annotated, Any
+from typing import Annotated, Any, no_type_check
 
 import typer
 
@@ -105,6 +105,8 @@ def _completion(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
     return complete
 
 
+# typer recognises the parameter by this annotation, and passes an object of another class.
+@no_type_check
 def show_all(context: typer.Context, wanted: bool) -> None:
     """`--help-all`: the help with every option, each in its panel."""
     if not wanted:
