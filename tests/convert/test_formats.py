@@ -195,8 +195,11 @@ def test_flax_repository_is_downloaded_complete(
     for format_name in ("flax", "per-layer"):
         write_model(read_model(dense["llama"]), tmp_path / format_name, format_name)
 
-    def fetch(name: str, allow_patterns: list[str]) -> str:
-        repository, fetched = tmp_path / name.split("/")[1], tmp_path / "fetched" / name
+    revisions = []
+
+    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        revisions.append(revision)
+        repository, fetched = tmp_path / name.split("/")[1], tmp_path / "fetched" / name / ("0a" * 20)
         paths = [str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()]
         for path in huggingface_hub.utils.filter_repo_objects(paths, allow_patterns=allow_patterns):
             (fetched / path).parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +208,13 @@ def test_flax_repository_is_downloaded_complete(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     for format_name in ("flax", "per-layer"):
-        assert same_arrays(read_model(f"owner/{format_name}").decoder, read_model(dense["llama"]).decoder)
+        model = read_model(f"owner/{format_name}", revision="main")
+        assert same_arrays(model.decoder, read_model(dense["llama"]).decoder)
+        assert model.revision == "0a" * 20, "the Hub's cache names a snapshot by its commit"
+    assert set(revisions) == {"main"}
+    assert read_model(dense["llama"]).revision is None
+    with pytest.raises(InputError, match="a local folder has no revisions; leave out --revision main"):
+        read_model(dense["llama"], revision="main")
 
 
 def test_chosen_format_is_written_or_refused(dense: dict[str, Path], tmp_path: Path) -> None:
