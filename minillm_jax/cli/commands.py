@@ -275,8 +275,7 @@ def show_recipe(
 ) -> None:
     """Show a recipe as TOML."""
     loaded = recipes.load(name)
-    keys = {section: {one.name for at, one, _ in recipes.options() if at == section} for section in recipes.SECTIONS}
-    print(recipes.to_toml(loaded, None if changes else keys), end="")
+    print(recipes.to_toml(loaded, None if changes else recipes.all_keys()), end="")
 
 
 @app.command("presets", hidden=True)

@@ -107,10 +107,10 @@ def _completion(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 # typer recognises the parameter by this annotation, and passes an object of another class.
 @no_type_check
-def show_all(context: typer.Context, wanted: bool) -> None:
+def show_all(context: typer.Context, wanted: bool) -> bool:
     """`--help-all`: the help with every option, each in its panel."""
     if not wanted:
-        return
+        return wanted
     for parameter in context.command.params:
         if getattr(parameter, "hidden", False):
             parameter.hidden = False  # pyright: ignore[reportAttributeAccessIssue]

@@ -62,7 +62,7 @@ def _run_macs(run: Block, window: int) -> int:
     return window * matrices + depth(run) * 2 * window**2 * size["N"] * size["H"]
 
 
-def _bytes(leaf: jax.Array) -> int:
+def _bytes(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
     return leaf.size * leaf.dtype.itemsize
 
 

@@ -253,6 +253,11 @@ def as_table(recipe: Recipe, keys: Mapping[str, set[str]] | None = None) -> dict
     return table
 
 
+def all_keys() -> dict[str, set[str]]:
+    """Section -> the keys of all its settings."""
+    return {section: {one.name for at, one, _ in options() if at == section} for section in SECTIONS}
+
+
 def to_toml(recipe: Recipe, keys: Mapping[str, set[str]] | None = None) -> str:
     """A recipe as the text of a TOML file; the arguments are those of `as_table`."""
     import tomli_w

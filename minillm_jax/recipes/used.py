@@ -216,17 +216,26 @@ def _reason(recipe: Recipe, section: str, criterion: Criterion | None) -> str:
     structures = f"structures {','.join(recipe.budget.structures)}"
     if criterion is None and section in ("scoring", "gradient", "refit"):
         return structures
-    scoring, gradient = recipe.scoring, recipe.gradient
-    estimator = gradient.estimator or (criterion.estimator if criterion is not None else "none")
+    scoring = recipe.scoring
     reasons = {
         "data": f"criterion {scoring.criterion}, refit {recipe.refit.method}",
         "budget": f"{structures}, budget {recipe.budget.allocation}",
         "scoring": f"criterion {scoring.criterion}",
-        "gradient": f"criterion {scoring.criterion}"
-        + (f", estimator {estimator}" if criterion is not None and criterion.takes_gradient else ""),
+        "gradient": _gradient_reason(recipe, criterion),
         "refit": f"refit {recipe.refit.method}, criterion {scoring.criterion}, {structures}",
         "output": f"{structures}, criterion {scoring.criterion}"
         + (f", format {recipe.output.format}" if recipe.output.format is not None else ""),
         "evaluation": "no --evaluate",
     }
     return reasons.get(section, "it is not read")
+
+
+def _gradient_reason(recipe: Recipe, criterion: Criterion | None) -> str:
+    scoring, gradient = recipe.scoring, recipe.gradient
+    words = [f"criterion {scoring.criterion}"]
+    if scoring.factors is not None:
+        words.append(f"factors {','.join(scoring.factors)}")
+    if criterion is not None and criterion.takes_gradient:
+        words.append(f"estimator {gradient.estimator or criterion.estimator}")
+        words.append(f"space {gradient.space or ('gates' if criterion.by_gates else 'weights')}")
+    return ", ".join(words)

@@ -58,9 +58,12 @@ def perplexity_table(model: str, source: str, measured: Perplexity) -> Table:
 
 
 def recipes_json() -> dict[str, Any]:
-    """All recipes as one JSON object: name -> summary, and the settings that differ from the defaults by section."""
+    """All recipes as one JSON object: name -> summary, and all settings by section."""
     loaded = {name: recipes.load(name) for name in recipes.names()}
-    return {name: {"summary": recipe.summary, **recipes.as_table(recipe)} for name, recipe in loaded.items()}
+    return {
+        name: {"summary": recipe.summary, **recipes.as_table(recipe, recipes.all_keys())}
+        for name, recipe in loaded.items()
+    }
 
 
 def recipes_table() -> Table:

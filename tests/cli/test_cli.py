@@ -1,9 +1,12 @@
 """The command line as a user meets it: tables, JSON, one sentence and status 2 for bad input."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main as convert_main
 from minillm_jax import __version__, cli, demo
+from minillm_jax.options import flag_of
+from minillm_jax.recipes.recipe import PANELS, options
 from tests.helpers import edit_json, load_stock, load_torch
 
 
@@ -50,7 +55,7 @@ def test_prune_with_all_options_of_the_contract(
     record = json.loads((tmp_path / "out" / "pruning.json").read_text())
     assert record["ratio"] == 0.2
     assert record["scoring"]["estimation"] == {
-        "difference": "spsa",
+        "estimator": "spsa",
         "space": "weights",
         "directions": 2,
         "epsilon": 2e-3,
@@ -58,13 +63,15 @@ def test_prune_with_all_options_of_the_contract(
         "distribution": "gaussian",
         "rank": 1,
         "per_sequence": False,
-        "per_step": None,
+        "directions_per_step": None,
         "memory": None,
         "rng": "threefry2x32",
         "curvature": False,
     }
     assert len(record["estimate"]["projected_gradients"]) == 2
     assert record["estimate"]["step"]["loss"] > 0
+    fingerprint = record["calibration"].pop("tokens_sha256")
+    assert len(fingerprint) == 64
     assert record["calibration"] == {"source": str(text), "samples": 2, "length": 32, "seed": 3}
 
 
@@ -116,7 +123,7 @@ def test_markup_in_a_path_is_printed_as_it_is(
     assert call(monkeypatch, ["prune", demo.FOLDER, *options]) == 0
     table = capsys.readouterr().out
     assert "o[/b]q" in table
-    assert "12.5 %" in table
+    assert "12.7 % of parameters removed" in " ".join(table.split())
 
 
 def test_eval_with_bos_and_dtype_changes_the_figure(
@@ -145,27 +152,34 @@ def test_a_target_in_rounds_with_some_factors(
     assert json.loads((tmp_path / "out" / "report.json").read_text())["costs"] == result["costs"]
 
 
-def test_presets_are_printed_and_overridden(
+def test_recipes_are_printed_and_overridden(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
 ) -> None:
-    assert call(monkeypatch, ["presets"]) == 0
-    assert "--refit" in capsys.readouterr().out
-    assert call(monkeypatch, ["presets", "--json"]) == 0
-    presets = json.loads(capsys.readouterr().out)
-    assert presets["mini-llm"]["criterion"] == "fms"
-    assert presets["mini-llm"]["refit"] == "none"
-    assert presets["ours"]["criterion"] == "obs"
+    assert call(monkeypatch, ["recipe", "list"]) == 0
+    assert "refit.method = none" in capsys.readouterr().out
+    for former_name in (["recipe", "list", "--json"], ["presets", "--json"]):
+        assert call(monkeypatch, former_name) == 0
+        recipes = json.loads(capsys.readouterr().out)
+        assert recipes["mini-llm"]["scoring"]["criterion"] == "fms"
+        assert recipes["mini-llm"]["refit"]["method"] == "none"
+        assert recipes["ours"]["scoring"]["criterion"] == "obs"
+    assert call(monkeypatch, ["recipe", "show", "mini-llm"]) == 0
+    shown = tomllib.loads(capsys.readouterr().out)
+    assert shown["scoring"]["criterion"] == "fms"
+    assert shown["refit"]["ridge"] == 0.01
+    assert call(monkeypatch, ["recipe", "show", "mini-llm", "--changes"]) == 0
+    assert "ridge" not in capsys.readouterr().out
     options = prune_options(text, tmp_path / "out", preset="wanda-sp", refit="least-squares", alpha=0.25)
     assert call(monkeypatch, ["prune", demo.FOLDER, *options, "--json"]) == 0
     settings = json.loads(capsys.readouterr().out)["settings"]
-    assert settings["preset"] == "wanda-sp"
+    assert settings["recipe"] == "wanda-sp"
     assert settings["scoring"]["criterion"] == "wanda"
     assert settings["refit"] == {
         "method": "least-squares",
         "alpha": 0.25,
         "ridge": 0.01,
         "solver": "host",
-        "inner": 0.5,
+        "inputs": 0.5,
     }
     assert settings["calibration"]["samples"] == 2
 
@@ -240,7 +254,7 @@ def break_values(folder: Path) -> None:
         (break_nothing, {"output": "EXISTING"}, "the output folder already exists"),
         (break_nothing, {"layers": "one:two"}, "is not a range"),
         (break_nothing, {"layers": "1:3", "format": "stock"}, "unequal numbers"),
-        (break_nothing, {"format": "zip"}, "unknown format 'zip'"),
+        (break_nothing, {"format": "zip"}, "unknown --format 'zip'; expected one of stock"),
         (break_nothing, {"max-shard-size": "5 apples"}, "shard size '5 apples' is not understood"),
         (break_nothing, {"round-width-to": "0"}, "multiples of at least 1, not 0"),
         (break_nothing, {"layers": "²:3"}, "is not a range"),
@@ -251,45 +265,73 @@ def break_values(folder: Path) -> None:
             {"directions-per-step": 0, "criterion": "fms"},
             "the number of directions per step must be at least 1, found 0",
         ),
-        (break_nothing, {"preset": "best"}, "unknown preset 'best'; expected one of ours, mini-llm, llm-pruner, flap"),
+        (
+            break_nothing,
+            {"preset": "best"},
+            "unknown recipe 'best'; expected one of ours, flap, llm-pruner, mini-llm, wanda-sp",
+        ),
         (break_nothing, {"epsilon": "small", "criterion": "fms"}, "--epsilon 'small' is not a number"),
-        (break_nothing, {"memory": "2 GB", "criterion": "fms"}, "--memory '2 GB' is not a size"),
+        (break_nothing, {"memory": "2 apples", "criterion": "fms"}, "--memory '2 apples' is not a size"),
         (break_nothing, {"mesh": "2x4"}, "mesh '2x4' is not understood"),
         (break_nothing, {"mesh": "data=2"}, "the mesh is for 2 devices, but there are 1"),
         (break_nothing, {"hosts": "me"}, "hosts 'me' is not understood"),
-        (break_nothing, {"refit": "prayer"}, "unknown refit 'prayer'"),
-        (break_nothing, {"solver": "moon"}, "unknown solver 'moon'"),
-        (break_nothing, {"inner": 2}, "how far inner matrices are turned must lie in [0, 1], found 2"),
-        (break_nothing, {"target-params": "900k"}, "give a ratio or a target for what is left, one of them"),
+        (break_nothing, {"refit": "prayer"}, "unknown --refit 'prayer'; expected one of least-squares"),
+        (break_nothing, {"solver": "moon"}, "unknown --solver 'moon'"),
+        (break_nothing, {"inner": 2}, "--refit-inputs must lie in [0, 1], found 2"),
+        (break_nothing, {"target-params": "900k"}, "give a ratio or a target for the pruned model, one of the two"),
         (break_nothing, {"target-params": "many"}, "--target-params 'many' is not a number; expected 5.4B"),
         (break_nothing, {"target-memory": "10"}, "--target-memory '10' is not a size; expected 2GB"),
         (break_nothing, {"target-macs": "1G", "target-memory": "1MB"}, "give one target"),
-        (break_nothing, {"ratio-of": "heads"}, "unknown thing that the ratio counts 'heads'"),
-        (break_nothing, {"budget": "fair"}, "unknown allocation 'fair'"),
+        (break_nothing, {"ratio-of": "heads"}, "unknown --ratio-of 'heads'"),
+        (break_nothing, {"budget": "fair"}, "unknown --budget 'fair'"),
         (break_nothing, {"budget": "global", "criterion": "obs"}, "has no scores to compare between layers"),
         (break_nothing, {"structures": "heads,brains"}, "unknown structure 'brains'"),
-        (break_nothing, {"heads": "pairs"}, "unknown way to count heads 'pairs'"),
-        (break_nothing, {"rounds": 0}, "there must be at least 1 round, found 0"),
+        (break_nothing, {"heads": "pairs"}, "unknown --heads 'pairs'"),
+        (break_nothing, {"rounds": 0}, "--rounds must be at least 1 round, found 0"),
         (break_nothing, {"factors": "weight", "criterion": "fms"}, "unknown factor 'weight'"),
         (break_nothing, {"preset": "llm-pruner"}, "layers 4:-2 are not a range of this model's layers"),
         (break_nothing, {"alpha": 2}, "the refit's alpha must lie in [0, 1], found 2"),
         (break_nothing, {"criterion": "gate", "space": "weights"}, "takes directions in the space gates"),
         (break_nothing, {"criterion": "fms", "difference": "exact", "checkpoint": "saved"}, "cannot be resumed"),
         (break_nothing, {"output": "EMPTY/out"}, "no folder can be made there"),
-        (break_nothing, {"criterion": "best"}, "unknown criterion 'best'"),
-        (break_nothing, {"directions": 8}, "the criterion obs takes no gradient, so --directions would do nothing"),
-        (break_nothing, {"criterion": "element-1", "rank": 2}, "the exact gradient takes no directions, so --rank"),
-        (break_nothing, {"criterion": "gate", "epsilon": 0.1}, "forward mode takes no step, so --epsilon"),
-        (break_nothing, {"criterion": "fms", "rank": 2}, "only directions of low rank have a rank, so --rank"),
-        (break_nothing, {"preset": "mini-llm", "ridge": 0.1}, "nothing is refitted, so --ridge"),
-        (break_nothing, {"within": "mean"}, "the criterion obs has no scores of single weights, so --within"),
-        (break_nothing, {"criterion": "magnitude", "activation-norm": "l2"}, "looks at no activations"),
-        (break_nothing, {"structures": "layers", "criterion": "wanda"}, "by the loss without them, so --criterion"),
-        (break_nothing, {"window": 64}, "nothing is evaluated, so --window"),
+        (break_nothing, {"criterion": "best"}, "unknown --criterion 'best'"),
+        (break_nothing, {"directions": 8}, "--directions would do nothing in this run (criterion obs)"),
+        (
+            break_nothing,
+            {"criterion": "element-1", "rank": 2},
+            "--rank would do nothing in this run (criterion element-1, estimator exact",
+        ),
+        (
+            break_nothing,
+            {"criterion": "gate", "epsilon": 0.1},
+            "--epsilon would do nothing in this run (criterion gate, estimator jvp",
+        ),
+        (
+            break_nothing,
+            {"criterion": "fms", "rank": 2},
+            "--rank would do nothing in this run (criterion fms, estimator spsa, space weights)",
+        ),
+        (
+            break_nothing,
+            {"preset": "mini-llm", "ridge": 0.1},
+            "--ridge would do nothing in this run (refit none, criterion fms",
+        ),
+        (break_nothing, {"within": "mean"}, "--within would do nothing in this run (criterion obs)"),
+        (
+            break_nothing,
+            {"criterion": "magnitude", "activation-norm": "l2"},
+            "--activation-norm would do nothing in this run (criterion magnitude)",
+        ),
+        (
+            break_nothing,
+            {"structures": "layers", "criterion": "wanda"},
+            "--criterion would do nothing in this run (structures layers)",
+        ),
+        (break_nothing, {"window": 64}, "--window would do nothing in this run (no --evaluate)"),
         (
             break_nothing,
             {"criterion": "fms", "factors": "magnitude,activation", "directions": 4},
-            "the criterion fms takes no gradient, so --directions",
+            "--directions would do nothing in this run (criterion fms, factors magnitude,activation)",
         ),
     ],
 )
@@ -311,7 +353,7 @@ def test_bad_input_is_one_sentence_status_2_and_nothing_written(
     assert call(monkeypatch, ["prune", folder, *prune_options(text, tmp_path / "out", **changes)]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
-    assert captured.err.count("\n") == 1
+    assert captured.err.count("\n") == 1, "one sentence, and no line of progress: the check came before the work"
     assert captured.out == ""
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
@@ -358,3 +400,96 @@ def test_torch_is_not_needed_to_load_score_and_save(tmp_path: Path, text: Path) 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def shown_options(help_text: str) -> set[str]:
+    """The first flag of every option in a help text."""
+    return set(re.findall(r"^│ +(--[a-z-]+)", help_text, re.MULTILINE))
+
+
+def test_help_shows_ten_options_and_help_all_shows_every_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert call(monkeypatch, ["prune", "--help"]) == 0
+    common = shown_options(capsys.readouterr().out) - {"--help", "--help-all"}
+    assert len(common) == 10
+    assert {"--ratio", "--calibration", "--output", "--recipe", "--set"} <= common
+    assert call(monkeypatch, ["prune", "--help-all"]) == 0
+    text = capsys.readouterr().out
+    for panel in PANELS.values():
+        assert f"─ {panel} ─" in text
+    assert {flag_of(one) for _, one, _ in options()} <= shown_options(text)
+    assert "Default: 64 (recipe ours)." in " ".join(text.split())
+
+
+def test_completion_lists_the_choices() -> None:
+    """As a shell asks for it: the words of the command line, and the incomplete last word, by the environment."""
+    environment = os.environ | {"_MINILLM_JAX_COMPLETE": "complete_bash"}
+    environment |= {"COMP_WORDS": "minillm-jax prune --criterion mag", "COMP_CWORD": "3"}
+    code = "import sys; from minillm_jax import cli; sys.argv = ['minillm-jax']; cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["magnitude", "magnitude-l1"], done.stderr
+
+
+def test_a_job_without_a_terminal_prints_lines_unless_it_is_quiet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
+) -> None:
+    for name, quiet in (("loud", []), ("quiet", ["--quiet"])):
+        assert call(monkeypatch, ["prune", demo.FOLDER, *prune_options(text, tmp_path / name), *quiet]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        if quiet:
+            assert lines == []
+        else:
+            layers = [line for line in lines if re.fullmatch(r"refit +layer \d/4 +[\d.]+ s  peak [\d,]+ MB.*", line)]
+            assert len(layers) == 4, lines
+
+
+def test_a_plan_is_printed_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text((demo.FOLDER / "config.json").read_text())
+    assert call(monkeypatch, ["plan", tmp_path, "--ratio", 0.2, "--devices", "v5e-8"]) == 0
+    table = capsys.readouterr().out
+    for words in ("964,000", "804,640", "calibration tokens for each MLP channel", "fits", "stock"):
+        assert words in table
+    assert (
+        call(monkeypatch, ["plan", tmp_path, "--ratio", 0.2, "--ridge", 0.1, "--refit", "none", "--recipe", "flap"])
+        == 2
+    )
+    assert "--ridge would do nothing in this run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "m", "--sparsity", "0.5"], "no such option: --sparsity; did you mean --ratio?"),
+        (["prune", "m", "--calibratoin", "t"], "no such option: --calibratoin; did you mean --calibration?"),
+        (["prune", "m", "--ratio", "a third", "--output", "o"], "--ratio must be a number, found 'a third'"),
+        (["prune", "m", "--set", "ridge=1", "--output", "o"], "--set 'ridge=1' is not understood"),
+        (["prune", "m", "--set", "refit.rigde=1", "--output", "o"], "--set refit.rigde: unknown key; expected one of"),
+        (["prune", "--ratio", "0.2", "--output", "o"], "no model is given"),
+        (["prune", "m", "--ratio", "0.2"], "no output folder is given"),
+        (["prune", "m", "--ratio", "0.2", "--output", "o"], "no calibration text is given"),
+        (["prnue"], "no such command 'prnue'"),
+        (["convert", "to-torch", "m", "o", "--format", "flax"], "use one of the formats stock, per-layer and padded"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert call(monkeypatch, arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_convert_is_a_command_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert call(monkeypatch, ["convert", "to-flax", demo.FOLDER, tmp_path / "flax"]) == 0
+    assert call(monkeypatch, ["convert", "to-torch", tmp_path / "flax", tmp_path / "torch"]) == 0
+    assert "written to" in capsys.readouterr().out
+    before, after = (load_file(folder / "model.safetensors") for folder in (demo.FOLDER, tmp_path / "torch"))
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
