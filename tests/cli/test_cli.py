@@ -448,15 +448,14 @@ def test_a_job_without_a_terminal_prints_lines_unless_it_is_quiet(
 def test_a_plan_is_printed_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
     (tmp_path / "config.json").write_text((demo.FOLDER / "config.json").read_text())
     assert call(monkeypatch, ["plan", tmp_path, "--ratio", 0.2, "--devices", "v5e-8"]) == 0
     table = capsys.readouterr().out
     for words in ("964,000", "804,640", "calibration tokens for each MLP channel", "fits", "stock"):
         assert words in table
-    assert (
-        call(monkeypatch, ["plan", tmp_path, "--ratio", 0.2, "--ridge", 0.1, "--refit", "none", "--recipe", "flap"])
-        == 2
-    )
+    idle = ["plan", tmp_path, "--ratio", 0.2, "--ridge", 0.1, "--refit", "none", "--recipe", "flap"]
+    assert call(monkeypatch, idle) == 2
     assert "--ridge would do nothing in this run" in capsys.readouterr().err
 
 
