@@ -1,9 +1,9 @@
-# Two commands: `make demo` and `make test`. Everything lands in .venv; PYTHON names another interpreter (>= 3.11).
+# `make demo` and `make test`; `make test-all` adds the slow tests. Everything lands in .venv; PYTHON names another interpreter (>= 3.11).
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(VENV)/core-installed
 	rm -rf demo-pruned
@@ -11,6 +11,9 @@ demo: $(VENV)/core-installed
 
 test: $(VENV)/test-installed lint
 	$(VENV)/bin/python -m pytest
+
+test-all: $(VENV)/test-installed lint
+	$(VENV)/bin/python -m pytest -m "slow or not slow"
 
 lint: $(VENV)/test-installed
 	$(VENV)/bin/ruff format --check .
