@@ -132,6 +132,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any
         shutil.rmtree(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["read", "read as bfloat16", "write"])
 def test_peak_memory_is_bounded(measured: dict[str, Any], program: str) -> None:
     assert measured[program] < measured["bound"], measured

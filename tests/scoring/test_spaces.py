@@ -74,6 +74,7 @@ def test_paired_losses_are_those_of_moved_models(space: LowRank | Gates, per_ste
     assert not np.allclose(pairs[:, 0], pairs[:, 1], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES[:3])
 @pytest.mark.parametrize("space", [LowRank(2), Gates()], ids=str)
 def test_every_kind_of_family(tmp_path_factory: pytest.TempPathFactory, name: str, space: LowRank | Gates) -> None:
@@ -108,7 +109,8 @@ def gate_gradients_from_kernels(decoder: Decoder, tokens: jax.Array) -> list[dic
     return gradients
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# One family in the quick suite; the others compile for half a minute each.
+@pytest.mark.parametrize("name", [FAMILIES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:])])
 def test_forward_and_reverse_mode_agree_in_every_kind_of_family(
     tmp_path_factory: pytest.TempPathFactory, name: str
 ) -> None:
