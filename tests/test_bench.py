@@ -104,6 +104,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_forward_bench_writes_the_rows_it_prints(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
     output = tmp_path / "forward.json"
     command = [sys.executable, "bench/forward.py", "--presets", "tiny", "--models", "minillm_jax/demo_model"]
@@ -134,6 +135,7 @@ def test_forward_bench_rejects_windows_without_predictions() -> None:
     assert "lengths are at least 2" in process.stderr
 
 
+@pytest.mark.slow
 def test_estimate_bench_writes_the_rows_it_prints(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
     """Rows of kind time and memory for every program, PyTorch's too, and of a process; tables accepts them."""
     output = tmp_path / "estimate.json"
