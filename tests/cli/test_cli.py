@@ -1,4 +1,4 @@
-"""The command line as a user meets it: tables, JSON, one sentence and status 2 for bad input."""
+"""The command line: tables, JSON, help, progress, and one sentence with status 2 for bad input."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_prune_with_all_options_of_the_contract(
     assert record["calibration"] == {"source": str(text), "samples": 2, "length": 32, "seed": 3}
 
 
-def test_the_table_says_what_was_asked_and_what_padding_costs(
+def test_the_table_shows_the_asked_counts_and_the_cost_of_padding(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
 ) -> None:
     options = prune_options(text, tmp_path / "out", criterion="wanda", layers="1:3", format="padded")
@@ -106,13 +106,13 @@ def test_prune_and_eval_print_one_json_object(
     assert result["groups"]["head"] == {"before": [5] * 4, "asked": [4] * 4, "after": [4] * 4}
 
     assert call(monkeypatch, ["eval", tmp_path / "out", "--text", text, "--window", 128, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["perplexity"] == pytest.approx(result["perplexity_after"]["perplexity"], rel=1e-6)
-    assert found["window"] == 128
-    assert found["tokens"] == found["windows"] * 127
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["perplexity"] == pytest.approx(result["perplexity_after"]["perplexity"], rel=1e-6)
+    assert evaluated["window"] == 128
+    assert evaluated["tokens"] == evaluated["windows"] * 127
 
     assert call(monkeypatch, ["eval", tmp_path / "out", "--text", text]) == 0
-    assert f"{found['perplexity']:.3f}" in capsys.readouterr().out
+    assert f"{evaluated['perplexity']:.3f}" in capsys.readouterr().out
 
 
 def test_markup_in_a_path_is_printed_as_it_is(
@@ -129,12 +129,12 @@ def test_markup_in_a_path_is_printed_as_it_is(
 def test_eval_with_bos_and_dtype_changes_the_figure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: Path
 ) -> None:
-    found = []
+    perplexities = []
     for extra in ([], ["--bos"], ["--dtype", "bfloat16"]):
         assert call(monkeypatch, ["eval", demo.FOLDER, "--text", text, "--json", *extra]) == 0
-        found.append(json.loads(capsys.readouterr().out)["perplexity"])
-    assert len(set(found)) == 3
-    assert found[2] == pytest.approx(found[0], rel=0.02)
+        perplexities.append(json.loads(capsys.readouterr().out)["perplexity"])
+    assert len(set(perplexities)) == 3
+    assert perplexities[2] == pytest.approx(perplexities[0], rel=0.02)
 
 
 def test_a_target_in_rounds_with_some_factors(
@@ -191,10 +191,10 @@ def test_demo_prunes_the_bundled_model(
     result = json.loads(capsys.readouterr().out)
     before, after = result["perplexity_before"], result["perplexity_after"]
     assert before["tokens"] == after["tokens"] > 10_000
-    # The model really predicts: a unigram model has 395, a uniform one 1024. The text differs between Pythons.
+    # A unigram model has a perplexity of 395, a uniform model 1024. The text differs between versions of Python.
     assert before["perplexity"] < 80 < 395
     assert before["perplexity"] < after["perplexity"] < 395
-    # The default refits: pruning alone at least triples the loss of perplexity.
+    # With the refit of the default recipe. Without a refit the increase is at least three times as large.
     assert after["perplexity"] < 1.2 * before["perplexity"]
     assert result["seconds"].keys() == {"load", "evaluate", "prune", "save"}
     load_torch(tmp_path / "out")
@@ -358,7 +358,7 @@ def test_bad_input_is_one_sentence_status_2_and_nothing_written(
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
 
-def test_convert_says_where_the_result_lies_and_fails_with_status_2(
+def test_convert_prints_the_output_folder_and_fails_with_status_2(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     convert_main(["to-flax", str(demo.FOLDER), str(tmp_path / "flax")])
@@ -384,9 +384,11 @@ def test_help_and_version_import_neither_jax_nor_transformers_nor_torch() -> Non
         "assert not {{'jax', 'transformers', 'torch', 'orbax', 'flax'}} & set(sys.modules), 'imported too much'"
     )
     for option, words in (("--help", "prune"), ("--version", __version__)):
-        done = subprocess.run([sys.executable, "-c", code.format(option)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert words in done.stdout
+        finished = subprocess.run(
+            [sys.executable, "-c", code.format(option)], capture_output=True, text=True, check=False
+        )
+        assert finished.returncode == 0, finished.stderr
+        assert words in finished.stdout
 
 
 def test_torch_is_not_needed_to_load_score_and_save(tmp_path: Path, text: Path) -> None:
@@ -397,8 +399,8 @@ def test_torch_is_not_needed_to_load_score_and_save(tmp_path: Path, text: Path) 
         f"sys.argv = {['minillm-jax', 'prune', *map(str, [demo.FOLDER, *prune_options(text, tmp_path / 'out')])]!r}\n"
         "cli.main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -428,8 +430,10 @@ def test_completion_lists_the_choices() -> None:
     environment = os.environ | {"_MINILLM_JAX_COMPLETE": "complete_bash"}
     environment |= {"COMP_WORDS": "minillm-jax prune --criterion mag", "COMP_CWORD": "3"}
     code = "import sys; from minillm_jax import cli; sys.argv = ['minillm-jax']; cli.main()"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["magnitude", "magnitude-l1"], done.stderr
+    finished = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert finished.stdout.split() == ["magnitude", "magnitude-l1"], finished.stderr
 
 
 def test_a_job_without_a_terminal_prints_lines_unless_it_is_quiet(
