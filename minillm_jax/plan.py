@@ -5,6 +5,7 @@ the number of calibration tokens and the recipe; `docs/benchmarks.md` holds them
 """
 
 import os
+import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from minillm_jax.pruning.slicing import slice_sizes
 from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.scoring.criteria import CRITERIA
 from minillm_jax.scoring.gradient.plan import direction_bytes
+from minillm_jax.stages import biased_config
 
 FLOAT, DOUBLE = 4, 8
 
@@ -125,10 +127,11 @@ def plan(described: Description, name: str, recipe: Recipe, devices: str | None 
     """
     kind, count, memory = parse_devices(devices)
     dense = described.abstract
-    after = pruned_sizes(dense.config, described.sizes, recipe)
+    config = biased_config(dense.config) if recipe.refit.method == "bias" else dense.config
+    after = pruned_sizes(config, described.sizes, recipe)
     window, dtype = recipe.budget.window, np.dtype(dense.embedding.dtype)
-    small = None if after is None else build(dense.config, after, dtype)
-    layout = None if after is None else output_format(dense.config, after, described.raw_config, recipe.output.format)
+    small = None if after is None else build(config, after, dtype)
+    layout = None if after is None else output_format(config, after, described.raw_config, recipe.output.format)
     tokens = recipe.data.samples * recipe.data.seq_len
     return Plan(
         model=name,
@@ -161,7 +164,7 @@ def parse_devices(text: str | None) -> tuple[str, int, int | None]:
         limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else _ram()
         return device.platform, 1 if device.platform == "cpu" else jax.local_device_count(), limit
     kind, _, number = text.lower().partition("-")
-    if kind not in DEVICES or (number and not number.isdecimal()) or number == "0":
+    if not re.fullmatch(rf"({'|'.join(DEVICES)})(-[1-9]\d{{0,5}})?", text, re.ASCII | re.IGNORECASE):
         raise InputError(
             f"--devices {text!r} is not understood; expected a kind and a number, v5e-8 or h100, with a kind of "
             f"{', '.join(DEVICES)}"
@@ -332,10 +335,19 @@ def run_flops(dense: Decoder, pruned: Decoder, recipe: Recipe) -> float:
         total += forward
     elif recipe.scoring.criterion == "flap":
         total += 2 * forward
+    if "layers" in recipe.budget.structures:
+        total += forward * layer_passes(recipe, layer_count(dense))
     if recipe.budget.allocation == "measured":
         trials = len(allocate.SHARES) * len(recipe.budget.kinds) * layer_count(dense)
         total += forward * (1 + trials)
     return total
+
+
+def layer_passes(recipe: Recipe, count: int) -> int:
+    """Forward passes of the removal of layers: in each removal, one for every layer that may still be removed."""
+    removable = len(allocate.layers_of(recipe.budget, count))
+    removed = removable - kept_count(removable, recipe.budget.ratio or 0.0)
+    return sum(removable - done for done in range(removed))
 
 
 def gradient_passes(recipe: Recipe) -> float:

@@ -145,7 +145,7 @@ class Budget:
         return heads + (("channel",) if "channels" in self.structures else ())
 
     @property
-    def target(self) -> tuple[str, float] | None:
+    def target(self) -> tuple[str, float | int] | None:
         """The measure of the target and the most that may be left; None with a ratio."""
         targets = {"parameters": self.target_params, "macs": self.target_macs, "memory": self.target_memory}
         given = [(measure, most) for measure, most in targets.items() if most is not None]

@@ -76,6 +76,8 @@ def check_equals_the_run(model: Path, tmp_path: Path, tokens: Path, recipe: Reci
         ("llama", {}, {"name": "wanda-sp", "target_params": "80k"}),
         ("llama", {"tie_word_embeddings": True}, {"name": "wanda-sp", "ratio_of": "model", "ratio": 0.3}),
         ("llama", {"attention_bias": True, "mlp_bias": True}, {"name": "wanda-sp", "refit": "bias"}),
+        ("llama", {}, {"name": "flap", "budget": "uniform"}),
+        ("llama", {}, {"name": "wanda-sp", "refit": "bias", "structures": "hidden,channels"}),
         ("qwen3", {}, {"name": "wanda-sp", "dtype": "bfloat16"}),
         ("gemma2", {}, {"name": "wanda-sp", "round_width_to": 16}),
         (
@@ -163,7 +165,7 @@ def test_devices_are_a_kind_and_a_number(text: str, count: int, memory: int) -> 
     assert parse_devices(text) == (text.lower(), count, memory)
 
 
-@pytest.mark.parametrize("text", ["", "tpu", "v5e-0", "v5e-two", "v5e--2", "v5e-²", "8", "h100 4", "h100-1.5"])
+@pytest.mark.parametrize("text", ["", "tpu", "v5e-", "v5e-0", "v5e-two", "v5e--2", "v5e-²", "8", "h100 4", "h100-1.5"])
 def test_devices_that_are_not_understood(text: str) -> None:
     with pytest.raises(
         InputError, match=r"--devices .* is not understood; expected a kind and a number, v5e-8 or h100"
@@ -225,6 +227,7 @@ def test_memory_and_operations_grow_with_the_samples(options: dict[str, Any]) ->
         ({"criterion": "gate", "refit": "none", "directions": 4}, 2 * 4),
         ({"criterion": "element-1", "refit": "none"}, 4),
         ({"name": "wanda-sp", "structures": "hidden"}, 1),
+        ({"structures": "layers"}, 4 + 3),
     ],
     ids=str,
 )

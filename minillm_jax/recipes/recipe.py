@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm_jax.errors import InputError, cause, one_of, shortened
-from minillm_jax.options import Option, flag_of, option_of
+from minillm_jax.options import BYTES, COUNT, LAYERS, STEP, WORDS, Option, flag_of, option_of
 from minillm_jax.settings import Budget, Data, Devices, Estimation, Evaluation, Output, Refit, Scoring
 
 FOLDER = Path(__file__).parent
@@ -150,10 +150,14 @@ def _value(described: Option, value: Any, where: str) -> Any:
             return spelling.read(value)
         except ValueError as error:
             raise InputError(f"{where} {shortened(value)!r} {error}") from None
-    if spelling is not None and isinstance(value, list | tuple):
+    if spelling is WORDS and isinstance(value, list | tuple) and all(isinstance(word, str) for word in value):
         return tuple(value)
-    if spelling is not None and isinstance(value, int | float) and not isinstance(value, bool):
+    if spelling is LAYERS and isinstance(value, list | tuple) and [type(one) for one in value] == [int, int]:
+        return tuple(value)
+    if spelling in (COUNT, BYTES, STEP) and isinstance(value, int | float) and not isinstance(value, bool):
         return value
+    if spelling is not None and value is not None:
+        raise InputError(f"{where} must be written like {spelling.example}, found {shortened(str(value))!r}")
     if described.kind in (int, float) and isinstance(value, str):
         value = _number(described.kind, value)
     if described.kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -13,7 +13,7 @@ from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.modules import Block
 
 # For each run: name of a matrix -> one number for each layer and input feature, [L, inputs...].
-RunStatistics = list[dict[str, Float[Array, "L ..."]]]
+RunStatistics = list[dict[str, Float[Array, "_ ..."]]]
 
 
 def activation_norms(decoder: Decoder, batches: Batches, norm: str = "l2") -> RunStatistics:

@@ -146,7 +146,7 @@ VALUES: dict[str, list[Any]] = {
     "ratio": [0.6],
     "target_params": [5e6],
     "target_macs": [5e9],
-    "target_memory": [1e7],
+    "target_memory": [10**7],
     "structures": [("heads",), ("channels",), ("hidden",), ("layers",), ("hidden", "heads")],
     "layers": [(1, 3), (0, -1)],
     "rounds": [2],

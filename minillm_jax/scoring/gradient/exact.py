@@ -19,7 +19,7 @@ from minillm_jax.model.tree import group_count, kernels, replace_kernels
 from minillm_jax.scoring.gradient import spaces
 
 # For each run: name of a matrix -> gradient with the axes of the matrix, or kind of group -> [L, B, groups].
-RunGradients = list[dict[str, Float[Array, "L ..."]]]
+RunGradients = list[dict[str, Float[Array, "_ ..."]]]
 
 
 def _losses(decoder: Decoder, tokens: Int[Array, "B T"], parameters: Any, apply: Any) -> Float[Array, " B"]:
