@@ -1,5 +1,6 @@
-"""InputError, the exception for bad input, and helpers for its messages."""
+"""InputError, the exception for bad input; InputWarning, for input that is usable but surprising; message helpers."""
 
+import warnings
 from collections.abc import Iterable
 
 
@@ -9,6 +10,18 @@ class InputError(ValueError):
     The message is one sentence: what, where, expected and found, what to do. The command line prints the message and
     exits with status 2. No output is written before the error.
     """
+
+
+class InputWarning(UserWarning):
+    """A run goes on, but otherwise than its input suggests. The message is one sentence, as for `InputError`.
+
+    The command line prints it on standard error.
+    """
+
+
+def warn(sentence: str) -> None:
+    """Issues an `InputWarning`. Python shows equal warnings of one line once."""
+    warnings.warn(InputWarning(sentence), stacklevel=3)
 
 
 def cause(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minillm_jax.cli.flags import COMMON, SHOW, SYNONYMS, show_all, with_settings
-from minillm_jax.cli.show import progress, show
+from minillm_jax.cli.show import progress, show, show_warnings
 from minillm_jax.errors import InputError
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.version import __version__
@@ -76,6 +76,8 @@ def main() -> None:
     """Entry point of `minillm-jax`: bad input is one sentence on standard error and exit status 2."""
     # transformers otherwise advises to install PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    show_warnings()
     try:
         status = app(standalone_mode=False)
     except InputError as error:

@@ -3,9 +3,12 @@
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from minillm_jax.errors import InputWarning
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,6 +27,25 @@ def show(as_json: bool, value: Callable[[], dict[str, Any]], table: Callable[[],
         print(json.dumps(value()))
     else:
         Console().print(table())
+
+
+def show_warnings() -> None:
+    """Prints every `InputWarning` as one sentence on standard error, and no warning of another library.
+
+    `python -W` and PYTHONWARNINGS bring the others back.
+    """
+
+    def print_one(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, InputWarning):
+            print(f"minillm-jax: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+        else:
+            others(message, category, *rest, **more)
+
+    others = warnings.showwarning
+    warnings.showwarning = print_one
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    warnings.simplefilter("default", InputWarning)
 
 
 @contextmanager

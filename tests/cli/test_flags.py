@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import pytest
 import typer
 
 import minillm_jax as mj
-from minillm_jax import cli, demo
+from minillm_jax import cli, demo, errors
 from minillm_jax.cli.commands import app
 from minillm_jax.cli.flags import COMMON_ORDER, SYNONYMS
-from minillm_jax.cli.show import Lines
+from minillm_jax.cli.show import Lines, show_warnings
 from minillm_jax.options import Option, flag_of
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes.recipe import Recipe, options, places, with_value
@@ -195,3 +196,11 @@ def test_lines_come_at_intervals_within_a_stage() -> None:
     for done in range(1, 4):
         lines("directions", done, 5)
     assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["1/5", "2/5", "3/5"]
+
+
+def test_warnings_are_sentences_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        show_warnings()
+        errors.warn("4 heads are kept;\n  none is removed")
+        warnings.warn("advice of another library", FutureWarning, stacklevel=1)
+    assert capsys.readouterr().err == "minillm-jax: warning: 4 heads are kept; none is removed\n"
