@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from flax import nnx
@@ -171,6 +171,41 @@ def _write_folder(
             code = f"{formats.REMOTE_CODE}.py"
             shutil.copyfile(Path(__file__).with_name(code), scratch / code)
         _write_extra(scratch, extra)
+
+
+def add_texts(folder: str | Path, texts: Mapping[str, str]) -> None:
+    """Add files to a written folder, each whole or not at all; only process 0 calls it.
+
+    Args:
+      folder: the folder.
+      texts: file name → text.
+
+    Raises:
+      InputError: a file cannot be written, or exists already.
+    """
+    target = Path(folder).expanduser()
+    for name, text in texts.items():
+        try:
+            with new_file(target / name) as file:
+                file.write(text)
+        except OSError as error:
+            raise InputError(f"{target / name}: cannot be written ({cause(error)})") from error
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[TextIO]:
+    """A text file that takes its name when it is complete; it never overwrites another file."""
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        with scratch.open("x", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            raise FileExistsError(f"{path.name} exists already")
+        scratch.rename(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def write_flax(model: Model, output: str | Path, extra: Mapping[str, str] | None = None) -> Path:

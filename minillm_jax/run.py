@@ -1,4 +1,8 @@
-"""One run from folder to folder: checked early, then load, calibrate, evaluate, prune, evaluate, save."""
+"""One run from folder to folder: checked early, then load, calibrate, evaluate, prune, save, evaluate, document.
+
+The pruned weights are saved before anything else is done with them. A failure of the evaluation or of the report then
+costs nothing but the figures.
+"""
 
 import time
 from collections.abc import Callable, Mapping
@@ -9,7 +13,7 @@ from minillm_jax import plan as plans
 from minillm_jax.api import calibrate, evaluate, load, save
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts, sharding
-from minillm_jax.errors import InputError
+from minillm_jax.errors import InputError, cause, shortened
 from minillm_jax.evaluation.perplexity import Perplexity
 from minillm_jax.model import costs
 from minillm_jax.model.loaded import Model
@@ -63,7 +67,7 @@ class Result:
       job: the job, with the settings that the run read.
       pruned: the model that was written.
       written: format of the folder, and how many parameters its files hold.
-      seconds: of each stage; the stage `save` is missing until it is over.
+      seconds: of each stage.
       before: perplexity of the dense model, None where none was measured.
       after: perplexity of the pruned model.
       costs_before: costs of the dense model, by measure (`costs.MEASURES`), for a window of `budget.window` tokens.
@@ -90,10 +94,11 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     Args:
       job: model, output folder, settings.
       progress: called with how far each stage is.
-      documents: called by process 0 just before saving; its texts are written together with the weights.
+      documents: called by process 0 after the last measurement; its texts are added to the folder.
 
     Raises:
-      InputError: see `Job.check`; or the model or a text cannot be used. No folder has been written then.
+      InputError: see `Job.check`; or the model or a text cannot be used. No folder has been written then. Or the pruned
+        model is saved, but a later measurement or document failed; the message says so.
     """
     settings = job.check()
     recipe = settings.recipe
@@ -103,6 +108,7 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     writer.check_new(job.output)
     clock = _Clock()
     check_model(reader.describe_model(job.model, recipe.output.dtype, job.revision), recipe)
+    hosts.check_same("settings", (job.model, recipes.to_toml(recipe, settings.keys), versions()))
     model = load(job.model, recipe.output.dtype, sharding.make_mesh(shape), job.revision)
     costs_before = costs.all_costs(model.decoder, recipe.budget.window)
     calibration = _calibrate(model, job, recipe)
@@ -112,17 +118,27 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     pruned = prune_model(model, calibration, recipe, progress=progress)
     del model  # the dense weights
     clock.lap("prune")
-    after = _perplexity(pruned, recipe, progress)
-    clock.lap("evaluate")
-    costs_after = costs.all_costs(pruned.decoder, recipe.budget.window)
-    planned = writer.planned(pruned, recipe.output.format)
-    done = replace(job, recipe=recipe)
-    result = Result(done, pruned, planned, dict(clock.seconds), before, after, costs_before, costs_after)
-    texts = {RECIPE_FILE: _written_recipe(job, settings, pruned, calibration)}
-    texts |= documents(result) if documents is not None and hosts.is_writer() else {}
-    written = save(pruned, job.output, recipe.output.format, recipe.output.max_shard_size, texts)
+    repeats = {RECIPE_FILE: _written_recipe(job, settings, pruned, calibration)}
+    written = save(pruned, job.output, recipe.output.format, recipe.output.max_shard_size, repeats)
     clock.lap("save")
-    return replace(result, written=written, seconds=clock.seconds)
+    costs_after = costs.all_costs(pruned.decoder, recipe.budget.window)
+    done = replace(job, recipe=recipe)
+    result = Result(done, pruned, written, clock.seconds, before, None, costs_before, costs_after)
+    missing: list[tuple[str, Exception]] = []
+    try:
+        result = replace(result, after=_perplexity(pruned, recipe, progress))
+    except Exception as error:
+        missing.append(("its perplexity was not measured", error))
+    clock.lap("evaluate")
+    if documents is not None and hosts.is_writer():
+        try:
+            writer.add_texts(job.output, documents(result))
+        except Exception as error:
+            missing.append(("its report was not written", error))
+    if missing:
+        reasons = ", ".join(f"{what} ({shortened(cause(error), 300)})" for what, error in missing)
+        raise InputError(f"the pruned model is saved in {job.output}, but {reasons}") from missing[0][1]
+    return result
 
 
 def check_model(described: reader.Description, recipe: Recipe) -> None:
@@ -152,6 +168,7 @@ def _calibrate(model: Model, job: Job, recipe: Recipe) -> Calibration:
     data, expected = recipe.data, recipe.origin.get("tokens_sha256")
     assert data.calibration is not None, "checked before"
     calibration = calibrate(model, data.calibration, data.samples, data.seq_len, data.seed)
+    hosts.check_same("calibration windows", calibration.fingerprint())
     again = job.model == recipe.origin.get("model") and not any(section == "data" for section, _ in job.given)
     if again and expected is not None and calibration.fingerprint() != expected:
         raise InputError(

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minillm_jax import api
+from minillm_jax import run as runs
 from minillm_jax.errors import InputError
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes.recipe import Recipe
-from minillm_jax.run import Job, Result, run
+from minillm_jax.run import Documents, Job, Result, run
 from minillm_jax.settings import Data, Refit, Scoring
 from tests.helpers import hugging_face_folder, load_stock, load_torch, logits_of, random_tokens, torch_logits
 
@@ -24,12 +26,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def job(folder: Path, output: Path, **options: Any) -> Result:
+def job(folder: Path, output: Path, documents: Documents | None = None, **options: Any) -> Result:
     """A run with the options of the command line, beside 4 windows, wanda, no refit, and a ratio of one half."""
     base = Recipe(data=Data(str(folder / "tokens.npy"), 4, 32), scoring=Scoring("wanda"), refit=Refit("none"))
     amount = {} if "target_params" in options else {"ratio": 0.5}
     recipe, given = recipes.with_options(base, amount | options)
-    return run(Job(str(folder / "model"), str(output), recipe, given))
+    return run(Job(str(folder / "model"), str(output), recipe, given), documents=documents)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,46 @@ def test_query_heads_need_more_than_one_of_each_key_value_head(tmp_path: Path) -
     hugging_face_folder(tmp_path / "model", "opt")
     with pytest.raises(InputError, match="every key/value head has one query head"):
         job(tmp_path, tmp_path / "out", heads="query")
+
+
+# -------------------------------------------------------------------------------------- failures after the pruning
+
+
+@pytest.mark.parametrize("error", [InputError("the loss is nan"), RuntimeError("RESOURCE_EXHAUSTED: out of memory")])
+@pytest.mark.parametrize("failing", ["evaluation", "documents"])
+def test_a_failure_after_the_pruning_does_not_lose_the_pruned_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: Exception
+) -> None:
+    """The evaluation of the dense model works, that of the pruned model fails; or the report does."""
+    evaluations = []
+
+    def evaluated(*arguments: Any, **more: Any) -> Any:
+        evaluations.append((tmp_path / "out" / "model.safetensors").is_file())
+        if failing == "evaluation" and len(evaluations) == 2:
+            raise error
+        return api.evaluate(*arguments, **more)
+
+    def documents(result: Result) -> dict[str, str]:
+        if failing == "documents":
+            raise error
+        return {"report.txt": f"after: {result.after}"}
+
+    monkeypatch.setattr(runs, "evaluate", evaluated)
+    missing = "perplexity was not measured" if failing == "evaluation" else "report was not written"
+    with pytest.raises(InputError, match=rf"the pruned model is saved in .*out, but its {missing} \({error}\)"):
+        job(folder, tmp_path / "out", documents=documents, evaluate=str(folder / "tokens.npy"))
+    assert evaluations == [False, True]
+    assert load_stock(tmp_path / "out").config.intermediate_size == 20
+    assert (tmp_path / "out" / "recipe.toml").is_file()
+    assert (tmp_path / "out" / "report.txt").exists() == (failing == "evaluation")
+
+
+def test_documents_are_added_whole_and_never_overwrite(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"config\.json exists already"):
+        job(folder, tmp_path / "out", documents=lambda result: {"a.txt": "a", "config.json": "b"})
+    assert (tmp_path / "out" / "a.txt").read_text() == "a"
+    assert load_stock(tmp_path / "out").config.intermediate_size == 20
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
 # ------------------------------------------------------------------------------------------------- repeated runs

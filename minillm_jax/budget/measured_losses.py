@@ -14,14 +14,16 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minillm_jax.data.batches import Batches
+from minillm_jax.devices import hosts, sharding
 from minillm_jax.evaluation.perplexity import window_losses
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder, embed, finish, rotary_angles, scan_layers
 from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.loss import token_losses
 from minillm_jax.model.modules import Block
-from minillm_jax.model.tree import group_count, layer_count
-from minillm_jax.pruning.refit import fit_of, pruned_kind, removal_order, resolve
+from minillm_jax.model.tree import group_count, layer_count, part_count
+from minillm_jax.pruning.refit import gathered, pruned_kind, refitted, removal_order, resolve, system_at
+from minillm_jax.pruning.system import Solver
 from minillm_jax.pruning.walk import PROJECTIONS, Site, projection, walk
 from minillm_jax.settings import Refit
 
@@ -53,6 +55,7 @@ def level_losses(
       InputError: see `slice_and_refit`.
     """
     settings = resolve(refit, decoder.config)
+    solver = Solver(settings.solver)
     dense = float(window_losses(decoder, batches).sum(dtype=np.float64))
     total = sum(len(counts) - 1 for rows in levels.values() for counts in rows)
     losses: dict[str, list[list[float]]] = {kind: [] for kind in levels}
@@ -64,7 +67,7 @@ def level_losses(
         if kind is None:
             return site.run
         changes = [0.0]
-        for kernel, shift in _projections(site, kind, levels[kind][site.layer][1:], choose, settings):
+        for kernel, shift in _projections(site, kind, levels[kind][site.layer][1:], choose, settings, solver):
             layer, name = jnp.int32(site.layer), PROJECTIONS[site.kind]
             program = partial(_losses, replaced=layer, kernel=kernel, shift=shift, name=name)
             loss = window_losses(decoder, batches, program).sum(dtype=np.float64)
@@ -81,26 +84,36 @@ def level_losses(
 
 
 def _projections(
-    site: Site, kind: str, counts: Sequence[int], choose: Choose | None, settings: Refit
+    site: Site, kind: str, counts: Sequence[int], choose: Choose | None, settings: Refit, solver: Solver
 ) -> Iterator[tuple[Float[Array, "..."], Float[Array, " D"]]]:
     """For each count, the refitted kernel at full width, with rows of zeros, and the change of the bias."""
     if not counts:
         return
-    fit, count = fit_of(site, settings), group_count(site.run, kind)
-    order = removal_order(site, kind, min(counts), fit, settings.solver) if choose is None else None
+    values, count, parts = gathered(site), group_count(site.run, kind), part_count(site.run, kind)
     shape = projection(site.run, site.kind).kernel.shape[1:]
+    system = None
+    order: dict[str, np.ndarray] = {}
+
+    def at_full_width(keep: int) -> dict[str, np.ndarray]:
+        nonlocal system
+        system = system or system_at(site, settings, values)
+        if choose is None and not order:
+            fewest = min(counts)
+            order["removed"] = solver.run(system, lambda s, name: removal_order(s, count, fewest, parts, name))
+        removed = order.get("removed", np.empty(0))[: count - keep]
+        kept = np.delete(np.arange(count), removed) if choose is None else choose(kind, site.layer, keep)
+        kernel, shift = np.zeros_like(system.kernel), np.zeros(system.kernel.shape[1])
+        rows = np.arange(len(kernel)).reshape(count, -1)[kept].ravel()
+        found = {"kernel": system.kernel[rows]} | refitted(system, kept, count, settings, solver)
+        kernel[rows] = found["kernel"]
+        return {"kernel": kernel.astype(np.float32), "shift": found.get("shift", shift).astype(np.float32)}
+
     for keep in counts:
-        if order is None:
-            assert choose is not None
-            kept = choose(kind, site.layer, keep)
-        else:
-            kept = np.delete(np.arange(count), order[: count - keep])
-        rows = np.arange(len(fit.kernel)).reshape(count, -1)[kept].ravel()
-        kernel = np.zeros_like(fit.kernel)
-        kernel[rows] = fit.refitted(rows, settings)
-        shift = None if settings.method == "none" else fit.shift(rows, kernel[rows])
-        shift = np.zeros(kernel.shape[1]) if shift is None else shift
-        yield jnp.asarray(kernel.reshape(shape), jnp.float32), jnp.asarray(shift, jnp.float32)
+        found = hosts.of_first(partial(at_full_width, keep))
+        yield (
+            sharding.replicated(found["kernel"].reshape(shape), site.mesh),
+            sharding.replicated(found["shift"], site.mesh),
+        )
 
 
 # The replaced layer is an argument of the compiled program, so that all layers share one compilation.

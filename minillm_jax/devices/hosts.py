@@ -1,16 +1,25 @@
-"""Processes of several hosts: they are joined, agree on texts and checks, and wait for each other."""
+"""Processes of several hosts: they are joined, process 0 decides for all of them, and they wait for each other.
 
+Processes run the same program on their own machines. Two machines can round differently or read different clocks. A
+decision that is not the same everywhere would mix two models, or leave a process waiting for ever. Process 0 therefore
+decides whatever depends on values, and sends its decision to the others (`of_first`, `agree`, `decide`).
+"""
+
+import hashlib
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 
 from minillm_jax.errors import InputError, cause
 
-# Largest size in bytes of a text that process 0 sends to the others: a path or a sentence.
-LONGEST = 8192
+# Fewest bytes that process 0 sends. Sizes are rounded up to powers of two, so that few programs are compiled.
+FEWEST = 256
 
 
 @dataclass(frozen=True)
@@ -66,14 +75,91 @@ def is_writer() -> bool:
 
 
 def agree(text: str) -> str:
-    """The text of process 0, in every process; cut to `LONGEST` bytes with several processes."""
+    """The text of process 0, in every process."""
+    return text if jax.process_count() == 1 else _send(text.encode()).decode()
+
+
+def of_first(compute: Callable[[], Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Arrays by name, computed in process 0 alone, in every process bit for bit.
+
+    `compute` must not run programs on devices of other processes: these wait for its result.
+
+    Args:
+      compute: called in process 0; arrays or numbers of NumPy, by name.
+
+    Raises:
+      InputError: `compute` raised it, in every process.
+      RuntimeError: `compute` raised another error, in the other processes; or the arrays arrived damaged.
+    """
     if jax.process_count() == 1:
-        return text
+        return {name: np.asarray(value) for name, value in compute().items()}
+    arrays, failure = {}, None
+    if is_writer():
+        try:
+            arrays = {name: np.asarray(value) for name, value in compute().items()}
+        except Exception as error:  # sent to the other processes, which would wait for ever
+            failure = error
+    _raise_together(failure)
+    described = {name: [array.dtype.name, array.shape] for name, array in arrays.items()}
+    received = {
+        name: np.frombuffer(_send(arrays[name].tobytes() if is_writer() else b""), np.dtype(dtype)).reshape(shape)
+        for name, (dtype, shape) in json.loads(agree(json.dumps(described))).items()
+    }
+    check_same("arrays of process 0", {name: digest(array) for name, array in received.items()})
+    return received
+
+
+def digest(array: np.ndarray) -> str:
+    """SHA-256 of the bytes of an array."""
+    return hashlib.sha256(array.tobytes()).hexdigest()
+
+
+def check_same(what: str, value: Any) -> None:
+    """Checks that every process holds the same value.
+
+    Args:
+      what: names the value in the message, in the plural.
+      value: any value with a `repr` that identifies it.
+
+    Raises:
+      InputError: one process holds another value, in every process.
+    """
+    if jax.process_count() == 1:
+        return
     from jax.experimental import multihost_utils
 
-    data = text.encode()[:LONGEST]
-    received = multihost_utils.broadcast_one_to_all(np.frombuffer(data.ljust(LONGEST, b"\0"), np.uint8))
-    return bytes(received).rstrip(b"\0").decode(errors="ignore")
+    own = np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8)
+    different = np.flatnonzero((np.asarray(multihost_utils.process_allgather(own)) != agree_bytes(own)).any(axis=1))
+    if different.size:
+        raise InputError(
+            f"the {what} of process {different[0]} are not those of process 0; give all processes the same command, "
+            "files and versions"
+        )
+
+
+def agree_bytes(own: np.ndarray) -> np.ndarray:
+    """The bytes of process 0, in every process; equally many in all."""
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(own))
+
+
+def _send(data: bytes) -> bytes:
+    """The bytes of process 0, in every process; what the others pass is ignored."""
+    size = int.from_bytes(agree_bytes(np.frombuffer(len(data).to_bytes(8, "little"), np.uint8)).tobytes(), "little")
+    padded = max(FEWEST, 1 << (size - 1).bit_length()) if size else FEWEST
+    own = data if is_writer() else b""
+    return agree_bytes(np.frombuffer(own.ljust(padded, b"\0"), np.uint8)).tobytes()[:size]
+
+
+def _raise_together(failure: Exception | None) -> None:
+    """Raises the error of process 0 in every process."""
+    message = agree("" if failure is None else f"{isinstance(failure, InputError):d}{cause(failure)}")
+    if failure is not None:
+        raise failure
+    if message:
+        kind = InputError if message[0] == "1" else RuntimeError
+        raise kind(message[1:])
 
 
 def decide(check: Callable[[], None]) -> None:
@@ -82,15 +168,16 @@ def decide(check: Callable[[], None]) -> None:
     Raises:
       InputError: the check raised it.
     """
-    message = ""
+    failure = None
     if is_writer():
         try:
             check()
         except InputError as error:
-            message = str(error)
-    message = agree(message)
-    if message:
-        raise InputError(message)
+            failure = error
+    if jax.process_count() > 1:
+        _raise_together(failure)
+    elif failure is not None:
+        raise failure
 
 
 def wait() -> None:

@@ -10,6 +10,7 @@ An array whose size does not divide by the number of devices is replicated: ever
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from jaxtyping import Array, Int, Shaped
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import named_arrays, outer_letters, run_letters
 
 DATA, MODEL = "data", "model"
@@ -123,6 +125,26 @@ def spec(axes: str, sizes: Mapping[str, int], devices: int) -> PartitionSpec:
     return PartitionSpec(*(cut(letter) for letter in axis_table.letters(axes)))
 
 
+def run_shardings(run: Block, mesh: Mesh) -> Block:
+    """The sharding of each array of a run of equal layers, as a tree of the structure of the run."""
+    sizes = run_letters(run)
+
+    def one(path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding:
+        name = axis_table.array_path(path)
+        if axis_table.is_data(name):
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, spec(f"L {axis_table.BLOCK_AXES[name]}", sizes, mesh.shape[MODEL]))
+
+    return jax.tree_util.tree_map_with_path(one, run)
+
+
+def constrain_run(run: Block, mesh: Mesh | None) -> Block:
+    """A run with the shardings of `run_shardings`, inside a compiled program; unchanged without a mesh."""
+    if mesh is None:
+        return run
+    return jax.tree.map(jax.lax.with_sharding_constraint, run, run_shardings(run, mesh))
+
+
 def constrain(
     array: Shaped[Array, "..."], name: str, sizes: Mapping[str, int], mesh: Mesh | None
 ) -> Shaped[Array, "..."]:
@@ -146,12 +168,26 @@ def constrain(
 def place(array: Shaped[np.ndarray, "..."] | Shaped[Array, "..."], sharding: NamedSharding | None) -> Array:
     """An array on its devices, each of which receives only its shard; on the default device without a sharding.
 
-    Each process fills only its own devices, so all processes must call this with the same array.
+    An array that lies on these devices already is returned as it is. An array whose shards lie on the devices of
+    several processes moves between devices, never through a host. Each process fills only its own devices, so all
+    processes must call this with the same array.
     """
-    if sharding is None or (sharding.is_fully_addressable and isinstance(array, jax.Array)):
-        return jax.device_put(array, sharding)
+    if sharding is None:
+        return jax.device_put(array)
+    if isinstance(array, jax.Array):
+        if array.sharding.is_equivalent_to(sharding, array.ndim):
+            return array
+        if sharding.is_fully_addressable and array.is_fully_addressable:
+            return jax.device_put(array, sharding)
+        if not array.is_fully_addressable:
+            return jax.jit(lambda array: array, out_shardings=sharding)(array)
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def replicated(array: Shaped[np.ndarray, "..."], mesh: Mesh | None) -> Array:
+    """An array that every device of a mesh holds whole; on the default device without a mesh."""
+    return place(array, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
 def shard(decoder: Decoder, mesh: Mesh | None) -> Decoder:
@@ -170,6 +206,31 @@ def shard_batch(tokens: Int[np.ndarray, "B T"], mesh: Mesh | None) -> Int[Array,
 def data_size(mesh: Mesh | None) -> int:
     """Number of devices that share a batch."""
     return 1 if mesh is None else mesh.shape[DATA]
+
+
+def shares(count: int, mesh: Mesh | None) -> int:
+    """Number of equal parts of a batch of `count` windows on the devices of `data`; 1 where it is replicated."""
+    return data_size(mesh) if count % data_size(mesh) == 0 else 1
+
+
+def spread(
+    array: Shaped[Array, "..."], mesh: Mesh | None, cut: str | None = None, axis: int = -1
+) -> Shaped[Array, "..."]:
+    """An array whose first axis is shared over `data`, inside a compiled program; unchanged without a mesh.
+
+    Args:
+      array: the array; an axis that does not divide by its devices is replicated.
+      mesh: the mesh, or None.
+      cut: the axis of the mesh that also shares another axis of the array; None for no other axis.
+      axis: the position of that axis.
+    """
+    if mesh is None:
+        return array
+    rule: list[str | None] = [None] * array.ndim
+    if cut is not None and array.shape[axis] % mesh.shape[cut] == 0:
+        rule[axis] = cut
+    rule[0] = DATA if array.shape[0] % mesh.shape[DATA] == 0 else None
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*rule)))
 
 
 def over_data(count: int, mesh: Mesh) -> NamedSharding:

@@ -14,6 +14,8 @@ solution of a ridge regression to that target, whose ridge keeps them near their
 With α = 0 the target is the dense output of this projection. With α = 1 the target also corrects the error that earlier
 pruned layers left in the residual stream. A projection with a bias is fitted on centred inputs and targets, and the
 bias takes the difference of the means.
+
+With several processes, process 0 chooses the groups and solves the systems. The others receive its results.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence, Sized
@@ -22,20 +24,23 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 from jax import numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from minillm_jax.data.batches import Batches
-from minillm_jax.devices.sharding import gather, mesh_of, shard
+from minillm_jax.devices import hosts
+from minillm_jax.devices.sharding import gather, mesh_of, place, run_shardings, shard
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.model import axis_table
 from minillm_jax.model.build import with_runs
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block
-from minillm_jax.model.tree import group_count, part_count
+from minillm_jax.model.tree import group_count, named_arrays, part_count
 from minillm_jax.pruning import slicing, solve
 from minillm_jax.pruning.refit_inputs import refit_sublayer_inputs
 from minillm_jax.pruning.removal_order import greedy_removal, products_of_best
+from minillm_jax.pruning.system import Solver, System, system_of
 from minillm_jax.pruning.walk import PROJECTIONS, InputMoments, RefitInputs, Site, projection, walk
 from minillm_jax.settings import METHODS, SOLVERS, Refit
 
@@ -107,12 +112,13 @@ def slice_and_refit(
       InputError: see `resolve`; or the activations are not finite.
     """
     settings = resolve(refit or Refit(), decoder.config)
+    solver = Solver(settings.solver)
 
     def replace_layer(site: Site) -> Block:
         kind = pruned_kind(site.kind, kept)
-        return site.run if kind is None else slice_site(site, kind, kept[kind][site.layer], settings)
+        return site.run if kind is None else slice_site(site, kind, kept[kind][site.layer], settings, solver)
 
-    refit_inputs = _input_refit(settings, kept, batches.tokens)
+    refit_inputs = _input_refit(settings, kept, batches, solver)
     layers = walk(decoder, batches, replace_layer, progress, refit_inputs)
     return shard(with_runs(decoder, slicing.merge(layers)), mesh_of(decoder))
 
@@ -143,23 +149,26 @@ def prune_by_obs(
       InputError: see `resolve`; or the activations are not finite.
     """
     settings = resolve(refit or Refit(), decoder.config)
+    solver = Solver(settings.solver)
     kept: dict[str, list[np.ndarray]] = {kind: [] for kind in counts}
 
     def replace_layer(site: Site) -> Block:
         kind = pruned_kind(site.kind, counts)
         if kind is None:
             return site.run
-        groups, fit = _choose(site, kind, counts[kind][site.layer], settings)
+        groups, layer = _choose_and_refit(site, kind, counts[kind][site.layer], settings, solver)
         kept[kind].append(groups)
-        return slice_site(site, kind, groups, settings, fit)
+        return layer
 
     kept_ranges = {kind: [range(count) for count in rows] for kind, rows in counts.items()}  # only their lengths matter
-    refit_inputs = _input_refit(settings, kept_ranges, batches.tokens)
+    refit_inputs = _input_refit(settings, kept_ranges, batches, solver)
     layers = walk(decoder, batches, replace_layer, progress, refit_inputs)
     return shard(with_runs(decoder, slicing.merge(layers)), mesh_of(decoder)), kept
 
 
-def _input_refit(settings: Refit, kept: Mapping[str, Sequence[Sized]], tokens: int) -> RefitInputs | None:
+def _input_refit(
+    settings: Refit, kept: Mapping[str, Sequence[Sized]], batches: Batches, solver: Solver
+) -> RefitInputs | None:
     """The input refit of the sublayers that lose groups; None where β is 0."""
     if not settings.inputs:
         return None
@@ -168,8 +177,8 @@ def _input_refit(settings: Refit, kept: Mapping[str, Sequence[Sized]], tokens: i
         kind = pruned_kind(sublayer, kept)
         if kind is None or len(kept[kind][layer]) == group_count(run, kind):
             return run
-        beta, ridge = settings.inputs or 0.0, settings.ridge
-        return refit_sublayer_inputs(sublayer, run, moments(), tokens, beta, ridge, settings.solver)
+        beta, ridge, where = settings.inputs or 0.0, settings.ridge, f" of layer {layer}"
+        return refit_sublayer_inputs(sublayer, run, moments(), batches.tokens, beta, ridge, solver, batches.mesh, where)
 
     return refit_inputs
 
@@ -186,33 +195,87 @@ def pruned_kind(sublayer: str, kinds: Container[str]) -> str | None:
     return next((kind for kind in candidates if kind in kinds), None)
 
 
-def removal_order(site: Site, kind: str, keep: int, fit: "Fit", solver: str = "host") -> Int[np.ndarray, " removed"]:
-    """The removed groups of a site in the order of structured OBS, until `keep` groups remain.
+# ------------------------------------------------------------------------------------------- one output projection
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What the system of an output projection is made of, on the host. All processes gather it together.
+
+    Attributes:
+      moments: the fields of `walk.Moments`.
+      kernel: W, the dense kernel, float64.
+    """
+
+    moments: tuple[np.ndarray, ...]
+    kernel: Float[np.ndarray, "I D"]
+
+
+def gathered(site: Site) -> Gathered:
+    """The moments and the kernel of a site. With several processes, every process must call this."""
+    moments = tuple(gather(moment) for moment in site.moments())
+    kernel = gather(projection(site.run, site.kind).kernel[...])
+    return Gathered(moments, kernel.astype(np.float64).reshape(len(moments[0]), -1))
+
+
+def system_at(site: Site, settings: Refit, values: Gathered | None = None) -> System:
+    """The linear system of one output projection.
 
     Args:
-      site: an output projection.
-      kind: kind of the groups: that of the site, or `query`.
-      keep: number of kept groups.
-      fit: the linear system of the projection.
-      solver: `host` (float64) or `device` (float32).
+      site: the projection.
+      settings: from `resolve`.
+      values: from `gathered`, which this function calls otherwise.
+
+    Raises:
+      InputError: the activations are not finite.
     """
-    inverse = solve.inverse(fit.hessian, fit.ridge, solver)
-    products = products_of_best(inverse, fit.right, solver)
-    count, parts = group_count(site.run, kind), part_count(site.run, kind)
+    values = values or gathered(site)
+    biased = projection(site.run, site.kind).bias is not None
+    where, alpha = f"{PROJECTIONS[site.kind]} of layer {site.layer}", settings.alpha or 0.0
+    return system_of(values.moments, values.kernel, site.tokens, alpha, settings.ridge, biased, where, settings.solver)
+
+
+def removal_order(
+    system: System, count: int, keep: int, parts: int = 1, solver: str = "host"
+) -> Int[np.ndarray, " removed"]:
+    """The removed groups of a projection in the order of structured OBS, until `keep` groups remain.
+
+    Args:
+      system: the linear system of the projection.
+      count: number of groups.
+      keep: number of kept groups.
+      parts: see `greedy_removal`.
+      solver: `host` (float64) or `device` (float32).
+
+    Raises:
+      LinAlgError: the system or a group of it is not positive definite in the solver's type.
+    """
+    inverse = solve.inverse(system.hessian, solver)
+    products = products_of_best(inverse, system.right, solver)
     return greedy_removal(inverse, products, count, keep, parts, solver)
 
 
-def _choose(site: Site, kind: str, keep: int, settings: Refit) -> tuple[np.ndarray, "Fit | None"]:
-    """The groups that structured OBS keeps, and the linear system; None where all groups are kept."""
-    groups = np.arange(group_count(site.run, kind))
-    if keep == len(groups):
-        return groups, None
-    fit = fit_of(site, settings)
-    return np.delete(groups, removal_order(site, kind, keep, fit, settings.solver)), fit
+def _choose_and_refit(
+    site: Site, kind: str, keep: int, settings: Refit, solver: Solver
+) -> tuple[Int[np.ndarray, " kept"], Block]:
+    """The groups that structured OBS keeps, and the layer with these groups only."""
+    count, parts = group_count(site.run, kind), part_count(site.run, kind)
+    if keep == count:
+        return np.arange(count), site.run
+    values = gathered(site)
+
+    def solution() -> dict[str, np.ndarray]:
+        system = system_at(site, settings, values)
+        order = solver.run(system, lambda system, name: removal_order(system, count, keep, parts, name))
+        kept = np.delete(np.arange(count), order)
+        return {"kept": kept} | refitted(system, kept, count, settings, solver)
+
+    found = hosts.of_first(solution)
+    return found["kept"], _smaller(site, kind, found)
 
 
 def slice_site(
-    site: Site, kind: str, kept: Int[np.ndarray, " kept"], settings: Refit, fit: "Fit | None" = None
+    site: Site, kind: str, kept: Int[np.ndarray, " kept"], settings: Refit, solver: Solver | None = None
 ) -> Block:
     """The layer of a site with only the kept groups of one kind, and with a refitted output projection.
 
@@ -221,96 +284,74 @@ def slice_site(
       kind: kind of the groups: that of the site, or `query`.
       kept: indices of the kept groups, ascending.
       settings: from `resolve`.
-      fit: the linear system of the projection; computed by default.
+      solver: solves the system; the settings' own by default.
 
     Raises:
-      InputError: the activations are not finite.
+      InputError: the activations are not finite, or the system has no solution.
     """
     count = group_count(site.run, kind)
     if len(kept) == count:
         return site.run
-    sliced = slicing.take(site.run, {kind: jnp.asarray(kept)[None]}, 0, 1)
-    if settings.method == "none":
-        return sliced
-    fit = fit or fit_of(site, settings)
-    rows = np.arange(len(fit.kernel)).reshape(count, -1)[kept].ravel()
-    kernel = fit.refitted(rows, settings)
-    return _with_projection(sliced, PROJECTIONS[site.kind], kernel, fit.shift(rows, kernel))
+    found = {"kept": np.asarray(kept)}
+    if settings.method != "none":
+        values, chosen = gathered(site), solver or Solver(settings.solver)
+        found |= hosts.of_first(lambda: refitted(system_at(site, settings, values), kept, count, settings, chosen))
+    return _smaller(site, kind, found)
 
 
-# --------------------------------------------------------------------------------------------- the linear system
+def refitted(
+    system: System, kept: Int[np.ndarray, " kept"], count: int, settings: Refit, solver: Solver
+) -> dict[str, np.ndarray]:
+    """`kernel`, the kept rows of the kernel, and `shift`, the change of the bias; without those that stay as they are.
 
+    Least squares solves for the kernel anew. The method `bias` changes the bias only.
 
-@dataclass(frozen=True)
-class Fit:
-    """The linear system of one output projection at full width, float64: hessian · W' = right.
-
-    Attributes:
-      hessian: G + λI, the matrix of the system.
-      right: (1 − α) G W + α C + λ W, its right-hand side.
-      ridge: λ.
-      kernel: W, the dense kernel.
-      mean: mean of the inputs A over all tokens; None for a projection without a bias.
-      target: mean of the target Y over all tokens.
-    """
-
-    hessian: Float[np.ndarray, "I I"]
-    right: Float[np.ndarray, "I D"]
-    ridge: float
-    kernel: Float[np.ndarray, "I D"]
-    mean: Float[np.ndarray, " I"] | None
-    target: Float[np.ndarray, " D"]
-
-    def refitted(self, rows: Int[np.ndarray, " kept"], settings: Refit) -> Float[np.ndarray, "kept D"]:
-        """The kept rows of the kernel: solved anew by least squares, the dense rows for the other methods."""
-        return self.rows(rows, settings.solver) if settings.method == "least-squares" else self.kernel[rows]
-
-    def rows(self, rows: Int[np.ndarray, " kept"], solver: str) -> Float[np.ndarray, "kept D"]:
-        """The least-squares solution for the kept rows."""
-        return solve.solve(self.hessian[np.ix_(rows, rows)], self.right[rows], self.ridge, solver)
-
-    def shift(self, rows: Int[np.ndarray, " kept"], kernel: Float[np.ndarray, "kept D"]) -> np.ndarray | None:
-        """The change of the bias that gives the output with these rows the mean of the target; None without a bias."""
-        return None if self.mean is None else self.target - self.mean[rows] @ kernel
-
-
-def fit_of(site: Site, settings: Refit) -> Fit:
-    """The linear system of one output projection, float64; the solver `device` computes matrix products in float32.
+    Args:
+      system: the linear system of an output projection.
+      kept: indices of the kept groups.
+      count: number of groups before.
+      settings: from `resolve`.
+      solver: solves the system.
 
     Raises:
-      InputError: the activations are not finite.
+      InputError: the system has no solution.
     """
-    linear_map = projection(site.run, site.kind)
-    gram, inputs, cross, gaps = (gather(moment).astype(np.float64) for moment in site.moments())
-    if not (np.isfinite(gram).all() and np.isfinite(cross).all()):
-        raise InputError(
-            f"the input of {PROJECTIONS[site.kind]} of layer {site.layer} is not finite: the model's weights are "
-            "broken, or overflow their type"
-        )
-    kernel = gather(linear_map.kernel[...]).astype(np.float64).reshape(len(gram), -1)
-    mean, gap, alpha = inputs / site.tokens, gaps / site.tokens, settings.alpha or 0.0
-    biased = linear_map.bias is not None
-    if biased:
-        gram, cross = gram - np.outer(mean, inputs), cross - np.outer(mean, gaps)
-    # Inputs of zeros have a trace of zero: any ridge keeps the dense kernel.
-    ridge = settings.ridge * (np.trace(gram) / len(gram) or 1.0)
-    right = (1 - alpha) * solve.product(gram, kernel, settings.solver) + alpha * cross + ridge * kernel
-    target = (1 - alpha) * (mean @ kernel) + alpha * gap
-    np.fill_diagonal(gram, gram.diagonal() + ridge)  # in place: for a 7B model this matrix takes a gigabyte
-    return Fit(gram, right, ridge, kernel, mean if biased else None, target)
+    if settings.method == "none":
+        return {}
+    rows = np.arange(len(system.kernel)).reshape(count, -1)[kept].ravel()
+    kernel = system.kernel[rows]
+    if settings.method == "least-squares":
+        kernel = solver.run(system, lambda system, name: system.rows(rows, name))
+    shift = system.shift(rows, kernel)
+    return {"kernel": kernel} | ({} if shift is None else {"shift": shift})
+
+
+def _smaller(site: Site, kind: str, found: Mapping[str, np.ndarray]) -> Block:
+    """The layer with the kept groups, and with the kernel and the shift of the bias of one projection if found."""
+    sliced = slicing.take(site.run, {kind: jnp.asarray(found["kept"])[None]}, 0, 1, site.mesh)
+    if "kernel" not in found:
+        return sliced
+    return _with_projection(sliced, PROJECTIONS[site.kind], found["kernel"], found.get("shift"), site.mesh)
 
 
 def _with_projection(
-    run: Block, name: str, kernel: Float[np.ndarray, "kept D"], shift: Float[np.ndarray, " D"] | None
+    run: Block, name: str, kernel: Float[np.ndarray, "kept D"], shift: Float[np.ndarray, " D"] | None, mesh: Mesh | None
 ) -> Block:
-    """The layer with a new kernel of one projection and `shift` added to its bias, rounded to the types of both."""
+    """The layer with a new kernel of one projection and `shift` added to its bias, rounded to the types of both.
+
+    Each device receives its shard of the kernel.
+    """
+    places = {} if mesh is None else dict(named_arrays(run_shardings(run, mesh)))
 
     def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
-        match axis_table.array_path(path).removeprefix(f"{name}."):
+        full_name = axis_table.array_path(path)
+        match full_name.removeprefix(f"{name}."):
             case "kernel":
-                return jnp.asarray(kernel.reshape(array.shape), array.dtype)
+                new = kernel.reshape(array.shape)
             case "bias" if shift is not None:
-                return jnp.asarray(gather(array).astype(np.float64) + shift, array.dtype)
-        return array
+                new = gather(array).astype(np.float64) + shift
+            case _:
+                return array
+        return place(new.astype(array.dtype), places.get(full_name))
 
     return jax.tree_util.tree_map_with_path(leaf, run)

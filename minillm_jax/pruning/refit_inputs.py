@@ -9,17 +9,21 @@ With biases, the moments are centred, and the biases take the difference of the 
 all matrices of a sublayer.
 """
 
+from functools import partial
+
 import jax
 import numpy as np
 from jax import numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from minillm_jax.devices import hosts, sharding
 from minillm_jax.devices.sharding import gather
-from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table, ops
 from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import named_arrays
 from minillm_jax.pruning import solve
+from minillm_jax.pruning.system import Solver, System, system_of
 from minillm_jax.pruning.walk import InputMoments
 
 # Kind of group -> the matrices of its sublayer that read the residual stream.
@@ -30,9 +34,19 @@ INPUT_MATRICES = {
 
 
 def refit_sublayer_inputs(
-    kind: str, run: Block, moments: InputMoments, tokens: int, beta: float, ridge: float, solver: str = "host"
+    kind: str,
+    run: Block,
+    moments: InputMoments,
+    tokens: int,
+    beta: float,
+    ridge: float,
+    solver: Solver | None = None,
+    mesh: Mesh | None = None,
+    where: str = "",
 ) -> Block:
     """A layer whose matrices of one sublayer that read the residual stream are refitted.
+
+    Process 0 solves the system for all processes.
 
     Args:
       kind: `head` for the attention sublayer, `channel` for the MLP sublayer.
@@ -41,29 +55,44 @@ def refit_sublayer_inputs(
       tokens: number of tokens in these sums.
       beta: β, the strength of the input refit, from 0 (the matrices keep their values) to 1.
       ridge: λ as a share of the mean diagonal of G.
-      solver: see `solve.solve`.
+      solver: solves the system; on the host by default.
+      mesh: the devices of the layer.
+      where: the layer, for messages.
 
     Raises:
-      InputError: the moments are not finite.
+      InputError: the moments are not finite, or the system has no solution.
     """
-    gram, inputs, cross, targets = (gather(moment).astype(np.float64) for moment in moments)
-    names = INPUT_MATRICES[kind]
-    if not (np.isfinite(gram).all() and np.isfinite(cross).all()):
-        raise InputError(
-            f"the input of {names[-1]} is not finite on the calibration windows: the model's weights are broken, or "
-            "overflow their type"
-        )
-    mean, target = inputs / tokens, targets / tokens
-    if f"{names[-1]}.bias" in dict(named_arrays(run)):
-        gram, cross = gram - np.outer(mean, inputs), cross - np.outer(mean, targets)
-    floor = ridge * (np.trace(gram) / len(gram) or 1.0)  # inputs of zeros have no diagonal: any ridge keeps M = I
-    penalty = floor * np.eye(len(gram))
-    linear_map = solve.solve(gram + penalty, (1 - beta) * gram + beta * cross + penalty, floor, solver)
-    shift = (1 - beta) * mean + beta * target - mean @ linear_map
-    return _mapped(run, names, jnp.asarray(linear_map, jnp.float32), jnp.asarray(shift, jnp.float32))
+    names, chosen = INPUT_MATRICES[kind], solver or Solver()
+    on_host = [gather(moment) for moment in moments]
+    biased = f"{names[-1]}.bias" in dict(named_arrays(run))
+
+    def solution() -> dict[str, np.ndarray]:
+        identity = np.eye(len(on_host[0]))
+        described = f"{names[-1]}{where}"
+        system = system_of(on_host, identity, tokens, beta, ridge, biased, described, chosen.name)
+        return chosen.run(system, _solution)
+
+    found = hosts.of_first(solution)
+    linear_map, shift = (sharding.replicated(found[name].astype(np.float32), mesh) for name in ("map", "shift"))
+    return _mapped(run, linear_map, shift, names=names, mesh=mesh)
 
 
-def _mapped(run: Block, names: tuple[str, ...], linear_map: Float[Array, "D D"], shift: Float[Array, " D"]) -> Block:
+def _solution(system: System, solver: str) -> dict[str, np.ndarray]:
+    """M, and the change of the mean input; zero in sublayers without biases."""
+    linear_map = solve.solve(system.hessian, system.right, solver)
+    shift = np.zeros(len(linear_map)) if system.mean is None else system.target - system.mean @ linear_map
+    return {"map": linear_map, "shift": shift}
+
+
+@partial(jax.jit, static_argnames=("names", "mesh"))
+def _mapped(
+    run: Block,
+    linear_map: Float[Array, "D D"],
+    shift: Float[Array, " D"],
+    *,
+    names: tuple[str, ...],
+    mesh: Mesh | None,
+) -> Block:
     """W ← M W, and b ← b + shift · W with the dense W, rounded to the types of the weights."""
     dense = dict(named_arrays(run))
 
@@ -77,4 +106,4 @@ def _mapped(run: Block, names: tuple[str, ...], linear_map: Float[Array, "D D"],
         change = ops.einsum("D,LD...->L...", shift, dense[f"{matrix}.kernel"].astype(jnp.float32))
         return (array.astype(jnp.float32) + change).astype(array.dtype)
 
-    return jax.tree_util.tree_map_with_path(leaf, run)
+    return sharding.constrain_run(jax.tree_util.tree_map_with_path(leaf, run), mesh)

@@ -89,21 +89,27 @@ def greedy_removal(
       count: number of groups. Each group has equally many neighbouring features.
       keep: number of kept groups.
       parts: number of parts, each of equally many neighbouring groups. Every part loses equally many groups.
-      solver: `host` (NumPy, float64), or `device` (JAX, float32; an order that fails on the device is computed on the
-        host).
+      solver: `host` (NumPy, float64), or `device` (JAX, float32).
       gathered: number of gathered rows after which both matrices are updated, rounded down to whole groups.
+
+    Raises:
+      LinAlgError: a group is not positive definite in the solver's type, so that its error is not known.
     """
     if solver == "device" and keep < count:
         matrices = (jnp.asarray(matrix, jnp.float32) for matrix in (inverse, products))
         order, errors = _on_device(*matrices, count=count, removed=count - keep, parts=parts, gathered=gathered)
-        if np.isfinite(np.asarray(errors)).all():
-            return np.asarray(order, np.int64)
+        if not np.isfinite(np.asarray(errors)).all():
+            raise np.linalg.LinAlgError("the order of removal takes more precision than float32 has")
+        return np.asarray(order, np.int64)
     inverse, products = (np.require(matrix, np.float64, "W") for matrix in (inverse, products))
     state = _begin(inverse, products, count, count - keep, parts, gathered)
     groups, width = [], len(inverse) // count
     for _ in range(count - keep):
         place = len(groups) * width % len(state.n)
-        group, _, state = _remove(state, place)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            group, error, state = _remove(state, place)
+        if not np.isfinite(error):
+            raise np.linalg.LinAlgError("the order of removal takes more precision than float64 has")
         groups.append(int(group))
         if place + width == len(state.n):
             state = _updated(state)
@@ -166,7 +172,8 @@ def _remove(state: _State, place: int | Array) -> tuple[Any, Any, _State]:
         kept=kept,
         to_remove=state.to_remove - (xp.arange(len(state.to_remove)) == group // per_part),
     )
-    return group, errors[group], state
+    error = xp.where(xp.isfinite(n).all(), errors[group], xp.nan)  # the pivot of a group that is not definite is NaN
+    return group, error, state
 
 
 def _rows(state: _State, group: Any, kept: Array | np.ndarray) -> tuple[Matrix, Matrix]:

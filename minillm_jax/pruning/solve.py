@@ -1,4 +1,7 @@
-"""Positive definite systems: in float64 on the host, or in float32 on the device."""
+"""Positive definite systems: in float64 on the host, or in float32 on the device.
+
+A function that does not find a solution raises LinAlgError. `system.Solver` decides what happens then.
+"""
 
 import jax
 import jax.scipy.linalg
@@ -6,46 +9,45 @@ import numpy as np
 import scipy.linalg
 from jax import numpy as jnp
 from jaxtyping import Array, Float
+from numpy.linalg import LinAlgError
 
 from minillm_jax.model import ops
 from minillm_jax.settings import SOLVERS as SOLVERS
 
+NOT_DEFINITE = "the matrix is not positive definite in {type}"
+
 
 def solve(
-    matrix: Float[np.ndarray, "I I"], right: Float[np.ndarray, "I D"], floor: float, solver: str = "host"
+    matrix: Float[np.ndarray, "I I"], right: Float[np.ndarray, "I D"], solver: str = "host"
 ) -> Float[np.ndarray, "I D"]:
     """The solution X of matrix · X = right, by a Cholesky factorisation.
 
-    Rounding can make a matrix indefinite. Its eigenvalues below `floor` are then raised to `floor`.
-
     Args:
-      matrix: a symmetric matrix whose eigenvalues are at least `floor`, up to rounding errors.
+      matrix: a symmetric, positive definite matrix.
       right: the right-hand sides.
-      floor: the ridge that the matrix contains, positive.
-      solver: `host` (float64), or `device` (float32; a system that fails on the device is solved on the host).
+      solver: `host` (float64), or `device` (float32).
+
+    Raises:
+      LinAlgError: the matrix is not positive definite in the solver's type.
     """
     if solver == "device":
         solution = np.asarray(_on_device(jnp.asarray(matrix, jnp.float32), jnp.asarray(right, jnp.float32)))
-        if np.isfinite(solution).all():
-            return solution.astype(np.float64)
-    try:
-        return scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix), right)
-    except np.linalg.LinAlgError:
-        values, vectors = np.linalg.eigh(matrix)
-        return vectors @ ((vectors.T @ right) / np.maximum(values, floor)[:, None])
+        return _checked(solution, "float32").astype(np.float64)
+    factor = scipy.linalg.cho_factor(matrix, check_finite=False)
+    return _checked(scipy.linalg.cho_solve(factor, right, check_finite=False), "float64")
 
 
-def inverse(matrix: Float[np.ndarray, "I I"], floor: float, solver: str = "host") -> Float[np.ndarray, "I I"]:
-    """The inverse of a symmetric matrix, symmetric up to rounding; the arguments are those of `solve`."""
+def inverse(matrix: Float[np.ndarray, "I I"], solver: str = "host") -> Float[np.ndarray, "I I"]:
+    """The inverse of a symmetric matrix, symmetric up to rounding; arguments and errors are those of `solve`."""
     if solver == "device":
-        return solve(matrix, np.eye(len(matrix)), floor, solver)
+        return solve(matrix, np.eye(len(matrix)), solver)
     factorise, invert = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (matrix,))
     factor, failed = factorise(matrix, lower=True, clean=True)
     if failed:
-        return solve(matrix, np.eye(len(matrix)), floor)
+        raise LinAlgError(NOT_DEFINITE.format(type="float64"))
     lower, _ = invert(factor, lower=True, overwrite_c=True)
     lower += np.tril(lower, -1).T  # dpotri writes the lower triangle only; the upper one holds zeros
-    return lower
+    return _checked(lower, "float64")
 
 
 def product(
@@ -55,6 +57,12 @@ def product(
     if solver == "device":
         return np.asarray(_product_on_device(jnp.asarray(left, jnp.float32), jnp.asarray(right, jnp.float32)))
     return left @ right
+
+
+def _checked(solution: np.ndarray, type_name: str) -> np.ndarray:
+    if not np.isfinite(solution).all():
+        raise LinAlgError(NOT_DEFINITE.format(type=type_name))
+    return solution
 
 
 @jax.jit

@@ -5,19 +5,27 @@ model pruned so far. At each output projection (attention.o, mlp.down) it calls 
 Gram matrix of the projection's inputs and returns the layer to use from there on: sliced, refitted, or unchanged.
 Structured OBS, the refit and the measured losses of a budget are functions of what the walk shows.
 
+On a mesh, every array of the walk is shared between the devices: the weights of a layer over `model`, the residual
+streams over `data`. Each device sums the moments of its own windows. The devices add their sums once, after the last
+batch.
+
     I    input features of an output projection: N * H of attention.o, F of mlp.down
+    S    devices that share the windows of a batch
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial, reduce
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from minillm_jax.data.batches import Batches
+from minillm_jax.devices import sharding
 from minillm_jax.model import ops
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder, embed, rotary_angles
@@ -49,33 +57,46 @@ class Moments(NamedTuple):
     models with a norm between the projection and the residual sum (Gemma 2, GLM 4) no output of the projection is known
     to close the gap, and `cross` and `gaps` mean nothing.
 
+    All sums are about a reference point, the means of the first batch: where a mean is much larger than the deviation
+    from it, a float32 sum of squares would lose the digits of the deviation. `raw_moments` moves them back to zero.
+
     Attributes:
-      gram: the Gram matrix Aᵀ A.
-      inputs: the sum of A.
-      cross: Aᵀ gap.
-      gaps: the sum of the gap.
+      gram: the Gram matrix (A − a₀)ᵀ (A − a₀).
+      inputs: the sum of A − a₀.
+      cross: (A − a₀)ᵀ (gap − g₀).
+      gaps: the sum of gap − g₀.
+      center: a₀, the mean of A in the first batch.
+      gap_center: g₀, the mean of the gap in the first batch.
     """
 
     gram: Float[Array, "I I"]
     inputs: Float[Array, " I"]
     cross: Float[Array, "I D"]
     gaps: Float[Array, " D"]
+    center: Float[Array, " I"]
+    gap_center: Float[Array, " D"]
 
 
 class InputMoments(NamedTuple):
     """Sums over all calibration tokens of X, the input of a sublayer's matrices on the pruned residual stream, float32.
 
+    As in `Moments`, the sums are about the means of the first batch.
+
     Attributes:
-      gram: the Gram matrix Xᵀ X.
-      inputs: the sum of X.
-      cross: Xᵀ X', where X' is the input on the dense residual stream.
-      targets: the sum of X'.
+      gram: the Gram matrix (X − x₀)ᵀ (X − x₀).
+      inputs: the sum of X − x₀.
+      cross: (X − x₀)ᵀ (X' − x'₀), where X' is the input on the dense residual stream.
+      targets: the sum of X' − x'₀.
+      center: x₀, the mean of X in the first batch.
+      target_center: x'₀, the mean of X' in the first batch.
     """
 
     gram: Float[Array, "D D"]
     inputs: Float[Array, " D"]
     cross: Float[Array, "D D"]
     targets: Float[Array, " D"]
+    center: Float[Array, " D"]
+    target_center: Float[Array, " D"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +108,7 @@ class Site:
       kind: kind of the groups that it reads: `head` for attention.o, `channel` for mlp.down.
       run: its layer, a run of one layer. This sublayer has its full width; the other one may be pruned already.
       tokens: number of calibration tokens.
+      mesh: the devices of the walk; None for one device.
       moments: collects the moments of the projection's input when it is called first; valid until `replace` returns.
     """
 
@@ -94,6 +116,7 @@ class Site:
     kind: str
     run: Block
     tokens: int
+    mesh: Mesh | None
     moments: Callable[[], Moments]
 
 
@@ -128,19 +151,19 @@ def walk(
         moments of the sublayer's inputs; returns the layer with refitted matrices in this sublayer.
     """
     angles = rotary_angles(decoder, batches.length)
-    dense = [_begin(decoder, batch.tokens) for batch in batches]
+    dense = [_begin(decoder, batch.tokens, mesh=batches.mesh) for batch in batches]
     pruned, layers, done = list(dense), [], 0
-    for index, dense_layer in enumerate(_layers(decoder)):
+    for index, dense_layer in enumerate(_layers(decoder, batches.mesh)):
         layer = dense_layer
         for kind in PROJECTIONS:
-            settings = {"kind": kind, "config": decoder.config, "angles": angles}
+            settings = {"kind": kind, "config": decoder.config, "mesh": batches.mesh, "angles": angles}
             if refit_inputs is not None:
                 input_moments = partial(_collect_inputs, dense_layer, list(dense), list(pruned), settings)
                 layer = refit_inputs(index, kind, layer, input_moments)
                 del input_moments
             dense_totals = _advance_all(dense_layer, dense, settings)
             moments = cache(partial(_collect, layer, pruned, dense_totals, settings))
-            layer = replace(Site(index, kind, layer, batches.tokens, moments))
+            layer = replace(Site(index, kind, layer, batches.tokens, batches.mesh, moments))
             del dense_totals, moments  # they would live on through the next sublayer
             _advance_all(layer, pruned, settings)
             done += 1
@@ -159,22 +182,23 @@ def _advance_all(run: Block, states: list[State], settings: dict[str, Any]) -> S
     return totals
 
 
-def _layers(decoder: Decoder) -> Iterator[Block]:
+def _layers(decoder: Decoder, mesh: Mesh | None) -> Iterator[Block]:
     """Every layer, each a run of one layer."""
     for run in decoder.runs:
         for index in range(depth(run)):
-            yield _layer(run, jnp.asarray(index, jnp.int32))
+            yield _layer(run, jnp.asarray(index, jnp.int32), mesh=mesh)
 
 
 # The index is an argument of the compiled program, so that all layers of a shape share one compilation.
-@jax.jit
-def _layer(run: Block, index: Int[Array, ""]) -> Block:
-    return jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, index, 1), run)
+@partial(jax.jit, static_argnames="mesh")
+def _layer(run: Block, index: Int[Array, ""], *, mesh: Mesh | None) -> Block:
+    layer = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, index, 1), run)
+    return sharding.constrain_run(layer, mesh)
 
 
-@jax.jit
-def _begin(decoder: Decoder, tokens: Int[Array, "B T"]) -> State:
-    return State(embed(decoder, tokens).astype(jnp.float32))
+@partial(jax.jit, static_argnames="mesh")
+def _begin(decoder: Decoder, tokens: Int[Array, "B T"], *, mesh: Mesh | None) -> State:
+    return State(sharding.spread(embed(decoder, tokens).astype(jnp.float32), mesh))
 
 
 def _sublayer(kind: str, run: Block, config: DecoderConfig, state: State, angles: Angles) -> Sublayer:
@@ -184,55 +208,132 @@ def _sublayer(kind: str, run: Block, config: DecoderConfig, state: State, angles
     return mlp_sublayer(block, config, state.stream if state.before is None else state.before, state.stream)
 
 
-@partial(jax.jit, static_argnames=("kind", "config"))
+@partial(jax.jit, static_argnames=("kind", "config", "mesh"))
 def _advance(
-    run: Block, state: State, *, kind: str, config: DecoderConfig, angles: Angles
+    run: Block, state: State, *, kind: str, config: DecoderConfig, mesh: Mesh | None, angles: Angles
 ) -> tuple[State, Float[Array, "B T D"] | None]:
     """The state after a sublayer, and the residual sum where a norm follows it."""
     sublayer = _sublayer(kind, run, config, state, angles)
     before = state.stream if config.parallel and kind == "head" else None
-    return State(sublayer.stream, before), sublayer.total if config.norm_after else None
+    total = sharding.spread(sublayer.total, mesh) if config.norm_after else None
+    return State(sharding.spread(sublayer.stream, mesh), before), total
+
+
+# ---------------------------------------------------------------------------------------------------------- moments
+
+
+def raw_moments(
+    gram: Float[np.ndarray, "I I"],
+    inputs: Float[np.ndarray, " I"],
+    cross: Float[np.ndarray, "I J"],
+    targets: Float[np.ndarray, " J"],
+    center: Float[np.ndarray, " I"],
+    target_center: Float[np.ndarray, " J"],
+    tokens: int,
+) -> tuple[Float[np.ndarray, "I I"], Float[np.ndarray, "I J"]]:
+    """Aᵀ A and Aᵀ target about zero, from the sums about the two centers (see `Moments`).
+
+    Float64; both matrices are overwritten.
+    """
+    total = inputs + tokens * center
+    gram += np.outer(center, total)
+    gram += np.outer(inputs, center)
+    cross += np.outer(center, targets)
+    cross += np.outer(total, target_center)
+    return gram, cross
 
 
 def _collect(
     run: Block, states: Sequence[State], dense_totals: Sequence[Float[Array, "_ T D"]], settings: dict[str, Any]
 ) -> Moments:
     """The moments of one output projection over all batches."""
-    pairs = zip(states, dense_totals, strict=True)
-    return _total(_moments(run, state, total, **settings) for state, total in pairs)
+    pairs = partial(_inputs_and_gaps, run, **settings)
+    return Moments(*_sums(pairs, list(zip(states, dense_totals, strict=True)), settings["mesh"]))
 
 
 def _collect_inputs(
     run: Block, dense: Sequence[State], pruned: Sequence[State], settings: dict[str, Any]
 ) -> InputMoments:
     """The moments of a sublayer's inputs over all batches."""
-    return _total(_input_moments(run, d, p, **settings) for d, p in zip(dense, pruned, strict=True))
+    pairs = partial(_inputs_of_both, run, **settings)
+    return InputMoments(*_sums(pairs, list(zip(pruned, dense, strict=True)), settings["mesh"]))
 
 
-def _total(parts: Iterable[Any]) -> Any:
-    return reduce(lambda total, part: jax.tree.map(jnp.add, total, part), parts)
+# Two features of the same tokens: of the pruned model, and their targets.
+Pair = tuple[Float[Array, "B T I"], Float[Array, "B T J"]]
 
 
-@partial(jax.jit, static_argnames=("kind", "config"))
-def _input_moments(
-    run: Block, dense: State, pruned: State, *, kind: str, config: DecoderConfig, angles: Angles
-) -> InputMoments:
-    """Input moments of one batch. The norms before the matrices are those of the dense layer, which pruning keeps."""
+@partial(jax.jit, static_argnames=("kind", "config", "mesh"))
+def _inputs_of_both(
+    run: Block, pruned: State, dense: State, *, kind: str, config: DecoderConfig, mesh: Mesh | None, angles: Angles
+) -> Pair:
+    """The inputs of a sublayer's matrices in the pruned and the dense model, float32.
+
+    The norms before the matrices are those of the dense layer, which pruning keeps.
+    """
     name = "attention.q" if kind == "head" else "mlp.up"
-    target, x = (_sublayer(kind, run, config, state, angles).inputs[name] for state in (dense, pruned))
-    gram, cross = ops.einsum("BTD,BTE->DE", x, x), ops.einsum("BTD,BTE->DE", x, target)
-    return InputMoments(gram, jnp.sum(x, axis=(0, 1)), cross, jnp.sum(target, axis=(0, 1)))
+    pair = (_sublayer(kind, run, config, state, angles).inputs[name] for state in (pruned, dense))
+    x, target = (sharding.spread(x.astype(jnp.float32), mesh) for x in pair)
+    return x, target
 
 
-@partial(jax.jit, static_argnames=("kind", "config"))
-def _moments(
-    run: Block, state: State, dense_total: Float[Array, "B T D"], *, kind: str, config: DecoderConfig, angles: Angles
-) -> Moments:
-    """Moments of one batch."""
+@partial(jax.jit, static_argnames=("kind", "config", "mesh"))
+def _inputs_and_gaps(
+    run: Block,
+    state: State,
+    dense_total: Float[Array, "B T D"],
+    *,
+    kind: str,
+    config: DecoderConfig,
+    mesh: Mesh | None,
+    angles: Angles,
+) -> Pair:
+    """The inputs of an output projection, and its gaps, float32."""
     sublayer = _sublayer(kind, run, config, state, angles)
     bias = projection(run, kind).bias
     gap = dense_total - sublayer.base
     gap = gap if bias is None else gap - jnp.broadcast_to(bias[0], gap.shape)
-    a = sublayer.inputs[PROJECTIONS[kind]].reshape(*gap.shape[:2], -1)  # [B, T, I]
-    gram, cross = ops.einsum("BTI,BTJ->IJ", a, a), ops.einsum("BTI,BTD->ID", a, gap)
-    return Moments(gram, jnp.sum(a, axis=(0, 1)), cross, jnp.sum(gap, axis=(0, 1)))
+    a = sublayer.inputs[PROJECTIONS[kind]].reshape(*gap.shape[:2], -1)
+    return sharding.spread(a.astype(jnp.float32), mesh, sharding.MODEL), sharding.spread(gap, mesh)
+
+
+def _sums(pair_of: Callable[..., Pair], batches: Sequence[tuple[Any, ...]], mesh: Mesh | None) -> tuple[Array, ...]:
+    """Sums about the means of the first batch (the six fields of `Moments`).
+
+    Every device adds up its own windows. The devices add their sums once, at the end. Batches whose windows do not
+    divide by the devices are summed on every device.
+    """
+    centers, sums = None, {}
+    for batch in batches:
+        pair = pair_of(*batch)
+        centers = centers or tuple(_mean(part) for part in pair)
+        shares = sharding.shares(len(pair[0]), mesh)
+        sums[shares] = _add_pair(sums.get(shares), pair, centers, shares=shares, mesh=mesh)
+    assert centers is not None, "there is at least one batch"
+    parts = (_over_devices(part) for part in sums.values())
+    return *reduce(lambda total, part: jax.tree.map(jnp.add, total, part), parts), *centers
+
+
+@jax.jit
+def _mean(x: Float[Array, "B T I"]) -> Float[Array, " I"]:
+    return jnp.mean(x, axis=(0, 1))
+
+
+@partial(jax.jit, static_argnames=("shares", "mesh"))
+def _add_pair(
+    total: tuple[Array, ...] | None, pair: Pair, centers: tuple[Array, Array], *, shares: int, mesh: Mesh | None
+) -> tuple[Array, ...]:
+    """The sums over the windows of each device, [S, ...], with those of one more batch."""
+    x, target = (part - jnp.broadcast_to(mean, part.shape) for part, mean in zip(pair, centers, strict=True))
+    x, target = (part.reshape(shares, -1, *part.shape[1:]) for part in (x, target))
+    x = sharding.spread(x, mesh, sharding.MODEL)
+    gram, cross = ops.einsum("SBTI,SBTJ->SIJ", x, x), ops.einsum("SBTI,SBTJ->SIJ", x, target)
+    sums = gram, jnp.sum(x, axis=(1, 2)), cross, jnp.sum(target, axis=(1, 2))
+    # The rows of the matrices are shared over `model` like the features of x.
+    sums = tuple(sharding.spread(part, mesh, sharding.MODEL if part.ndim == 3 else None, 1) for part in sums)
+    return sums if total is None else jax.tree.map(jnp.add, total, sums)
+
+
+@jax.jit
+def _over_devices(sums: tuple[Array, ...]) -> tuple[Array, ...]:
+    return jax.tree.map(lambda part: jnp.sum(part, axis=0), sums)

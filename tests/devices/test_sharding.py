@@ -3,11 +3,6 @@
 `mesh_child` runs in processes of its own: one with eight devices, and two that are joined.
 """
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,31 +16,8 @@ from minillm_jax.devices.hosts import Hosts
 from minillm_jax.devices.sharding import MeshShape
 from minillm_jax.errors import InputError
 from tests.devices import mesh_child
+from tests.devices.processes import finish, start, two_hosts
 from tests.helpers import hugging_face_folder
-
-ROOT = Path(__file__).parents[2]
-TIMEOUT = 300  # seconds, after which the processes of a job are stopped
-
-
-def start(devices: int, name: str, *arguments: object) -> subprocess.Popen[str]:
-    """A process with a number of devices that runs a function of `mesh_child`."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    variables = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "-m", "tests.devices.mesh_child", name, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(children: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
-    """The results of the processes; all are stopped after the timeout."""
-    try:
-        outputs = [child.communicate(timeout=TIMEOUT) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-    for child, (_, errors) in zip(children, outputs, strict=True):
-        assert child.returncode == 0, errors[-5000:]
-    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +31,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(root: Path) -> dict[str, Any]:
     """The results of one process with eight devices."""
-    return finish([start(8, "devices", root / "model", root)])[0]
+    return finish([start(8, "mesh_child", "devices", root / "model", root)])[0]
 
 
 @pytest.fixture(scope="module")
 def joined(root: Path) -> list[dict[str, Any]]:
     """The results of two joined processes with two devices each."""
     (root / "hosts").mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    return finish([start(2, "hosts", root / "model", root / "hosts", f"{address},2,{n}") for n in (0, 1)])
+    return two_hosts(2, "mesh_child", "hosts", root / "model", root / "hosts")
 
 
 # ------------------------------------------------------------------------------------------------------ eight devices

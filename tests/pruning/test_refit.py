@@ -1,5 +1,6 @@
 """The refit against independent least squares, structured OBS against brute force."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,13 +10,13 @@ from jax import numpy as jnp
 
 from convert.reader import read_model
 from minillm_jax.data.batches import Batches
-from minillm_jax.errors import InputError
+from minillm_jax.errors import InputError, InputWarning
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder, final_hidden
 from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import group_counts, named_arrays, sizes_of
-from minillm_jax.pruning import removal_order, solve
-from minillm_jax.pruning.refit import can_compensate, fit_of, prune_by_obs, resolve, slice_and_refit, slice_site
+from minillm_jax.pruning import removal_order, solve, system
+from minillm_jax.pruning.refit import can_compensate, prune_by_obs, resolve, slice_and_refit, slice_site, system_at
 from minillm_jax.pruning.slicing import slice_groups, slice_sizes
 from minillm_jax.pruning.walk import Site, projection, walk
 from minillm_jax.settings import SOLVERS, Refit
@@ -133,7 +134,7 @@ def test_refitted_projection_is_nearer_to_its_target_than_the_sliced_one() -> No
     decoder, settings = small_decoder(**BIASED), resolve(Refit(), small_decoder(**BIASED).config)
 
     def check(site: Site) -> Block:
-        fit, old_bias = fit_of(site, settings), run_kernel_and_bias(site.run, site.kind)[1]
+        fit, old_bias = system_at(site, settings), run_kernel_and_bias(site.run, site.kind)[1]
         smaller = slice_site(site, site.kind, KEPT[site.kind], settings)
         kernel, bias = run_kernel_and_bias(smaller, site.kind)
         rows = feature_rows(site.kind, len(fit.kernel))
@@ -216,12 +217,75 @@ def test_device_and_host_solvers_agree() -> None:
         np.testing.assert_allclose(left, right, atol=1e-4 * float(jnp.abs(left).max()), err_msg=path)
 
 
+INDEFINITE = np.diag([-1e-3, 1.0, 2.0, 3.0, 4.0])
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_eigenvalues_of_an_indefinite_system_are_raised_to_the_ridge(solver: str) -> None:
+def test_a_matrix_that_is_not_definite_is_not_solved(solver: str) -> None:
     vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0]
-    right = np.arange(10.0).reshape(5, 2)
-    solution = solve.solve(vectors @ np.diag([-1e-3, 1.0, 2.0, 3.0, 4.0]) @ vectors.T, right, 0.5, solver)
-    np.testing.assert_allclose(solution, vectors @ np.diag([2.0, 1, 1 / 2, 1 / 3, 1 / 4]) @ vectors.T @ right)
+    for function in (lambda m, s: solve.solve(m, np.ones((5, 2)), s), solve.inverse):
+        with pytest.raises(np.linalg.LinAlgError):
+            function(vectors @ INDEFINITE @ vectors.T, solver)
+
+
+def short_system(ridge: float) -> system.System:
+    """The system of 12 inputs with 5 tokens, so that its Gram matrix is singular."""
+    rng = np.random.default_rng(0)
+    x, target, kernel = 100 * rng.normal(size=(5, 12)), rng.normal(size=(5, 4)), rng.normal(size=(12, 4))
+    moments = (x.T @ x, x.sum(0), x.T @ target, target.sum(0), np.zeros(12), np.zeros(4))
+    return system.system_of(moments, kernel, 5, 0.5, ridge, False, "mlp.down of layer 3")
+
+
+def test_a_system_that_is_not_definite_gets_a_larger_ridge_and_one_warning() -> None:
+    singular, solver, rows = short_system(1e-25), system.Solver(), np.arange(12)
+    sentence = r"mlp\.down of layer 3: the ridge is raised from 1\.0e-25 to 1\.0e-1\d of the mean diagonal"
+    with pytest.warns(InputWarning, match=sentence) as warned:
+        kernels = [solver.run(singular, lambda s, name: s.rows(rows, name)) for _ in range(3)]
+    assert len(warned) == 1
+    np.testing.assert_allclose(kernels[0], short_system(1e-12).rows(rows, "host"), atol=2e-2)
+
+
+def test_a_system_without_a_solution_is_an_error() -> None:
+    broken = replace(short_system(1e-2), hessian=np.full((12, 12), np.nan))
+    with pytest.raises(InputError, match="the refit has no solution at any ridge"):
+        system.Solver().run(broken, lambda s, name: s.rows(np.arange(12), name))
+
+
+@pytest.mark.parametrize("message", ["RESOURCE_EXHAUSTED: out of memory", None])
+def test_a_system_that_fails_on_the_device_is_solved_on_the_host(
+    monkeypatch: pytest.MonkeyPatch, message: str | None
+) -> None:
+    """For lack of memory; for lack of precision, with NaN as its result."""
+
+    def fail(matrix: jax.Array, right: jax.Array) -> jax.Array:
+        if message is not None:
+            raise jax.errors.JaxRuntimeError(message)
+        return right * jnp.nan
+
+    monkeypatch.setattr(solve, "_on_device", fail)
+    decoder = small_decoder()
+    with pytest.warns(InputWarning, match="layer 0: solved on the host in place of the device") as warned:
+        device = slice_and_refit(decoder, kept_in(decoder), BATCHES, Refit(solver="device", inputs=0.0))
+    assert len(warned) == 1
+    host = slice_and_refit(decoder, kept_in(decoder), BATCHES, Refit(inputs=0.0))
+    for (path, left), (_, right) in zip(named_arrays(host), named_arrays(device), strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-4 * float(jnp.abs(left).max()), err_msg=path)
+
+
+def test_another_failure_of_the_device_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(matrix: jax.Array, right: jax.Array) -> jax.Array:
+        raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+    monkeypatch.setattr(solve, "_on_device", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        system.Solver("device").run(short_system(1e-2), lambda s, name: s.rows(np.arange(12), name))
+
+
+def test_structured_obs_with_fewer_tokens_than_channels_and_hardly_a_ridge() -> None:
+    decoder, counts = small_decoder(), {kind: [len(rows)] * 3 for kind, rows in KEPT.items()}
+    with pytest.warns(InputWarning, match="the ridge is raised"):
+        pruned, _ = prune_by_obs(decoder, counts, Batches(WINDOWS[:1, :4]), Refit(ridge=1e-300, inputs=0.0))
+    assert all(np.isfinite(array).all() for _, array in named_arrays(pruned))
 
 
 # ------------------------------------------------------------------------------------------------ structured OBS
@@ -282,20 +346,21 @@ def test_every_part_loses_equally_many_groups() -> None:
         assert removal_order.greedy_removal(np.eye(8), products.copy(), 8, 4, 2, solver).tolist() == [7, 6, 3, 2]
 
 
-def test_order_is_computed_on_the_host_where_float32_underflows() -> None:
+def test_an_order_that_takes_more_precision_is_not_guessed() -> None:
     inverse, products = np.diag([1e-60, 1e-60, 1e-60]), np.diag([3.0, 1.0, 2.0])
-    assert removal_order.greedy_removal(inverse, products, 3, 1, 1, "device").tolist() == [1, 2]
+    with pytest.raises(np.linalg.LinAlgError, match="more precision than float32"):
+        removal_order.greedy_removal(inverse, products, 3, 1, 1, "device")
+    assert removal_order.greedy_removal(inverse, products, 3, 1, 1, "host").tolist() == [1, 2]
+    for broken in (np.nan, -1.0):
+        with pytest.raises(np.linalg.LinAlgError, match="more precision than float64"):
+            removal_order.greedy_removal(np.diag([1.0, broken, 1.0]), np.diag([3.0, 1.0, 2.0]), 3, 1)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_inverses_of_definite_and_indefinite_matrices(solver: str) -> None:
+def test_inverse_of_a_definite_matrix(solver: str) -> None:
     vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0]
-    for values, inverses in (
-        ([1, 2, 3, 4, 5], [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]),
-        ([-1e-3, 1, 2, 4, 5], [2, 1, 1 / 2, 1 / 4, 1 / 5]),
-    ):
-        inverse = solve.inverse(vectors @ np.diag(values) @ vectors.T, 0.5, solver)
-        np.testing.assert_allclose(inverse, vectors @ np.diag(inverses) @ vectors.T, atol=1e-6)
+    inverse = solve.inverse(vectors @ np.diag([1.0, 2, 3, 4, 5]) @ vectors.T, solver)
+    np.testing.assert_allclose(inverse, vectors @ np.diag([1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]) @ vectors.T, atol=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
@@ -309,7 +374,7 @@ def test_update_of_obs_equals_the_least_squares_refit(alpha: float) -> None:
     assert arrays_equal(pruned, slice_and_refit(decoder, kept, BATCHES, settings))
 
     def check(site: Site) -> Block:
-        fit = fit_of(site, resolve(settings, decoder.config))
+        fit = system_at(site, resolve(settings, decoder.config))
         inverse = np.linalg.inv(fit.hessian)
         weights = inverse @ fit.right
         if alpha == 0:

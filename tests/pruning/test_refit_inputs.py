@@ -31,7 +31,10 @@ def random_inputs(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def moments_of(x: np.ndarray, dense_x: np.ndarray) -> InputMoments:
-    return InputMoments(*(jnp.asarray(m, jnp.float32) for m in (x.T @ x, x.sum(0), x.T @ dense_x, dense_x.sum(0))))
+    center, target_center = x[0], dense_x[0]
+    x, dense_x = x - center, dense_x - target_center
+    sums = (x.T @ x, x.sum(0), x.T @ dense_x, dense_x.sum(0), center, target_center)
+    return InputMoments(*(jnp.asarray(m, jnp.float32) for m in sums))
 
 
 @pytest.mark.parametrize("biased", [False, True])

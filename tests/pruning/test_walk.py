@@ -17,7 +17,8 @@ from minillm_jax.model.decoder import Decoder, embed, rotary_angles
 from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.modules import Block
 from minillm_jax.pruning import slicing
-from minillm_jax.pruning.walk import PROJECTIONS, Moments, Site, projection, walk
+from minillm_jax.pruning import walk as walks
+from minillm_jax.pruning.walk import PROJECTIONS, Moments, Site, projection, raw_moments, walk
 from tests.helpers import CONFIGURATIONS, arrays_equal, hugging_face_folder, logits_of, random_tokens, small_decoder
 
 BIASED = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
@@ -96,9 +97,12 @@ def test_moments_equal_those_of_a_plain_loop_over_both_residual_streams() -> Non
     for (layer, kind), (a, before, after) in activations.items():
         bias = projection(decoder.runs[0], kind).bias
         gap = after - before - (0 if bias is None else np.asarray(bias)[layer])
-        expected = Moments(a.T @ a, a.sum(axis=0), a.T @ gap, gap.sum(axis=0))
+        x, y = a - a.mean(axis=0), gap - gap.mean(axis=0)  # all windows are in the first batch
+        expected = Moments(x.T @ x, x.sum(axis=0), x.T @ y, y.sum(axis=0), a.mean(axis=0), gap.mean(axis=0))
         for name, moment, value in zip(Moments._fields, moments[layer, kind], expected, strict=True):
-            scale = np.abs(value).max()
+            # The sums of differences from a mean are near zero.
+            terms = {"inputs": np.abs(a).sum(axis=0), "gaps": np.abs(gap).sum(axis=0)}.get(name, np.abs(value))
+            scale = terms.max()
             np.testing.assert_allclose(moment, value, atol=1e-5 * scale, err_msg=f"{layer} {kind} {name}")
 
 
@@ -118,8 +122,9 @@ def test_gap_of_an_unpruned_model_is_the_output_of_the_projection(tmp_path: Path
     decoder = read_model(hugging_face_folder(tmp_path / "model", family, **changes)).decoder
 
     def check(site: Site) -> Block:
-        gram, inputs, cross, gaps = (np.asarray(moment) for moment in site.moments())
+        gram, inputs, cross, gaps, center, gap_center = (np.asarray(moment) for moment in site.moments())
         kernel = np.asarray(projection(site.run, site.kind).kernel).reshape(len(gram), -1)
+        np.testing.assert_allclose(gap_center, center @ kernel, atol=1e-4 * np.abs(gap_center).max())
         np.testing.assert_allclose(cross, gram @ kernel, atol=1e-4 * np.abs(cross).max())
         np.testing.assert_allclose(gaps, inputs @ kernel, atol=1e-4 * np.abs(cross).max())
         return site.run
@@ -145,8 +150,29 @@ def test_moments_do_not_depend_on_batches() -> None:
     assert (len(batches), len(batches.resized(18))) == (1, 4)
     expected = collect_moments(decoder, batches)
     for site, moments in collect_moments(decoder, batches.resized(18)).items():
-        for moment, value in zip(moments, expected[site], strict=True):
-            np.testing.assert_allclose(moment, value, atol=1e-6 * float(jnp.abs(value).max()))
+        for moment, value in zip(about_zero(moments), about_zero(expected[site]), strict=True):
+            np.testing.assert_allclose(moment, value, atol=1e-6 * np.abs(value).max())
+
+
+def about_zero(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
+    """Aᵀ A and Aᵀ gap, whatever the first batch is."""
+    return raw_moments(*(np.asarray(moment, np.float64) for moment in moments), tokens=7 * 9)
+
+
+def test_moments_keep_the_digits_of_small_deviations_from_large_means() -> None:
+    """Means a thousand times the deviation: squares about zero would lose six of seven digits of a float32."""
+    rng = np.random.default_rng(0)
+    x = (1000 + rng.normal(size=(4, 64, 8))).astype(np.float32)
+    y = (x[..., :3] - 1000).astype(np.float32)
+    batches = [(jnp.asarray(x[i : i + 1]), jnp.asarray(y[i : i + 1])) for i in range(4)]
+    gram, inputs, cross, targets, *_ = (np.asarray(m, np.float64) for m in walks._sums(lambda *b: b, batches, None))
+    covariance = gram - np.outer(inputs / 256, inputs)
+    exact, exact_y = x.reshape(256, 8).astype(np.float64), y.reshape(256, 3).astype(np.float64)
+    exact -= exact.mean(axis=0)
+    np.testing.assert_allclose(covariance, exact.T @ exact, atol=1e-4 * np.abs(covariance).max())
+    np.testing.assert_allclose(
+        cross - np.outer(inputs / 256, targets), exact.T @ exact_y, atol=1e-4 * np.abs(cross).max()
+    )
 
 
 # -------------------------------------------------------------------------------------------------- compilations

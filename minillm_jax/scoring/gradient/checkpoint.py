@@ -5,12 +5,15 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from minillm_jax.devices import hosts
 from minillm_jax.errors import InputError, cause
+from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.digest import model_digest
 from minillm_jax.scoring.gradient.plan import Plan
 from minillm_jax.settings import Estimation
 
@@ -21,11 +24,28 @@ SAVE_EVERY = 15.0
 _ONLY_SPEED = ("directions_per_step", "memory")
 
 
+class Stored(NamedTuple):
+    """What an interrupted estimate continues from.
+
+    Attributes:
+      plan: the plan of the estimate.
+      epsilon: ε of the step; None for an estimate without a finite step.
+      measured: losses or slopes of the first directions.
+    """
+
+    plan: Plan
+    epsilon: float | None
+    measured: Float[np.ndarray, "done ..."]
+
+
 class Checkpoint:
     """The folder of one estimate: an Orbax checkpoint of all measured losses or slopes.
 
-    The identity of the estimate is stored with the measurements: model, text and settings. The plan is stored too. A
-    resumed estimate uses the stored plan, so that it equals an uninterrupted estimate bit for bit.
+    The identity of the estimate is stored with the measurements: model, text and settings. The plan and a chosen ε are
+    stored too. A resumed estimate uses both, so that it equals an uninterrupted estimate bit for bit.
+
+    With several processes, all of them open, load and save together, and process 0 decides when: a process that saved
+    alone, by its own clock, would wait for the others for ever.
 
     Args:
       folder: the folder; created if it does not exist.
@@ -36,9 +56,9 @@ class Checkpoint:
       InputError: the folder cannot be created or opened.
 
     Example:
-      >>> with Checkpoint("folder", identity(settings, windows, losses)) as checkpoint:
-      ...     plan, measured = checkpoint.load()
-      ...     checkpoint.save(plan, measured, last=True)
+      >>> with Checkpoint("folder", identity(settings, windows, decoder)) as checkpoint:
+      ...     stored = checkpoint.load()
+      ...     checkpoint.save(Stored(plan, 1e-3, measured), last=True)
     """
 
     def __init__(self, folder: str | Path, identity: dict[str, Any], save_every: float = SAVE_EVERY):
@@ -61,18 +81,20 @@ class Checkpoint:
     ) -> None:
         self._store.close()
 
-    def load(self) -> tuple[Plan | None, Float[np.ndarray, "done ..."] | None]:
-        """The plan and the measurements of the first directions; None and None if there is no checkpoint yet.
+    def load(self) -> Stored | None:
+        """The measurements of the first directions, the plan and ε; None if there is no checkpoint yet.
 
         Raises:
           InputError: the folder holds the checkpoint of another estimate, or a damaged checkpoint.
         """
-        if self._store.latest is None:
-            return None, None
+        latest = self._store.latest
+        hosts.check_same(f"checkpoints in {self.folder}", None if latest is None else latest.step)
+        if latest is None:
+            return None
         try:
             stored: Any = self._store.metadata().custom_metadata
             measured = np.asarray(self._store.load()["measured"])
-            plan = Plan(**stored["plan"])
+            plan, epsilon = Plan(**stored["plan"]), stored["epsilon"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.folder}: not a whole checkpoint of an estimate ({cause(error)})") from error
         for name, expected in self.identity.items():
@@ -81,32 +103,36 @@ class Checkpoint:
                     f"{self.folder}: holds an estimate with another {name} ({stored['identity'].get(name)}, not "
                     f"{expected}); give another --checkpoint"
                 )
-        return plan, measured
+        return Stored(plan, epsilon, measured)
 
-    def save(self, plan: Plan, measured: Float[np.ndarray, "done ..."], last: bool) -> None:
-        """Saves the measurements if `save_every` seconds have passed since the last checkpoint.
+    def save(self, state: Stored, last: bool) -> None:
+        """Saves the measurements if `save_every` seconds have passed since the last checkpoint, by process 0's clock.
 
         A checkpoint is written whole or not at all.
 
         Args:
-          plan: the plan of the estimate.
-          measured: losses or slopes of the first directions.
+          state: what a resumed estimate needs.
           last: whether the measurements are complete; complete measurements are always saved.
         """
-        if last or time.monotonic() - self._last >= self.save_every:
-            metadata: Any = {"identity": self.identity, "plan": asdict(plan)}
-            self._store.save(len(measured), {"measured": measured}, custom_metadata=metadata, overwrite=True)
+        due = hosts.of_first(lambda: {"due": np.bool_(time.monotonic() - self._last >= self.save_every)})["due"]
+        if last or due:
+            metadata: Any = {"identity": self.identity, "plan": asdict(state.plan), "epsilon": state.epsilon}
+            measured = {"measured": state.measured}
+            self._store.save(len(state.measured), measured, custom_metadata=metadata, overwrite=True)
             self._last = time.monotonic()
 
 
-def identity(settings: Estimation, windows: Int[np.ndarray, "B T"], losses: Float[np.ndarray, " B"]) -> dict[str, Any]:
-    """The identity of an estimate: settings that change its values, a hash of the text, and a hash of the losses.
+def identity(settings: Estimation, windows: Int[np.ndarray, "B T"], decoder: Decoder) -> dict[str, Any]:
+    """The identity of an estimate: settings that change its values, and hashes of the text and of the model.
+
+    Nothing of it is computed by a forward pass: losses differ in their last digits between meshes and devices, and an
+    estimate may continue on others than it began on.
 
     Args:
-      settings: settings of the estimate, with the chosen ε.
+      settings: settings of the estimate; ε is None where it is chosen.
       windows: token ids of the calibration windows.
-      losses: the dense model's loss of every window; their hash identifies the model.
+      decoder: the model.
     """
     settled = {name: value for name, value in asdict(settings).items() if name not in _ONLY_SPEED}
-    text, model = (hashlib.sha256(array.tobytes()).hexdigest()[:16] for array in (windows, losses))
-    return settled | {"text": text, "model": model}
+    text = hashlib.sha256(repr(windows.shape).encode() + np.ascontiguousarray(windows, "<i4").tobytes()).hexdigest()
+    return settled | {"text": text[:16], "model": model_digest(decoder)[:16]}

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from minillm_jax.data.batches import Batch, Batches
-from minillm_jax.devices import sharding
+from minillm_jax.devices import hosts, sharding
 from minillm_jax.errors import InputError
 from minillm_jax.evaluation.perplexity import window_losses
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.scoring.gradient import rebuild, slopes, spaces
-from minillm_jax.scoring.gradient.checkpoint import SAVE_EVERY, Checkpoint, identity
+from minillm_jax.scoring.gradient.checkpoint import SAVE_EVERY, Checkpoint, Stored, identity
 from minillm_jax.scoring.gradient.directions import Directions
 from minillm_jax.scoring.gradient.exact import RunGradients, gate_gradients, weight_gradients
 from minillm_jax.scoring.gradient.plan import Plan, shared_plan
@@ -97,24 +96,32 @@ def estimate(
         if checkpoint is not None:
             raise InputError("the exact gradient is one pass and cannot be resumed; leave out --checkpoint")
         return _exact(decoder, batches, settings, progress)
-    if settings.estimator == "spsa" and settings.epsilon is None:
-        settings = replace(settings, epsilon=choose_epsilon(decoder, batches, settings))
-    # The paired losses are compared with the dense losses, and a checkpoint identifies the model by them.
-    needs_dense = settings.estimator == "spsa" or checkpoint is not None
-    dense = window_losses(decoder, batches) if needs_dense else np.zeros(0, np.float32)
-    measure = partial(_measure, decoder, batches, settings, plan, progress)
     if checkpoint is None:
-        measured = measure(None)
+        settings = _with_step(decoder, batches, settings, None)
+        measured = _measure(decoder, batches, settings, plan, progress, None, None)
     else:
-        with Checkpoint(checkpoint, identity(settings, batches.windows, dense), save_every) as opened:
-            measured = measure(opened)
+        with Checkpoint(checkpoint, identity(settings, batches.windows, decoder), save_every) as opened:
+            stored = opened.load()
+            settings = _with_step(decoder, batches, settings, stored)
+            measured = _measure(decoder, batches, settings, plan, progress, opened, stored)
     _check(measured, settings)
     predictions = batches.predictions
     if settings.estimator == "jvp":
         return Estimate(settings, measured / predictions)
     slopes = (measured[:, 0] - measured[:, 1]) / (2 * step_of(settings))
+    dense = window_losses(decoder, batches)  # the step is judged by the second-order change of the loss
     report = StepReport.of(measured.sum(-1) / predictions, float(dense.sum(dtype=np.float64)) / predictions)
     return Estimate(settings, slopes / predictions, report)
+
+
+def _with_step(decoder: Decoder, batches: Batches, settings: Estimation, stored: Stored | None) -> Estimation:
+    """The settings with ε: the stored one of an interrupted estimate, else the given one, else the chosen one."""
+    if settings.estimator != "spsa" or settings.epsilon is not None:
+        return settings
+    if stored is not None and stored.epsilon is not None:
+        return replace(settings, epsilon=stored.epsilon)
+    chosen = choose_epsilon(decoder, batches, settings)
+    return replace(settings, epsilon=float(hosts.of_first(lambda: {"epsilon": chosen})["epsilon"]))
 
 
 def _check(measured: Float[np.ndarray, "P *sides B"], settings: Estimation) -> None:
@@ -143,16 +150,19 @@ def _measure(
     plan: Plan | None,
     progress: Progress | None,
     checkpoint: Checkpoint | None,
+    stored: Stored | None,
 ) -> Float[np.ndarray, "P *sides B"]:
     """The losses of every window at both ends of every direction, or its slopes along the directions, float64."""
-    stored, measured = (None, None) if checkpoint is None else checkpoint.load()
-    plan = stored or plan or shared_plan(decoder, batches.length, settings)
+    measured = None if stored is None else stored.measured
+    if stored is not None:
+        plan = stored.plan
+    plan = plan or shared_plan(decoder, batches.length, settings)
     for first in range(0 if measured is None else len(measured), settings.directions, plan.per_call):
         last = min(first + plan.per_call, settings.directions)
         part = measure_call(decoder, batches, settings, plan, first, last)
         measured = part if measured is None else np.concatenate([measured, part])
         if checkpoint is not None:
-            checkpoint.save(plan, measured, last == settings.directions)
+            checkpoint.save(Stored(plan, settings.epsilon, measured), last == settings.directions)
         if progress is not None:
             progress(last, settings.directions)
     assert measured is not None, "there is at least one direction"

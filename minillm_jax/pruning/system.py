@@ -1,0 +1,191 @@
+"""The linear system of a refit, and what happens to a system that cannot be solved as it is.
+
+Both refits fit a matrix W' to a target by ridge regression, with the ridge towards a known matrix W:
+
+    (G + λI) W' = (1 − γ) G W + γ C + λ W        G = Xᵀ X, C = Xᵀ target, λ = ridge · mean diagonal of G
+
+For an output projection, X is its input, W its dense kernel, the target the gap, and γ is α. For the input refit, X is
+the input of a sublayer, W the identity, the target the dense input, and γ is β.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.linalg import LinAlgError
+
+from minillm_jax.errors import InputError, cause, shortened, warn
+from minillm_jax.pruning import solve
+from minillm_jax.pruning.walk import raw_moments
+
+# Shares of the mean diagonal that are tried as the ridge, in turn, where a system is not positive definite.
+RIDGES = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2, 1.0)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class System:
+    """A linear system at full width, float64: hessian · W' = right.
+
+    Attributes:
+      hessian: G + λI, the matrix of the system.
+      right: (1 − γ) G W + γ C + λ W, its right-hand side.
+      ridge: λ.
+      diagonal: mean diagonal of G; 1 where G is zero.
+      kernel: W, the matrix that the ridge keeps W' near to.
+      mean: mean of the inputs X over all tokens; None for a map without a bias.
+      target: mean of the target over all tokens.
+      where: layer and matrix, for messages.
+    """
+
+    hessian: Float[np.ndarray, "I I"]
+    right: Float[np.ndarray, "I D"]
+    ridge: float
+    diagonal: float
+    kernel: Float[np.ndarray, "I D"]
+    mean: Float[np.ndarray, " I"] | None
+    target: Float[np.ndarray, " D"]
+    where: str
+
+    def rows(self, rows: Int[np.ndarray, " kept"], solver: str) -> Float[np.ndarray, "kept D"]:
+        """The least-squares solution for the kept rows.
+
+        Raises:
+          LinAlgError: see `solve.solve`.
+        """
+        return solve.solve(self.hessian[np.ix_(rows, rows)], self.right[rows], solver)
+
+    def shift(self, rows: Int[np.ndarray, " kept"], kernel: Float[np.ndarray, "kept D"]) -> np.ndarray | None:
+        """The change of the bias that gives the output with these rows the mean of the target; None without a bias."""
+        return None if self.mean is None else self.target - self.mean[rows] @ kernel
+
+    def with_ridge(self, ridge: float) -> "System":
+        """The same system with a larger ridge λ."""
+        hessian, more = self.hessian.copy(), ridge - self.ridge
+        np.fill_diagonal(hessian, hessian.diagonal() + more)
+        return replace(self, hessian=hessian, right=self.right + more * self.kernel, ridge=ridge)
+
+
+def system_of(
+    moments: Sequence[np.ndarray],
+    kernel: Float[np.ndarray, "I D"],
+    tokens: int,
+    towards: float,
+    ridge: float,
+    biased: bool,
+    where: str,
+    solver: str = "host",
+) -> System:
+    """The linear system of a map.
+
+    Args:
+      moments: the fields of `walk.Moments` or `walk.InputMoments`.
+      kernel: W, float64.
+      tokens: number of tokens in the moments.
+      towards: γ, from 0 (the target is the map's own dense output) to 1.
+      ridge: λ as a share of the mean diagonal of G.
+      biased: the map has a bias: it is fitted on centred inputs and targets.
+      where: layer and matrix, for messages.
+      solver: `host` (float64); `device` computes the matrix product in float32.
+
+    Raises:
+      InputError: the moments are not finite.
+    """
+    gram, inputs, cross, targets, center, target_center = (moment.astype(np.float64) for moment in moments)
+    if not (np.isfinite(gram).all() and np.isfinite(cross).all()):
+        raise InputError(
+            f"the input of {where} is not finite on the calibration windows: the model's weights are broken, or "
+            "overflow their type; use --dtype float32"
+        )
+    mean, target = center + inputs / tokens, target_center + targets / tokens
+    if biased:  # a covariance is the same about any center
+        gram -= np.outer(inputs / tokens, inputs)
+        cross -= np.outer(inputs / tokens, targets)
+    else:
+        gram, cross = raw_moments(gram, inputs, cross, targets, center, target_center, tokens)
+    # Inputs of zeros have a trace of zero: any ridge keeps the dense kernel.
+    diagonal = np.trace(gram) / len(gram) or 1.0
+    penalty = ridge * diagonal
+    right = (1 - towards) * solve.product(gram, kernel, solver) + towards * cross + penalty * kernel
+    mean_target = (1 - towards) * (mean @ kernel) + towards * target
+    np.fill_diagonal(gram, gram.diagonal() + penalty)  # in place: for a 7B model this matrix takes a gigabyte
+    return System(gram, right, penalty, diagonal, kernel, mean if biased else None, mean_target, where)
+
+
+class Solver:
+    """Solves the systems of one walk, on the host or on the device.
+
+    A system that fails on the device, for lack of precision or of memory, is solved on the host. A system that is not
+    positive definite on the host gets a larger ridge. The first case of each kind is a warning.
+
+    Args:
+      name: `host` or `device`.
+    """
+
+    def __init__(self, name: str = "host") -> None:
+        self.name = name
+        self._warned: set[str] = set()
+
+    def run(self, system: System, work: Callable[[System, str], T]) -> T:
+        """The result of `work`, with the least ridge that it succeeds with.
+
+        Args:
+          system: the system, with its ridge.
+          work: called with a system and `host` or `device`; raises LinAlgError where it cannot be solved.
+
+        Raises:
+          InputError: no ridge helps, or the host has not enough memory.
+        """
+        reason = ""
+        for ridge in _ridges(system):
+            raised = system if ridge == system.ridge else system.with_ridge(ridge)
+            try:
+                result = self._on(raised, work)
+            except LinAlgError as error:
+                reason = reason or cause(error)
+                continue
+            if ridge > system.ridge:
+                shares = f"{system.ridge / system.diagonal:.1e} to {ridge / system.diagonal:.1e}"
+                self._warn(
+                    "ridge", f"{system.where}: the ridge is raised from {shares} of the mean diagonal ({reason})"
+                )
+            return result
+        raise InputError(
+            f"{system.where}: the refit has no solution at any ridge ({reason}); give more calibration windows, or use "
+            "--refit none and another criterion than obs"
+        )
+
+    def _on(self, system: System, work: Callable[[System, str], T]) -> T:
+        if self.name == "device":
+            try:
+                return work(system, "device")
+            except LinAlgError as error:
+                reason = cause(error)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                reason = shortened(cause(error), 120)
+            self._warn("device", f"{system.where}: solved on the host in place of the device ({reason})")
+        try:
+            return work(system, "host")
+        except MemoryError as error:
+            rows = len(system.hessian)
+            raise InputError(
+                f"{system.where}: the host has no memory for a system of {rows:,} x {rows:,} numbers in float64; use "
+                "--solver device, or --refit none and another criterion than obs"
+            ) from error
+
+    def _warn(self, kind: str, sentence: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warn(f"{sentence}; further cases in this run are not reported")
+
+
+def _ridges(system: System) -> Iterator[float]:
+    """The ridge of a system, then larger ones."""
+    yield system.ridge
+    yield from (share * system.diagonal for share in RIDGES if share * system.diagonal > system.ridge)

@@ -1,0 +1,197 @@
+"""The programs that test_jobs.py runs in their own processes: whole runs on meshes, and the walk's use of devices.
+
+`python -m tests.devices.jobs_child NAME ARGUMENTS...` calls the function of that name and prints its result as JSON.
+"""
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from minillm_jax import stages
+from minillm_jax.data.batches import Batches
+from minillm_jax.devices import hosts, sharding
+from minillm_jax.errors import InputError
+from minillm_jax.model.decoder import Decoder, rotary_angles
+from minillm_jax.pruning import refit, solve, walk
+from minillm_jax.pruning.refit import prune_by_obs, slice_and_refit
+from minillm_jax.recipes import recipe as recipes
+from minillm_jax.run import Job, run
+from minillm_jax.scoring.gradient import checkpoint
+from minillm_jax.settings import Refit
+from tests.devices.mesh_child import (
+    EVEN,
+    KEPT,
+    batches_for,
+    disable_optimizations,
+    make_decoder,
+    make_mesh,
+    make_tokens,
+)
+
+# The options of every run, and those of each.
+COMMON = {"ratio": 0.4, "samples": 8, "seq_len": 16, "structures": "heads,channels"}
+JOBS: dict[str, dict[str, Any]] = {
+    "obs": {},
+    "wanda": {"criterion": "wanda"},
+    "fms": {"criterion": "fms", "directions": 4, "epsilon": "auto", "refit": "none"},
+    "flap": {"criterion": "flap", "allocation": "global"},
+    "measured": {"allocation": "measured"},
+    "layers": {"structures": "hidden,layers", "criterion": "wanda"},
+}
+
+MESHES = {"data": "data=4,model=1", "model": "data=1,model=4", "both": "data=2,model=2"}
+
+
+def run_job(folder: str, name: str, output: Path, mesh: str | None = None, checkpoint: bool = False) -> None:
+    """One whole run, from the folder with the model and the text."""
+    options = COMMON | {"calibration": f"{folder}/tokens.npy", "evaluate": f"{folder}/tokens.npy"} | JOBS[name]
+    options |= {} if mesh is None else {"mesh": mesh}
+    options |= {"checkpoint": f"{output} saved"} if checkpoint else {}
+    recipe, given = recipes.with_options(recipes.load(recipes.DEFAULT), options)
+    run(Job(f"{folder}/model", str(output), recipe, given))
+
+
+def joined_jobs(folder: str, out: str, meshes: str, address: str) -> dict[str, Any]:
+    """Whole runs in one of two processes, of which the second would decide otherwise, by another clock."""
+    hosts.initialise_hosts(hosts.parse_hosts(address))
+    disable_optimizations(True)
+    if not hosts.is_writer():
+        decide_otherwise()
+    saves = []
+    save = checkpoint.Checkpoint.save
+    checkpoint.Checkpoint.save = lambda self, state, last: saves.append(save(self, state, last))
+    for mesh in meshes.split("+"):
+        for name in JOBS:
+            run_job(folder, name, Path(out, f"{mesh} {name}"), MESHES[mesh], checkpoint=name == "fms")
+    return {"writer": hosts.is_writer(), "saves": len(saves), "errors": errors_of_mixed_inputs(folder, out)}
+
+
+def decide_otherwise() -> None:
+    """Gives this process wrong solutions, another order of groups, other scores, and a clock that runs ahead."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(solve, "solve", lambda matrix, right, solver="host": np.zeros_like(right))
+    patch.setattr(refit, "greedy_removal", lambda inverse, products, count, keep, *rest: np.arange(count - keep))
+    choose = stages.choose
+    patch.setattr(stages, "choose", lambda scores, *rest: choose(negated(scores), *rest))
+    hour = iter(range(0, 10**9, 3600))
+    patch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + next(hour)))
+
+
+def negated(scores: dict[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]:
+    return {kind: [-values for values in rows] for kind, rows in scores.items()}
+
+
+def errors_of_mixed_inputs(folder: str, out: str) -> list[str]:
+    """The errors of a run whose processes were given other settings, and other texts."""
+    errors = []
+    for change in ({"seed": 1}, {"calibration": f"{folder}/other.npy"}):
+        given = {"calibration": f"{folder}/tokens.npy"} | ({} if hosts.is_writer() else change)
+        if "calibration" in change:  # the same name, with other content in the second process
+            given = {"calibration": f"{folder}/tokens.npy"}
+            load = np.load
+            if not hosts.is_writer():
+                np.load = lambda *a, **k: load(*a, **k)[::-1]
+        options = COMMON | given | {"mesh": MESHES["data"]}
+        recipe, flags = recipes.with_options(recipes.load(recipes.DEFAULT), options)
+        try:
+            run(Job(f"{folder}/model", f"{out}/mixed", recipe, flags))
+        except InputError as error:
+            errors.append(str(error))
+    return errors
+
+
+# ------------------------------------------------------------------------------------------ one process, 8 devices
+
+
+def devices_of_walk() -> dict[str, Any]:
+    """How the walk uses eight devices: bytes on each during the walk, work of each, and the result."""
+    disable_optimizations(True)
+    shapes = {"data": (8, 1), "model": (1, 8), "both": (2, 4)}
+    results = {name: on_mesh(*shape) for name, shape in shapes.items()}
+    return {"meshes": results, "bytes": bytes_during_the_walk(), "operations": operations(shapes)}
+
+
+def on_mesh(data: int, model: int) -> dict[str, Any]:
+    """Differences of a model pruned on a mesh from that pruned on one device: groups, and weights."""
+    single, tokens = make_decoder(EVEN), make_tokens(16, EVEN.V)
+    decoder, counts = sharding.shard(single, make_mesh(data, model)), {"head": [4, 5], "channel": [40, 40]}
+    pruned, kept = prune_by_obs(decoder, counts, batches_for(decoder, tokens))
+    expected, expected_kept = prune_by_obs(single, counts, Batches(tokens))
+    same = all(np.array_equal(a, b) for kind in kept for a, b in zip(kept[kind], expected_kept[kind], strict=True))
+    pairs = list(zip(jax.tree.leaves(pruned), jax.tree.leaves(expected), strict=True))
+    largest = [float(np.abs(np.asarray(a) - np.asarray(b)).max()) / max(1.0, float(np.abs(b).max())) for a, b in pairs]
+    return {"kept": same, "difference": max(largest)}
+
+
+def bytes_during_the_walk() -> dict[str, Any]:
+    """The largest share of the weights of finished layers on any device, after every sublayer."""
+    single, tokens = make_decoder(EVEN), make_tokens(8, EVEN.V)
+    decoder = sharding.shard(single, make_mesh(1, 8))
+    shares, layers = [], []
+    take = refit.slicing.take
+
+    def watched(*arguments: Any, **more: Any) -> Any:
+        layers.append(take(*arguments, **more))
+        return layers[-1]
+
+    patch = pytest.MonkeyPatch()
+    with_projection = refit._with_projection
+    patch.setattr(refit, "_with_projection", lambda *a: layers.append(with_projection(*a)) or layers[-1])
+
+    def report(done: int, total: int) -> None:
+        on_device: Counter[int] = Counter()
+        cut = [array for array in jax.tree.leaves(layers[-1]) if array.ndim > 2]
+        for array in cut:
+            for shard in array.addressable_shards:
+                on_device[shard.device.id] += shard.data.nbytes
+        whole = sum(array.nbytes for array in cut)
+        shares.append(max(on_device.values()) / whole)
+
+    slice_and_refit(decoder, KEPT, batches_for(decoder, tokens), Refit(), report)
+    patch.undo()
+    return {"largest share": max(shares), "sublayers": len(shares)}
+
+
+def operations(shapes: dict[str, tuple[int, int]]) -> dict[str, dict[str, float]]:
+    """Floating-point operations of the walk's programs on one device, as a share of those without a mesh."""
+    single, tokens = make_decoder(EVEN), make_tokens(16, EVEN.V)
+    expected = programs(single, Batches(tokens))
+    shares = {}
+    for name, shape in shapes.items():
+        decoder = sharding.shard(single, make_mesh(*shape))
+        on_one = programs(decoder, batches_for(decoder, tokens))
+        shares[name] = {program: on_one[program] / expected[program] for program in expected}
+    return shares
+
+
+def programs(decoder: Decoder, batches: Batches) -> dict[str, float]:
+    """Operations of one device: to advance a batch, to find its inputs, and to sum its moments; MLP sublayer."""
+    mesh, (batch,) = batches.mesh, batches
+    settings = {"kind": "channel", "config": decoder.config, "mesh": mesh}
+    settings |= {"angles": rotary_angles(decoder, batches.length)}
+    layer, state = next(walk._layers(decoder, mesh)), walk._begin(decoder, batch.tokens, mesh=mesh)
+    pair = walk._inputs_and_gaps(layer, state, state.stream, **settings)
+    shares = sharding.shares(len(batch.tokens), mesh)
+    centers = tuple(jnp.zeros(part.shape[-1]) for part in pair)
+    lowered = {
+        "advance": walk._advance.lower(layer, state, **settings),
+        "inputs": walk._inputs_and_gaps.lower(layer, state, state.stream, **settings),
+        "moments": walk._add_pair.lower(None, pair, centers, shares=shares, mesh=mesh),
+    }
+    return {name: program.compile().cost_analysis()["flops"] for name, program in lowered.items()}
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {"jobs": joined_jobs, "walk": devices_of_walk}
+
+if __name__ == "__main__":
+    sys.stdout.write("\n" + json.dumps(FUNCTIONS[sys.argv[1]](*sys.argv[2:])))
