@@ -89,8 +89,11 @@ class Budget:
       heads: what a head is: a key/value head with all its query heads (`group`), or a query head (`query`).
       layers: the first pruned layer and the one after the last, counted from the end where negative; None for all.
       rounds: number of rounds, each with new scores.
-      round_heads_to: the number of kept heads of a pruned layer is a multiple of this, rounded up (`uniform` only).
-      round_width_to: the same for channels and hidden dimensions.
+      round_heads_to: the number of kept heads of a pruned layer is a multiple of this, or all of them; of query heads,
+        the number that every key/value head keeps. A share of the groups is rounded up; a target, and a share of the
+        parameters, are kept, so that counts are rounded down where that is necessary. The allocations `global` and
+        `measured` remove heads in blocks of this size.
+      round_width_to: the same for channels; of hidden dimensions, the number that the model keeps.
       keep_at_least: share of the groups of a layer that is always kept (not with a uniform share of the groups).
       window: tokens of the window that costs are given for; a run sets it to `Data.seq_len`.
     """
@@ -133,7 +136,9 @@ class Budget:
         None, str, "Prune layers A to B - 1 only; 4:-2 leaves the first four and the last two.", spelling=LAYERS
     )
     rounds: int = option(1, int, "Prune in this many rounds, with new scores in each.")
-    round_heads_to: int = option(1, int, "Keep a multiple of this many heads in every pruned layer.")
+    round_heads_to: int = option(
+        1, int, "Keep a multiple of this many heads (or query heads of a key/value head) in every pruned layer."
+    )
     round_width_to: int = option(1, int, "Keep a multiple of this many channels in every pruned layer: 64, 128.")
     keep_at_least: float = option(0.1, float, "Share of the groups of every layer that an allocation always keeps.")
     window: int = 128
@@ -163,7 +168,12 @@ class Budget:
 
     def multiple(self, kind: str) -> int:
         """The number that the count of kept groups of a kind is rounded to a multiple of."""
-        return self.round_width_to if kind == "channel" else self.round_heads_to
+        return self.round_width_to if kind in ("channel", "hidden") else self.round_heads_to
+
+    @staticmethod
+    def multiple_flag(kind: str) -> str:
+        """The flag of `multiple`."""
+        return "--round-width-to" if kind in ("channel", "hidden") else "--round-heads-to"
 
     def check(self) -> None:
         """Check that the settings suit each other.
@@ -208,8 +218,6 @@ class Budget:
     def _check_multiple(self, words: str, multiple: int) -> None:
         if multiple < 1:
             raise InputError(f"the number of kept {words} can be rounded to multiples of at least 1, not {multiple}")
-        if multiple > 1 and self.allocation != "uniform":
-            raise InputError(f"the number of kept {words} is rounded in uniform budgets only, not {self.allocation}")
 
 
 @dataclass(frozen=True)

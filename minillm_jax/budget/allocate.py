@@ -27,12 +27,12 @@ class Allocated:
     Attributes:
       counts: kind -> one number for each layer.
       losses: with the allocation `measured`: kind -> for each layer, pairs of a number of kept groups and the change of
-        the mean loss (nats) when only this kind of groups of this layer is pruned to that number. The first pair is for
-        all groups.
+        the mean loss (nats) when only this kind of groups of this layer is pruned to that number; None where the loss
+        is not finite. The first pair is for all groups.
     """
 
     counts: Counts
-    losses: dict[str, list[list[tuple[int, float]]]] | None = None
+    losses: dict[str, list[list[tuple[int, float | None]]]] | None = None
 
 
 def expected(decoder: Decoder, kinds: tuple[str, ...], budget: Budget) -> Counts | None:
@@ -132,10 +132,13 @@ def counts_for(
     report = partial(tell, progress, "budget")
     losses = level_losses(decoder, calibration.batches, levels, None if scores is None else choose, refit, report)
     pairs = {
-        kind: [list(zip(*row, strict=True)) for row in zip(levels[kind], rows, strict=True)]
+        kind: [
+            [(count, loss if np.isfinite(loss) else None) for count, loss in zip(*row, strict=True)]
+            for row in zip(levels[kind], rows, strict=True)
+        ]
         for kind, rows in losses.items()
     }
-    return Allocated(budgets.cheapest(inventory, limit, levels, losses), pairs)
+    return Allocated(budgets.cheapest(inventory, limit, levels, losses, budget), pairs)
 
 
 def check_comparable(criterion: str) -> None:

@@ -27,6 +27,7 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from minillm_jax.errors import InputError
 from minillm_jax.pruning import solve
 
 # Rows N and P that are gathered before both matrices are updated.
@@ -92,6 +93,9 @@ def greedy_removal(
       solver: `host` (NumPy, float64), or `device` (JAX, float32; an order that fails on the device is computed on the
         host).
       gathered: number of gathered rows after which both matrices are updated, rounded down to whole groups.
+
+    Raises:
+      InputError: the error of a removal is not finite on the host, or a block of H⁻¹ is not positive definite there.
     """
     if solver == "device" and keep < count:
         matrices = (jnp.asarray(matrix, jnp.float32) for matrix in (inverse, products))
@@ -103,11 +107,26 @@ def greedy_removal(
     groups, width = [], len(inverse) // count
     for _ in range(count - keep):
         place = len(groups) * width % len(state.n)
-        group, _, state = _remove(state, place)
-        groups.append(int(group))
+        group, state = _remove_on_host(state, place)
+        groups.append(group)
         if place + width == len(state.n):
             state = _updated(state)
     return np.asarray(groups, np.int64)
+
+
+def _remove_on_host(state: _State, place: int) -> tuple[int, _State]:
+    """`_remove` with NumPy; NaN, the least of all numbers for `argmin`, is found as the error of the chosen group."""
+    try:
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            group, error, state = _remove(state, place)
+    except np.linalg.LinAlgError:
+        group, error = -1, np.nan
+    if not np.isfinite(error):
+        raise InputError(
+            "structured OBS cannot compare the groups of a layer, because the error of a removal is not finite: the "
+            "linear system is close to singular, or its values overflow; use a larger --ridge, or --dtype float32"
+        )
+    return int(group), state
 
 
 @partial(jax.jit, static_argnames=("count", "removed", "parts", "gathered"))
