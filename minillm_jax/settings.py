@@ -8,9 +8,16 @@ module imports neither JAX nor transformers, so that `--help` answers at once.
 from dataclasses import dataclass, field
 
 from minillm_jax.errors import InputError, one_of
-from minillm_jax.options import BYTES, COUNT, LAYERS, STEP, WORDS, option
+from minillm_jax.options import BYTES, COUNT, LAYERS, SHARDS, STEP, WORDS, option
 
 STRUCTURES = ("heads", "channels", "hidden", "layers")
+# What other tools call these structures. The words are near, not equal: none of them is accepted.
+MEANT = {
+    **dict.fromkeys(("attention", "attn", "self-attention", "kv", "kv-heads", "head", "query", "queries"), "heads"),
+    **dict.fromkeys(("mlp", "ffn", "feed-forward", "feedforward", "intermediate", "width", "channel"), "channels"),
+    **dict.fromkeys(("embedding", "embeddings", "hidden-size", "hidden_size", "dim", "dims", "residual"), "hidden"),
+    **dict.fromkeys(("depth", "block", "blocks", "layer"), "layers"),
+}
 HEADS = ("group", "query")
 COUNTED = ("groups", "blocks", "model")
 ALLOCATIONS = ("uniform", "global", "measured")
@@ -44,6 +51,20 @@ METHODS = ("least-squares", "bias", "none")
 SOLVERS = ("host", "device")
 FORMATS = ("stock", "per-layer", "padded", "flax")
 DTYPES = ("float32", "bfloat16", "float16")
+# What other tools call these types.
+DTYPE_SYNONYMS = {
+    **dict.fromkeys(("fp32", "f32", "float", "single", "torch.float32", "torch.float"), "float32"),
+    **dict.fromkeys(("bf16", "bfloat", "torch.bfloat16"), "bfloat16"),
+    **dict.fromkeys(("fp16", "f16", "half", "torch.float16", "torch.half"), "float16"),
+}
+
+
+def dtype_name(text: str | None) -> str | None:
+    """The type of `DTYPES` that a text is a spelling of; the text itself where it is none."""
+    small = "" if text is None else text.strip().lower()
+    name = DTYPE_SYNONYMS.get(small, small)
+    return name if name in DTYPES else text
+
 
 # Kinds of groups inside each layer, by the name of the structure and the way to count heads.
 _KINDS = {"group": "head", "query": "query"}
@@ -197,6 +218,11 @@ class Budget:
 
     def _check_structures(self) -> None:
         for structure in self.structures:
+            meant = MEANT.get(structure.strip().lower())
+            if meant is not None:
+                raise InputError(
+                    f"unknown structure {structure!r}; expected one of {', '.join(STRUCTURES)}; did you mean {meant}?"
+                )
             one_of("structure", structure, STRUCTURES)
         if not self.structures or len(set(self.structures)) < len(self.structures):
             raise InputError("--structures must name at least one structure, and each of them once")
@@ -213,7 +239,8 @@ class Budget:
             return
         one_of("thing that the ratio counts", self.ratio_of, COUNTED)
         if not 0 < self.ratio < 1:
-            raise InputError(f"the ratio must lie between 0 and 1, both excluded, found {self.ratio:g}")
+            near = f"; did you mean {self.ratio / 100:g}?" if 2 <= self.ratio < 100 else ""
+            raise InputError(f"the ratio must lie between 0 and 1, both excluded, found {self.ratio:g}{near}")
 
     def _check_multiple(self, words: str, multiple: int) -> None:
         if multiple < 1:
@@ -357,8 +384,15 @@ class Output:
         choices=FORMATS,
         common=True,
     )
-    max_shard_size: str = option("5GB", str, "Size of the largest weight file.")
-    dtype: str | None = option(None, str, "Type of the weights; the stored type if unset.", choices=DTYPES, common=True)
+    max_shard_size: str = option("5GB", str, "Size of the largest weight file, 5GB or 500MB.", spelling=SHARDS)
+    dtype: str | None = option(
+        None,
+        str,
+        "Type of the weights; the stored type if unset.",
+        choices=DTYPES,
+        synonyms=DTYPE_SYNONYMS,
+        common=True,
+    )
     checkpoint: str | None = option(
         None, str, "Folder for the gradient estimate, to continue from after an interruption.", recorded=False
     )

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from minillm_jax.budget import allocate
+from minillm_jax.budget import allocate, expected
 from minillm_jax.budget.budget import Counts, by_ratio, choose, kept_count
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import sharding
@@ -35,6 +35,7 @@ from minillm_jax.pruning.drop_layers import best_layers
 from minillm_jax.pruning.refit import can_compensate, prune_by_obs, resolve, slice_and_refit
 from minillm_jax.pruning.slicing import slice_groups, slice_hidden, slice_layers
 from minillm_jax.recipes.recipe import Recipe
+from minillm_jax.scoring.criteria import check_finite
 from minillm_jax.scoring.score import ChosenWhilePruning, Scores, hidden_scores, score, summaries
 from minillm_jax.settings import Budget, Refit, Scoring
 from minillm_jax.version import __version__
@@ -59,11 +60,14 @@ def prune_model(
       progress: called with how far each stage is.
 
     Raises:
-      InputError: a setting does not suit the model, or an activation, score or loss is not finite.
+      InputError: a setting does not suit the model, nothing would be removed, or an activation, score or loss is not
+        finite.
     """
     budget, parameters = recipe.budget, parameter_count(model.decoder)
     if recipe.refit.method == "bias":
         model = with_biases(model)
+    shapes = model.decoder.config, sizes_of(model.decoder)
+    expected.pruned_sizes(*shapes, budget, recipe.named_by("budget", "layers"))
     smaller, whole = _prune_whole_model(replace(model, record=None), calibration, recipe, progress)
     if budget.kinds:
         smaller = prune_in_rounds(
@@ -180,15 +184,19 @@ def _allocate(
     calibration: Calibration | None,
     progress: StageProgress | None,
 ) -> allocate.Allocated:
+    before = {kind: group_counts(decoder, kind) for kind in scores.kinds}
     if isinstance(scores, ChosenWhilePruning):
         groups, per_cost = None, True
     else:
         groups, per_cost = scores.groups, scores.settings.get("within") != "standardised"
         for kind, per_layer in groups.items():
-            scored, expected = [len(values) for values in per_layer], group_counts(decoder, kind)
-            if scored != expected:
-                raise InputError(f"the scores are for {scored} groups of kind {kind}, the model has {expected}")
-    return allocate.counts_for(decoder, scores.kinds, groups, per_cost, budget, refit, calibration, progress)
+            scored = [len(values) for values in per_layer]
+            if scored != before[kind]:
+                raise InputError(f"the scores are for {scored} groups of kind {kind}, the model has {before[kind]}")
+        check_finite(groups)
+    allocated = allocate.counts_for(decoder, scores.kinds, groups, per_cost, budget, refit, calibration, progress)
+    expected.warn_of_idle_kinds(before, allocated.counts, budget)
+    return allocated
 
 
 def _remove(

@@ -9,7 +9,7 @@ from minillm_jax.budget import budget as budgets
 from minillm_jax.budget.budget import Counts, Inventory
 from minillm_jax.budget.measured_losses import level_losses
 from minillm_jax.data.windows import Calibration
-from minillm_jax.errors import InputError
+from minillm_jax.errors import InputError, shortened
 from minillm_jax.model import costs
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.tree import group_counts, layer_count, part_counts
@@ -171,8 +171,13 @@ def steps_between(before: Counts, after: Counts, parts: Counts, steps: int) -> l
     return [{kind: after_step(kind, step) for kind in before} for step in range(1, steps + 1)]
 
 
-def layers_of(budget: Budget, count: int) -> range:
+def layers_of(budget: Budget, count: int, named_by: str | None = None) -> range:
     """The pruned layers of a model with `count` layers.
+
+    Args:
+      budget: its layers.
+      count: number of layers of the model.
+      named_by: the recipe that names the layers; None where the user does.
 
     Raises:
       InputError: the model lacks these layers.
@@ -182,5 +187,18 @@ def layers_of(budget: Budget, count: int) -> range:
     start, stop = budget.layers
     last = stop + count if stop < 0 else stop
     if not 0 <= start < last <= count:
-        raise InputError(f"layers {start}:{stop} are not a range of this model's layers; it has 0:{count}")
+        instead = "--layers 1:-1 for all but the first and the last" if count > 2 else "--layers all"
+        if named_by is None:
+            raise InputError(
+                f"layers {start}:{stop} are not a range of this model's layers; it has 0:{count}; use {instead}, for "
+                "example"
+            )
+        raise InputError(
+            f"the recipe {shortened(named_by)} prunes layers {start}:{stop}, {_range_in_words(start, stop)}, and this "
+            f"model has {count} layers; give other layers beside the recipe, {instead}, for example"
+        )
     return range(start, last)
+
+
+def _range_in_words(start: int, stop: int) -> str:
+    return f"all but the first {start} and the last {-stop}" if stop < 0 else f"{start} to {stop - 1}"

@@ -131,6 +131,27 @@ def resolve(scoring: Scoring, hidden: bool = False) -> Criterion:
     return _with_reductions(criterion, scoring, hidden) if criterion.by_weights else criterion
 
 
+def check_idle(scoring: Scoring, criterion: Criterion) -> None:
+    """Check that the criterion reads every reduction, norm and factor that the settings name.
+
+    Args:
+      scoring: the settings.
+      criterion: what `resolve` makes of them.
+
+    Raises:
+      InputError: a setting would do nothing.
+    """
+    idle = [] if scoring.criterion == "fms" or scoring.factors is None else ["factors"]
+    for key, read in (("activation_norm", "norm"), ("within", "within"), ("across", "across")):
+        if getattr(scoring, key) not in (None, getattr(criterion, read)):
+            idle.append(key)
+    if idle:
+        raise InputError(
+            f"the criterion {scoring.criterion} does not read {' and '.join(idle)}, which would do nothing; leave out "
+            f"{'them' if len(idle) > 1 else 'it'}" + (", or use the criterion fms" if "factors" in idle else "")
+        )
+
+
 def _factors(factors: tuple[str, ...] | None) -> tuple[str, ...]:
     if factors is None:
         return FACTORS

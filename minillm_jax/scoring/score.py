@@ -94,6 +94,7 @@ def resolve(scoring: Scoring, hidden: bool = False) -> tuple[Criterion, Estimati
       InputError: a name is unknown, a number out of its range, or two settings do not suit each other.
     """
     criterion = criteria.resolve(scoring, hidden)
+    criteria.check_idle(scoring, criterion)
     return criterion, resolve_gradient(scoring.criterion, criterion, scoring.estimation)
 
 
