@@ -194,7 +194,7 @@ def layers_of(budget: Budget, count: int, named_by: str | None = None) -> range:
                 "example"
             )
         raise InputError(
-            f"the recipe {shortened(named_by)} prunes layers {start}:{stop}, {_range_in_words(start, stop)}, and this "
+            f"the recipe {shortened(named_by)} prunes layers {start}:{stop}, {_range_in_words(start, stop)}, but this "
             f"model has {count} layers; give other layers beside the recipe, {instead}, for example"
         )
     return range(start, last)

@@ -53,15 +53,16 @@ def pruned_sizes(config: DecoderConfig, sizes: Sizes, budget: Budget, named_by: 
         width = kept_count(sizes.D, ratio, budget.round_width_to)
         effects.append(_Effect("hidden", budget.round_width_to, [sizes.D], [width]))
         sizes = replace(sizes, D=width, E=sizes.E if config.embedding_projection else width)
-    counts = None
-    if budget.kinds:
-        abstract = build(config, sizes)
-        inventory = allocate.inventory_of(abstract, budget.kinds, budget)
-        counts = allocate.expected(abstract, budget.kinds, budget)
-        effects += _effects(inventory, budget, counts)
-    _check(effects, budget, max(layer.N // layer.K for layer in dense.layers))
-    if not budget.kinds or counts is None:
-        return None if budget.kinds else sizes
+    queries = max(layer.N // layer.K for layer in dense.layers)
+    if not budget.kinds:
+        _check(effects, budget, queries)
+        return sizes
+    abstract = build(config, sizes)
+    inventory = allocate.inventory_of(abstract, budget.kinds, budget)
+    counts = allocate.expected(abstract, budget.kinds, budget)
+    _check([*effects, *_effects(inventory, budget, counts)], budget, queries)
+    if counts is None:
+        return None
     equal = {kind: [np.zeros(n) for n in group_counts(abstract, kind)] for kind in counts}
     return slice_sizes(sizes, choose(equal, counts, part_counts(abstract, counts)))
 
@@ -99,8 +100,8 @@ def _effects(inventory: Inventory, budget: Budget, counts: Counts | None) -> Ite
         counts = shares if nothing else inventory.fewest(budget)
     for kind, after in counts.items():
         before, parts = inventory.counts[kind], inventory.parts[kind]
-        rows = [[numbers[layer] // parts[layer] for layer in inventory.layers] for numbers in (before, after)]
-        yield _Effect(kind, budget.multiple(kind), *rows, inventory.layers)
+        steps, kept = ([n[layer] // parts[layer] for layer in inventory.layers] for n in (before, after))
+        yield _Effect(kind, budget.multiple(kind), steps, kept, inventory.layers)
 
 
 def _check(effects: list[_Effect], budget: Budget, queries: int) -> None:
@@ -162,7 +163,8 @@ def _ways(effect: _Effect, budget: Budget, queries: int) -> list[str]:
         ways.append("use a smaller --keep-at-least")
     elif steps > 1:
         ways.append("use a larger ratio" if budget.target is None else "use a smaller target")
-    if effect.kind == "head" and queries > 1:
+    of_queries = kept_count(queries, budget.ratio or 0.5, effect.multiple)
+    if effect.kind == "head" and of_queries < queries:
         ways.append("--heads query")
     if inside and steps == 1 and set(budget.structures) != {structure}:
         ways.append(f"leave out {structure} in --structures")

@@ -32,7 +32,8 @@ def show(as_json: bool, value: Callable[[], dict[str, Any]], table: Callable[[],
 def show_warnings() -> None:
     """Prints every `InputWarning` as one sentence on standard error, and no warning of another library.
 
-    With several processes, process 0 prints, once the processes are joined. `python -W` and PYTHONWARNINGS bring the others back.
+    With several processes, process 0 prints, once the processes are joined. `python -W` and PYTHONWARNINGS bring the
+    others back.
     """
 
     def print_one(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:

@@ -219,7 +219,7 @@ def _value(described: Option, value: Any, where: str) -> Any:
     if not isinstance(value, described.kind) or (described.kind is int and isinstance(value, bool)):
         hint = _hint(value) if described.kind is float else ""
         raise InputError(f"{where} must be {_KINDS[described.kind]}, found {_quoted(value)}{hint}")
-    return _choice(described, value, where) if described.choices else value
+    return _choice(described, str(value), where) if described.choices else value
 
 
 def _choice(described: Option, value: str, where: str) -> str:
