@@ -159,8 +159,6 @@ _SAME = {
     "attention_heads": "heads",
     "channel": "channels",
     "mlp-channels": "channels",
-    "neuron": "channels",
-    "neurons": "channels",
     "layer": "layers",
     "hidden-dimensions": "hidden",
     "magnitudes": "magnitude",

@@ -14,7 +14,9 @@ STRUCTURES = ("heads", "channels", "hidden", "layers")
 # What other tools call these structures. The words are near, not equal: none of them is accepted.
 MEANT = {
     **dict.fromkeys(("attention", "attn", "self-attention", "kv", "kv-heads", "head", "query", "queries"), "heads"),
-    **dict.fromkeys(("mlp", "ffn", "feed-forward", "feedforward", "intermediate", "width", "channel"), "channels"),
+    **dict.fromkeys(
+        ("mlp", "ffn", "feed-forward", "feedforward", "intermediate", "neurons", "width", "channel"), "channels"
+    ),
     **dict.fromkeys(("embedding", "embeddings", "hidden-size", "hidden_size", "dim", "dims", "residual"), "hidden"),
     **dict.fromkeys(("depth", "block", "blocks", "layer"), "layers"),
 }

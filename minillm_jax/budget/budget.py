@@ -8,6 +8,7 @@ scores. The allocation `measured` is in `budget.cheapest`.
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -79,7 +80,8 @@ def limit_of(inventory: Inventory, budget: Budget, blocks: int) -> float:
 def _less(inventory: Inventory, budget: Budget) -> str:
     """What to do where a budget cannot be met."""
     ways = ["use a smaller ratio" if budget.target is None else "use a larger target"]
-    if budget.keep_at_least:
+    fewest, fewer = (inventory.fewest(one) for one in (budget, replace(budget, keep_at_least=0.0)))
+    if fewest != fewer:
         ways.append("a smaller --keep-at-least")
     ways += [f"a smaller {budget.multiple_flag(kind)}" for kind in inventory.counts if budget.multiple(kind) > 1]
     return f"{', '.join(ways)}, or prune more kinds of groups or layers"

@@ -282,7 +282,7 @@ def with_options(recipe: Recipe, given: Mapping[str, Any]) -> tuple[Recipe, dict
         flag = "--" + keyword.replace("_", "-")
         recipe = with_value(recipe, section, key, value, flag)
         flags[section, key] = flag
-    return replace(recipe, own=recipe.own - flags.keys()), flags
+    return replace(recipe, own=recipe.own.difference(flags)), flags
 
 
 def with_assignments(recipe: Recipe, assignments: list[str]) -> tuple[Recipe, dict[tuple[str, str], str]]:
@@ -302,7 +302,7 @@ def with_assignments(recipe: Recipe, assignments: list[str]) -> tuple[Recipe, di
         section, key, text = match[1], match[2], match[3].strip()
         recipe = with_value(recipe, section, key, _parsed(section, key, text), f"--set {section}.{key}")
         flags[section, key] = f"--set {section}.{key}"
-    return replace(recipe, own=recipe.own - flags.keys()), flags
+    return replace(recipe, own=recipe.own.difference(flags)), flags
 
 
 def _parsed(section: str, key: str, text: str) -> Any:
