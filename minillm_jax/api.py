@@ -28,7 +28,7 @@ from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.recipes.used import used
 from minillm_jax.scoring.score import ChosenWhilePruning, Scores, score
-from minillm_jax.settings import Data, Evaluation
+from minillm_jax.settings import Data, Evaluation, dtype_name
 from minillm_jax.stages import prune_model
 
 __all__ = ["calibrate", "evaluate", "load", "prune", "save", "score"]
@@ -41,7 +41,7 @@ def load(
     model: str | Path, dtype: str | None = None, devices: Mesh | None = None, revision: str | None = None
 ) -> Model:
     """Load a Hugging Face folder, a Flax checkpoint folder, or a Hub id; see `convert.reader.read_model`."""
-    return reader.read_model(model, dtype, devices, revision)
+    return reader.read_model(model, dtype_name(dtype), devices, revision)
 
 
 def calibrate(

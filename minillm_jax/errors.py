@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class InputError(ValueError):
@@ -40,8 +41,11 @@ def one_of(what: str, name: str, known: Iterable[str]) -> None:
     Raises:
       InputError: the name is unknown.
     """
-    if name not in known:
-        raise InputError(f"unknown {what} {name!r}; expected one of {', '.join(known)}")
+    words = list(known)
+    if name not in words:
+        near = get_close_matches(str(name).lower(), words, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"unknown {what} {shortened(str(name))!r}; expected one of {', '.join(words)}{hint}")
 
 
 def shortened(text: str, most: int = 60) -> str:

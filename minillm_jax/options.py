@@ -1,8 +1,10 @@
 """Settings as data: a field of a settings class is a flag, a recipe key, a default and a sentence of help."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field
+from decimal import Decimal
+from math import isfinite
 from typing import Any
 
 
@@ -34,6 +36,7 @@ class Option:
       common: whether `--help` shows it, and not `--help-all` alone.
       spelling: how the value is written where it is no plain value.
       recorded: whether a recipe holds it. Paths of one run are not recorded.
+      synonyms: other spellings of the choices, in small letters.
     """
 
     kind: type
@@ -44,6 +47,13 @@ class Option:
     common: bool = False
     spelling: Spelling | None = None
     recorded: bool = True
+    synonyms: Mapping[str, str] = field(default_factory=dict)
+
+    def word(self, text: str) -> str:
+        """The choice that a text is a spelling of; the text itself where it is none."""
+        small = text.strip().lower()
+        word = self.synonyms.get(small, small)
+        return word if word in self.choices else text
 
 
 def option(default: Any, kind: type, help: str, **more: Any) -> Any:  # noqa: A002  the name of the attribute
@@ -66,18 +76,62 @@ def flag_of(one: "Field[Any]") -> str:
 # -------------------------------------------------------------------------------------------------------- spellings
 
 
+# One way to write numbers with units: 5.4B, 5.4 b, 5_400_000_000, 5,400,000,000, 5.4e9. Bytes: 2GB, 2 gb, 2G, 2GiB.
+_NUMBER = r"(\d[\d_]*|\d{1,3}(?:,\d{3})+)(\.\d+)?(e[+-]?\d{1,3})?"
+# Longer texts are no numbers, and the pattern need not be tried on them.
+_LONGEST = 60
+_PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "b": 3, "t": 4, "p": 5}
+
+
+def _quantity(text: str, units: str) -> tuple[float, str] | None:
+    """The number and the unit, in small letters, of a text; None for another text."""
+    match = re.fullmatch(rf"{_NUMBER}\s*({units})", text.strip().lower(), re.ASCII) if len(text) <= _LONGEST else None
+    if match is None:
+        return None
+    return float(re.sub("[_,]", "", match[1]) + (match[2] or "") + (match[3] or "")), match[4]
+
+
 def _count(text: str) -> float:
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([kmgbt]?)", text.strip(), re.ASCII | re.IGNORECASE)
-    if match is None:
-        raise ValueError("is not a number; expected 5.4B or 120M, for example")
-    return float(match[1]) * {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}[match[2].lower()]
+    match = _quantity(text, "[kmgbtp]?")
+    if match is None or not isfinite(count := match[0] * 1000.0 ** _PREFIXES[match[1]]):
+        raise ValueError("is not a number; expected 5.4B, 120M or 2e9, for example")
+    return count
 
 
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([kmgt]?)b", text.strip(), re.ASCII | re.IGNORECASE)
-    if match is None:
-        raise ValueError("is not a size; expected 2GB or 500MB, for example")
-    return round(float(match[1]) * 1000 ** " kmgt".index(match[2].lower() or " "))
+def read_bytes(text: str) -> int:
+    """The number of bytes that a text stands for: 2GB and 2G are 2 · 10⁹, 2GiB is 2 · 2³⁰.
+
+    Raises:
+      ValueError: the text is no size; the message says what is expected.
+    """
+    match = _quantity(text, "[kmgtp](?:i?b)?|b")
+    if match is None or not isfinite(match[0]):
+        raise ValueError("is not a size; expected 2GB, 500MB or 1.5GiB, for example")
+    base = 1024 if "i" in match[1] else 1000
+    return round(match[0] * base ** (0 if match[1] == "b" else _PREFIXES[match[1][0]]))
+
+
+def whole_number(text: str) -> int | None:
+    """The whole number that a text stands for, written as 1024, 1_024, 1,024 or 1e3; None for another text."""
+    match = _quantity(text.strip().removeprefix("-"), "")
+    if match is None or not match[0].is_integer() or match[0] >= 2**63:
+        return None
+    plain = re.sub("[_,]", "", text.strip())
+    return int(plain) if plain.removeprefix("-").isdecimal() else int(match[0]) * (-1 if plain[0] == "-" else 1)
+
+
+def shard_size(text: str) -> str:
+    """A size of files in the spelling that `convert.writer` takes: 2gb -> 2GB, 1.5GiB -> 1.610612736GB.
+
+    Raises:
+      ValueError: the text is no size.
+    """
+    count = read_bytes(text)
+    if count < 1:
+        raise ValueError("is no size of a file; expected 5GB or 500MB, for example")
+    unit, size = next((one for one in (("GB", 10**9), ("MB", 10**6)) if count >= one[1]), ("KB", 1000))
+    number = f"{Decimal(count) / size:f}"
+    return f"{number.rstrip('0').rstrip('.') if '.' in number else number}{unit}"
 
 
 def _layers(text: str) -> tuple[int, int] | None:
@@ -98,12 +152,35 @@ def _step(text: str) -> float | None:
         raise ValueError("is not a number; expected 1e-3 for example, or auto") from None
 
 
+# Other words for structures and factors. Each has one meaning here.
+_SAME = {
+    "head": "heads",
+    "attention-heads": "heads",
+    "attention_heads": "heads",
+    "channel": "channels",
+    "mlp-channels": "channels",
+    "layer": "layers",
+    "hidden-dimensions": "hidden",
+    "magnitudes": "magnitude",
+    "activations": "activation",
+    "gradients": "gradient",
+}
+
+
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(","))
+    return same_words(re.split(r"\s*[,;+]\s*|\s+", text.strip().rstrip(",;+").strip()))
+
+
+def same_words(words: Iterable[str]) -> tuple[str, ...]:
+    """The words in the spelling of the settings: `Head` -> `heads`; other words unchanged."""
+    known = {*_SAME.values()}
+    small = [(word, word.strip().lower()) for word in words]
+    return tuple(_SAME.get(low, low if low in known else word) for word, low in small)
 
 
 COUNT = Spelling(_count, lambda count: count, "5.4B")
-BYTES = Spelling(_bytes, lambda size: size, "2GB")
+BYTES = Spelling(read_bytes, lambda size: size, "2GB")
 LAYERS = Spelling(_layers, lambda layers: "all" if layers is None else f"{layers[0]}:{layers[1]}", "A:B")
 STEP = Spelling(_step, lambda step: "auto" if step is None else step, "STEP")
 WORDS = Spelling(_words, list, "A,B")
+SHARDS = Spelling(shard_size, lambda size: size, "5GB")

@@ -6,7 +6,7 @@ the number of calibration tokens and the recipe; `docs/benchmarks.md` holds them
 
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -14,18 +14,17 @@ import numpy as np
 
 from convert import formats
 from convert.reader import Description
-from minillm_jax.budget import allocate
-from minillm_jax.budget.budget import choose, kept_count
+from minillm_jax.budget import allocate, expected
+from minillm_jax.budget.inventory import kept_count
 from minillm_jax.data.batches import TOKENS_PER_BATCH
-from minillm_jax.errors import InputError
+from minillm_jax.errors import InputError, shortened
 from minillm_jax.model import costs
 from minillm_jax.model.build import build
 from minillm_jax.model.config import DecoderConfig, Sizes
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import LOGITS_AT_ONCE
 from minillm_jax.model.modules import depth
-from minillm_jax.model.tree import group_counts, hidden_size, layer_count, named_arrays, part_counts, run_letters
-from minillm_jax.pruning.slicing import slice_sizes
+from minillm_jax.model.tree import hidden_size, layer_count, named_arrays, run_letters
 from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.scoring.criteria import CRITERIA
 from minillm_jax.scoring.gradient.plan import direction_bytes
@@ -166,8 +165,8 @@ def parse_devices(text: str | None) -> tuple[str, int, int | None]:
     kind, _, number = text.lower().partition("-")
     if not re.fullmatch(rf"({'|'.join(DEVICES)})(-[1-9]\d{{0,5}})?", text, re.ASCII | re.IGNORECASE):
         raise InputError(
-            f"--devices {text!r} is not understood; expected a kind and a number, v5e-8 or h100, with a kind of "
-            f"{', '.join(DEVICES)}"
+            f"--devices {shortened(text)!r} is not understood; expected a kind and a number, v5e-8 or h100, with a "
+            f"kind of {', '.join(DEVICES)}"
         )
     count = int(number or 1)
     return text.lower(), count, DEVICES[kind].memory
@@ -187,24 +186,9 @@ def pruned_sizes(config: DecoderConfig, sizes: Sizes, recipe: Recipe) -> Sizes |
     """The sizes of the pruned decoder; None where scores or losses decide them.
 
     Raises:
-      InputError: the budget does not suit the model, or cannot be met.
+      InputError: the budget does not suit the model, cannot be met, or removes nothing.
     """
-    budget = recipe.budget
-    ratio, layers = budget.ratio or 0.0, allocate.layers_of(budget, len(sizes.layers))
-    if "layers" in budget.structures:
-        removed = len(layers) - kept_count(len(layers), ratio)
-        sizes = replace(sizes, layers=sizes.layers[: len(sizes.layers) - removed])
-    if "hidden" in budget.structures:
-        width = kept_count(sizes.D, ratio, budget.round_width_to)
-        sizes = replace(sizes, D=width, E=sizes.E if config.embedding_projection else width)
-    if not budget.kinds:
-        return sizes
-    abstract = build(config, sizes)
-    counts = allocate.expected(abstract, budget.kinds, budget)
-    if counts is None:
-        return None
-    equal = {kind: [np.zeros(n) for n in group_counts(abstract, kind)] for kind in counts}
-    return slice_sizes(sizes, choose(equal, counts, part_counts(abstract, counts)))
+    return expected.pruned_sizes(config, sizes, recipe.budget, recipe.named_by("budget", "layers"))
 
 
 def output_format(config: DecoderConfig, sizes: Sizes, raw: dict[str, Any], wanted: str | None) -> tuple[str, int]:

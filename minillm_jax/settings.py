@@ -8,9 +8,18 @@ module imports neither JAX nor transformers, so that `--help` answers at once.
 from dataclasses import dataclass, field
 
 from minillm_jax.errors import InputError, one_of
-from minillm_jax.options import BYTES, COUNT, LAYERS, STEP, WORDS, option
+from minillm_jax.options import BYTES, COUNT, LAYERS, SHARDS, STEP, WORDS, option
 
 STRUCTURES = ("heads", "channels", "hidden", "layers")
+# What other tools call these structures. The words are near, not equal: none of them is accepted.
+MEANT = {
+    **dict.fromkeys(("attention", "attn", "self-attention", "kv", "kv-heads", "head", "query", "queries"), "heads"),
+    **dict.fromkeys(
+        ("mlp", "ffn", "feed-forward", "feedforward", "intermediate", "neurons", "width", "channel"), "channels"
+    ),
+    **dict.fromkeys(("embedding", "embeddings", "hidden-size", "hidden_size", "dim", "dims", "residual"), "hidden"),
+    **dict.fromkeys(("depth", "block", "blocks", "layer"), "layers"),
+}
 HEADS = ("group", "query")
 COUNTED = ("groups", "blocks", "model")
 ALLOCATIONS = ("uniform", "global", "measured")
@@ -44,6 +53,20 @@ METHODS = ("least-squares", "bias", "none")
 SOLVERS = ("host", "device")
 FORMATS = ("stock", "per-layer", "padded", "flax")
 DTYPES = ("float32", "bfloat16", "float16")
+# What other tools call these types.
+DTYPE_SYNONYMS = {
+    **dict.fromkeys(("fp32", "f32", "float", "single", "torch.float32", "torch.float"), "float32"),
+    **dict.fromkeys(("bf16", "bfloat", "torch.bfloat16"), "bfloat16"),
+    **dict.fromkeys(("fp16", "f16", "half", "torch.float16", "torch.half"), "float16"),
+}
+
+
+def dtype_name(text: str | None) -> str | None:
+    """The type of `DTYPES` that a text is a spelling of; the text itself where it is none."""
+    small = "" if text is None else text.strip().lower()
+    name = DTYPE_SYNONYMS.get(small, small)
+    return name if name in DTYPES else text
+
 
 # Kinds of groups inside each layer, by the name of the structure and the way to count heads.
 _KINDS = {"group": "head", "query": "query"}
@@ -89,8 +112,11 @@ class Budget:
       heads: what a head is: a key/value head with all its query heads (`group`), or a query head (`query`).
       layers: the first pruned layer and the one after the last, counted from the end where negative; None for all.
       rounds: number of rounds, each with new scores.
-      round_heads_to: the number of kept heads of a pruned layer is a multiple of this, rounded up (`uniform` only).
-      round_width_to: the same for channels and hidden dimensions.
+      round_heads_to: the number of kept heads of a pruned layer is a multiple of this, or all of them; of query heads,
+        the number that every key/value head keeps. A share of the groups is rounded up; a target, and a share of the
+        parameters, are kept, so that counts are rounded down where that is necessary. The allocations `global` and
+        `measured` remove heads in blocks of this size.
+      round_width_to: the same for channels; of hidden dimensions, the number that the model keeps.
       keep_at_least: share of the groups of a layer that is always kept (not with a uniform share of the groups).
       window: tokens of the window that costs are given for; a run sets it to `Data.seq_len`.
     """
@@ -133,7 +159,9 @@ class Budget:
         None, str, "Prune layers A to B - 1 only; 4:-2 leaves the first four and the last two.", spelling=LAYERS
     )
     rounds: int = option(1, int, "Prune in this many rounds, with new scores in each.")
-    round_heads_to: int = option(1, int, "Keep a multiple of this many heads in every pruned layer.")
+    round_heads_to: int = option(
+        1, int, "Keep a multiple of this many heads (or query heads of a key/value head) in every pruned layer."
+    )
     round_width_to: int = option(1, int, "Keep a multiple of this many channels in every pruned layer: 64, 128.")
     keep_at_least: float = option(0.1, float, "Share of the groups of every layer that an allocation always keeps.")
     window: int = 128
@@ -163,7 +191,12 @@ class Budget:
 
     def multiple(self, kind: str) -> int:
         """The number that the count of kept groups of a kind is rounded to a multiple of."""
-        return self.round_width_to if kind == "channel" else self.round_heads_to
+        return self.round_width_to if kind in ("channel", "hidden") else self.round_heads_to
+
+    @staticmethod
+    def multiple_flag(kind: str) -> str:
+        """The flag of `multiple`."""
+        return "--round-width-to" if kind in ("channel", "hidden") else "--round-heads-to"
 
     def check(self) -> None:
         """Check that the settings suit each other.
@@ -187,6 +220,11 @@ class Budget:
 
     def _check_structures(self) -> None:
         for structure in self.structures:
+            meant = MEANT.get(structure.strip().lower())
+            if meant is not None:
+                raise InputError(
+                    f"unknown structure {structure!r}; expected one of {', '.join(STRUCTURES)}; did you mean {meant}?"
+                )
             one_of("structure", structure, STRUCTURES)
         if not self.structures or len(set(self.structures)) < len(self.structures):
             raise InputError("--structures must name at least one structure, and each of them once")
@@ -203,13 +241,12 @@ class Budget:
             return
         one_of("thing that the ratio counts", self.ratio_of, COUNTED)
         if not 0 < self.ratio < 1:
-            raise InputError(f"the ratio must lie between 0 and 1, both excluded, found {self.ratio:g}")
+            near = f"; did you mean {self.ratio / 100:g}?" if 2 <= self.ratio < 100 else ""
+            raise InputError(f"the ratio must lie between 0 and 1, both excluded, found {self.ratio:g}{near}")
 
     def _check_multiple(self, words: str, multiple: int) -> None:
         if multiple < 1:
             raise InputError(f"the number of kept {words} can be rounded to multiples of at least 1, not {multiple}")
-        if multiple > 1 and self.allocation != "uniform":
-            raise InputError(f"the number of kept {words} is rounded in uniform budgets only, not {self.allocation}")
 
 
 @dataclass(frozen=True)
@@ -349,8 +386,15 @@ class Output:
         choices=FORMATS,
         common=True,
     )
-    max_shard_size: str = option("5GB", str, "Size of the largest weight file.")
-    dtype: str | None = option(None, str, "Type of the weights; the stored type if unset.", choices=DTYPES, common=True)
+    max_shard_size: str = option("5GB", str, "Size of the largest weight file, 5GB or 500MB.", spelling=SHARDS)
+    dtype: str | None = option(
+        None,
+        str,
+        "Type of the weights; the stored type if unset.",
+        choices=DTYPES,
+        synonyms=DTYPE_SYNONYMS,
+        common=True,
+    )
     checkpoint: str | None = option(
         None, str, "Folder for the gradient estimate, to continue from after an interruption.", recorded=False
     )

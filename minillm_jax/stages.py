@@ -1,6 +1,6 @@
 """The stages of pruning a loaded model: whole layers, hidden dimensions, then heads and channels, with one record."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from minillm_jax.budget import allocate
+from minillm_jax.budget import allocate, expected
 from minillm_jax.budget.budget import Counts, by_ratio, choose, kept_count
 from minillm_jax.data.windows import Calibration
-from minillm_jax.devices import sharding
+from minillm_jax.devices import hosts, sharding
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.model.build import build
@@ -35,6 +35,7 @@ from minillm_jax.pruning.drop_layers import best_layers
 from minillm_jax.pruning.refit import can_compensate, prune_by_obs, resolve, slice_and_refit
 from minillm_jax.pruning.slicing import slice_groups, slice_hidden, slice_layers
 from minillm_jax.recipes.recipe import Recipe
+from minillm_jax.scoring.criteria import check_finite
 from minillm_jax.scoring.score import ChosenWhilePruning, Scores, hidden_scores, score, summaries
 from minillm_jax.settings import Budget, Refit, Scoring
 from minillm_jax.version import __version__
@@ -59,11 +60,14 @@ def prune_model(
       progress: called with how far each stage is.
 
     Raises:
-      InputError: a setting does not suit the model, or an activation, score or loss is not finite.
+      InputError: a setting does not suit the model, nothing would be removed, or an activation, score or loss is not
+        finite.
     """
     budget, parameters = recipe.budget, parameter_count(model.decoder)
     if recipe.refit.method == "bias":
         model = with_biases(model)
+    shapes = model.decoder.config, sizes_of(model.decoder)
+    expected.pruned_sizes(*shapes, budget, recipe.named_by("budget", "layers"))
     smaller, whole = _prune_whole_model(replace(model, record=None), calibration, recipe, progress)
     if budget.kinds:
         smaller = prune_in_rounds(
@@ -180,15 +184,22 @@ def _allocate(
     calibration: Calibration | None,
     progress: StageProgress | None,
 ) -> allocate.Allocated:
+    before = {kind: group_counts(decoder, kind) for kind in scores.kinds}
     if isinstance(scores, ChosenWhilePruning):
         groups, per_cost = None, True
     else:
         groups, per_cost = scores.groups, scores.settings.get("within") != "standardised"
         for kind, per_layer in groups.items():
-            scored, expected = [len(values) for values in per_layer], group_counts(decoder, kind)
-            if scored != expected:
-                raise InputError(f"the scores are for {scored} groups of kind {kind}, the model has {expected}")
-    return allocate.counts_for(decoder, scores.kinds, groups, per_cost, budget, refit, calibration, progress)
+            scored = [len(values) for values in per_layer]
+            if scored != before[kind]:
+                raise InputError(f"the scores are for {scored} groups of kind {kind}, the model has {before[kind]}")
+        check_finite(groups)
+    allocated = allocate.counts_for(decoder, scores.kinds, groups, per_cost, budget, refit, calibration, progress)
+    # Every process has measured with the others. What it makes of the values could differ.
+    counts = _of_first(lambda: allocated.counts)
+    allocated = replace(allocated, counts={kind: [int(count) for count in rows] for kind, rows in counts.items()})
+    expected.warn_of_idle_kinds(before, allocated.counts, budget)
+    return allocated
 
 
 def _remove(
@@ -207,10 +218,21 @@ def _remove(
     if isinstance(scores, ChosenWhilePruning):
         assert calibration is not None
         return prune_by_obs(decoder, counts, calibration.batches, refit, layer_done)
-    kept = choose(scores.groups, counts, part_counts(decoder, scores.kinds))
+    kept = _of_first(lambda: choose(scores.groups, counts, part_counts(decoder, scores.kinds)))
     if calibration is not None and refitted:
         return slice_and_refit(decoder, kept, calibration.batches, refit, layer_done), kept
     return slice_groups(decoder, kept), kept
+
+
+def _of_first(compute: Callable[[], Mapping[str, Sequence[Any]]]) -> dict[str, list[np.ndarray]]:
+    """Kind of group -> for each layer, a number or indices: computed by process 0 alone, in every process."""
+    arrays = hosts.of_first(
+        lambda: {f"{kind} {layer}": row for kind, rows in compute().items() for layer, row in enumerate(rows)}
+    )
+    rows: dict[str, list[np.ndarray]] = {}
+    for name, array in arrays.items():  # in the order of the layers
+        rows.setdefault(name.split()[0], []).append(array)
+    return rows
 
 
 def record_pruning(
@@ -292,7 +314,7 @@ def narrow(
     Budget(ratio, structures=("hidden",), round_width_to=round_to).check()
     scores = {"hidden": [hidden_scores(model, calibration, scoring, progress)]}
     count = kept_count(len(scores["hidden"][0]), ratio, round_to)
-    kept = np.asarray(choose(scores, {"hidden": [count]}, {"hidden": [1]})["hidden"][0])
+    (kept,) = _of_first(lambda: choose(scores, {"hidden": [count]}, {"hidden": [1]}))["hidden"]
     return replace(model, decoder=slice_hidden(model.decoder, kept)), kept
 
 

@@ -1,5 +1,6 @@
 """The stages of pruning a loaded model: groups, query heads, hidden dimensions, layers, rounds, biases."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -10,8 +11,9 @@ from jax import numpy as jnp
 from minillm_jax.data.batches import Batches
 from minillm_jax.data.windows import Calibration
 from minillm_jax.errors import InputError
-from minillm_jax.evaluation.perplexity import perplexity
+from minillm_jax.evaluation.perplexity import perplexity, window_losses
 from minillm_jax.model import axis_table
+from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import group_counts, hidden_size, layer_count
 from minillm_jax.pruning.drop_layers import best_layers
@@ -149,6 +151,44 @@ def test_the_removed_layers_are_those_whose_removal_leaves_the_least_loss() -> N
     model = Model(decoder, {}, Path("nowhere"), "small")
     pruned, kept = drop_layers(model, CALIBRATION, 0.4)
     assert (layer_count(pruned.decoder), kept) == (3, best_layers(decoder, BATCHES, 3))
+
+
+def with_biases_of(decoder: Decoder, biases: Sequence[float]) -> Decoder:
+    """The decoder with every entry of the bias of mlp.down set to one number in each layer."""
+
+    def leaf(path: jax.tree_util.KeyPath, array: jax.Array) -> jax.Array:
+        if not axis_table.array_path(path).endswith("mlp.down.bias"):
+            return array
+        return jnp.broadcast_to(jnp.asarray(biases, array.dtype)[:, None], array.shape)
+
+    return jax.tree_util.tree_map_with_path(leaf, decoder)
+
+
+def test_a_layer_whose_removal_leaves_no_finite_loss_is_never_the_best() -> None:
+    """Layers 0 and 1 add opposites, and so do 2 and 3: without layer 1, or without layer 3, the stream overflows."""
+    large = 3e38
+    decoder = with_biases_of(small_decoder(layers=5, mlp_bias=True), [large, -large, large, -large, 0.0])
+
+    def loss_without(layer: int) -> float:
+        sliced = slice_layers(decoder, [n for n in range(5) if n != layer])
+        return float(window_losses(sliced, BATCHES).sum())
+
+    finite = [np.isfinite(loss_without(layer)) for layer in range(5)]
+    assert not all(finite), "the example has a candidate without a loss"
+    assert any(finite)
+    kept = best_layers(decoder, BATCHES, 4)
+    (removed,) = {*range(5)} - {*kept}
+    assert finite[removed]
+
+
+def test_losses_without_a_finite_candidate_are_an_error() -> None:
+    large = 3e38
+    decoder = with_biases_of(small_decoder(layers=4, mlp_bias=True), [large, -large, large, 0.0])
+    with pytest.raises(InputError, match=r"not finite whichever of the layers 1 is removed: .*other --layers"):
+        best_layers(decoder, BATCHES, 3, range(1, 2))
+    broken = with_biases_of(small_decoder(layers=3, mlp_bias=True), [0.0, np.nan, 0.0])
+    with pytest.raises(InputError, match="the loss of the dense model on the calibration windows is nan"):
+        best_layers(broken, BATCHES, 2)
 
 
 def test_hidden_dimensions_are_scored_over_the_whole_model() -> None:

@@ -9,7 +9,7 @@ from minillm_jax.budget import budget as budgets
 from minillm_jax.budget.budget import Counts, Inventory
 from minillm_jax.budget.measured_losses import level_losses
 from minillm_jax.data.windows import Calibration
-from minillm_jax.errors import InputError
+from minillm_jax.errors import InputError, shortened
 from minillm_jax.model import costs
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.tree import group_counts, layer_count, part_counts
@@ -27,12 +27,12 @@ class Allocated:
     Attributes:
       counts: kind -> one number for each layer.
       losses: with the allocation `measured`: kind -> for each layer, pairs of a number of kept groups and the change of
-        the mean loss (nats) when only this kind of groups of this layer is pruned to that number. The first pair is for
-        all groups.
+        the mean loss (nats) when only this kind of groups of this layer is pruned to that number; None where the loss
+        is not finite. The first pair is for all groups.
     """
 
     counts: Counts
-    losses: dict[str, list[list[tuple[int, float]]]] | None = None
+    losses: dict[str, list[list[tuple[int, float | None]]]] | None = None
 
 
 def expected(decoder: Decoder, kinds: tuple[str, ...], budget: Budget) -> Counts | None:
@@ -132,10 +132,13 @@ def counts_for(
     report = partial(tell, progress, "budget")
     losses = level_losses(decoder, calibration.batches, levels, None if scores is None else choose, refit, report)
     pairs = {
-        kind: [list(zip(*row, strict=True)) for row in zip(levels[kind], rows, strict=True)]
+        kind: [
+            [(count, loss if np.isfinite(loss) else None) for count, loss in zip(*row, strict=True)]
+            for row in zip(levels[kind], rows, strict=True)
+        ]
         for kind, rows in losses.items()
     }
-    return Allocated(budgets.cheapest(inventory, limit, levels, losses), pairs)
+    return Allocated(budgets.cheapest(inventory, limit, levels, losses, budget), pairs)
 
 
 def check_comparable(criterion: str) -> None:
@@ -168,8 +171,13 @@ def steps_between(before: Counts, after: Counts, parts: Counts, steps: int) -> l
     return [{kind: after_step(kind, step) for kind in before} for step in range(1, steps + 1)]
 
 
-def layers_of(budget: Budget, count: int) -> range:
+def layers_of(budget: Budget, count: int, named_by: str | None = None) -> range:
     """The pruned layers of a model with `count` layers.
+
+    Args:
+      budget: its layers.
+      count: number of layers of the model.
+      named_by: the recipe that names the layers; None where the user does.
 
     Raises:
       InputError: the model lacks these layers.
@@ -179,5 +187,18 @@ def layers_of(budget: Budget, count: int) -> range:
     start, stop = budget.layers
     last = stop + count if stop < 0 else stop
     if not 0 <= start < last <= count:
-        raise InputError(f"layers {start}:{stop} are not a range of this model's layers; it has 0:{count}")
+        instead = "--layers 1:-1 for all but the first and the last" if count > 2 else "--layers all"
+        if named_by is None:
+            raise InputError(
+                f"layers {start}:{stop} are not a range of this model's layers; it has 0:{count}; use {instead}, for "
+                "example"
+            )
+        raise InputError(
+            f"the recipe {shortened(named_by)} prunes layers {start}:{stop}, {_range_in_words(start, stop)}, but this "
+            f"model has {count} layers; give other layers beside the recipe, {instead}, for example"
+        )
     return range(start, last)
+
+
+def _range_in_words(start: int, stop: int) -> str:
+    return f"all but the first {start} and the last {-stop}" if stop < 0 else f"{start} to {stop - 1}"

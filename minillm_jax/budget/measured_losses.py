@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from minillm_jax.data.batches import Batches
 from minillm_jax.devices import hosts, sharding
+from minillm_jax.errors import InputError
 from minillm_jax.evaluation.perplexity import window_losses
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder, embed, finish, rotary_angles, scan_layers
@@ -51,12 +52,20 @@ def level_losses(
       refit: the refit of the kept rows.
       progress: called with the number of losses measured, and of all.
 
+    Returns:
+      The losses; infinite at a level where the loss of the pruned model is not finite.
+
     Raises:
-      InputError: see `slice_and_refit`.
+      InputError: see `slice_and_refit`; or the loss of the dense model is not finite.
     """
     settings = resolve(refit, decoder.config)
     solver = Solver(settings.solver)
     dense = float(window_losses(decoder, batches).sum(dtype=np.float64))
+    if not np.isfinite(dense):
+        raise InputError(
+            f"the loss of the dense model on the calibration windows is {dense:g}, so no loss can be compared with it: "
+            "the weights are broken, or overflow their type; use --dtype float32"
+        )
     total = sum(len(counts) - 1 for rows in levels.values() for counts in rows)
     losses: dict[str, list[list[float]]] = {kind: [] for kind in levels}
     done = 0
@@ -71,7 +80,7 @@ def level_losses(
             layer, name = jnp.int32(site.layer), PROJECTIONS[site.kind]
             program = partial(_losses, replaced=layer, kernel=kernel, shift=shift, name=name)
             loss = window_losses(decoder, batches, program).sum(dtype=np.float64)
-            changes.append(float(loss - dense) / batches.predictions)
+            changes.append(float(loss - dense) / batches.predictions if np.isfinite(loss) else np.inf)
             done += 1
             if progress is not None:
                 progress(done, total)

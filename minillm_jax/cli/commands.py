@@ -1,18 +1,24 @@
 """The commands. They import what they need when they run, so that `--help` answers at once."""
 
 import os
+import signal
 import sys
 import tempfile
-from difflib import get_close_matches
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minillm_jax.cli.flags import COMMON, SHOW, SYNONYMS, show_all, with_settings
+from minillm_jax.cli.flags import COMMON, SHOW, show_all, with_settings
 from minillm_jax.cli.show import progress, show, show_warnings
-from minillm_jax.errors import InputError
+from minillm_jax.errors import InputError, shortened
+from minillm_jax.options import shard_size
 from minillm_jax.recipes import recipe as recipes
+from minillm_jax.recipes.synonyms import suggestion
+from minillm_jax.settings import dtype_name
 from minillm_jax.version import __version__
 
 if TYPE_CHECKING:
@@ -79,7 +85,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     show_warnings()
     try:
-        status = app(standalone_mode=False)
+        with terminable():
+            status = app(standalone_mode=False)
     except InputError as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -92,21 +99,47 @@ def main() -> None:
         sys.exit(status if isinstance(status, int) else 0)
 
 
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Inside the block, SIGTERM is an exit with status 143, as Ctrl-C is one with status 130.
+
+    Without a handler, the process would end at once, and leave scratch folders behind.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield
+        return
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _fail(sentence: str) -> None:
     print(f"minillm-jax: {' '.join(sentence.split())}", file=sys.stderr)
     sys.exit(2)
 
 
+# What other tools call the argument MODEL.
+_MODEL_NAMES = ("model", "m", "model-name", "model-path", "model-id", "model-name-or-path", "base-model", "pretrained")
+
+
 def _usage(error: Any) -> str:
-    """What is wrong with a command line, and the nearest option where one does not exist."""
+    """What is wrong with a command line, and the option that is meant where one does not exist."""
     wrong = getattr(error, "option_name", None)
     if wrong is None:
         sentence = error.format_message().rstrip(".")
-        return f"{sentence[:1].lower()}{sentence[1:]}; see minillm-jax --help"
-    name = wrong.lstrip("-")
-    flags = ["--" + keyword.replace("_", "-") for keyword in recipes.places()]
-    near = SYNONYMS.get(name) or next(iter(get_close_matches(f"--{name}", flags, 1)), None)
-    return f"no such option: {wrong}; " + (f"did you mean {near}?" if near else "see --help-all")
+        return f"{shortened(sentence[:1].lower() + sentence[1:], 300)}; see minillm-jax --help"
+    parameters = getattr(getattr(error.ctx, "command", None), "params", [])
+    if wrong.lstrip("-").replace("_", "-") in _MODEL_NAMES and any(one.name == "model" for one in parameters):
+        return f"no such option: {wrong}; the model is named without an option, {error.ctx.command_path} MODEL"
+    flags = [flag for one in parameters for flag in one.opts if flag.startswith("--")]
+    near = suggestion(wrong, flags)
+    return f"no such option: {shortened(wrong)}; " + (f"did you mean {near}?" if near else "see --help-all")
 
 
 def _print_version(wanted: bool) -> bool:
@@ -218,7 +251,9 @@ def _run(job: "Job", as_json: bool, quiet: bool) -> None:
 @app.command()
 def demo(
     output: Annotated[str, typer.Option(help="Folder to write; it must not exist.")] = "demo-pruned",
-    ratio: Annotated[float, typer.Option(help="Share of the heads and channels of every layer to remove.")] = 0.2,
+    ratio: Annotated[
+        str, typer.Option(metavar="NUMBER", help="Share of the heads and channels of every layer to remove.")
+    ] = "0.2",
     recipe: Annotated[str, typer.Option("--recipe", "--preset", help="As in prune.")] = recipes.DEFAULT,
     as_json: JsonOption = False,
 ) -> None:
@@ -243,21 +278,34 @@ def evaluate_model(
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 128,
     bos: Annotated[bool, typer.Option("--bos", help="Put the beginning-of-sequence token before the text.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")] = None,
+    mesh: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Mesh of devices, data=2,model=4; one device if unset.")
+    ] = None,
+    hosts: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Several processes: auto, or ADDRESS:PORT,COUNT,NUMBER.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress on standard error.")] = False,
 ) -> None:
     """Measure the perplexity over the non-overlapping windows of a whole text."""
     from minillm_jax import api
+    from minillm_jax.devices import hosts as processes
+    from minillm_jax.devices import sharding
     from minillm_jax.report import tables
 
+    shape = sharding.parse_mesh(mesh)
+    if hosts is not None:
+        processes.initialise_hosts(processes.parse_hosts(hosts))
+    devices = sharding.make_mesh(shape)
     with progress(quiet or as_json) as told:
-        measured = api.evaluate(api.load(model, dtype, revision=revision), text, window, bos, told)
-    show(
-        as_json,
-        lambda: tables.perplexity_json(model, text, measured),
-        lambda: tables.perplexity_table(model, text, measured),
-    )
+        measured = api.evaluate(api.load(model, dtype, devices, revision), text, window, bos, told)
+    if processes.is_writer():
+        show(
+            as_json,
+            lambda: tables.perplexity_json(model, text, measured),
+            lambda: tables.perplexity_table(model, text, measured),
+        )
 
 
 @recipe_app.command("list")
@@ -295,7 +343,7 @@ def to_flax(model: ModelArgument, output: OutArgument, dtype: DtypeOption = None
     """Convert a Hugging Face folder or Hub id to an Orbax checkpoint of the Flax pytree."""
     from convert.__main__ import convert
 
-    print(f"written to {output} ({convert('to-flax', model, output, dtype)})")
+    print(f"written to {output} ({convert('to-flax', model, output, dtype_name(dtype))})")
 
 
 @convert_app.command("to-torch")
@@ -313,7 +361,11 @@ def to_torch(
 
     if format == "flax":
         raise InputError("to-torch writes a Hugging Face folder; use one of the formats stock, per-layer and padded")
-    print(f"written to {output} ({convert('to-torch', checkpoint, output, dtype, format, max_shard_size)})")
+    try:
+        largest = shard_size(max_shard_size)
+    except ValueError as error:
+        raise InputError(f"--max-shard-size {shortened(max_shard_size)!r} {error}") from None
+    print(f"written to {output} ({convert('to-torch', checkpoint, output, dtype_name(dtype), format, largest)})")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Command-line options made from the settings: flags, help, defaults and completion come from `settings` alone."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import Field
 from typing import Annotated, Any, no_type_check
 
@@ -9,6 +9,7 @@ import typer
 
 from minillm_jax.options import Option
 from minillm_jax.recipes.recipe import PANELS, Recipe, options
+from minillm_jax.recipes.synonyms import SYNONYMS as SYNONYMS
 
 COMMON = "Common options"
 SHOW = "Output and help"
@@ -116,29 +117,3 @@ def show_all(context: typer.Context, wanted: bool) -> bool:
             parameter.hidden = False  # pyright: ignore[reportAttributeAccessIssue]
     typer.echo(context.get_help())
     raise typer.Exit
-
-
-# What people call an option that has another name here.
-SYNONYMS: Mapping[str, str] = {
-    "sparsity": "--ratio",
-    "pruning-ratio": "--ratio",
-    "prune-ratio": "--ratio",
-    "amount": "--ratio",
-    "data": "--calibration",
-    "dataset": "--calibration",
-    "calib": "--calibration",
-    "out": "--output",
-    "save": "--output",
-    "output-dir": "--output",
-    "nsamples": "--samples",
-    "num-samples": "--samples",
-    "seqlen": "--seq-len",
-    "max-length": "--seq-len",
-    "method": "--criterion",
-    "importance": "--criterion",
-    "config": "--recipe",
-    "params": "--target-params",
-    "device": "--mesh",
-    "precision": "--dtype",
-    "torch-dtype": "--dtype",
-}

@@ -32,12 +32,14 @@ def show(as_json: bool, value: Callable[[], dict[str, Any]], table: Callable[[],
 def show_warnings() -> None:
     """Prints every `InputWarning` as one sentence on standard error, and no warning of another library.
 
-    `python -W` and PYTHONWARNINGS bring the others back.
+    With several processes, process 0 prints, once the processes are joined. `python -W` and PYTHONWARNINGS bring the
+    others back.
     """
 
     def print_one(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
         if issubclass(category, InputWarning):
-            print(f"minillm-jax: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+            if _prints():
+                print(f"minillm-jax: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
         else:
             others(message, category, *rest, **more)
 
@@ -46,6 +48,15 @@ def show_warnings() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     warnings.simplefilter("default", InputWarning)
+
+
+def _prints() -> bool:
+    """Whether this process prints: of several joined processes, process 0.
+
+    Before the processes are joined their numbers are not known, and to ask JAX for them would keep them from joining.
+    """
+    jax = sys.modules.get("jax")
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 @contextmanager
@@ -57,11 +68,23 @@ def progress(quiet: bool) -> Iterator["StageProgress"]:
     if quiet:
         yield lambda stage, done, total: None
     elif console.is_terminal:
-        yield from _bars(console)
+        with _bars(console) as update:
+            yield _by_writer(update)
     else:
-        yield Lines(sys.stderr)
+        yield _by_writer(Lines(sys.stderr))
 
 
+def _by_writer(told: "StageProgress") -> "StageProgress":
+    """Progress that only the printing process shows."""
+
+    def update(stage: str, done: int, total: int) -> None:
+        if _prints():
+            told(stage, done, total)
+
+    return update
+
+
+@contextmanager
 def _bars(console: Any) -> Iterator["StageProgress"]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars

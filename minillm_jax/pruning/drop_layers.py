@@ -9,6 +9,8 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from minillm_jax.data.batches import Batches
+from minillm_jax.devices import hosts
+from minillm_jax.errors import InputError
 from minillm_jax.evaluation.perplexity import window_losses
 from minillm_jax.model.decoder import Decoder, embed, finish, rotary_angles, scan_layers
 from minillm_jax.model.layer import apply_layer
@@ -35,16 +37,41 @@ def best_layers(
       keep: number of kept layers.
       layers: the layers that may be removed; all by default.
       progress: called with the number of layers removed so far, and of all layers to remove.
+
+    Raises:
+      InputError: the loss of the dense model is not finite, or that of every model with one layer less.
     """
     count = layer_count(decoder)
     kept = np.ones(count, dtype=bool)
     for done in range(count - keep):
         candidates = [layer for layer in layers or range(count) if kept[layer]]
         losses = [_loss(decoder, batches, kept & (np.arange(count) != layer)) for layer in candidates]
-        kept[candidates[int(np.argmin(losses))]] = False
+        if not np.isfinite(losses).all():
+            _check_losses(decoder, batches, candidates, losses)
+        best = hosts.of_first(lambda losses=losses: {"place": np.argmin(np.nan_to_num(losses, nan=np.inf))})
+        kept[candidates[int(best["place"])]] = False
         if progress is not None:
             progress(done + 1, count - keep)
     return np.flatnonzero(kept).tolist()
+
+
+def _check_losses(decoder: Decoder, batches: Batches, candidates: list[int], losses: list[float]) -> None:
+    """Checks that losses of which some are not finite can be compared: a layer with such a loss is then never the best.
+
+    Raises:
+      InputError: the loss of the dense model is not finite, or none of the losses is.
+    """
+    dense = _loss(decoder, batches, np.ones(layer_count(decoder), dtype=bool))
+    if not np.isfinite(dense):
+        raise InputError(
+            f"the loss of the dense model on the calibration windows is {dense:g}, so no layer can be compared with "
+            "another: the weights are broken, or overflow their type; use --dtype float32"
+        )
+    if not np.isfinite(losses).any():
+        raise InputError(
+            f"the loss is not finite whichever of the layers {', '.join(map(str, candidates))} is removed: the "
+            "activations overflow their type; use --dtype float32, a smaller ratio, or other --layers"
+        )
 
 
 def _loss(decoder: Decoder, batches: Batches, kept: Bool[np.ndarray, " L"]) -> float:

@@ -8,8 +8,21 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from minillm_jax.errors import InputError, cause, one_of, shortened
-from minillm_jax.options import BYTES, COUNT, LAYERS, STEP, WORDS, Option, flag_of, option_of
+from minillm_jax.errors import InputError, cause, shortened
+from minillm_jax.options import (
+    BYTES,
+    COUNT,
+    LAYERS,
+    SHARDS,
+    STEP,
+    WORDS,
+    Option,
+    flag_of,
+    option_of,
+    same_words,
+    whole_number,
+)
+from minillm_jax.recipes.synonyms import suggestion
 from minillm_jax.settings import Budget, Data, Devices, Estimation, Evaluation, Output, Refit, Scoring
 
 FOLDER = Path(__file__).parent
@@ -28,6 +41,7 @@ class Recipe:
       summary: a sentence.
       data, budget, scoring, gradient, refit, output, devices, evaluation: the sections.
       origin: of a recipe that a run wrote: model, revision, hash of the calibration tokens, versions.
+      own: section and key of the settings that the recipe itself names, and no option replaces.
     """
 
     name: str = DEFAULT
@@ -41,9 +55,14 @@ class Recipe:
     devices: Devices = field(default_factory=Devices)
     evaluation: Evaluation = field(default_factory=Evaluation)
     origin: Mapping[str, Any] = field(default_factory=dict)
+    own: frozenset[tuple[str, str]] = field(default=frozenset(), compare=False)
+
+    def named_by(self, section: str, key: str) -> str | None:
+        """The name of the recipe where it names a setting itself; None where the user does, or nobody."""
+        return self.name if (section, key) in self.own else None
 
 
-SECTIONS = tuple(one.name for one in fields(Recipe) if one.name not in ("name", "summary", ORIGIN))
+SECTIONS = tuple(one.name for one in fields(Recipe) if one.name not in ("name", "summary", ORIGIN, "own"))
 
 # The heading of each section in help.
 PANELS = {
@@ -108,17 +127,48 @@ def load(name: str | Path = DEFAULT) -> Recipe:
 def _read(path: Path, name: str) -> Recipe:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {name}: cannot be read ({cause(error)})") from error
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"recipe {name}: not a TOML file ({cause(error)})") from error
-    recipe = Recipe(name, str(table.pop("summary", "")), origin=table.pop(ORIGIN, {}))
+    except (OSError, ValueError) as error:
+        if isinstance(error, tomllib.TOMLDecodeError):
+            raise InputError(f"recipe {shortened(name, 300)}: not a TOML file ({cause(error)})") from error
+        words = getattr(error, "strerror", None) or cause(error)  # other messages repeat the path
+        raise InputError(f"recipe {shortened(name, 300)}: cannot be read ({words})") from error
+    recipe = Recipe(name, _summary(table, name), origin=_origin(table, name))
     for section, values in table.items():
-        if section not in SECTIONS or not isinstance(values, dict):
-            raise InputError(f"recipe {name}: unknown section {section!r}; expected one of {', '.join(SECTIONS)}")
+        if section not in SECTIONS:
+            one_of_sections = f"expected one of {', '.join(SECTIONS)}"
+            raise InputError(f"recipe {name}: unknown section {shortened(section)!r}; {one_of_sections}")
+        if not isinstance(values, dict):
+            raise InputError(
+                f"recipe {name}: unknown section {section!r} with the value {_quoted(values)}; expected a table of "
+                f"settings, [{section}]"
+            )
         for key, value in values.items():
             recipe = with_value(recipe, section, key, value, f"recipe {name}: {section}.{key}")
-    return recipe
+    named = ((section, key) for section, values in table.items() for key in values)
+    return replace(recipe, own=frozenset(named))
+
+
+def _summary(table: dict[str, Any], name: str) -> str:
+    summary = table.pop("summary", "")
+    if not isinstance(summary, str):
+        raise InputError(f"recipe {name}: summary must be text, found {_quoted(summary)}")
+    return summary
+
+
+def _origin(table: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a run wrote about itself, of the types that it writes."""
+    origin = table.pop(ORIGIN, {})
+    if not isinstance(origin, dict):
+        raise InputError(f"recipe {name}: {ORIGIN} must be a table, [{ORIGIN}], found {_quoted(origin)}")
+    for key in ("model", "revision", "tokens_sha256"):
+        if not isinstance(origin.get(key, ""), str):
+            raise InputError(f"recipe {name}: {ORIGIN}.{key} must be text, found {_quoted(origin[key])}")
+    return origin
+
+
+def _quoted(value: Any) -> str:
+    """A value of a user for a message, in quotes and shortened."""
+    return repr(shortened(str(value)))
 
 
 def with_value(recipe: Recipe, section: str, key: str, value: Any, where: str) -> Recipe:
@@ -138,8 +188,10 @@ def with_value(recipe: Recipe, section: str, key: str, value: Any, where: str) -
     known = {one.name: option_of(one) for one in fields(settings)}
     described = known.get(key)
     if described is None:
-        keys = ", ".join(name for name, one in known.items() if one is not None)
-        raise InputError(f"{where}: unknown key; expected one of {keys}")
+        keys = [name for name, one in known.items() if one is not None]
+        near = next(iter(get_close_matches(key, keys, 1)), None)
+        hint = f"; did you mean {near}?" if near else ""
+        raise InputError(f"{shortened(where, 200)}: unknown key; expected one of {', '.join(keys)}{hint}")
     return replace(recipe, **{section: replace(settings, **{key: _value(described, value, where)})})
 
 
@@ -149,32 +201,59 @@ def _value(described: Option, value: Any, where: str) -> Any:
         try:
             return spelling.read(value)
         except ValueError as error:
-            raise InputError(f"{where} {shortened(value)!r} {error}") from None
+            raise InputError(f"{where} {_quoted(value)} {error}") from None
     if spelling is WORDS and isinstance(value, list | tuple) and all(isinstance(word, str) for word in value):
-        return tuple(value)
+        return same_words(value)
     if spelling is LAYERS and isinstance(value, list | tuple) and [type(one) for one in value] == [int, int]:
         return tuple(value)
+    if spelling is SHARDS and isinstance(value, int) and not isinstance(value, bool):
+        return _value(described, f"{value}B", where)
     if spelling in (COUNT, BYTES, STEP) and isinstance(value, int | float) and not isinstance(value, bool):
         return value
     if spelling is not None and value is not None:
-        raise InputError(f"{where} must be written like {spelling.example}, found {shortened(str(value))!r}")
+        raise InputError(f"{where} must be written like {spelling.example}, found {_quoted(value)}")
     if described.kind in (int, float) and isinstance(value, str):
         value = _number(described.kind, value)
     if described.kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, described.kind) or (described.kind is int and isinstance(value, bool)):
-        raise InputError(f"{where} must be {_KINDS[described.kind]}, found {shortened(str(value))!r}")
-    if described.choices:
-        one_of(where, str(value), described.choices)
-    return value
+        hint = _hint(value) if described.kind is float else ""
+        raise InputError(f"{where} must be {_KINDS[described.kind]}, found {_quoted(value)}{hint}")
+    return _choice(described, str(value), where) if described.choices else value
+
+
+def _choice(described: Option, value: str, where: str) -> str:
+    """One of the words that are allowed."""
+    word = described.word(value)
+    place, colon, what = where.rpartition(": ")
+    if word not in described.choices:
+        near = get_close_matches(word.lower(), [*described.choices, *described.synonyms], 1)
+        hint = f"; did you mean {described.word(near[0])}?" if near else ""
+        raise InputError(
+            f"{place}{colon}unknown {what} {_quoted(value)}; expected one of {', '.join(described.choices)}{hint}"
+        )
+    return word
 
 
 def _number(kind: type, text: str) -> Any:
     """The number that a text stands for; the text itself where it stands for none."""
+    if kind is int:
+        number = whole_number(text)
+        return text if number is None else number
     try:
         return kind(text)
     except ValueError:
         return text
+
+
+def _hint(value: Any) -> str:
+    """The number that a percentage, or a number with a decimal comma, probably means."""
+    text = str(value).strip()
+    if match := re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*%", text, re.ASCII):
+        return f"; did you mean {float(match[1]) / 100:g}?"
+    if re.fullmatch(r"\d{1,9},\d{1,9}", text, re.ASCII):
+        return f"; did you mean {text.replace(',', '.')}?"
+    return ""
 
 
 _KINDS = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
@@ -196,13 +275,14 @@ def with_options(recipe: Recipe, given: Mapping[str, Any]) -> tuple[Recipe, dict
     known, flags = places(), {}
     for keyword, value in given.items():
         if keyword not in known:
-            near = get_close_matches(keyword, known, 1)
-            raise InputError(f"unknown option {keyword!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            near = suggestion(keyword, ["--" + name.replace("_", "-") for name in known])
+            hint = "" if near is None else f"; did you mean {near.removeprefix('--').replace('-', '_')}?"
+            raise InputError(f"unknown option {_quoted(keyword)}{hint}")
         section, key = known[keyword]
         flag = "--" + keyword.replace("_", "-")
         recipe = with_value(recipe, section, key, value, flag)
         flags[section, key] = flag
-    return recipe, flags
+    return replace(recipe, own=recipe.own.difference(flags)), flags
 
 
 def with_assignments(recipe: Recipe, assignments: list[str]) -> tuple[Recipe, dict[tuple[str, str], str]]:
@@ -222,7 +302,7 @@ def with_assignments(recipe: Recipe, assignments: list[str]) -> tuple[Recipe, di
         section, key, text = match[1], match[2], match[3].strip()
         recipe = with_value(recipe, section, key, _parsed(section, key, text), f"--set {section}.{key}")
         flags[section, key] = f"--set {section}.{key}"
-    return recipe, flags
+    return replace(recipe, own=recipe.own.difference(flags)), flags
 
 
 def _parsed(section: str, key: str, text: str) -> Any:

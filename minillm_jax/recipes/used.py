@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from minillm_jax.budget.allocate import check_comparable
 from minillm_jax.data.windows import check_seed
-from minillm_jax.errors import InputError, one_of
+from minillm_jax.errors import InputError, one_of, shortened
 from minillm_jax.recipes.recipe import SECTIONS, Recipe
 from minillm_jax.scoring import criteria
 from minillm_jax.scoring.criteria import Criterion
@@ -62,7 +62,7 @@ def used(recipe: Recipe, given: Mapping[tuple[str, str], str] | None = None) -> 
     scored = replace(recipe.scoring, kinds=recipe.budget.kinds or Scoring.kinds)
     recipe = replace(recipe, scoring=scored)
     watch = replace(recipe, **{name: watched(getattr(recipe, name), keys[name]) for name in SECTIONS})
-    budget = _budget(watch.budget)
+    budget = _budget(watch.budget, recipe)
     criterion, scoring, gradient = _scoring(watch, budget)
     refit = _refit(watch.refit, budget, criterion)
     chosen = replace(
@@ -80,15 +80,27 @@ def used(recipe: Recipe, given: Mapping[tuple[str, str], str] | None = None) -> 
     return Used(chosen, keys)
 
 
-def _budget(budget: Budget) -> Budget:
+def _budget(budget: Budget, recipe: Recipe) -> Budget:
     budget.check()
     both = [structure for structure in ("hidden", "layers") if structure in budget.structures]
     if both and not budget.by_share:
+        chosen = recipe.named_by("budget", "allocation")
+        named = budget.allocation != "uniform" and chosen is not None
+        way = (
+            f"the recipe {shortened(str(chosen))} names another; give --budget uniform"
+            if named
+            else ("leave out --ratio-of, --budget and targets")
+        )
         raise InputError(
-            f"the ratio counts groups, the same share in every layer, where {' and '.join(both)} are removed; leave "
-            "out --ratio-of, --budget and targets"
+            f"the ratio counts groups, the same share in every layer, where {' and '.join(both)} are removed; {way}"
         )
     if budget.layers is not None and both and budget.structures != ("layers",):
+        named_by = recipe.named_by("budget", "layers")
+        if named_by is not None:
+            raise InputError(
+                f"the recipe {shortened(named_by)} prunes some layers only, which cannot be done where hidden "
+                "dimensions are removed, or layers and another structure; give --layers all"
+            )
         raise InputError("--layers cannot be used where hidden dimensions are removed, or layers and another structure")
     heads, width = "heads" in budget.structures, bool({"channels", "hidden"} & set(budget.structures))
     return Budget(

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from math import nan
 from typing import TYPE_CHECKING, NamedTuple
 
 from minillm_jax.report.summary import KIND_WORDS, MEASURE_WORDS, Summary, short, size, span
@@ -176,10 +177,19 @@ def _losses(summary: Summary) -> _Drawing | None:
         for layer, pairs in enumerate(losses[kind]):
             shares = [100 * (1 - kept / pairs[0][0]) for kept, _ in pairs]
             strength = 0.25 + 0.75 * (layer + 1) / len(losses[kind])
-            axes.plot(shares, [loss for _, loss in pairs], color=KEPT, alpha=strength, marker=".", linewidth=1.2)
+            axes.plot(
+                shares,
+                [nan if loss is None else loss for _, loss in pairs],
+                color=KEPT,
+                alpha=strength,
+                marker=".",
+                linewidth=1.2,
+            )
         axes.set_ylabel("nats")
 
-    largest = {kind: max(loss for pairs in rows for _, loss in pairs) for kind, rows in losses.items()}
+    largest = {
+        kind: max(loss for pairs in rows for _, loss in pairs if loss is not None) for kind, rows in losses.items()
+    }
     parts = [f"{KIND_WORDS[kind]}: at most {loss:.3f} nats" for kind, loss in largest.items()]
     description = "Change of the loss when one sublayer alone is pruned by that share; pale lines are early layers"
     label = "% of a layer's groups removed"

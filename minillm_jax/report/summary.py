@@ -5,7 +5,7 @@ summary.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -40,6 +40,8 @@ STRUCTURE_WORDS = {
     "hidden": "hidden dimensions",
     "layers": "layers",
 }
+
+KIND_STRUCTURES = {"head": "heads", "query": "heads", "channel": "channels", "hidden": "hidden", "layer": "layers"}
 
 MEASURE_WORDS = {"parameters": "parameters", "macs": "MACs", "memory": "memory"}
 
@@ -98,8 +100,9 @@ def title(summary: Summary) -> str:
 
 def removed(summary: Summary) -> str:
     """The share of the parameters that was removed, in words."""
-    share = 1 - summary["parameters_after"] / summary["parameters_before"]
-    return f"{100 * share:.1f} % of parameters removed"
+    before, after = summary["parameters_before"], summary["parameters_after"]
+    percent = 100 * (1 - after / before)
+    return f"{percent:.1f} % of parameters removed" if percent >= 0.1 else f"{before - after:,} parameters removed"
 
 
 def rows(summary: Summary) -> list[Row]:
@@ -163,8 +166,17 @@ def recipe(summary: Summary) -> list[tuple[str, str]]:
 
 
 def structures(summary: Summary) -> str:
-    """The removed structures in words."""
-    return " and ".join(STRUCTURE_WORDS[structure] for structure in summary["settings"]["structures"])
+    """The structures in words of which some were removed; the asked ones where none was."""
+    whole = [kind for kind, row in summary["whole"].items() if row["after"] < row["before"]]
+    groups = [kind for kind, counts in summary["groups"].items() if counts["after"] != counts["before"]]
+    removed_ones = {KIND_STRUCTURES[kind] for kind in (*whole, *groups)}
+    asked = summary["settings"]["structures"]
+    return in_words([structure for structure in asked if structure in removed_ones] or asked)
+
+
+def in_words(names: Iterable[str]) -> str:
+    """Structures in words."""
+    return " and ".join(STRUCTURE_WORDS[structure] for structure in names)
 
 
 def amount(summary: Summary) -> str:
@@ -173,7 +185,11 @@ def amount(summary: Summary) -> str:
     if budget["target"] is not None:
         measure, limit = budget["target"]
         return f"at most {limit:,.0f} {'bytes of memory' if measure == 'memory' else MEASURE_WORDS[measure]}"
-    words = {"groups": structures(summary), "blocks": "the parameters of the layers", "model": "all parameters"}
+    words = {
+        "groups": in_words(summary["settings"]["structures"]),
+        "blocks": "the parameters of the layers",
+        "model": "all parameters",
+    }
     return f"remove {100 * budget['ratio']:g} % of {words[budget['ratio_of']]}"
 
 

@@ -9,6 +9,7 @@ is a working definition. The paper (MINI-LLM, arXiv 2407.11681) names the three 
 structures of a group; its literal equation was not available.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -128,6 +129,27 @@ def resolve(scoring: Scoring, hidden: bool = False) -> Criterion:
     if criterion.draws:
         check_seed(scoring.seed)
     return _with_reductions(criterion, scoring, hidden) if criterion.by_weights else criterion
+
+
+def check_idle(scoring: Scoring, criterion: Criterion) -> None:
+    """Check that the criterion reads every reduction, norm and factor that the settings name.
+
+    Args:
+      scoring: the settings.
+      criterion: what `resolve` makes of them.
+
+    Raises:
+      InputError: a setting would do nothing.
+    """
+    idle = [] if scoring.criterion == "fms" or scoring.factors is None else ["factors"]
+    for key, read in (("activation_norm", "norm"), ("within", "within"), ("across", "across")):
+        if getattr(scoring, key) not in (None, getattr(criterion, read)):
+            idle.append(key)
+    if idle:
+        raise InputError(
+            f"the criterion {scoring.criterion} does not read {' and '.join(idle)}, which would do nothing; leave out "
+            f"{'them' if len(idle) > 1 else 'it'}" + (", or use the criterion fms" if "factors" in idle else "")
+        )
 
 
 def _factors(factors: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -250,3 +272,24 @@ def random_scores(key: jax.Array, layer: int, kind: str, count: int) -> Float[np
     """Scores drawn at random, for the control; the same for a key, layer and kind whatever else is pruned."""
     key = jax.random.fold_in(jax.random.fold_in(key, layer), _STREAMS.index(kind))
     return np.asarray(jax.random.uniform(key, (count,)), dtype=np.float64)
+
+
+def check_finite(scores: Mapping[str, Sequence[np.ndarray]]) -> None:
+    """Check that all scores are finite: NaN has no place in an order, and infinity is an overflow.
+
+    Args:
+      scores: kind -> one array of scores for each layer.
+
+    Raises:
+      InputError: a score is not finite.
+    """
+    for kind, rows in scores.items():
+        for layer, values in enumerate(rows):
+            broken = np.flatnonzero(~np.isfinite(values))
+            if len(broken):
+                of_layer = "" if kind == "hidden" else f" of layer {layer}"
+                raise InputError(
+                    f"the {kind} scores{of_layer} are not finite: {len(broken)} of {len(values)}, the first that of "
+                    f"group {broken[0]}; the weights or activations overflow their type: use --dtype float32 "
+                    "or another --criterion"
+                )

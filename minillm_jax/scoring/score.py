@@ -94,6 +94,7 @@ def resolve(scoring: Scoring, hidden: bool = False) -> tuple[Criterion, Estimati
       InputError: a name is unknown, a number out of its range, or two settings do not suit each other.
     """
     criterion = criteria.resolve(scoring, hidden)
+    criteria.check_idle(scoring, criterion)
     return criterion, resolve_gradient(scoring.criterion, criterion, scoring.estimation)
 
 
@@ -156,7 +157,7 @@ def scores_from(
     """The scores that follow from a gradient estimate; None for criteria that read no gradient.
 
     Raises:
-      InputError: a setting is out of its range.
+      InputError: a setting is out of its range, or a score is not finite.
     """
     criterion, estimation = resolve(scoring)
     decoder, drawn_on = model.decoder, calibration.record()
@@ -167,10 +168,12 @@ def scores_from(
     if not criterion.factors:
         return Scores(_random_scores(decoder, scoring), settings, drawn_on)
     if gradient is not None and criterion.by_gates:
-        return Scores(_gate_scores(decoder, gradient, criterion, scoring.kinds), settings, drawn_on, gradient)
-    norms = _norms(decoder, calibration, criterion, progress)
-    slopes = _slopes(decoder, criterion, scoring, gradient)
-    scores = _score_matrices(decoder, norms, slopes, criterion, scoring.kinds, progress)
+        scores = _gate_scores(decoder, gradient, criterion, scoring.kinds)
+    else:
+        norms = _norms(decoder, calibration, criterion, progress)
+        slopes = _slopes(decoder, criterion, scoring, gradient)
+        scores = _score_matrices(decoder, norms, slopes, criterion, scoring.kinds, progress)
+    criteria.check_finite(scores)
     return Scores(scores, settings, drawn_on, gradient)
 
 

@@ -1,9 +1,13 @@
 """Budgets and allocations: limits are met to within a step, and measured allocations are the cheapest."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,6 +22,7 @@ from minillm_jax.data.windows import Calibration
 from minillm_jax.errors import InputError
 from minillm_jax.evaluation.perplexity import perplexity
 from minillm_jax.model import axis_table, costs
+from minillm_jax.model.config import LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import group_counts
@@ -54,7 +59,7 @@ def step_cost(inventory: Inventory, kind: str) -> int:
         Budget(0.3, ratio_of="blocks"),
         Budget(0.1, ratio_of="model"),
         Budget(target_params=6500.0),
-        Budget(target_macs=26_000.0, window=4),
+        Budget(target_macs=26_000.0, window=4, keep_at_least=0.05),
         Budget(target_memory=28_000.0, window=4),
     ],
     ids=str,
@@ -91,9 +96,14 @@ def test_limit_of_a_ratio_of_parameters_counts_the_blocks_or_the_model() -> None
         (Budget(0.2, allocation="fair"), "unknown allocation 'fair'"),
         (Budget(target_params=10.0, target_macs=10.0), "give one target"),
         (Budget(target_params=1e9), "there is nothing to remove"),
-        (Budget(target_params=10.0), "ask for less, or prune more kinds"),
-        (Budget(0.99, ratio_of="model"), "ask for less, or prune more kinds"),
-        (Budget(0.2, allocation="global", round_width_to=64), "rounded in uniform budgets only, not global"),
+        (Budget(target_params=10.0), "use a larger target, a smaller --keep-at-least, or prune more kinds"),
+        (Budget(0.99, ratio_of="model"), "use a smaller ratio, a smaller --keep-at-least, or prune more kinds"),
+        (Budget(0.97, allocation="global"), "use a smaller ratio, a smaller --keep-at-least, or prune more kinds"),
+        (
+            Budget(target_params=10.0, keep_at_least=0.0, round_width_to=8),
+            "use a larger target, a smaller --round-width-to, or prune more kinds",
+        ),
+        (Budget(0.2, allocation="global", round_width_to=0), "multiples of at least 1, not 0"),
         (Budget(0.2, allocation="global", keep_at_least=1.0), r"--keep-at-least must lie in \[0, 1\)"),
         (Budget(0.2, window=0), "at least 1 token"),
         (Budget(0.2, layers=(2, 1)), "layers 2:1 are not a range"),
@@ -111,7 +121,135 @@ def test_negative_layers_count_from_the_end() -> None:
     assert counts == {"head": [4, 2, 4], "channel": [12, 6, 12]}
 
 
+# ----------------------------------------------------------------------------------------- multiples, all allocations
+
+
+def drawn_inventory(draw: Callable[[st.SearchStrategy[Any]], Any]) -> tuple[Inventory, Budget]:
+    """A small inventory with unequal layers, and a budget with multiples that may exceed a layer's groups."""
+    layers = draw(st.integers(1, 3))
+    parts = {"query": draw(st.lists(st.integers(1, 3), min_size=layers, max_size=layers)), "channel": [1] * layers}
+    counts = {kind: [p * draw(st.integers(1, 9)) for p in parts[kind]] for kind in parts}
+    group_costs = {kind: draw(st.lists(st.integers(1, 9), min_size=layers, max_size=layers)) for kind in parts}
+    dense = sum(c * n for kind in parts for c, n in zip(group_costs[kind], counts[kind], strict=True))
+    start = draw(st.integers(0, layers - 1))
+    budget = Budget(
+        round_heads_to=draw(st.integers(1, 4)),
+        round_width_to=draw(st.integers(1, 10)),
+        keep_at_least=draw(st.sampled_from([0.0, 0.1, 0.3, 0.5])),
+    )
+    return Inventory(counts, parts, group_costs, dense, range(start, layers)), budget
+
+
+def check_multiples(inventory: Inventory, budget: Budget, kept: dict[str, list[int]], limit: float) -> None:
+    """The limit holds; a layer keeps all its groups, or a multiple in every part, at least the asked share."""
+    assert inventory.left(kept) <= limit
+    for kind, counts in kept.items():
+        for layer, count in enumerate(counts):
+            whole, parts = inventory.counts[kind][layer], inventory.parts[kind][layer]
+            assert 0 < count <= whole
+            if count == whole:
+                continue
+            assert layer in inventory.layers
+            assert count % parts == 0
+            assert count // parts % budget.multiple(kind) == 0
+            assert count // parts >= budget.keep_at_least * whole // parts
+
+
+def all_sizes(inventory: Inventory, budget: Budget, kind: str) -> list[list[int]]:
+    """What a layer may keep, written out: descending."""
+    rows = []
+    for layer, (whole, parts) in enumerate(zip(inventory.counts[kind], inventory.parts[kind], strict=True)):
+        rows.append([whole])
+        for size in range(whole - parts, 0, -parts if layer in inventory.layers else -whole):
+            enough = size >= budget.keep_at_least * whole
+            if layer in inventory.layers and enough and size // parts % budget.multiple(kind) == 0:
+                rows[-1].append(size)
+    return rows
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_every_allocation_keeps_multiples_within_the_limit(data: st.DataObject) -> None:
+    inventory, budget = drawn_inventory(data.draw)
+    tried = {kind: all_sizes(inventory, budget, kind) for kind in inventory.counts}
+    least = inventory.left({kind: [row[-1] for row in rows] for kind, rows in tried.items()})
+    limit = float(data.draw(st.integers(least, inventory.whole)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 9)))
+    check_multiples(inventory, budget, budgets.uniform(inventory, limit, budget), limit)
+    scores = {kind: [rng.random(n) for n in counts] for kind, counts in inventory.counts.items()}
+    per_cost = data.draw(st.booleans())
+    check_multiples(inventory, budget, budgets.globally(inventory, limit, budget, scores, per_cost), limit)
+    equal = {kind: [np.ones(n) for n in counts] for kind, counts in inventory.counts.items()}
+    check_multiples(inventory, budget, budgets.globally(inventory, limit, budget, equal, per_cost), limit)
+
+    losses = {kind: [[0.0, *np.cumsum(rng.random(len(row) - 1))] for row in rows] for kind, rows in tried.items()}
+    measured = budgets.cheapest(inventory, limit, tried, losses, budget)
+    check_multiples(inventory, budget, measured, limit)
+    sites = [(kind, layer) for kind in inventory.counts for layer in range(len(inventory.counts[kind]))]
+    totals = []
+    for places in product(*(range(len(tried[kind][layer])) for kind, layer in sites)):
+        chosen = {kind: [0] * len(rows) for kind, rows in tried.items()}
+        for (kind, layer), place in zip(sites, places, strict=True):
+            chosen[kind][layer] = tried[kind][layer][place]
+        if inventory.left(chosen) <= limit:
+            totals.append(sum(losses[kind][layer][place] for (kind, layer), place in zip(sites, places, strict=True)))
+    total = sum(losses[kind][layer][tried[kind][layer].index(measured[kind][layer])] for kind, layer in sites)
+    assert total <= min(totals) + 1e-9
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), share=st.floats(0.0, 0.99))
+def test_measured_levels_are_sizes_that_a_layer_may_keep(data: st.DataObject, share: float) -> None:
+    inventory, budget = drawn_inventory(data.draw)
+    levels = budgets.levels(inventory, budget, (share, *allocate.SHARES))
+    for kind, rows in levels.items():
+        for row, sizes in zip(rows, all_sizes(inventory, budget, kind), strict=True):
+            assert row == sorted(set(row), reverse=True)
+            assert set(row) <= set(sizes)
+            assert (row[0], row[-1]) == (sizes[0], sizes[-1])
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global", "measured"])
+@pytest.mark.parametrize(("amount", "rounds"), [({"ratio": 0.4}, 2), ({"target_params": 7000.0}, 1)], ids=str)
+def test_models_are_pruned_to_multiples_by_every_allocation(
+    allocation: str, amount: dict[str, float], rounds: int
+) -> None:
+    """Two query heads of every key/value head, and channels in fours; in rounds, the last one counts."""
+    model = small_model(sizes=Sizes(V=61, D=16, H=4, layers=(LayerSizes(N=8, K=2, F=12),) * 3))
+    budget = Budget(**amount, allocation=allocation, rounds=rounds, round_heads_to=2, round_width_to=4)
+    scoring = Scoring("wanda", kinds=("query", "channel"))
+    pruned = prune_in_rounds(model, CALIBRATION, scoring, budget)
+    assert set(group_counts(pruned.decoder, "query")) <= {4, 8}
+    assert set(group_counts(pruned.decoder, "channel")) <= {4, 8, 12}
+    inventory = allocate.inventory_of(model.decoder, ("query", "channel"), budget)
+    limit = budgets.limit_of(inventory, budget, costs.block_parameters(model.decoder))
+    assert costs.cost(pruned.decoder, "parameters") <= limit < costs.cost(model.decoder, "parameters")
+
+
 # -------------------------------------------------------------------------------------------------------- global
+
+
+def test_scores_that_are_not_finite_have_no_order() -> None:
+    """NaN would otherwise be neither the lowest nor the highest score, and be kept or removed by chance."""
+    decoder = small_decoder()
+    budget = Budget(0.4, allocation="global")
+    inventory = allocate.inventory_of(decoder, BLOCKS, budget)
+    scores = {kind: [np.arange(1.0, n + 1) for n in inventory.counts[kind]] for kind in BLOCKS}
+    for value in (np.nan, np.inf, -np.inf):
+        scores["channel"][1][3] = value
+        words = "the channel scores of layer 1 are not finite: 1 of 12, the first that of group 3; .* --dtype float32"
+        with pytest.raises(InputError, match=words):
+            budgets.globally(inventory, 1.0, budget, scores, per_cost=True)
+
+
+def test_a_model_whose_scores_overflow_names_the_layer() -> None:
+    def leaf(path: Any, array: Any) -> Any:
+        return array.at[1].mul(1e30) if axis_table.array_path(path).endswith("mlp.down.kernel") else array
+
+    model = small_model()
+    model = replace(model, decoder=jax.tree_util.tree_map_with_path(leaf, model.decoder))
+    with pytest.raises(InputError, match="the channel scores of layer 1 are not finite: 12 of 12"):
+        score(model, CALIBRATION, Scoring("magnitude"))
 
 
 def test_global_allocation_removes_the_lowest_scores_per_cost_of_the_whole_model() -> None:
@@ -173,6 +311,73 @@ def test_measured_allocation_is_the_cheapest_of_all_combinations(data: st.DataOb
     least = min(total(kept) for kept in combinations if inventory.left(kept) <= limit)
     assert inventory.left(cheapest) <= limit
     assert total(cheapest) <= least + 1e-9
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_a_level_whose_loss_is_not_finite_is_never_chosen(data: st.DataObject) -> None:
+    """Whatever the loss: NaN, which every comparison would otherwise take for the least, or an infinity."""
+    most, layers = 5, 2
+    costs_of = {"channel": data.draw(st.lists(st.integers(1, 5), min_size=layers, max_size=layers))}
+    dense_cost = most * sum(costs_of["channel"])
+    inventory = Inventory({"channel": [most] * layers}, {"channel": [1] * layers}, costs_of, dense_cost, range(layers))
+    levels = {"channel": [[5, 3, 2, 1]] * layers}
+    broken = st.sampled_from([float("nan"), float("inf"), float("-inf")])
+    row = st.tuples(*[st.floats(0, 1) | broken] * 3).map(lambda values: [0.0, *values])
+    losses = {"channel": data.draw(st.lists(row, min_size=layers, max_size=layers))}
+    limit = float(data.draw(st.integers(sum(costs_of["channel"]), dense_cost - 1)))
+    finite = [
+        [
+            count
+            for count, loss in zip(levels["channel"][layer], losses["channel"][layer], strict=True)
+            if isfinite(loss)
+        ]
+        for layer in range(layers)
+    ]
+    reachable = [kept for kept in product(*finite) if inventory.left({"channel": kept}) <= limit]
+    if not reachable:
+        with pytest.raises(
+            InputError, match=r"no choice within the limit of [\d,]+ has a finite loss: .* channel groups"
+        ):
+            budgets.cheapest(inventory, limit, levels, losses)
+        return
+    kept = budgets.cheapest(inventory, limit, levels, losses)["channel"]
+    assert inventory.left({"channel": kept}) <= limit
+    for layer, count in enumerate(kept):
+        around = (
+            [n for n in levels["channel"][layer] if n >= count][-1],
+            next(n for n in levels["channel"][layer] if n <= count),
+        )
+        assert set(around) <= set(finite[layer]), "a size between two levels has finite losses on both sides"
+
+
+def test_measured_losses_of_a_broken_model_are_an_error_and_overflows_are_infinite() -> None:
+    """Layer 0 adds the opposites 3e38 and -3e38 by two channels; without one of them, layer 1 leaves the range."""
+    decoder = small_decoder(layers=3, mlp_bias=True, activation="relu", gated=False)
+
+    def leaf(path: Any, array: Any) -> Any:
+        match axis_table.array_path(path).rpartition("mlp.")[2]:
+            case "up.kernel":
+                return array.at[0].set(0)
+            case "up.bias":
+                return array.at[0].set(1)
+            case "down.kernel":
+                return array.at[0].set(0).at[0, 0].set(3e38).at[0, 1].set(-3e38)
+            case "down.bias":
+                return array.at[1].set(3e38).at[2].set(-3e38)
+        return array
+
+    decoder = jax.tree_util.tree_map_with_path(leaf, decoder)
+    levels = {"channel": [[12, 11, 6], [12], [12]]}
+    kept = {11: np.delete(np.arange(12), 1), 6: np.arange(6)}
+    losses = level_losses(decoder, BATCHES, levels, lambda kind, layer, keep: kept[keep], Refit("none"))
+    assert losses["channel"][0] == [0.0, np.inf, pytest.approx(0.0, abs=1e-5)]
+
+    def broken(path: Any, array: Any) -> Any:
+        return array.at[1].set(np.nan) if axis_table.array_path(path).endswith("down.bias") else array
+
+    with pytest.raises(InputError, match="the loss of the dense model on the calibration windows is nan"):
+        level_losses(jax.tree_util.tree_map_with_path(broken, decoder), BATCHES, levels, None, Refit("none"))
 
 
 def test_measured_allocation_keeps_limits_far_larger_than_its_units() -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,22 +93,20 @@ def negated(scores: dict[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]:
 
 
 def errors_of_mixed_inputs(folder: str, out: str) -> list[str]:
-    """The errors of a run whose processes were given other settings, and other texts."""
-    errors = []
-    for change in ({"seed": 1}, {"calibration": f"{folder}/other.npy"}):
-        given = {"calibration": f"{folder}/tokens.npy"} | ({} if hosts.is_writer() else change)
-        if "calibration" in change:  # the same name, with other content in the second process
-            given = {"calibration": f"{folder}/tokens.npy"}
-            load = np.load
-            if not hosts.is_writer():
-                np.load = lambda *a, **k: load(*a, **k)[::-1]
-        options = COMMON | given | {"mesh": MESHES["data"]}
-        recipe, flags = recipes.with_options(recipes.load(recipes.DEFAULT), options)
-        try:
-            run(Job(f"{folder}/model", f"{out}/mixed", recipe, flags))
-        except InputError as error:
-            errors.append(str(error))
-    return errors
+    """The errors of runs whose processes were given other settings, and other texts under one name."""
+    return [
+        error_of_a_run(folder, out, {} if hosts.is_writer() else {"seed": 1}),
+        error_of_a_run(folder if hosts.is_writer() else f"{folder}/other", out, {}),
+    ]
+
+
+def error_of_a_run(folder: str, out: str, options: dict[str, Any]) -> str:
+    """The error of a run that reads `tokens.npy` of the current folder."""
+    options = COMMON | {"calibration": "tokens.npy", "mesh": MESHES["data"]} | options
+    recipe, given = recipes.with_options(recipes.load(recipes.DEFAULT), options)
+    with chdir(folder), pytest.raises(InputError) as caught:
+        run(Job(f"{out}/../model", f"{out}/mixed", recipe, given))
+    return str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------ one process, 8 devices

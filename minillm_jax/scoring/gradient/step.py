@@ -83,7 +83,7 @@ def choose_epsilon(decoder: Decoder, batches: Batches, settings: Estimation) -> 
       The step ε.
 
     Raises:
-      InputError: no candidate has finite losses.
+      InputError: the derivatives are not finite, or no candidate has finite losses.
     """
     compared, space = batches.first(COMPARED), space_of(settings)
     directions = draw(settings, decoder, 0, COMPARED).stacked(1)
@@ -96,13 +96,20 @@ def choose_epsilon(decoder: Decoder, batches: Batches, settings: Estimation) -> 
         return slopes.paired_losses(decoder, directions, batch.tokens, batch.numbers, step, space)
 
     exact, errors = compared.collect(derivatives).astype(np.float64), []
+    if not np.isfinite(exact).all():
+        raise InputError(
+            "the derivative of the loss along a direction is not finite, so no step can be compared with it: the "
+            "weights of the model are broken, or overflow their type; use --dtype float32"
+        )
     for epsilon in CANDIDATES:
         ends = compared.collect(partial(losses, epsilon=epsilon)).astype(np.float64)
+        # A step whose losses overflow is never the best: its error is infinite.
+        ends = np.where(np.isfinite(ends).all(), ends, np.nan)
         differences = (ends[..., 0, :] - ends[..., 1, :]) / (2 * epsilon)
-        errors.append(np.linalg.norm((differences - exact).sum(-1)))
+        errors.append(np.nan_to_num(np.linalg.norm((differences - exact).sum(-1)), nan=np.inf))
     if not np.isfinite(errors).any():
         raise InputError(
             f"the loss is not finite at any step --epsilon from {min(CANDIDATES):g} to {max(CANDIDATES):g}; "
             "use --estimator jvp"
         )
-    return CANDIDATES[int(np.nanargmin(errors))]
+    return CANDIDATES[int(np.argmin(errors))]
