@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 300  # seconds, after which the processes of a job are stopped
+TIMEOUT = 600  # seconds, after which the processes of a job are stopped
 
 
 def start(devices: int, module: str, name: str, *arguments: object) -> subprocess.Popen[str]:
