@@ -149,7 +149,7 @@ def logits_of(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
 def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     """Logits of PyTorch, float32."""
     with torch.no_grad():
-        return model(torch.from_numpy(np.asarray(tokens, dtype=np.int64)), use_cache=False).logits.numpy()
+        return model(torch.from_numpy(np.asarray(tokens, dtype=np.int64)), use_cache=False).logits.float().numpy()
 
 
 def load_torch(folder: Path, remote_code: bool = False) -> Any:
