@@ -120,7 +120,9 @@ def terminable() -> Iterator[None]:
 
 
 def _fail(sentence: str) -> None:
-    print(f"minillm-jax: {' '.join(sentence.split())}", file=sys.stderr)
+    """Ends the process with one sentence, in which a huge word of the user's, and a huge text, are shortened."""
+    words = " ".join(shortened(word, 300) for word in sentence.split())
+    print(f"minillm-jax: {shortened(words, 2000)}", file=sys.stderr)
     sys.exit(2)
 
 
