@@ -230,6 +230,13 @@ def test_one_rademacher_direction_is_wanda_over_all_structures() -> None:
             "unknown criterion 'best'; expected one of obs, wanda, flap, fms, ",
         ),
         (Scoring("fms", activation_norm="l7"), "unknown activation norm 'l7'"),
+        (
+            Scoring("wanda", factors=("magnitude",)),
+            "the criterion wanda does not read factors, which would do nothing; leave it out, or use the criterion fms",
+        ),
+        (Scoring("obs", factors=("magnitude",)), "the criterion obs does not read factors"),
+        (Scoring("gate", within="mean", across="sum"), "the criterion gate does not read within and across"),
+        (Scoring("magnitude", activation_norm="rms"), "the criterion magnitude does not read activation_norm"),
         (Scoring("fms", within="median"), "unknown reduction within a structure 'median'"),
         (Scoring("fms", across="first"), "unknown reduction across structures 'first'"),
         (Scoring("fms", estimation=Estimation(distribution="cauchy")), "unknown distribution 'cauchy'"),

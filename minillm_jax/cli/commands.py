@@ -120,7 +120,9 @@ def terminable() -> Iterator[None]:
 
 
 def _fail(sentence: str) -> None:
-    print(f"minillm-jax: {' '.join(sentence.split())}", file=sys.stderr)
+    """Ends the process with one sentence, in which a huge word of the user's, and a huge text, are shortened."""
+    words = " ".join(shortened(word, 300) for word in sentence.split())
+    print(f"minillm-jax: {shortened(words, 2000)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -275,7 +277,7 @@ def demo(
 def evaluate_model(
     model: ModelArgument,
     text: Annotated[str, typer.Option(help="Text, .jsonl, .parquet or .npy (token ids) file, or a Hub data set.")],
-    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 128,
+    window: Annotated[str, typer.Option(metavar="COUNT", help="Tokens of a window.")] = "128",
     bos: Annotated[bool, typer.Option("--bos", help="Put the beginning-of-sequence token before the text.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")] = None,
     mesh: Annotated[
@@ -294,12 +296,15 @@ def evaluate_model(
     from minillm_jax.devices import sharding
     from minillm_jax.report import tables
 
+    given = {"window": window} | ({} if dtype is None else {"dtype": dtype})
+    settings, _ = recipes.with_options(recipes.Recipe(), given)
     shape = sharding.parse_mesh(mesh)
     if hosts is not None:
         processes.initialise_hosts(processes.parse_hosts(hosts))
     devices = sharding.make_mesh(shape)
     with progress(quiet or as_json) as told:
-        measured = api.evaluate(api.load(model, dtype, devices, revision), text, window, bos, told)
+        loaded = api.load(model, settings.output.dtype, devices, revision)
+        measured = api.evaluate(loaded, text, settings.evaluation.window, bos, told)
     if processes.is_writer():
         show(
             as_json,

@@ -111,23 +111,21 @@ def load(name: str | Path = DEFAULT) -> Recipe:
       InputError: there is no such recipe, or the file does not hold one.
     """
     text = str(name)
-    packaged = FOLDER / f"{text}.toml"
-    if re.fullmatch(r"[\w-]+", text) and packaged.is_file():
-        return _read(packaged, text)
-    path = Path(name).expanduser()
+    if text in names():
+        return _read(FOLDER / f"{text}.toml", text)
     if not text.endswith(".toml") and "/" not in text:
         near = get_close_matches(text, names(), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(
             f"unknown recipe {shortened(text)!r}; expected one of {', '.join(names())}, or a path to a .toml file{hint}"
         )
-    return _read(path, text)
+    return _read(Path(name), text)
 
 
 def _read(path: Path, name: str) -> Recipe:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        table = tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: `~name` without such a user
         if isinstance(error, tomllib.TOMLDecodeError):
             raise InputError(f"recipe {shortened(name, 300)}: not a TOML file ({cause(error)})") from error
         words = getattr(error, "strerror", None) or cause(error)  # other messages repeat the path

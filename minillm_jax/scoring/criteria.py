@@ -147,8 +147,8 @@ def check_idle(scoring: Scoring, criterion: Criterion) -> None:
             idle.append(key)
     if idle:
         raise InputError(
-            f"the criterion {scoring.criterion} does not read {' and '.join(idle)}, which would do nothing; leave out "
-            f"{'them' if len(idle) > 1 else 'it'}" + (", or use the criterion fms" if "factors" in idle else "")
+            f"the criterion {scoring.criterion} does not read {' and '.join(idle)}, which would do nothing; leave "
+            f"{'them' if len(idle) > 1 else 'it'} out" + (", or use the criterion fms" if "factors" in idle else "")
         )
 
 

@@ -4,11 +4,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -255,7 +257,7 @@ def break_values(folder: Path) -> None:
         (break_nothing, {"layers": "one:two"}, "is not a range"),
         (break_nothing, {"layers": "1:3", "format": "stock"}, "unequal numbers"),
         (break_nothing, {"format": "zip"}, "unknown --format 'zip'; expected one of stock"),
-        (break_nothing, {"max-shard-size": "5 apples"}, "shard size '5 apples' is not understood"),
+        (break_nothing, {"max-shard-size": "5 apples"}, "--max-shard-size '5 apples' is not a size; expected 2GB"),
         (break_nothing, {"round-width-to": "0"}, "multiples of at least 1, not 0"),
         (break_nothing, {"layers": "²:3"}, "is not a range"),
         (break_nothing, {"seed": -1}, "--seed must lie between 0 and"),
@@ -289,7 +291,10 @@ def break_values(folder: Path) -> None:
         (break_nothing, {"heads": "pairs"}, "unknown --heads 'pairs'"),
         (break_nothing, {"rounds": 0}, "--rounds must be at least 1 round, found 0"),
         (break_nothing, {"factors": "weight", "criterion": "fms"}, "unknown factor 'weight'"),
-        (break_nothing, {"preset": "llm-pruner"}, "layers 4:-2 are not a range of this model's layers"),
+        (break_nothing, {"preset": "llm-pruner"}, "the recipe llm-pruner prunes layers 4:-2"),
+        (break_nothing, {"layers": "4:-2"}, "layers 4:-2 are not a range of this model's layers; it has 0:4; use"),
+        (break_nothing, {"ratio": "20%"}, "--ratio must be a number, found '20%'; did you mean 0.2?"),
+        (break_nothing, {"ratio": 0.05, "structures": "heads"}, "nothing would be removed from this model: a ratio"),
         (break_nothing, {"alpha": 2}, "the refit's alpha must lie in [0, 1], found 2"),
         (break_nothing, {"criterion": "gate", "space": "weights"}, "takes directions in the space gates"),
         (break_nothing, {"criterion": "fms", "difference": "exact", "checkpoint": "saved"}, "cannot be resumed"),
@@ -356,6 +361,78 @@ def test_bad_input_is_one_sentence_status_2_and_nothing_written(
     assert captured.err.count("\n") == 1, "one sentence, and no line of progress: the check came before the work"
     assert captured.out == ""
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_part_of_a_request_without_effect_is_one_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
+) -> None:
+    options = prune_options(text, tmp_path / "out", criterion="magnitude", refit="none", ratio=0.05)
+    without_samples = [*options[: options.index("--samples")], *options[options.index("--samples") + 2 :]]
+    assert call(monkeypatch, ["prune", demo.FOLDER, *without_samples, "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("minillm-jax: warning: no key/value heads are removed: ")
+    assert captured.err.count("\n") == 1
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "whole MLP channels were removed" in " ".join(card.split())
+    assert "- removed structures: `MLP channels`" in card
+
+
+def test_termination_is_an_exit_that_cleans_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """SIGTERM while the folder is renamed: the scratch folder is removed, and the status is that of shells."""
+    before = signal.getsignal(signal.SIGTERM)
+    rename = os.rename
+
+    def terminated(*arguments: Any, **more: Any) -> None:
+        assert list(tmp_path.iterdir()), "the scratch folder stands beside the output"
+        os.kill(os.getpid(), signal.SIGTERM)
+        rename(*arguments, **more)
+
+    monkeypatch.setattr(os, "rename", terminated)
+    assert call(monkeypatch, ["convert", "to-flax", demo.FOLDER, tmp_path / "out"]) == 143
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().out == ""
+
+
+# --------------------------------------------------------------------------------------------- eval on several devices
+
+
+def test_eval_on_a_mesh_gives_the_same_perplexity(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
+) -> None:
+    (short := tmp_path / "short.txt").write_text(text.read_text()[:3000])
+    values = []
+    for extra in (["--dtype", "fp32"], ["--mesh", "data=1"]):
+        assert call(monkeypatch, ["eval", demo.FOLDER, "--text", short, "--window", "64", "--json", *extra]) == 0
+        values.append(json.loads(capsys.readouterr().out)["perplexity"])
+    assert values == [pytest.approx(values[0], rel=1e-6)] * 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--mesh", "2x4"], "mesh '2x4' is not understood"),
+        (["--mesh", "data=2"], "the mesh is for 2 devices, but there are 1"),
+        (["--hosts", "me"], "hosts 'me' is not understood"),
+        (["--hosts", "10.0.0.1:1234,2,2"], "hosts '10.0.0.1:1234,2,2' is not understood"),
+        (["--window", "many"], "--window must be a whole number, found 'many'"),
+        (["--dtype", "int8"], "unknown --dtype 'int8'; expected one of float32, bfloat16, float16"),
+        (["--dataset", "c4"], "no such option: --dataset; did you mean --text?"),
+        (["--seqlen", "64"], "no such option: --seqlen; did you mean --window?"),
+        (["--precision", "half"], "no such option: --precision; did you mean --dtype?"),
+    ],
+)
+def test_eval_refuses_before_it_reads_the_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], extra: list[str], message: str
+) -> None:
+    """Neither the model nor the text exists, so that reading either would be another error."""
+    assert call(monkeypatch, ["eval", "./nowhere", "--text", "nowhere.txt", *extra]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
 
 
 def test_convert_prints_the_output_folder_and_fails_with_status_2(

@@ -75,6 +75,29 @@ def test_synonyms_are_suggested(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert f"no such option: --{name}; did you mean {SYNONYMS[name]}?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("prune", "m", "--keep-ratio", "0.8"), "did you mean --ratio, which is the share to remove: 1 minus"),
+        (("prune", "--model", "m"), "the model is named without an option, "),
+        (("eval", "--model-name", "m", "--text", "t"), "the model is named without an option, "),
+        (("prune", "m", "--Sparsity", "0.5"), "no such option: --Sparsity; did you mean --ratio?"),
+        (("prune", "m", "--target_size", "1B"), "did you mean --target-params?"),
+        (("demo", "--sparsity", "0.5"), "did you mean --ratio?"),
+        (("demo", "--ratio", "20%"), "--ratio must be a number, found '20%'; did you mean 0.2?"),
+        (("recipe", "show", "ours", "--change"), "did you mean --changes?"),
+        (("prune", "m", "--" + 5000 * "x", "1"), "no such option: --xxx"),
+    ],
+)
+def test_wrong_options_are_answered_by_meaning_in_every_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...], words: str
+) -> None:
+    assert call(monkeypatch, *command) == 2
+    sentence = capsys.readouterr().err
+    assert words in sentence
+    assert len(sentence) < 500
+
+
 def planned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
     assert call(monkeypatch, "plan", demo.FOLDER, "--json", *arguments) == 0
     return json.loads(capsys.readouterr().out)

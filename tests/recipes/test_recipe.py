@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from convert.writer import check_shard_size
 from minillm_jax.errors import InputError
-from minillm_jax.options import COUNT, LAYERS, STEP, WORDS, Option
+from minillm_jax.options import COUNT, LAYERS, SHARDS, STEP, WORDS, Option, read_bytes
 from minillm_jax.recipes.recipe import (
     FOLDER,
     PANELS,
@@ -29,7 +30,7 @@ from minillm_jax.recipes.recipe import (
     with_options,
 )
 from minillm_jax.recipes.used import used
-from minillm_jax.settings import Budget, Data, Estimation, Refit, Scoring
+from minillm_jax.settings import Budget, Data, Estimation, Refit, Scoring, dtype_name
 
 ALL_KEYS = {section: {one.name for at, one, _ in options() if at == section} for section in SECTIONS}
 
@@ -88,6 +89,14 @@ def test_every_file_of_the_package_writes_no_default() -> None:
     [
         ("[refits]\nridge = 1", "unknown section 'refits'; expected one of data, budget, "),
         ("ridge = 1", "unknown section 'ridge'"),
+        ("budget = 3", "unknown section 'budget' with the value '3'; expected a table of settings, [budget]"),
+        ("summary = 3", "summary must be text, found '3'"),
+        ("[summary]\nratio = 1", "summary must be text, found "),
+        ("origin = 'here'", "origin must be a table, [origin], found 'here'"),
+        ("[origin]\nmodel = 3", "origin.model must be text, found '3'"),
+        ("[origin]\nrevision = ['main']", "origin.revision must be text, found "),
+        ("[origin]\ntokens_sha256 = true", "origin.tokens_sha256 must be text, found 'True'"),
+        ("[[budget]]\nratio = 0.2", "unknown section 'budget' with the value "),
         ("refit = 'none'", "unknown section 'refit'"),
         ("[refit]\nmidge = 1", "refit.midge: unknown key; expected one of method, alpha, ridge, inputs, solver"),
         ("[gradient]\nseed = 1", "gradient.seed: unknown key"),
@@ -98,8 +107,14 @@ def test_every_file_of_the_package_writes_no_default() -> None:
         ("[refit]\nridge = true", "refit.ridge must be a number, found 'True'"),
         ("[data]\ncalibration = 3", "data.calibration must be text, found '3'"),
         ("[gradient]\nper_sequence = 'maybe'", "gradient.per_sequence must be true or false, found 'maybe'"),
-        ("[scoring]\ncriterion = 'best'", "scoring.criterion 'best'; expected one of obs, wanda, flap, "),
-        ("[refit]\nmethod = 'prayer'", "refit.method 'prayer'; expected one of least-squares, bias, none"),
+        ("[scoring]\ncriterion = 'best'", ": unknown scoring.criterion 'best'; expected one of obs, wanda, flap, "),
+        ("[refit]\nmethod = 'prayer'", ": unknown refit.method 'prayer'; expected one of least-squares, bias, none"),
+        ("[refit]\nmethod = 'least_squares'", "did you mean least-squares?"),
+        (
+            "[refit]\nrigde = 1",
+            "refit.rigde: unknown key; expected one of method, alpha, ridge, inputs, solver; did you",
+        ),
+        ("[budget]\nratio = '20%'", "budget.ratio must be a number, found '20%'; did you mean 0.2?"),
         ("[budget]\nstructures = 3", "budget.structures must be written like A,B, found '3'"),
         ("[budget]\nstructures = [1, 2]", "budget.structures must be written like A,B, found '[1, 2]'"),
         ("[budget]\nlayers = 4", "budget.layers must be written like A:B, found '4'"),
@@ -118,7 +133,7 @@ def test_errors_of_a_file_name_the_file_and_the_key(tmp_path: Path, text: str, m
     with pytest.raises(InputError) as error:
         load(path)
     assert message in str(error.value)
-    assert f"recipe {path}" in str(error.value)
+    assert str(error.value).startswith(f"recipe {path}: ")
 
 
 @pytest.mark.parametrize(
@@ -129,6 +144,7 @@ def test_errors_of_a_file_name_the_file_and_the_key(tmp_path: Path, text: str, m
         ("mini_llm", "did you mean mini-llm?"),
         ("nowhere.toml", "recipe nowhere.toml: cannot be read"),
         ("./nowhere", "recipe ./nowhere: cannot be read"),
+        ("~no such user/mine.toml", "recipe ~no such user/mine.toml: cannot be read"),
     ],
 )
 def test_recipes_that_do_not_exist(name: str, message: str) -> None:
@@ -210,13 +226,23 @@ def test_options_are_read_as_the_command_line_writes_them() -> None:
 @pytest.mark.parametrize(
     ("options_given", "message"),
     [
-        ({"sparsity": 1}, "unknown option 'sparsity'"),
+        ({"sparsity": 1}, "unknown option 'sparsity'; did you mean ratio?"),
+        ({"keep_ratio": 0.8}, "did you mean ratio, which is the share to remove: 1 minus the share to keep?"),
+        ({"seqlen": 1}, "unknown option 'seqlen'; did you mean seq_len?"),
+        ({"ratio": "20%"}, "--ratio must be a number, found '20%'; did you mean 0.2?"),
+        ({"ratio": "0,2"}, "--ratio must be a number, found '0,2'; did you mean 0.2?"),
+        ({"dtype": "bfloat32"}, "unknown --dtype 'bfloat32'; expected one of float32, bfloat16, float16; did you mean"),
+        ({"samples": "1e-3"}, "--samples must be a whole number, found '1e-3'"),
+        ({"samples": "1e99"}, "--samples must be a whole number, found '1e99'"),
+        ({"target_params": "1e999"}, "--target-params '1e999' is not a number"),
+        ({"max_shard_size": "5 apples"}, "--max-shard-size '5 apples' is not a size; expected 2GB"),
+        ({"max_shard_size": "0GB"}, "--max-shard-size '0GB' is no size of a file"),
         ({"ratoi": 1}, "unknown option 'ratoi'; did you mean ratio?"),
         ({"ratio": "x"}, "--ratio must be a number, found 'x'"),
         ({"samples": "2.5"}, "--samples must be a whole number, found '2.5'"),
         ({"criterion": "best"}, "unknown --criterion 'best'; expected one of obs, "),
         ({"restoration": "best"}, "unknown --restoration 'best'"),
-        ({"memory": "2 XB"}, "--memory '2 XB' is not a size; expected 2GB or 500MB"),
+        ({"memory": "2 XB"}, "--memory '2 XB' is not a size; expected 2GB, 500MB"),
         ({"layers": "²:3"}, "--layers '²:3' is not a range"),
     ],
 )
@@ -224,6 +250,141 @@ def test_options_that_cannot_be_read(options_given: dict[str, Any], message: str
     with pytest.raises(InputError) as error:
         with_options(Recipe(), options_given)
     assert message in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------ spellings
+
+
+@pytest.mark.parametrize(
+    ("texts", "value"),
+    [
+        (
+            (
+                "200K",
+                "200k",
+                "200 K",
+                "200_000",
+                "200,000",
+                "200000",
+                "2e5",
+                "0.2M",
+                ".0002b".replace(".", "0."),
+                "2E5",
+            ),
+            2e5,
+        ),
+        (("5.4B", "5.4 B", "5.4b", "5.4G", "5_400_000_000", "5,400,000,000", "5.4e9", "0.0054T"), 5.4e9),
+    ],
+)
+def test_numbers_are_read_in_one_spelling(texts: tuple[str, ...], value: float) -> None:
+    for text in texts:
+        for option in ("target_params", "target_macs"):
+            budget = with_options(Recipe(), {option: text})[0].budget
+            assert getattr(budget, option) == pytest.approx(value, rel=1e-15), text
+
+
+@pytest.mark.parametrize(
+    ("texts", "value"),
+    [
+        (("2GB", "2 gb", "2g", "2G", "2_000MB", "2,000 MB", "2e9B", "2000000000B", "0.002TB", "2e6kB"), 2 * 10**9),
+        (("1.5GiB", "1.5 gib", "1536MiB", "1536 mib"), 3 * 2**29),
+        (("500MB", "500mb", "0.5GB", "500_000KB"), 500 * 10**6),
+    ],
+)
+def test_sizes_are_read_in_one_spelling(texts: tuple[str, ...], value: int) -> None:
+    for text in texts:
+        recipe = with_options(Recipe(), {"target_memory": text, "memory": text, "max_shard_size": text})[0]
+        assert recipe.budget.target_memory == recipe.gradient.memory == value, text
+        check_shard_size(recipe.output.max_shard_size)
+        assert read_bytes(recipe.output.max_shard_size) == value, text
+    assert with_options(Recipe(), {"max_shard_size": value})[0].output == recipe.output
+
+
+@pytest.mark.parametrize(("text", "value"), [("1024", 1024), ("1_024", 1024), ("1,024", 1024), ("1e3", 1000)])
+def test_whole_numbers_are_read_in_one_spelling(text: str, value: int) -> None:
+    assert with_options(Recipe(), {"samples": text})[0].data.samples == value
+    assert with_options(Recipe(), {"seed": f"-{text}"})[0].data.seed == -value
+
+
+@pytest.mark.parametrize(
+    ("texts", "dtype"),
+    [
+        (("float32", "fp32", "FP32", "float", "torch.float32", " f32"), "float32"),
+        (("bfloat16", "bf16", "BF16", "torch.bfloat16"), "bfloat16"),
+        (("float16", "fp16", "half", "torch.float16", "Half"), "float16"),
+    ],
+)
+def test_types_have_the_names_of_other_tools(texts: tuple[str, ...], dtype: str) -> None:
+    for text in texts:
+        assert with_options(Recipe(), {"dtype": text})[0].output.dtype == dtype
+        assert with_assignments(Recipe(), [f"output.dtype={text}"])[0].output.dtype == dtype
+        assert dtype_name(text) == dtype
+    assert dtype_name("int8") == "int8"
+    assert dtype_name(None) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["heads, channels", "heads channels", "head,channel", "Heads + Channels", " heads ,channels,", "head; channel"],
+)
+def test_structures_may_be_singular_and_separated_otherwise(text: str) -> None:
+    for value in (text, text.replace(",", " ").replace("+", " ").replace(";", " ").split()):
+        assert with_options(Recipe(), {"structures": value})[0].budget.structures == ("heads", "channels")
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("mlp", "channels"), ("attention", "heads"), ("depth", "layers"), ("embedding", "hidden"), ("hiden", "hidden")],
+)
+def test_other_words_for_structures_are_answered_by_meaning(word: str, meant: str) -> None:
+    recipe, given = with_options(Recipe(), {"structures": word, "ratio": 0.2})
+    with pytest.raises(InputError, match=rf"unknown structure '{word}'; expected one of .*; did you mean {meant}\?"):
+        used(recipe, given)
+
+
+@pytest.mark.parametrize(("ratio", "near"), [(20, "0.2"), (20.5, "0.205"), (50, "0.5")])
+def test_a_percentage_for_a_ratio_is_answered_with_the_ratio(ratio: float, near: str) -> None:
+    recipe, given = with_options(Recipe(), {"ratio": ratio})
+    with pytest.raises(
+        InputError, match=rf"must lie between 0 and 1, both excluded, found {ratio:g}; did you mean {near}\?"
+    ):
+        used(recipe, given)
+
+
+HUGE = "x" * 5000
+
+# Settings that a run checks where it reads the text, the folder or the devices.
+LATE = {
+    ("data", "calibration"),
+    ("evaluation", "text"),
+    ("output", "checkpoint"),
+    ("devices", "mesh"),
+    ("devices", "hosts"),
+}
+
+
+@pytest.mark.parametrize("option", [keyword for keyword, place in places().items() if place not in LATE])
+def test_sentences_hold_a_huge_value_shortened(option: str) -> None:
+    with pytest.raises(InputError) as error:
+        used(*with_options(Recipe(), {"ratio": 0.2, "criterion": "fms"} | {option: HUGE}))
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: with_options(Recipe(), {HUGE: 1}),
+        lambda: with_assignments(Recipe(), [HUGE]),
+        lambda: with_assignments(Recipe(), [f"refit.{HUGE}=1"]),
+        lambda: load(HUGE),
+        lambda: load(f"./{HUGE}"),
+        lambda: load("a\0b.toml"),
+    ],
+)
+def test_sentences_hold_a_huge_name_shortened(call: Any) -> None:
+    with pytest.raises(InputError) as error:
+        call()
+    assert len(str(error.value)) < 600
 
 
 # --------------------------------------------------------------------------------------------------------- --set
@@ -314,6 +475,7 @@ def values_of(described: Option) -> st.SearchStrategy[Any]:
         COUNT: st.none() | st.floats(0, 1e18),
         LAYERS: st.none() | st.tuples(st.integers(0, 999_999_999), st.integers(-999_999_999, 999_999_999)),
         STEP: st.none() | NUMBERS,
+        SHARDS: st.integers(1, 999).map("{}MB".format),
         WORDS: st.lists(TEXTS, max_size=4).map(tuple),
     }
     if described.spelling is not None:

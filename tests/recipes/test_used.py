@@ -122,6 +122,7 @@ def default_of(section: str, key: str) -> Any:
         ("wanda-sp", {"structures": "hidden,heads", "across": "sum", "round_heads_to": 2, "rounds": 2}),
         ("ours", {"structures": "layers", "layers": "1:-1", "samples": 8, "seed": 3}),
         ("wanda-sp", {"budget": "measured", "keep_at_least": 0.3, "ratio_of": "model"}),
+        ("wanda-sp", {"budget": "global", "round_width_to": 64, "round_heads_to": 2, "rounds": 2}),
         ("ours", {"target_macs": "1G", "keep_at_least": 0.3, "round_width_to": 64}),
         ("ours", {"evaluate": "text.txt", "window": 64, "max_shard_size": "1MB", "format": "padded", "mesh": "data=1"}),
     ],
@@ -262,10 +263,8 @@ def test_the_settings_that_a_run_reads_are_complete(name: str, changes: dict[str
         ({"budget": Budget(0.2, allocation="global")}, "has no scores to compare between layers"),
         ({"budget": Budget(0.2, ratio_of="model", keep_at_least=1.0)}, r"--keep-at-least must lie in [0, 1), found 1"),
         ({"budget": Budget(0.2, round_width_to=0)}, "multiples of at least 1, not 0"),
-        (
-            {"budget": Budget(0.2, allocation="measured", round_width_to=64)},
-            "the number of kept channels is rounded in uniform budgets only, not measured",
-        ),
+        ({"budget": Budget(0.2, allocation="measured", round_heads_to=0)}, "multiples of at least 1, not 0"),
+        ({"budget": Budget(0.2, structures=("mlp",))}, "unknown structure 'mlp'; expected one of heads, channels"),
         (
             {"budget": Budget(0.2, allocation="measured"), "output": Output("stock")},
             "measured budgets keep unequal numbers in the layers, which no stock class can hold",
