@@ -239,8 +239,12 @@ def demo(
 @app.command("eval")
 def evaluate_model(
     model: ModelArgument,
-    text: Annotated[str, typer.Option(help="Text, .jsonl, .parquet or .npy (token ids) file, or a Hub data set.")],
+    text: Annotated[
+        str,
+        typer.Option(help="Text, .json, .jsonl, .csv, .parquet or .npy (token ids) file, or a Hub data set."),
+    ],
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 128,
+    field: Annotated[str, typer.Option(help="Field that holds the text, in files of rows and Hub data sets.")] = "text",
     bos: Annotated[bool, typer.Option("--bos", help="Put the beginning-of-sequence token before the text.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
@@ -249,10 +253,13 @@ def evaluate_model(
 ) -> None:
     """Measure the perplexity over the non-overlapping windows of a whole text."""
     from minillm_jax import api
+    from minillm_jax.data.documents import check_source
     from minillm_jax.report import tables
 
+    check_source(text, field, most=1)  # the whole text is read below, before the weights
     with progress(quiet or as_json) as told:
-        measured = api.evaluate(api.load(model, dtype, revision=revision), text, window, bos, told)
+        windows = api.held_out(api.describe(model, dtype, revision), text, window, bos, field)
+        measured = api.evaluate(api.load(model, dtype, revision=revision), windows, progress=told)
     show(
         as_json,
         lambda: tables.perplexity_json(model, text, measured),
