@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TextIO, cast
+from typing import Any
 
 from minillm_jax.errors import InputError, cause, warn
 
@@ -145,14 +145,15 @@ def _holds_json(head: bytes) -> bool:
 
 
 @contextmanager
-def open_text(path: Path, newline: str | None) -> Iterator[TextIO]:
+def open_text(path: Path, newline: str | None) -> Iterator[io.TextIOWrapper]:
     """The text of a file, unpacked where it is compressed, read as UTF-8.
 
     Args:
       path: the file.
       newline: line ends, as in `open`.
     """
-    with _open_bytes(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline) as text:
+    packed: Any = _open_bytes(path)
+    with packed as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline) as text:
         yield text
 
 
@@ -163,8 +164,9 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         before = error.object[max(0, error.start - 20) : error.start].decode(errors="replace")
+        where = f" after {before!r}" if before else ""
         raise InputError(
-            f"{path}: not UTF-8 text (byte 0x{error.object[error.start]:02x} after {before!r}); save it as UTF-8"
+            f"{path}: not UTF-8 text (byte 0x{error.object[error.start]:02x}{where}); save it as UTF-8"
         ) from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: cannot be unpacked ({cause(error)}); is it complete?") from error
@@ -178,16 +180,16 @@ def _compression(head: bytes) -> str | None:
     return "zstd" if head.startswith(_ZSTD) else None
 
 
-def _open_bytes(path: Path) -> IO[bytes]:
+def _open_bytes(path: Path) -> io.BufferedIOBase:
     """The bytes of a file, unpacked where they are compressed by gzip or zstd, whatever its name."""
     with path.open("rb") as file:
         compression = _compression(file.read(len(_ZSTD)))
     if compression == "gzip":
-        return cast(IO[bytes], gzip.open(path, "rb"))
+        return gzip.open(path, "rb")
     return path.open("rb") if compression is None else _open_zstd(path)
 
 
-def _open_zstd(path: Path) -> IO[bytes]:
+def _open_zstd(path: Path) -> io.BufferedIOBase:
     try:
         import zstandard  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:
@@ -196,20 +198,34 @@ def _open_zstd(path: Path) -> IO[bytes]:
         ) from error
 
     class Frames(io.RawIOBase):
-        """The unpacked bytes of all frames; other errors than OSError are those of a damaged file."""
+        """The unpacked bytes of all frames. The readers of `zstandard` take a cut frame for a complete one."""
 
         def __init__(self) -> None:
             self._file = path.open("rb")
-            self._reader: Any = zstandard.ZstdDecompressor().stream_reader(self._file, read_across_frames=True)
+            self._frame: Any = None
+            self._ready = memoryview(b"")
 
         def readable(self) -> bool:
             return True
 
         def readinto(self, buffer: Any) -> int:
-            try:
-                return self._reader.readinto(buffer)
-            except zstandard.ZstdError as error:
-                raise EOFError(cause(error)) from error
+            while not self._ready:
+                following = self._frame is None or self._frame.eof
+                packed = (following and self._frame and self._frame.unused_data) or self._file.read(2**16)
+                if not packed and following:
+                    return 0
+                if not packed:
+                    raise EOFError("the compressed file ends within a frame")
+                if following:
+                    self._frame = zstandard.ZstdDecompressor().decompressobj()
+                frame: Any = self._frame
+                try:
+                    self._ready = memoryview(frame.decompress(packed))
+                except zstandard.ZstdError as error:
+                    raise EOFError(cause(error)) from error
+            count = min(len(buffer), len(self._ready))
+            buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+            return count
 
         def close(self) -> None:
             self._file.close()

@@ -5,9 +5,10 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import TextIOBase
 from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from minillm_jax.errors import InputError, cause, shortened
 
@@ -64,7 +65,7 @@ def _kind(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------------------ JSON
 
 
-def json_rows(stream: TextIO, name: str) -> Iterator[Row]:
+def json_rows(stream: TextIOBase, name: str) -> Iterator[Row]:
     """The rows of a JSON file: the elements of a list, or one object a line, or one object.
 
     Args:
@@ -83,7 +84,7 @@ def json_rows(stream: TextIO, name: str) -> Iterator[Row]:
     return _line_rows(stream, first + stream.readline(), name, number)
 
 
-def _line_rows(stream: TextIO, first: str, name: str, number: int) -> Iterator[Row]:
+def _line_rows(stream: TextIOBase, first: str, name: str, number: int) -> Iterator[Row]:
     for offset, line in enumerate(chain([first], stream)):
         where = f"{name}: line {number + offset}"
         if not line.strip():
@@ -105,7 +106,7 @@ def _whole(text: str, name: str) -> Any:
         raise _not_json(error, f"{name}: line {number}") from error
 
 
-def _list_rows(stream: TextIO, name: str, number: int) -> Iterator[Row]:
+def _list_rows(stream: TextIOBase, name: str, number: int) -> Iterator[Row]:
     """The elements of a list, whose opening bracket is read already, block by block."""
     text, at, wanted = "", 0, "value or ]"
     while True:
@@ -156,7 +157,7 @@ def _not_json(error: Exception, where: str) -> InputError:
 # ------------------------------------------------------------------------------------------------- CSV and Parquet
 
 
-def csv_rows(stream: TextIO, delimiter: str, name: str) -> Iterator[Row]:
+def csv_rows(stream: TextIOBase, delimiter: str, name: str) -> Iterator[Row]:
     """The rows of a CSV file, by the names of its header.
 
     Args:
