@@ -176,14 +176,12 @@ def evaluate(
     Raises:
       InputError: the text cannot be used, or is shorter than one window.
     """
-    batches = held_out(model, data, window, bos, field)
+    batches = held_out(model, data, windows.whole_number("--window", window), bos, field)
     batches = replace(batches, mesh=sharding.mesh_of(model.decoder))
     return perplexity.perplexity(model.decoder, batches, partial(tell, progress, "perplexity"))
 
 
-def held_out(
-    model: Model, data: Calibration | Batches | Text, window: int, bos: bool = False, field: str = Data.field
-) -> Batches:
+def held_out(model: Model, data: Any, window: int, bos: bool = False, field: str = Data.field) -> Batches:
     """The windows that `evaluate` runs a model on; the weights of the model are not read and may be abstract.
 
     Raises:
@@ -193,7 +191,6 @@ def held_out(
         if bos:
             raise InputError("--bos is for text; put the token into the windows instead")
         return _checked(model, data, "--window")
-    window = windows.whole_number("--window", window)
     windows.check_positions(model.decoder, window, "--window")
     load_tokenizer = partial(tokenizing.load, model.folder)
     return Batches(
@@ -201,7 +198,7 @@ def held_out(
     )
 
 
-def _calibration(model: Model, data: Calibration | Batches | Text, settings: Data) -> Calibration:
+def _calibration(model: Model, data: Any, settings: Data) -> Calibration:
     """Windows that are given, checked; or drawn from a text."""
     if isinstance(data, Calibration | Batches):
         batches = _checked(model, data, "--seq-len")

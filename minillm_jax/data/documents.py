@@ -93,7 +93,7 @@ def _given_ids(data: list[Any]) -> Integer[np.ndarray, " tokens"]:
         raise InputError(f"{GIVEN}: expected texts or token ids, found lists of unequal lists") from error
     for array in arrays:
         if array.size and not np.issubdtype(array.dtype, np.integer):
-            raise InputError(f"{GIVEN}: expected texts or token ids, found {_described(array.reshape(-1)[0].item())}")
+            raise InputError(f"{GIVEN}: expected texts or token ids, found {_described(array.reshape(-1).tolist()[0])}")
     return check_ids(np.concatenate([array.reshape(-1) for array in arrays if array.size] or [np.zeros(0)]), GIVEN)
 
 

@@ -16,6 +16,8 @@ PIECE = 2**17
 OVERLAP = 2**12
 # Tokens on each side of a border that both pieces must agree on.
 AGREEING = 16
+# Different ones among these. The tokens of one repeated letter may depend on the length of the whole repetition.
+DIFFERENT = 4
 
 
 class Tokenizer(NamedTuple):
@@ -133,14 +135,17 @@ def _border(left: Encoded, right: Encoded, offset: int, shared: int) -> tuple[in
     candidates = candidates[np.argsort(np.abs(starts[candidates] - shared // 2), kind="stable")]
     for here in candidates.tolist():
         there = int(np.searchsorted(right.starts, starts[here]))
-        mine, theirs = (slice(at - AGREEING, at + AGREEING) for at in (here, there))
         if here < AGREEING or there < AGREEING or starts[here - 1] == starts[here]:
             continue
-        triples = (
-            (starts[mine], ends[mine], left.ids[mine]),
-            (right.starts[theirs], right.ends[theirs], right.ids[theirs]),
-        )
-        if len(triples[0][0]) == 2 * AGREEING and all(map(np.array_equal, *triples)):
+        mine, theirs = slice(here - AGREEING, here + AGREEING), slice(there - AGREEING, there + AGREEING)
+        ids = left.ids[mine]
+        if (
+            np.array_equal(ids, right.ids[theirs])
+            and np.array_equal(starts[mine], right.starts[theirs])
+            and np.array_equal(ends[mine], right.ends[theirs])
+            and len(ids) == 2 * AGREEING
+            and all(len(np.unique(side)) >= DIFFERENT for side in np.split(ids, 2))
+        ):
             return here, there
     return None
 
