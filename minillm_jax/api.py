@@ -8,33 +8,36 @@
 >>> mj.save(pruned, "pruned")
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
 from convert import reader, writer
-from minillm_jax.data import text, windows
+from minillm_jax.data import text, tokenizing, windows
 from minillm_jax.data.batches import Batches
+from minillm_jax.data.documents import GIVEN, open_data
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import sharding
+from minillm_jax.errors import InputError, one_of, shortened
 from minillm_jax.evaluation import perplexity
 from minillm_jax.model.loaded import Model
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.recipes.used import used
-from minillm_jax.scoring.score import ChosenWhilePruning, Scores, score
-from minillm_jax.settings import Data, Evaluation, dtype_name
+from minillm_jax.scoring.score import ChosenWhilePruning, Scores
+from minillm_jax.scoring.score import score as score_groups
+from minillm_jax.settings import CRITERIA, Data, Evaluation, Scoring, dtype_name
 from minillm_jax.stages import prune_model
 
 __all__ = ["calibrate", "evaluate", "load", "prune", "save", "score"]
 
-# Text: a path or Hub id, texts, or an array of token ids.
-Text = str | Path | Sequence[str] | np.ndarray
+# A path or Hub id; texts, or rows with a field of text; an array of token ids, or lists of token ids.
+Text = str | Path | Iterable[Any]
 
 
 def load(
@@ -44,29 +47,78 @@ def load(
     return reader.read_model(model, dtype_name(dtype), devices, revision)
 
 
+def describe(model: str | Path, dtype: str | None = None, revision: str | None = None) -> Model:
+    """A model without its weights, whose decoder holds shapes alone; see `convert.reader.describe_model`."""
+    described = reader.describe_model(model, dtype, revision)
+    return Model(described.abstract, described.raw_config, described.folder, str(model), revision=described.revision)
+
+
 def calibrate(
-    model: Model, data: Text, samples: int = Data.samples, length: int = Data.seq_len, seed: int = Data.seed
+    model: Model,
+    data: Text,
+    samples: int = Data.samples,
+    length: int = Data.seq_len,
+    seed: int = Data.seed,
+    field: str = Data.field,
 ) -> Calibration:
     """Draw calibration windows from a text.
 
+    Of a text of more than about four million characters, only the passages that are drawn are tokenised, and no more
+    than its first 200 million characters are read (`data.windows.draw`).
+
     Args:
       model: its tokenizer reads the text.
-      data: a text, JSONL, parquet or .npy file, a Hub data set, a list of texts, or an array of token ids.
+      data: a text, .json, .jsonl, .csv, .parquet or .npy file, a Hub data set, texts, rows with a field of text, an
+        array of token ids, or lists of token ids.
       samples: number of windows.
       length: tokens of a window.
       seed: draws the windows.
+      field: name of the field that holds the text of a row.
 
     Raises:
       InputError: the text cannot be used, or is too short.
     """
-    tokens = tokens_of(model, data)
-    drawn = windows.sample(tokens, samples, length, seed)
-    return Calibration(Batches(drawn, sharding.mesh_of(model.decoder)), tokens.source, seed)
+    samples, length = windows.whole_number("--samples", samples), windows.whole_number("--seq-len", length)
+    seed = windows.whole_number("--seed", seed)
+    windows.check_positions(model.decoder, length, "--seq-len")
+    opened = open_data(data, field)
+    drawn = windows.draw(opened, partial(tokenizing.load, model.folder), _vocabulary(model), samples, length, seed)
+    return Calibration(Batches(drawn, sharding.mesh_of(model.decoder)), opened.source, seed)
+
+
+def score(
+    model: Model,
+    data: Calibration | Batches | Text,
+    scoring: Scoring | str | None = None,
+    progress: StageProgress | None = None,
+    checkpoint: str | Path | None = None,
+    field: str = Data.field,
+) -> Scores | ChosenWhilePruning:
+    """Score every group of every layer; see `scoring.score.score`.
+
+    Args:
+      model: the dense model.
+      data: calibration windows, or the text to draw them from, as in `calibrate`.
+      scoring: the criterion and its settings, or the name of a criterion.
+      progress: called with how far each stage is.
+      checkpoint: folder from which an interrupted gradient estimate continues.
+      field: name of the field that holds the text of a row.
+
+    Raises:
+      InputError: a setting is out of its range, the text cannot be used, or the estimate is not finite.
+    """
+    if isinstance(scoring, str):
+        one_of("criterion", scoring, CRITERIA)
+        scoring = Scoring(scoring)
+    elif not isinstance(scoring, Scoring | None):
+        raise InputError(f"expected a Scoring or the name of a criterion, found {shortened(repr(scoring))}")
+    calibration = _calibration(model, data, Data(field=field))
+    return score_groups(model, calibration, scoring, progress, checkpoint)
 
 
 def prune(
     model: Model,
-    data: Calibration | Text,
+    data: Calibration | Batches | Text,
     ratio: float | None = None,
     recipe: str | Path | Recipe = recipes.DEFAULT,
     scores: Scores | ChosenWhilePruning | None = None,
@@ -77,7 +129,7 @@ def prune(
 
     Args:
       model: the dense model.
-      data: calibration windows, or the text to draw them from.
+      data: calibration windows, or the text to draw them from, as in `calibrate`.
       ratio: share of the heads and channels of every layer to remove, in (0, 1); or give a target.
       recipe: a recipe of the package, the path of a TOML file, or a `Recipe`.
       scores: of the model, where `score` has made them; by the recipe's criterion otherwise.
@@ -89,11 +141,7 @@ def prune(
       InputError: an option is unknown, out of its range, or would do nothing; or the text or model cannot be used.
     """
     settings = settings_of(recipe, options if ratio is None else {**options, "ratio": ratio})
-    if isinstance(data, Calibration):
-        calibration = data
-    else:
-        calibration = calibrate(model, data, settings.data.samples, settings.data.seq_len, settings.data.seed)
-    return prune_model(model, calibration, settings, scores, progress)
+    return prune_model(model, _calibration(model, data, settings.data), settings, scores, progress)
 
 
 def settings_of(recipe: str | Path | Recipe, options: Mapping[str, Any]) -> Recipe:
@@ -109,26 +157,65 @@ def settings_of(recipe: str | Path | Recipe, options: Mapping[str, Any]) -> Reci
 
 def evaluate(
     model: Model,
-    data: Text,
+    data: Calibration | Batches | Text,
     window: int = Evaluation.window,
     bos: bool = False,
     progress: StageProgress | None = None,
+    field: str = Data.field,
 ) -> perplexity.Perplexity:
     """Perplexity over the non-overlapping windows of a whole text, W - 1 predictions a window.
 
     Args:
       model: any model.
-      data: as in `calibrate`.
+      data: as in `calibrate`; or windows, which are evaluated as they are.
       window: tokens W of a window.
       bos: put the beginning-of-sequence token before the text.
       progress: called with how many windows are done.
+      field: name of the field that holds the text of a row.
 
     Raises:
       InputError: the text cannot be used, or is shorter than one window.
     """
-    held_out = windows.cut(tokens_of(model, data, bos), window)
-    batches = Batches(held_out, sharding.mesh_of(model.decoder))
+    batches = held_out(model, data, windows.whole_number("--window", window), bos, field)
+    batches = replace(batches, mesh=sharding.mesh_of(model.decoder))
     return perplexity.perplexity(model.decoder, batches, partial(tell, progress, "perplexity"))
+
+
+def held_out(model: Model, data: Any, window: int, bos: bool = False, field: str = Data.field) -> Batches:
+    """The windows that `evaluate` runs a model on; the weights of the model are not read and may be abstract.
+
+    Raises:
+      InputError: see `evaluate`.
+    """
+    if isinstance(data, Calibration | Batches):
+        if bos:
+            raise InputError("--bos is for text; put the token into the windows instead")
+        return _checked(model, data, "--window")
+    windows.check_positions(model.decoder, window, "--window")
+    load_tokenizer = partial(tokenizing.load, model.folder)
+    return Batches(
+        windows.cut(text.all_tokens(open_data(data, field), load_tokenizer, _vocabulary(model), bos), window)
+    )
+
+
+def _calibration(model: Model, data: Any, settings: Data) -> Calibration:
+    """Windows that are given, checked; or drawn from a text."""
+    if isinstance(data, Calibration | Batches):
+        batches = _checked(model, data, "--seq-len")
+        return data if isinstance(data, Calibration) else Calibration(batches, GIVEN, settings.seed)
+    return calibrate(model, data, settings.samples, settings.seq_len, settings.seed, settings.field)
+
+
+def _checked(model: Model, data: Calibration | Batches, flag: str) -> Batches:
+    """The batches of given windows, which must suit the model."""
+    batches, source = (data.batches, data.source) if isinstance(data, Calibration) else (data, GIVEN)
+    windows.check_windows(batches, _vocabulary(model), source)
+    windows.check_positions(model.decoder, batches.length, flag)
+    return batches
+
+
+def _vocabulary(model: Model) -> int:
+    return model.decoder.embedding.shape[0]
 
 
 def save(
@@ -155,15 +242,3 @@ def save(
       InputError: the folder exists, or the format cannot hold the shapes.
     """
     return writer.write_model(model, output, format, max_shard_size, extra)
-
-
-def tokens_of(model: Model, data: Text, bos: bool = False) -> text.Tokens:
-    """All tokens of a text, by the model's tokenizer.
-
-    Raises:
-      InputError: the text cannot be used.
-    """
-    vocabulary = model.decoder.embedding.shape[0]
-    if isinstance(data, str | Path):
-        return text.read_tokens(data, model.folder, vocabulary, bos)
-    return text.given_tokens(data, model.folder, vocabulary, bos)

@@ -81,17 +81,20 @@ class Data:
       samples: number of windows.
       seq_len: tokens of a window; MACs and memory are given for a window of this length too.
       seed: of the windows, the directions, and random scores.
+      field: name of the field that holds the text of a row, in the calibration and the evaluation text alike.
     """
 
     calibration: str | None = option(
         None,
         str,
-        "Text, .jsonl, .parquet or .npy (token ids) file, or a Hub data set OWNER/NAME[:SPLIT], to calibrate on.",
+        "Text, .json, .jsonl, .csv, .parquet or .npy (token ids) file, or a Hub data set OWNER/NAME[:SPLIT], to "
+        "calibrate on.",
         common=True,
     )
     samples: int = option(64, int, "Number of calibration windows.")
     seq_len: int = option(128, int, "Tokens of a calibration window; MACs and memory are given for it too.")
     seed: int = option(0, int, "Seed of the calibration windows, directions, noise and random scores.")
+    field: str = option("text", str, "Field that holds the text, in files of rows and Hub data sets.")
 
 
 @dataclass(frozen=True)

@@ -276,8 +276,12 @@ def demo(
 @app.command("eval")
 def evaluate_model(
     model: ModelArgument,
-    text: Annotated[str, typer.Option(help="Text, .jsonl, .parquet or .npy (token ids) file, or a Hub data set.")],
+    text: Annotated[
+        str,
+        typer.Option(help="Text, .json, .jsonl, .csv, .parquet or .npy (token ids) file, or a Hub data set."),
+    ],
     window: Annotated[str, typer.Option(metavar="COUNT", help="Tokens of a window.")] = "128",
+    field: Annotated[str, typer.Option(help="Field that holds the text, in files of rows and Hub data sets.")] = "text",
     bos: Annotated[bool, typer.Option("--bos", help="Put the beginning-of-sequence token before the text.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")] = None,
     mesh: Annotated[
@@ -292,19 +296,22 @@ def evaluate_model(
 ) -> None:
     """Measure the perplexity over the non-overlapping windows of a whole text."""
     from minillm_jax import api
+    from minillm_jax.data.documents import check_source
     from minillm_jax.devices import hosts as processes
     from minillm_jax.devices import sharding
     from minillm_jax.report import tables
 
     given = {"window": window} | ({} if dtype is None else {"dtype": dtype})
     settings, _ = recipes.with_options(recipes.Recipe(), given)
-    shape = sharding.parse_mesh(mesh)
+    shape, kind = sharding.parse_mesh(mesh), settings.output.dtype
     if hosts is not None:
         processes.initialise_hosts(processes.parse_hosts(hosts))
     devices = sharding.make_mesh(shape)
+    check_source(text, field, most=1)  # the whole text is read below, before the weights
     with progress(quiet or as_json) as told:
-        loaded = api.load(model, settings.output.dtype, devices, revision)
-        measured = api.evaluate(loaded, text, settings.evaluation.window, bos, told)
+        described = api.describe(model, kind, revision)
+        windows = api.held_out(described, text, settings.evaluation.window, bos, field)
+        measured = api.evaluate(api.load(model, kind, devices, revision), windows, progress=told)
     if processes.is_writer():
         show(
             as_json,

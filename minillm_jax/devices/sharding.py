@@ -88,8 +88,8 @@ def make_mesh(shape: MeshShape | None) -> Mesh | None:
 
 
 def mesh_of(decoder: Decoder) -> Mesh | None:
-    """The mesh of the arrays of a decoder; None for one device."""
-    sharding = getattr(decoder.embedding[...], "sharding", None)
+    """The mesh of the arrays of a decoder; None for one device, and for shapes alone."""
+    sharding = getattr(decoder.embedding.get_value(), "sharding", None)
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) else None
 

@@ -38,6 +38,8 @@ class DecoderConfig:
         of its kept heads. None for a model without ALiBi.
       windowed: whether some layer has a sliding window; if so, every layer holds its window as data.
       position_offset: row of the first learned position; None for a model without learned positions.
+      trained_length: positions that a model with rotary positions was trained for, scaled ones counted; None where the
+        configuration does not say, or positions have no limit (ALiBi) or are learned.
       embedding_scale: factor of the embedding (Gemma: the square root of the dense model's hidden size).
       embedding_norm: whether there is a norm of the embedding (BLOOM).
       embedding_projection: whether the embedding is projected to the hidden size and back (OPT-350m).
@@ -67,6 +69,7 @@ class DecoderConfig:
     alibi_heads: int | None = None
     windowed: bool = False
     position_offset: int | None = None
+    trained_length: int | None = None
     embedding_scale: float | None = None
     embedding_norm: bool = False
     embedding_projection: bool = False

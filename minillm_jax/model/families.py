@@ -85,7 +85,16 @@ def parse(raw: Mapping[str, Any], where: str) -> tuple[DecoderConfig, Sizes]:
             f"{where}: head_dim {sizes.H} with partial_rotary_factor {config.rope.fraction:g} gives no pairs of "
             "rotated features; head_dim must be even, and partial_rotary_factor large enough for one pair"
         )
-    return replace(config, windowed=any(layer.window is not None for layer in sizes.layers)), sizes
+    windowed = any(layer.window is not None for layer in sizes.layers)
+    return replace(config, windowed=windowed, trained_length=_trained_length(raw, config.rope)), sizes
+
+
+def _trained_length(raw: Mapping[str, Any], rope: Rope | None) -> int | None:
+    """The positions of the configuration; linear scaling multiplies them, and `llama3` names the scaled number."""
+    length = raw.get("max_position_embeddings")
+    if rope is None or isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        return None
+    return int(min(length * rope.factor, LARGEST_SIZE)) if rope.kind == "linear" else length
 
 
 def check_layer_count(raw: Mapping[str, Any], where: str) -> None:

@@ -178,7 +178,7 @@ def _data(data: Data, criterion: Criterion | None, reads_text: bool) -> Data:
     if reads_text or (criterion is not None and criterion.draws):
         seed = data.seed
         check_seed(seed)
-    return Data(data.calibration, data.samples if reads_text else 1, data.seq_len, seed)
+    return Data(data.calibration, data.samples if reads_text else 1, data.seq_len, seed, data.field)
 
 
 def _output(output: Output, budget: Budget, gradient: Estimation | None) -> Output:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import repeat
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from minillm_jax import demo
-from minillm_jax.data.text import Tokens, read_documents, read_tokens, tokenise
+from minillm_jax.data.documents import Block, read_blocks
+from minillm_jax.data.text import Tokens, read_tokens, tokenise
 from minillm_jax.data.windows import cut, sample
 from minillm_jax.errors import InputError
 
@@ -22,6 +23,13 @@ TEXT = "The first document.\n\nIt has two paragraphs."
 
 def ids_of(text: str) -> np.ndarray:
     return tokenise(text, FOLDER)
+
+
+def texts(blocks: Iterable[Block]) -> list[str]:
+    """The documents, each in one block."""
+    read = list(blocks)
+    assert [block.document for block in read] == list(range(len(read)))
+    return [block.text for block in read]
 
 
 def read(path: Path, **options: bool) -> Tokens:
@@ -88,8 +96,8 @@ def test_the_error_of_a_short_text_names_its_length() -> None:
         ("latin.txt", b"caf\xe9", "not UTF-8 text"),
         ("empty.jsonl", b"\n", "there is no text in it"),
         ("bad.jsonl", b'{"text": "a"}\n{', "line 2 is not JSON"),
-        ("other.jsonl", b'{"body": "a"}', "line 1: expected an object with a string 'text'"),
-        ("list.jsonl", b'["a"]', "line 1: expected an object with a string 'text'"),
+        ("other.jsonl", b'{"body": "a"}', "line 1: expected a field 'text', found 'body'; name one with --field"),
+        ("number.jsonl", b"7", "line 1: expected a text, or an object with a field 'text', found a number"),
         ("bad.parquet", b"no parquet", "not a complete parquet file"),
         ("bad.npy", b"no array", "not a NumPy array of token ids"),
         ("empty.npy", b"", "not a NumPy array of token ids"),
@@ -114,13 +122,13 @@ def test_unusable_arrays_are_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a NumPy array of token ids"):
         read(tmp_path / "pickled.npy")
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "body.parquet")
-    with pytest.raises(InputError, match="expected a column 'text', found body"):
+    with pytest.raises(InputError, match="expected a field 'text', found 'body'"):
         read(tmp_path / "body.parquet")
 
 
 def test_a_byte_order_mark_and_a_line_separator_are_read(tmp_path: Path) -> None:
     (tmp_path / "separator.jsonl").write_text('{"text": "one\u2028two"}\n', encoding="utf-8-sig")
-    assert list(read_documents(tmp_path / "separator.jsonl")) == ["one\u2028two"]
+    assert texts(read_blocks(tmp_path / "separator.jsonl")) == ["one\u2028two"]
 
 
 def test_archives_large_token_ids_and_bos_with_ids_are_errors(tmp_path: Path) -> None:
@@ -144,10 +152,10 @@ def test_a_seed_outside_32_bits_is_an_error(seed: int) -> None:
 def test_missing_sources_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nowhere.txt", "./a/b", "a/b/c/d", "plain", "owner/file.jsonl", "long" * 100):
         with pytest.raises(InputError, match="no such file"):
-            list(read_documents(name))
+            list(read_blocks(name))
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"pip install 'minillm-jax\[data\]'"):
-        list(read_documents("owner/name"))
+        list(read_blocks("owner/name"))
 
 
 def test_hub_data_sets_are_streamed_up_to_a_number_of_characters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,11 +169,11 @@ def test_hub_data_sets_are_streamed_up_to_a_number_of_characters(monkeypatch: py
             return iter([{"text": f"{name} {config} {split} {streaming}"}])
 
     monkeypatch.setitem(sys.modules, "datasets", Hub)
-    assert list(read_documents("owner/name-v1.5")) == ["owner/name-v1.5 None train True"]
-    assert list(read_documents("owner/name/config:test")) == ["owner/name config test True"]
-    assert len(list(read_documents("owner/endless", hub_characters=1200))) == 3
+    assert texts(read_blocks("owner/name-v1.5")) == ["owner/name-v1.5 None train True"]
+    assert texts(read_blocks("owner/name/config:test")) == ["owner/name config test True"]
+    assert len(texts(read_blocks("owner/endless", hub_characters=1200))) == 3
     with pytest.raises(InputError, match=r"the Hub could not provide it \(offline\)"):
-        list(read_documents("owner/lost"))
+        list(read_blocks("owner/lost"))
 
 
 def test_a_folder_without_tokenizer_is_an_error(tmp_path: Path) -> None:

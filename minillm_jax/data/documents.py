@@ -1,0 +1,269 @@
+"""Documents of a file, a Hub data set or Python objects, streamed block by block; arrays of token ids."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass
+from io import IOBase
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Integer
+
+from minillm_jax.data import formats, rows
+from minillm_jax.errors import InputError, cause, shortened, warn
+
+FIELD = "text"
+GIVEN = "the given data"
+
+# Characters that are read of a Hub data set, which may be larger than the disk.
+HUB_CHARACTERS = 20_000_000
+
+# Words of a name that is taken for a text; a file of that name may exist all the same.
+WORDS_OF_A_TEXT = 4
+
+
+class Block(NamedTuple):
+    """A document, or a part of one.
+
+    Attributes:
+      document: number of the document; blocks of one number follow each other.
+      text: its next characters.
+    """
+
+    document: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A text that is ready to be read, once.
+
+    Attributes:
+      source: path, Hub id or description of the data, for errors and records.
+      content: its documents, or token ids.
+    """
+
+    source: str
+    content: Iterator[Block] | Integer[np.ndarray, " tokens"]
+
+
+def open_data(data: Any, field: str = FIELD) -> Opened:
+    """Everything that may be given as a text, ready to be read.
+
+    Args:
+      data: a path or the id of a Hub data set; or texts, rows with a field, token ids, or lists of token ids.
+      field: name of the field that holds the text of a row.
+
+    Raises:
+      InputError: the data are of another kind, or cannot be read.
+    """
+    if isinstance(data, str | Path):
+        return _open_source(data, field)
+    if isinstance(data, bytes | Mapping | Set | IOBase) or not hasattr(data, "__iter__"):
+        raise InputError(f"expected {EXPECTED}, found {_described(data)}")
+    if hasattr(data, "__array__"):
+        data = np.asarray(data)
+        if np.issubdtype(data.dtype, np.number) or data.dtype == bool or data.ndim != 1:
+            return Opened(GIVEN, check_ids(data, GIVEN))
+        data = data.tolist()
+    remaining = iter(data)
+    first = next(remaining, "")
+    everything = chain([first], remaining)
+    if isinstance(first, str | Mapping):
+        found = ((f"text {number} of {GIVEN}", row) for number, row in enumerate(everything))
+        return Opened(GIVEN, _blocks(found, field))
+    return Opened(GIVEN, _given_ids(list(everything)))
+
+
+EXPECTED = "a path, a Hub data set, a list of texts, or an array of token ids"
+
+
+def _described(data: Any) -> str:
+    return f"{type(data).__name__} {shortened(repr(data), 40)}"
+
+
+def _given_ids(data: list[Any]) -> Integer[np.ndarray, " tokens"]:
+    """The token ids of a list of ids, or of a list of lists or arrays of ids."""
+    parts = [data] if all(isinstance(one, int | np.integer) for one in data) else data
+    try:
+        arrays = [np.asarray(part) for part in parts]
+    except ValueError as error:
+        raise InputError(f"{GIVEN}: expected texts or token ids, found lists of unequal lists") from error
+    for array in arrays:
+        if array.size and not np.issubdtype(array.dtype, np.integer):
+            raise InputError(f"{GIVEN}: expected texts or token ids, found {_described(array.reshape(-1).tolist()[0])}")
+    return check_ids(np.concatenate([array.reshape(-1) for array in arrays if array.size] or [np.zeros(0)]), GIVEN)
+
+
+def check_ids(ids: np.ndarray, source: str) -> Integer[np.ndarray, " tokens"]:
+    """Token ids in one row.
+
+    Raises:
+      InputError: they are not whole numbers, or none.
+    """
+    if not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
+        raise InputError(f"{source}: expected whole-number token ids, found {ids.dtype} of shape {ids.shape}")
+    return ids.reshape(-1)
+
+
+# --------------------------------------------------------------------------------------------------- files and Hub
+
+
+def _open_source(source: str | Path, field: str) -> Opened:
+    path = _path(source)
+    if not os.path.exists(path):  # noqa: PTH110  Path.exists raises for a name that is too long
+        return Opened(str(source), _hub_blocks(str(source), field, HUB_CHARACTERS))
+    kind = formats.kind_of(path)
+    if kind == "ids":
+        return Opened(str(source), _read_ids(path))
+    if kind == "text" and field != FIELD:
+        warn(f"{path}: plain text has no fields; the field {field!r} is not used for it")
+    return Opened(str(source), _file_blocks(path, kind, field))
+
+
+def _path(source: str | Path) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # ~ and a name that is no user
+        return Path(source)
+
+
+def check_source(source: str | Path, field: str = FIELD, most: int | None = None) -> None:
+    """Checks a file by reading it once, without a model; of the id of a Hub data set, that it could be one.
+
+    Args:
+      source: as in `open_data`.
+      field: name of the field that holds the text of a row.
+      most: number of characters after which no more is read; None to read all.
+
+    Raises:
+      InputError: the file is missing, unreadable, empty or of an unknown format, or a row has no such field.
+    """
+    if not os.path.exists(_path(source)):  # noqa: PTH110  see _open_source
+        _hub_parts(str(source))
+        return
+    opened = open_data(source, field)
+    if isinstance(opened.content, np.ndarray):
+        if opened.content.min() < 0:
+            raise InputError(f"{source}: token ids must be at least 0, found {opened.content.min()}")
+        return
+    characters, blank = 0, True
+    for block in opened.content:
+        characters, blank = characters + len(block.text), blank and not block.text.strip()
+        if most is not None and characters >= most:
+            return
+    if blank:
+        raise no_text(str(source))
+
+
+def no_text(source: str) -> InputError:
+    """The error of a text without a character that is no space."""
+    return InputError(f"{source}: there is no text in it")
+
+
+def read_blocks(source: str | Path, field: str = FIELD, hub_characters: int = HUB_CHARACTERS) -> Iterator[Block]:
+    """The documents of a file of text (plain text is one document) or of a Hub data set, in blocks.
+
+    Args:
+      source: as in `open_data`.
+      field: name of the field that holds the text of a row.
+      hub_characters: number of characters after which a Hub data set is read no further.
+
+    Raises:
+      InputError: the source is missing or in an unknown format, or a row has no such field.
+    """
+    path = _path(source)
+    if not os.path.exists(path):  # noqa: PTH110  see _open_source
+        return _hub_blocks(str(source), field, hub_characters)
+    return _file_blocks(path, formats.kind_of(path), field)
+
+
+def _file_blocks(path: Path, kind: str, field: str) -> Iterator[Block]:
+    with formats.reading(path):
+        if kind == "parquet":
+            yield from _blocks(rows.parquet_rows(path, field), field)
+        elif kind == "json":
+            with formats.open_text(path, "\n") as stream:
+                yield from _blocks(rows.json_rows(stream, str(path)), field)
+        elif kind in ("csv", "tsv"):
+            with formats.open_text(path, "") as stream:
+                yield from _blocks(rows.csv_rows(stream, {"csv": ",", "tsv": "\t"}[kind], str(path)), field)
+        else:
+            with formats.open_text(path, None) as stream:
+                while text := stream.read(rows.BLOCK):
+                    formats.check_no_nul(text, path)
+                    yield Block(0, text)
+
+
+def _blocks(found: Iterable[rows.Row], field: str) -> Iterator[Block]:
+    """The texts of rows; rows without a character are left out."""
+    number = 0
+    for where, row in found:
+        text = rows.text_of(row, field, where)
+        if text.strip():
+            yield Block(number, text)
+            number += 1
+
+
+def _read_ids(path: Path) -> Integer[np.ndarray, " tokens"]:
+    """The token ids of a file, which stay on the disk until they are read."""
+    try:
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a NumPy array of token ids ({cause(error)})") from error
+    return check_ids(ids, str(path))
+
+
+def _hub_parts(source: str) -> tuple[str, str | None, str]:
+    """Name, configuration and split of a Hub data set.
+
+    Raises:
+      InputError: the source cannot be one, or `datasets` is not installed.
+    """
+    name, _, split = source.partition(":")
+    parts = name.split("/")
+    suffixes = {*formats.KINDS, *formats.COMPRESSED}
+    if not 2 <= len(parts) <= 3 or not all(parts) or name[0] in "./~" or Path(name).suffix.lower() in suffixes:
+        raise _no_file(source)
+    if any(character.isspace() for character in source):
+        raise _no_file(source)
+    _import_datasets(source)
+    return "/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split or "train"
+
+
+def _import_datasets(source: str) -> Any:
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]  # an extra
+    except ImportError as error:
+        raise InputError(
+            f"{shortened(source)}: no such file, and Hub data sets need the data extra: pip install 'minillm-jax[data]'"
+        ) from error
+    return datasets
+
+
+def _no_file(source: str) -> InputError:
+    name = shortened(" ".join(source.split()))
+    if "\n" in source.strip() or len(source.split()) > WORDS_OF_A_TEXT:
+        return InputError(
+            f"{name!r} is no file: expected the name of one and not the text itself; in Python, give texts as a list"
+        )
+    return InputError(f"{name}: no such file; give {formats.EXPECTED}, or a Hub data set")
+
+
+def _hub_blocks(source: str, field: str, limit: int) -> Iterator[Block]:
+    name, config, split = _hub_parts(source)
+    characters = 0
+    try:
+        streamed = _import_datasets(source).load_dataset(name, config, split=split, streaming=True)
+        for block in _blocks(((source, row) for row in streamed), field):
+            yield block
+            characters += len(block.text)
+            if characters >= limit:
+                return
+    except (InputError, GeneratorExit):
+        raise
+    except Exception as error:  # the Hub client raises many types
+        name = shortened(source)
+        raise InputError(f"{name}: no such file, and the Hub could not provide it ({cause(error)})") from error
