@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Integer
 
+from minillm_jax.data.tokenizer import load_tokenizer
 from minillm_jax.errors import InputError, cause
 
 BLANK_LINE = "\n\n"
@@ -124,15 +125,11 @@ def tokenise(text: str, folder: Path, bos: bool = False) -> Int[np.ndarray, " to
     Raises:
       InputError: the folder has no tokenizer that works without remote code.
     """
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
+    tokenizer = load_tokenizer(folder)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a warning says that the text is longer than the context, as it is meant to be
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raise many types
-        raise InputError(f"{folder}: no usable tokenizer ({cause(error)}); give token ids as .npy instead") from error
     try:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     except Exception as error:
