@@ -35,7 +35,9 @@ def load_tokenizer(folder: Path) -> Any:
       InputError: the folder has no tokenizer, or one that cannot be read without code from the folder.
     """
     if not has_vocabulary(folder):
-        raise InputError(f"{folder}: no tokenizer files, tokenizer.json for example; add them, or {_INSTEAD}")
+        raise InputError(
+            f"{folder}: no usable tokenizer (the folder has no tokenizer.json; add the files, or {_INSTEAD})"
+        )
     try:
         with quiet():
             return _load_as_base(folder)
