@@ -7,6 +7,7 @@ was read in place of the copied files.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ HARD_TEXTS = (
 
 # File names that `save_pretrained` of transformers 5 no longer writes; copies beside its files would override them.
 _FORMER_FILES = ("special_tokens_map.json", "added_tokens.json")
+
+# Keys that `save_pretrained` leaves in tokenizer_config.json although they describe the folder that was read.
+_LOCAL = ("vocab_file", "merges_file", "is_local", "local_files_only")
 
 # Class names of transformers for any tokenizer.json; the second one is understood by version 4 too.
 _BACKEND, _ANY = "TokenizersBackend", "PreTrainedTokenizerFast"
@@ -85,10 +89,12 @@ def settle(source: Path, folder: Path) -> None:
 def differences(tokenizer: Any, folder: Path) -> str:
     """What differs between a tokenizer and that of a folder, by our loader and by transformers; "" if nothing does."""
     loaders = (load_tokenizer, load_plainly) if _model_type(folder).startswith(PRUNED) else (load_plainly,)
-    expected = _behaviour(tokenizer)
+    special = [str(token) for token in tokenizer.all_special_tokens]
+    texts = [*HARD_TEXTS, *special, *(f"a{token} b{token}{token}\nc {token} d" for token in special[:8])]
+    expected = _behaviour(tokenizer, texts)
     for load in loaders:
         try:
-            found = _behaviour(load(folder))
+            found = _behaviour(load(folder), texts)
         except Exception as error:  # the class of another model type may not read the files
             return cause(error)
         for key, value in expected.items():
@@ -147,15 +153,13 @@ def _class_keys(tokenizer: Any, folder: Path, resolved: bool = False) -> dict[st
 def _add_keys(folder: Path, keys: dict[str, Any]) -> None:
     """Add keys to tokenizer_config.json, which is created where it is missing."""
     path = folder / TOKENIZER_CONFIG
-    value = read_json(path) if path.is_file() else {}
+    value = {key: item for key, item in (read_json(path) if path.is_file() else {}).items() if key not in _LOCAL}
     path.write_text(json.dumps(value | keys, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _behaviour(tokenizer: Any) -> dict[str, Any]:
+def _behaviour(tokenizer: Any, texts: Iterable[str]) -> dict[str, Any]:
     """What a tokenizer does, by the words for it in a message."""
     behaviour: dict[str, Any] = {}
-    special = [str(token) for token in tokenizer.all_special_tokens]
-    texts = [*HARD_TEXTS, *special, *(f"a{token} b{token}{token}\nc {token} d" for token in special[:8])]
     with quiet():
         for text in texts:
             ids = _ids(tokenizer, text)

@@ -95,6 +95,11 @@ def _reason(folder: Path, error: Exception) -> str:
     path = folder / SENTENCEPIECE
     if path.is_file() and not (folder / "tokenizer.json").is_file():
         return f"{_sentencepiece_reason(path, error)}; or {_INSTEAD}"
+    if (folder / "vocab.json").is_file() and "backend tokenizer" in str(error):
+        return (
+            "transformers cannot tell how vocab.json is to be read; make a tokenizer.json with "
+            f"transformers.GPT2Tokenizer.from_pretrained(folder).save_pretrained(folder), or {_INSTEAD}"
+        )
     return f"{cause(error)}; {_INSTEAD}"
 
 
