@@ -16,6 +16,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from convert.reader import read_model
 from convert.writer import write_model
@@ -170,6 +171,13 @@ KINDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _fresh_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers as a user's process has it: other tests register the classes of `convert.modeling_pruned`."""
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})
+    transformers.logging.set_verbosity_warning()
+
+
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
     """A small dense model of a family, read once."""
@@ -283,6 +291,7 @@ def test_a_copy_saved_by_transformers_reads_its_tokenizer(
     model = with_tokenizer(dense(family), tmp_path / "source", KINDS["byte level, class"])
     write_model(model, tmp_path / "per-layer", "per-layer")
     load_torch(tmp_path / "per-layer").save_pretrained(tmp_path / "copy")
+    CONFIG_MAPPING._extra_content.clear()
     AutoTokenizer.from_pretrained(tmp_path / "per-layer", trust_remote_code=False).save_pretrained(tmp_path / "copy")
     assert our_ids(tmp_path / "copy") == our_ids(tmp_path / "source")
     plain = AutoTokenizer.from_pretrained(tmp_path / "copy", trust_remote_code=False)
