@@ -62,14 +62,15 @@ def copy(source: Path, target: Path, reserved: Iterable[str] = ()) -> None:
       target: the folder that is being written.
       reserved: names of files that are written into `target` later.
     """
-    taken, left_out, count = {name.lower() for name in reserved}, {}, 0
-    for path in _files(source, left_out):
+    taken, left_out = {name.lower() for name in reserved}, {}
+    for number, path in enumerate(_files(source, left_out)):
         name = path.relative_to(source)
+        if number == MOST_FILES:
+            left_out[f"{name.as_posix()} and all further files"] = f"there are more than {MOST_FILES} files"
+            break
         if name.as_posix().lower() in taken or (target / name).exists():
             continue
-        reason = f"there are more than {MOST_FILES} files" if count == MOST_FILES else _refusal(path, source)
-        if reason is None:
-            reason, count = _copy_file(path, target / name), count + 1
+        reason = _refusal(path, source) or _copy_file(path, target / name)
         if reason is not None:
             left_out[name.as_posix()] = reason
     if left_out:

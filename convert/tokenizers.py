@@ -62,14 +62,11 @@ def settle(source: Path, folder: Path) -> None:
       source: the folder of the model that was read.
       folder: the new folder, with its config.json and with copies of the source's tokenizer files.
     """
-    try:
-        if not has_vocabulary(source):
-            return
-        model_type = _model_type(folder)
-        changed = model_type != _model_type(source) or model_type.startswith(PRUNED)
-    except (OSError, InputError):  # the source has vanished since it was read, which `companions.copy` reports
+    if not has_vocabulary(source):
         return
+    model_type, changed = _model_type(folder), True
     try:
+        changed = model_type.startswith(PRUNED) or model_type != _model_type(source)
         tokenizer = load_tokenizer(source)
     except InputError as error:
         if changed:

@@ -55,10 +55,11 @@ def load_plainly(folder: Path) -> Any:
 
 def has_vocabulary(folder: Path) -> bool:
     """Whether a folder has a file that may hold a vocabulary; tokenizer_config.json alone holds none."""
-    return any(
-        path.name != TOKENIZER_CONFIG and any(fnmatch(path.name, pattern) for pattern in VOCABULARIES)
-        for path in folder.iterdir()
-    )
+    try:
+        names = {path.name for path in folder.iterdir()} - {TOKENIZER_CONFIG}
+    except OSError:  # the folder has vanished
+        return False
+    return any(fnmatch(name, pattern) for name in names for pattern in VOCABULARIES)
 
 
 @contextmanager

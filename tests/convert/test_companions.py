@@ -246,3 +246,10 @@ def test_the_reason_of_a_failed_download_is_one_that_helps(
     with pytest.raises(InputError, match=advice) as caught:
         locate("owner/name", revision="v9")
     assert "local_files_only" not in str(caught.value)
+
+
+def test_a_folder_of_very_many_files_is_not_copied_whole(model: Model, tmp_path: Path) -> None:
+    add_files(model.folder, {"LICENSE": "terms"} | {f"notes/{number:03}.txt": "" for number in range(502)})
+    with pytest.warns(InputWarning, match=r"notes/499.txt and all further files \(there are more than 500 files\)"):
+        write_model(model, tmp_path / "out")
+    assert len(names(tmp_path / "out")) == 502
