@@ -137,12 +137,14 @@ def _class_keys(tokenizer: Any, folder: Path, resolved: bool = False) -> dict[st
       resolved: whether tokenizer.json holds the whole definition of the tokenizer, written by `save_pretrained`.
     """
     name = type(tokenizer).__name__
-    whole = (folder / "tokenizer.json").is_file() and (name == _BACKEND or (resolved and tokenizer.is_fast))
+    whole = (folder / "tokenizer.json").is_file() and (
+        name == _BACKEND or (resolved and getattr(tokenizer, "is_fast", False))
+    )
     keys: dict[str, Any] = {"tokenizer_class": _ANY if whole else name}
     if resolved:
         keys |= {flag: getattr(tokenizer, flag) for flag in _FLAGS if hasattr(tokenizer, flag)}
     # transformers takes every large vocabulary of model type `mistral` for one with a known fault, and warns of it.
-    if _model_type(folder) == "mistral" or "fix_mistral_regex" in tokenizer.init_kwargs:
+    if _model_type(folder) == "mistral" or "fix_mistral_regex" in getattr(tokenizer, "init_kwargs", ()):
         keys["fix_mistral_regex"] = False
     return keys
 

@@ -24,7 +24,7 @@ from minillm_jax.data.text import tokenise
 from minillm_jax.errors import InputError, InputWarning
 from minillm_jax.model.loaded import Model
 from minillm_jax.pruning.slicing import slice_groups
-from tests.helpers import SMALL, hugging_face_folder, load_torch
+from tests.helpers import SMALL, edit_json, hugging_face_folder, load_torch
 
 TRAINING_TEXT = [
     "Once upon a time there was a little dog. It didn't like the rain, but it liked to run and play.",
@@ -296,6 +296,27 @@ def test_a_copy_saved_by_transformers_reads_its_tokenizer(
     assert our_ids(tmp_path / "copy") == our_ids(tmp_path / "source")
     plain = AutoTokenizer.from_pretrained(tmp_path / "copy", trust_remote_code=False)
     assert [plain(text, add_special_tokens=False)["input_ids"] for text in TEXTS] == our_ids(tmp_path / "source")
+
+
+def test_a_folder_of_an_earlier_version_reads_its_tokenizer(dense: Callable[[str], Model], tmp_path: Path) -> None:
+    """Earlier versions wrote neither the class of the tokenizer nor the usual name of the number of layers."""
+    for family in ("opt", "bloom"):
+        write = vocabulary(**SPECIAL) if family == "opt" else KINDS["byte level"]
+        model = with_tokenizer(dense(family), tmp_path / family, write)
+        write_model(model, tmp_path / f"{family}-out", "per-layer")
+        edit_json(tmp_path / f"{family}-out" / "tokenizer_config.json", tokenizer_class=None)
+        edit_json(tmp_path / f"{family}-out" / "config.json", num_hidden_layers=2 if family == "opt" else None)
+        assert our_ids(tmp_path / f"{family}-out") == our_ids(tmp_path / family)
+
+
+def test_a_tokenizer_behind_a_link_is_written_as_it_was_read(dense: Callable[[str], Model], tmp_path: Path) -> None:
+    """The link leads out of the folder, so the file is not copied."""
+    model = with_tokenizer(dense("llama"), tmp_path / "source", KINDS["byte level, class"])
+    shutil.move(tmp_path / "source" / "tokenizer.json", tmp_path / "elsewhere.json")
+    (tmp_path / "source" / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.warns(InputWarning, match=r"tokenizer\.json \(a link to a file outside the model folder\)"):
+        write_model(model, tmp_path / "out")
+    assert our_ids(tmp_path / "out") == our_ids(tmp_path / "source")
 
 
 def test_a_pipeline_runs_a_per_layer_folder(dense: Callable[[str], Model], tmp_path: Path) -> None:
