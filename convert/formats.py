@@ -169,6 +169,11 @@ def per_layer_config(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]
             layers[str(number)] = layer_keys
     classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
     keys = _common_keys(config, sizes, raw) | global_keys | {"head_dim": sizes.H}
+    # Where remote code is not allowed, AutoTokenizer reads the configuration through the base class of transformers.
+    # That class has no attribute map, so it needs the usual name of the number of layers, and it warns of
+    # `rope_scaling`. The old versions that read `rope_scaling` cannot load unequal layers.
+    keys["num_hidden_layers"] = len(sizes.layers)
+    keys.pop("rope_scaling", None)
     if config.embedding_scale is not None and not _has_stock_scale(config, sizes):
         keys["embedding_scale"] = config.embedding_scale
     return keys | {

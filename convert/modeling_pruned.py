@@ -65,6 +65,14 @@ class _PrunedConfig:
         cast(Any, super()).__post_init__(**kwargs)
         self.validate()
 
+    def to_dict(self) -> dict[str, Any]:
+        """The content of config.json, with the usual name of the number of layers beside the family's own name.
+
+        AutoTokenizer reads config.json through the base class of transformers, which has no attribute map, and which
+        needs the number of layers for `per_layer_config`.
+        """
+        return cast(Any, super()).to_dict() | {"num_hidden_layers": cast(Any, self).num_hidden_layers}
+
     def validate(self) -> None:
         """Run the stock checks, which assume head size = hidden size / heads, on a hidden size that satisfies this."""
         global_config = _without_layer_sizes(self)

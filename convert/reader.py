@@ -11,10 +11,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from convert import memory, rules, sources
+from convert import companions, memory, rules, sources
 from convert.sources import FLOATS, read_json
+from minillm_jax.data.tokenizer import quiet
 from minillm_jax.devices.sharding import parts, shardings
-from minillm_jax.errors import InputError, cause
+from minillm_jax.errors import InputError, cause, warn
 from minillm_jax.model import axis_table, families
 from minillm_jax.model.build import build
 from minillm_jax.model.config import Sizes
@@ -26,18 +27,7 @@ CONFIG = "config.json"
 FLAX_WEIGHTS = "flax_weights"
 RECORD = "pruning.json"
 
-# Tokenizer files and generation settings: downloaded from the Hub, and copied beside written weights.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -132,20 +122,52 @@ def locate(model: str | Path, revision: str | None = None, weights: bool = True)
         return path, None
     if os.path.exists(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):  # noqa: PTH110
         raise InputError(f"{name}: no such folder; give a folder with a {CONFIG} or a Hub id like owner/name")
+    try:
+        folder = _download(name, revision, weights)
+    except Exception as error:  # the Hub client raises errors of many types: offline, unknown, gated, ...
+        reason = _hub_reason(error, name, revision)
+        raise InputError(f"{name}: no such folder here, and the Hub could not provide it ({reason})") from error
+    # The Hub's cache names the folder of a snapshot by its commit.
+    return folder, folder.name if _COMMIT.fullmatch(folder.name) else None
+
+
+def _download(name: str, revision: str | None, weights: bool) -> Path:
+    """The folder of a model in the Hub's cache. PyTorch files are fetched only where a model has no other weights."""
     from huggingface_hub import snapshot_download
 
-    companions = [CONFIG, RECORD, *COMPANIONS]
-    files = [*sources.SAFETENSORS_FILES, f"{FLAX_WEIGHTS}/*"] if weights else []
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*companions, *files]))
-        if weights and not sources.has_safetensors(folder) and not (folder / FLAX_WEIGHTS).is_dir():
-            patterns = [*companions, *sources.TORCH_FILES]
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the Hub client raises errors of many types: offline, unknown, gated, ...
-        raise InputError(f"{name}: no such folder here, and the Hub could not provide it ({cause(error)})") from error
-    # The Hub's cache names the folder of a snapshot by its commit.
-    commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
-    return folder, commit
+        folder = Path(snapshot_download(name, revision=revision, ignore_patterns=list(companions.NOT_FETCHED)))
+    except Exception as error:
+        # The client says so where it is offline and its cache lacks some of the files, a licence for example.
+        folder = Path(getattr(error, "snapshot_path", None) or "")
+        if folder == Path() or not (folder / CONFIG).is_file():
+            raise
+        warn(f"{name}: the Hub cannot be reached, and its cache lacks some files beside the weights; they stay missing")
+    # The weights come from the same commit, even if the branch has moved since.
+    commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
+    if weights:
+        kinds = [*sources.SAFETENSORS_FILES, f"{FLAX_WEIGHTS}/*"]
+        folder = Path(snapshot_download(name, revision=commit, allow_patterns=kinds))
+        if not sources.has_safetensors(folder) and not (folder / FLAX_WEIGHTS).is_dir():
+            folder = Path(snapshot_download(name, revision=commit, allow_patterns=list(sources.TORCH_FILES)))
+    return folder
+
+
+def _hub_reason(error: Exception, name: str, revision: str | None) -> str:
+    """Why the Hub cannot provide a model, and what helps; the client's own advice is for callers of its functions."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"access is restricted; accept the terms at https://huggingface.co/{name} and run hf auth login"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "there is no such model, or it is private; check the name, or run hf auth login"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the model has no revision {revision}"
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE forbids a download, and the cache lacks the model; unset it, or give a local folder"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return "no connection, and the cache lacks the model; check the connection, or give a local folder"
+    return cause(error)
 
 
 def _complete(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -161,7 +183,8 @@ def _complete(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
             # The stock class only fills in defaults here, and it refuses a hidden size that the heads do not divide.
             unchanged["hidden_size"] = raw["hidden_size"]
             stock_keys["hidden_size"] = raw[families.FAMILIES[base].heads] * raw["head_dim"]
-        return AutoConfig.for_model(**stock_keys | {"model_type": base}).to_dict() | unchanged
+        with quiet():
+            return AutoConfig.for_model(**stock_keys | {"model_type": base}).to_dict() | unchanged
     except Exception as error:  # validation raises errors of many types
         raise InputError(f"{folder / CONFIG}: transformers rejects the configuration ({cause(error)})") from error
 

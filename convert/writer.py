@@ -16,8 +16,8 @@ from flax import nnx
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
-from convert import formats, rules
-from convert.reader import COMPANIONS, CONFIG, FLAX_WEIGHTS, RECORD
+from convert import companions, formats, rules, tokenizers
+from convert.reader import CONFIG, FLAX_WEIGHTS, RECORD
 from convert.sources import INDEX
 from minillm_jax.devices import hosts
 from minillm_jax.errors import InputError, cause
@@ -166,7 +166,7 @@ def _write_folder(
     with new_folder(output) as scratch:
         _write_json(scratch / CONFIG, described.config | _dtype_keys(decoder))
         _write_shards(decoder, scratch, max_shard_size, formats.renamed(decoder.config, described.format))
-        _write_companions(model, scratch)
+        _write_companions(model, scratch, extra)
         if described.format == formats.PER_LAYER:
             code = f"{formats.REMOTE_CODE}.py"
             shutil.copyfile(Path(__file__).with_name(code), scratch / code)
@@ -232,7 +232,7 @@ def write_flax(model: Model, output: str | Path, extra: Mapping[str, str] | None
         with new_folder(output) as scratch:
             _write_json(scratch / CONFIG, config | _dtype_keys(model.decoder))
             _write_orbax(model.decoder, str((scratch / FLAX_WEIGHTS).resolve()))
-            _write_companions(model, scratch)
+            _write_companions(model, scratch, extra)
             _write_extra(scratch, extra)
     else:
         _write_orbax(model.decoder, "")
@@ -328,12 +328,11 @@ def _write_shards(decoder: Decoder, folder: Path, max_shard_size: str, renamed: 
         _write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": weight_map})
 
 
-def _write_companions(model: Model, folder: Path) -> None:
-    for name in COMPANIONS:
-        if (model.folder / name).is_file():
-            shutil.copyfile(model.folder / name, folder / name)
+def _write_companions(model: Model, folder: Path, extra: Mapping[str, str] | None) -> None:
+    companions.copy(model.folder, folder, reserved=extra or ())
     if model.record is not None:
         _write_json(folder / RECORD, model.record)
+    tokenizers.settle(model.folder, folder)
 
 
 def _write_extra(folder: Path, extra: Mapping[str, str] | None) -> None:

@@ -1,13 +1,13 @@
 """Text to token ids, in pieces of bounded size whose ids together are those of one call on the whole text."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
+from minillm_jax.data.tokenizer import load_tokenizer, quiet
 from minillm_jax.errors import InputError, cause
 
 # Characters of a piece. A call takes about 200 bytes of memory for each.
@@ -56,18 +56,8 @@ def load(folder: Path) -> Tokenizer:
     Raises:
       InputError: the folder has no tokenizer that works without remote code.
     """
-    with _quiet():
-        tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     return Tokenizer(folder, tokenizer, tokenizer.bos_token_id, bool(getattr(tokenizer, "is_fast", False)))
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raise many types
-        raise InputError(f"{folder}: no usable tokenizer ({cause(error)}); give token ids as .npy instead") from error
 
 
 def first_token(tokenizer: Tokenizer) -> int:
@@ -176,7 +166,7 @@ class _Reader:
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> Encoded:
-    with _quiet():
+    with quiet():  # transformers warns of text that is longer than the context, as it is meant to be here
         try:
             result = tokenizer.call(text, add_special_tokens=False, return_offsets_mapping=tokenizer.offsets)
         except Exception as error:  # tokenizers raise many types
@@ -186,16 +176,3 @@ def _encode(tokenizer: Tokenizer, text: str) -> Encoded:
     ids = np.asarray(result["input_ids"], dtype=np.int32)
     spans = np.asarray(result["offset_mapping"] if tokenizer.offsets else [], dtype=np.int64).reshape(-1, 2)
     return Encoded(ids, spans[:, 0], spans[:, 1])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences transformers, which warns of text that is longer than the context, as it is meant to be here."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

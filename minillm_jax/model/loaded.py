@@ -14,7 +14,7 @@ class Model:
     Attributes:
       decoder: the weights and the forward pass.
       raw_config: config.json as it was read; `save` updates sizes, types and rotary settings and copies all other keys.
-      folder: folder of the model; `save` copies the tokenizer and generation settings from it.
+      folder: folder of the model; `save` copies the files beside the weights from it.
       name: the path or Hub id that was loaded.
       record: the content of pruning.json; None for a dense model.
       revision: the commit of the weights on the Hub; None for a local folder.

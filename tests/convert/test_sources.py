@@ -317,10 +317,9 @@ def test_pytorch_files_are_downloaded_only_without_safetensors(
     remote = ["config.json", "pytorch_model-00001-of-00001.bin", TORCH_INDEX, "training_args.bin"]
     remote += ["model-00001-of-00001.safetensors", INDEX] if safe else []
 
-    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
-        for file in remote:
-            if any(Path(file).match(pattern) for pattern in allow_patterns):
-                (tmp_path / file).write_text("")
+    def snapshot_download(name: str, revision: str | None, **patterns: list[str]) -> str:
+        for file in huggingface_hub.utils.filter_repo_objects(remote, **patterns):
+            (tmp_path / file).write_text("")
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
