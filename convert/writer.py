@@ -1,12 +1,9 @@
 """Writing a model as a Hugging Face folder or a Flax checkpoint; an output folder is complete or does not exist."""
 
 import json
-import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +11,15 @@ from typing import Any
 import numpy as np
 from flax import nnx
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from convert import formats, rules
+from convert.folders import check_new, check_space, new_folder, one_sentence
 from convert.reader import COMPANIONS, CONFIG, FLAX_WEIGHTS, RECORD
 from convert.sources import INDEX
 from minillm_jax.devices import hosts
-from minillm_jax.errors import InputError, cause
+from minillm_jax.errors import InputError, cause, reason
 from minillm_jax.model import axis_table
 from minillm_jax.model.build import build
 from minillm_jax.model.config import Sizes
@@ -30,30 +29,6 @@ from minillm_jax.model.tree import group_counts, named_arrays, parameter_count, 
 from minillm_jax.pruning.padding import pad_groups
 
 MAX_SHARD_SIZE = "5GB"
-
-
-def check_new(output: str | Path) -> Path:
-    """The absolute path of an output folder, after a check that it can be created.
-
-    With several processes only process 0 checks, because only process 0 writes.
-
-    Raises:
-      InputError: the path exists, or no folder can be created there.
-    """
-    path = Path(output).expanduser().absolute()
-    hosts.decide(lambda: _check_free(path))
-    return path
-
-
-def _check_free(path: Path) -> None:
-    try:
-        if path.exists() or path.is_symlink():
-            raise InputError(f"{path}: the output folder already exists; choose another or remove it first")
-        parent = next(parent for parent in path.parents if parent.exists())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(path)!r}: no folder can be made there ({cause(error)})") from error
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: no folder can be made there; {parent} is not a writable folder")
 
 
 def check_shard_size(size: str) -> None:
@@ -66,35 +41,6 @@ def check_shard_size(size: str) -> None:
         raise InputError(
             f"shard size {size!r} is not understood; expected a number and KB, MB, GB or TB, 5GB for example"
         )
-
-
-@contextmanager
-def new_folder(output: str | Path) -> Iterator[Path]:
-    """A scratch folder beside `output`, renamed to `output` at the end of the block and removed if the block raises.
-
-    Raises:
-      InputError: `output` exists, or writing fails, for example on a full disk.
-    """
-    path = Path(output).expanduser().absolute()
-    _check_free(path)
-    created_parents = [parent for parent in path.parents if not parent.exists()]
-    scratch = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", dir=path.parent))
-        yield scratch
-        scratch.chmod(0o755)
-        _check_free(path)
-        scratch.rename(path)
-    except BaseException as error:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-        for parent in created_parents:  # innermost first, so that each is empty
-            with suppress(OSError):
-                parent.rmdir()
-        if isinstance(error, OSError):
-            raise InputError(f"{path}: cannot be written ({cause(error)})") from error
-        raise
 
 
 @dataclass(frozen=True)
@@ -116,6 +62,15 @@ def planned(model: Model, format_name: str | None = None) -> Written:
     described = _described(model, format_name)
     abstract = build(model.decoder.config, described.sizes, model.decoder.embedding.dtype)
     return Written(described.format, parameter_count(abstract))
+
+
+def weight_bytes(model: Model, format_name: str | None = None) -> int:
+    """The bytes of the weights that `write_model` would write, computed from the shapes.
+
+    Raises:
+      InputError: as for `planned`.
+    """
+    return planned(model, format_name).parameters * model.decoder.embedding.dtype.itemsize
 
 
 def _described(model: Model, format_name: str | None = None) -> formats.Described:
@@ -148,11 +103,13 @@ def write_model(
         return Written(formats.FLAX, parameter_count(model.decoder))
     described = _described(model, format_name)
     decoder = model.decoder
+    path, needed = check_new(output, model.folder), weight_bytes(model, format_name)
+    check_space(path, needed)
     if described.format == formats.PADDED:
         decoder = pad_groups(decoder, described.sizes, _places(model, described.sizes))
-    check_new(output)
     if hosts.is_writer():
-        _write_folder(replace(model, decoder=decoder), Path(output), described, max_shard_size, extra)
+        with new_folder(path, needed) as scratch:
+            _write_folder(replace(model, decoder=decoder), scratch, described, max_shard_size, extra)
     else:
         _gather_tensors(decoder, max_shard_size)
     hosts.wait()
@@ -160,17 +117,16 @@ def write_model(
 
 
 def _write_folder(
-    model: Model, output: Path, described: formats.Described, max_shard_size: str, extra: Mapping[str, str] | None
+    model: Model, scratch: Path, described: formats.Described, max_shard_size: str, extra: Mapping[str, str] | None
 ) -> None:
     decoder = model.decoder
-    with new_folder(output) as scratch:
-        _write_json(scratch / CONFIG, described.config | _dtype_keys(decoder))
-        _write_shards(decoder, scratch, max_shard_size, formats.renamed(decoder.config, described.format))
-        _write_companions(model, scratch)
-        if described.format == formats.PER_LAYER:
-            code = f"{formats.REMOTE_CODE}.py"
-            shutil.copyfile(Path(__file__).with_name(code), scratch / code)
-        _write_extra(scratch, extra)
+    _write_json(scratch / CONFIG, described.config | _dtype_keys(decoder))
+    _write_shards(decoder, scratch, max_shard_size, formats.renamed(decoder.config, described.format))
+    _write_companions(model, scratch)
+    if described.format == formats.PER_LAYER:
+        code = f"{formats.REMOTE_CODE}.py"
+        shutil.copyfile(Path(__file__).with_name(code), scratch / code)
+    _write_extra(scratch, extra)
 
 
 def write_flax(model: Model, output: str | Path, extra: Mapping[str, str] | None = None) -> Path:
@@ -192,24 +148,33 @@ def write_flax(model: Model, output: str | Path, extra: Mapping[str, str] | None
     described = _described(model)
     # `auto_map` refers to code that loads PyTorch weights, and a Flax checkpoint has none.
     config = {key: value for key, value in described.config.items() if key != "auto_map"}
-    check_new(output)
+    path, needed = check_new(output, model.folder), weight_bytes(model, formats.FLAX)
+    check_space(path, needed)
     if hosts.is_writer():
-        with new_folder(output) as scratch:
+        with new_folder(path, needed) as scratch:
             _write_json(scratch / CONFIG, config | _dtype_keys(model.decoder))
             _write_orbax(model.decoder, str((scratch / FLAX_WEIGHTS).resolve()))
             _write_companions(model, scratch)
             _write_extra(scratch, extra)
     else:
-        _write_orbax(model.decoder, "")
+        with one_sentence(path, needed):
+            _write_orbax(model.decoder, "")
     hosts.wait()
-    return Path(output).expanduser()
+    return path
 
 
 def _write_orbax(decoder: Decoder, path: str) -> None:
-    """Write the weights with Orbax, in every process at the path of process 0."""
+    """Write the weights with Orbax, in every process at the path of process 0.
+
+    Raises:
+      OSError: in the place of the many types of error that Orbax raises.
+    """
     from orbax.checkpoint import v1 as ocp
 
-    ocp.save(hosts.agree(path), nnx.to_pure_dict(nnx.state(decoder, nnx.Param)))
+    try:
+        ocp.save(hosts.agree(path), nnx.to_pure_dict(nnx.state(decoder, nnx.Param)))
+    except Exception as error:
+        raise OSError(f"{FLAX_WEIGHTS}: {reason(error)}") from error
 
 
 def _places(model: Model, sizes: Sizes) -> dict[str, list[np.ndarray]]:
@@ -285,9 +250,13 @@ def _write_shards(decoder: Decoder, folder: Path, max_shard_size: str, renamed: 
     plan = _shard_plan(decoder, max_shard_size)
     for file, names in plan.filename_to_tensors.items():
         tensors = {renamed.get(name, name): tensor for name, tensor in rules.tensors(decoder, set(names))}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{file}: {reason(error)}") from error
         del tensors  # frees this shard before the next one is assembled
-        (folder / file).chmod(0o644)  # safetensors creates files that only their owner can read
+        # safetensors creates files that only their owner can read; the umask made the mode of config.json.
+        (folder / file).chmod((folder / CONFIG).stat().st_mode & 0o777)
     if plan.is_sharded:
         weight_map = {renamed.get(name, name): file for name, file in plan.tensor_to_filename.items()}
         _write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": weight_map})
@@ -308,7 +277,10 @@ def _write_extra(folder: Path, extra: Mapping[str, str] | None) -> None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    text = json.dumps(value, indent=2)
+    try:
+        text = json.dumps(value, indent=2)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path.name}: cannot be written as JSON ({cause(error)})") from error
     # One line per list of numbers, because lists of kept indices have thousands of entries.
     compact = re.sub(r"\[\n[\s\d,.e+-]+\]", lambda match: " ".join(match[0].split()), text)
     path.write_text(compact + "\n", encoding="utf-8")

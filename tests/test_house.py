@@ -14,6 +14,7 @@ PACKAGES = ("minillm_jax", "convert")
 LAYERS = (
     "version",
     "errors",
+    "paths",
     "options",
     "progress",
     "demo",
@@ -114,7 +115,7 @@ def test_library_code_does_not_print() -> None:
 
 def test_settings_and_recipes_import_nothing_heavy() -> None:
     """The command line reads them for `--help`."""
-    light = {"errors", "options", "progress", "recipes", "settings", "version", "cli"}
+    light = {"errors", "options", "paths", "progress", "recipes", "settings", "version", "cli"}
     for name in ("settings", "options", "errors", "recipes/recipe", "cli/flags", "cli/__init__"):
         path = ROOT / "minillm_jax" / f"{name}.py"
         tree = ast.parse(path.read_text())
