@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from minillm_jax.devices import hosts
 from minillm_jax.errors import InputError, cause, reason
 from minillm_jax.model import axis_table
 from minillm_jax.model.build import build
-from minillm_jax.model.config import Sizes
+from minillm_jax.model.config import LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import group_counts, named_arrays, parameter_count, sizes_of
-from minillm_jax.pruning.padding import pad_groups
+from minillm_jax.pruning.padding import Places, pad_groups
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -177,38 +177,53 @@ def _write_orbax(decoder: Decoder, path: str) -> None:
         raise OSError(f"{FLAX_WEIGHTS}: {reason(error)}") from error
 
 
-def _places(model: Model, sizes: Sizes) -> dict[str, list[np.ndarray]]:
+def _places(model: Model, sizes: Sizes) -> Places:
     """Kind of group → per layer, the indices of the layer's groups among the padded groups.
 
-    Heads get the indices that they had in the dense model, where the ALiBi slopes or the pruning record tell them.
+    Heads get the indices that they had in the dense model, where the ALiBi slopes or the pruning record tell them. So
+    do query heads, counted within their key/value heads.
     """
     decoder, target = model.decoder, sizes.layers[0]
-    places: dict[str, list[np.ndarray]] = {
-        kind: [np.arange(n) for n in group_counts(decoder, kind)] for kind in axis_table.KINDS
-    }
+    layers, record = sizes_of(decoder).layers, model.record or {}
+    places: Places = {kind: [np.arange(n) for n in group_counts(decoder, kind)] for kind in axis_table.KINDS}
+    places["query"] = [np.arange(layer.N) % (layer.N // layer.K) for layer in layers]
     if decoder.config.alibi_heads is not None:
-        layers = sizes_of(decoder).layers
         return places | {"head": [np.asarray(formats.kept_heads(decoder.config, layer)) for layer in layers]}
-    recorded = _recorded_heads(model.record or {}, [len(indices) for indices in places["head"]], target.K)
-    return places | {"head": recorded or places["head"]}
+    recorded = {
+        "head": _recorded(record, "head", [layer.K for layer in layers], target.K),
+        "query": _recorded_queries(record, layers, target.N // target.K),
+    }
+    return places | {kind: rows for kind, rows in recorded.items() if rows is not None}
 
 
-def _recorded_heads(record: dict[str, Any], counts: list[int], head_count: int) -> list[np.ndarray] | None:
-    """The kept heads of each layer by the pruning record, or None where the record does not fit the model.
+def _recorded_queries(record: dict[str, Any], layers: Sequence[LayerSizes], per_group: int) -> list[np.ndarray] | None:
+    """The place of every kept query head within its key/value head, or None where the record does not fit the model."""
+    rows = _recorded(record, "query", [layer.N for layer in layers], per_group * max(layer.K for layer in layers))
+    if rows is None:
+        return None
+    for row, layer in zip(rows, layers, strict=True):
+        if not np.array_equal(row // per_group, np.arange(layer.N) // (layer.N // layer.K)):
+            return None
+    return [row % per_group for row in rows]
+
+
+def _recorded(record: dict[str, Any], kind: str, counts: list[int], before: int) -> list[np.ndarray] | None:
+    """The kept groups of each layer by the pruning record, or None where the record does not fit the model.
 
     Args:
       record: content of the pruning record; the indices of a model that was pruned twice are not used.
-      counts: number of heads of each layer of the pruned model.
-      head_count: number of heads of a padded layer.
+      kind: kind of the groups.
+      counts: number of groups of each layer of the pruned model.
+      before: number of groups of a padded layer.
     """
     kept = record.get("kept")
-    layers = kept.get("head") if isinstance(kept, dict) and "pruned_before" not in record else None
-    if not isinstance(layers, list) or [len(heads) if isinstance(heads, list) else None for heads in layers] != counts:
+    layers = kept.get(kind) if isinstance(kept, dict) and "pruned_before" not in record else None
+    if not isinstance(layers, list) or [len(rows) if isinstance(rows, list) else None for rows in layers] != counts:
         return None
-    for heads in layers:
-        if not all(isinstance(head, int) and 0 <= head < head_count for head in heads) or sorted(set(heads)) != heads:
+    for rows in layers:
+        if not all(isinstance(row, int) and 0 <= row < before for row in rows) or sorted(set(rows)) != rows:
             return None
-    return [np.asarray(heads, np.int32) for heads in layers]
+    return [np.asarray(rows, np.int32) for rows in layers]
 
 
 def _dtype_keys(decoder: Decoder) -> dict[str, str]:

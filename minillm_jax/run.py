@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+import minillm_jax.hidden  # noqa: F401  before the first import of convert
 from convert import formats, reader, writer
 from minillm_jax import plan as plans
 from minillm_jax.api import calibrate, evaluate, load, save
@@ -100,7 +101,7 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     shape = sharding.parse_mesh(recipe.devices.mesh)
     if recipe.devices.hosts is not None:
         hosts.initialise_hosts(hosts.parse_hosts(recipe.devices.hosts))
-    writer.check_new(job.output)
+    writer.check_new(job.output, job.model)
     clock = _Clock()
     check_model(reader.describe_model(job.model, recipe.output.dtype, job.revision), recipe)
     model = load(job.model, recipe.output.dtype, sharding.make_mesh(shape), job.revision)

@@ -15,6 +15,7 @@ LAYERS = (
     "version",
     "errors",
     "paths",
+    "hidden",
     "options",
     "progress",
     "demo",

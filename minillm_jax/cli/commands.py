@@ -79,6 +79,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     show_warnings()
     try:
+        import minillm_jax.hidden  # noqa: F401  before the first import of convert
+
         status = app(standalone_mode=False)
     except InputError as error:
         _fail(str(error))
@@ -293,8 +295,9 @@ DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or floa
 @convert_app.command("to-flax")
 def to_flax(model: ModelArgument, output: OutArgument, dtype: DtypeOption = None) -> None:
     """Convert a Hugging Face folder or Hub id to an Orbax checkpoint of the Flax pytree."""
-    from convert.__main__ import convert
+    from convert.__main__ import convert, use_cpu_alone
 
+    use_cpu_alone()
     print(f"written to {output} ({convert('to-flax', model, output, dtype)})")
 
 
@@ -309,8 +312,9 @@ def to_torch(
     max_shard_size: Annotated[str, typer.Option(help="Size of the largest weight file.")] = "5GB",
 ) -> None:
     """Convert a Flax checkpoint to a Hugging Face folder."""
-    from convert.__main__ import convert
+    from convert.__main__ import convert, use_cpu_alone
 
+    use_cpu_alone()
     if format == "flax":
         raise InputError("to-torch writes a Hugging Face folder; use one of the formats stock, per-layer and padded")
     print(f"written to {output} ({convert('to-torch', checkpoint, output, dtype, format, max_shard_size)})")

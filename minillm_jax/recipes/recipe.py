@@ -10,6 +10,7 @@ from typing import Any
 
 from minillm_jax.errors import InputError, cause, one_of, shortened
 from minillm_jax.options import BYTES, COUNT, LAYERS, STEP, WORDS, Option, flag_of, option_of
+from minillm_jax.paths import local_path
 from minillm_jax.settings import Budget, Data, Devices, Estimation, Evaluation, Output, Refit, Scoring
 
 FOLDER = Path(__file__).parent
@@ -95,7 +96,7 @@ def load(name: str | Path = DEFAULT) -> Recipe:
     packaged = FOLDER / f"{text}.toml"
     if re.fullmatch(r"[\w-]+", text) and packaged.is_file():
         return _read(packaged, text)
-    path = Path(name).expanduser()
+    path = local_path(name, "recipe")
     if not text.endswith(".toml") and "/" not in text:
         near = get_close_matches(text, names(), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
