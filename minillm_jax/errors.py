@@ -64,7 +64,7 @@ def reason(error: BaseException, most: int = 200) -> str:
     return shortened(text.split(". ")[0], most)
 
 
-def size_text(size: float) -> str:
+def size_text(size: int) -> str:
     """A number of bytes for a message: `512 kB`, `1.5 GB`."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if size >= factor:
