@@ -67,7 +67,7 @@ def other_model(folder: Path) -> str | None:
     if "adapter_config.json" in names:
         return _adapter(folder / "adapter_config.json")
     consolidated = [name for name in names if name.startswith("consolidated.")]
-    if consolidated and "config.json" not in names:
+    if consolidated:
         return (
             f"it holds weights in the format of Meta or Mistral ({consolidated[0]}); "
             "give the Hugging Face folder of the model, or convert them with transformers"
@@ -86,7 +86,7 @@ def other_model(folder: Path) -> str | None:
 
 
 def _is_known(name: str) -> bool:
-    return name in ("model.safetensors", "pytorch_model.bin") or name.startswith(("model-", "pytorch_model-"))
+    return name in ("model.safetensors", "pytorch_model.bin") or "-of-" in name
 
 
 def _adapter(config: Path) -> str:

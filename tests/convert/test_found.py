@@ -115,7 +115,7 @@ WITH_CONFIG = {
     "model.onnx": "no weights; it holds model.onnx: an ONNX graph",
     "weights.pth": "no weights; it holds weights.pth: PyTorch weights under another name",
     "weights.safetensors": "no weights; it holds weights.safetensors: safetensors under another name",
-    "model-00001-of-00002.safetensors": f"it holds shards (model-00001-of-00002.safetensors) but not their index, {INDEX}",
+    "model-1-of-2.safetensors": f"it holds shards (model-1-of-2.safetensors) but not their index, {INDEX}",
     "zero_to_fp32.py": "it holds a checkpoint of DeepSpeed; run zero_to_fp32.py",
 }
 
