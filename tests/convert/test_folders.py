@@ -54,7 +54,9 @@ def test_addresses_are_refused_wherever_a_path_enters(
     model: Model, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    chosen, flags = recipes.with_options(recipes.load("ours"), {"checkpoint": address, "criterion": "fms"})
+    chosen, flags = recipes.with_options(
+        recipes.load("ours"), {"checkpoint": address, "criterion": "fms", "ratio": 0.2}
+    )
     entries: list[tuple[Any, ...]] = [
         (write_model, model, address),
         (write_flax, model, address),
