@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from minillm_jax.errors import InputError
 
@@ -33,11 +34,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             command.add_argument("--max-shard-size", default="5GB", help="largest size of a weight file; default 5GB")
     options = vars(parser.parse_args(arguments))
+    use_cpu_alone()
     try:
         print(f"written to {options['output']} ({convert(**options)})")
     except InputError as error:
         print(f"convert: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def use_cpu_alone() -> None:
+    """Keep JAX off the accelerators in this process. The command lines call it before anything uses a device."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 def convert(
@@ -48,7 +57,7 @@ def convert(
     format: str | None = None,  # noqa: A002  the name of the option
     max_shard_size: str = "5GB",
 ) -> str:
-    """Read a model, write it in another format, and return the name of that format.
+    """Read a model, write it in another format, and return the name of that format. All arrays stay on the CPU.
 
     Args:
       command: `to-flax` or `to-torch`.
@@ -61,14 +70,31 @@ def convert(
     Raises:
       InputError: the source cannot be read, the output exists, or the format cannot hold the model.
     """
+    import jax
+
     from convert import formats, reader, writer
 
-    writer.check_new(output)
+    writer.check_new(output, source)
     formats.check_format(format)
     writer.check_shard_size(max_shard_size)
-    model = reader.read_model(source, dtype)
     output_format = formats.FLAX if command == "to-flax" else format
-    return writer.write_model(model, output, output_format, max_shard_size).format
+    with jax.default_device(_cpu()):
+        model = reader.read_model(source, dtype)
+        return writer.write_model(model, output, output_format, max_shard_size).format
+
+
+def _cpu() -> Any:
+    """The first CPU device of this process.
+
+    Raises:
+      InputError: the settings of JAX leave out the CPU.
+    """
+    import jax
+
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise InputError(f"conversion runs on the CPU, which JAX_PLATFORMS leaves out; add cpu ({error})") from error
 
 
 if __name__ == "__main__":

@@ -108,9 +108,8 @@ def padded_sizes(config: DecoderConfig, sizes: Sizes) -> Sizes:
     Raises:
       InputError: no number of padded heads and channels gives a shape that a stock class holds.
     """
-    per_group = sizes.layers[0].N // sizes.layers[0].K
     width = max(layer.F for layer in sizes.layers) if TABLES[config.family].stock_width else 4 * sizes.D
-    kv_heads = _stock_kv_heads(config, sizes, per_group, max(layer.K for layer in sizes.layers))
+    kv_heads, per_group = _stock_heads(config, sizes)
     slopes = () if config.alibi_heads is None else tuple(map(float, alibi_slopes(config.alibi_heads)))
     layers = (LayerSizes(kv_heads * per_group, kv_heads, width, layer.window, slopes) for layer in sizes.layers)
     padded = replace(sizes, layers=tuple(layers))
@@ -119,14 +118,20 @@ def padded_sizes(config: DecoderConfig, sizes: Sizes) -> Sizes:
     return padded
 
 
-def _stock_kv_heads(config: DecoderConfig, sizes: Sizes, per_group: int, widest: int) -> int:
-    """The smallest count of key/value heads, at least `widest`, that the stock class accepts; else `widest`."""
+def _stock_heads(config: DecoderConfig, sizes: Sizes) -> tuple[int, int]:
+    """The fewest key/value heads, and query heads of each, that hold all layers and that the stock class accepts.
+
+    Where no number is accepted, the numbers of the widest layers.
+    """
+    # Query heads may have been removed from some layers only.
+    widest, per_group = max(layer.K for layer in sizes.layers), max(layer.N // layer.K for layer in sizes.layers)
     rule = TABLES[config.family].stock_heads
-    if rule == "dense":
-        return sizes.D // (sizes.H * per_group)
     if rule == "any" or _fits_mistral(config):
-        return widest
-    return next((n for n in range(widest, sizes.D + 1) if sizes.D % (n * per_group) == 0), widest)
+        return widest, per_group
+    dense = sizes.D // sizes.H
+    heads = [dense] if rule == "dense" else [n for n in range(widest * per_group, sizes.D + 1) if sizes.D % n == 0]
+    pairs = ((k, n // k) for n in heads for k in range(widest, n + 1) if n % k == 0 and n // k >= per_group)
+    return next(pairs, (widest, per_group))
 
 
 def stock_config(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]) -> dict[str, Any]:

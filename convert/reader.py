@@ -11,17 +11,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from convert import companions, memory, rules, sources
+from convert import companions, found, memory, rules, sources
 from convert.sources import FLOATS, read_json
 from minillm_jax.data.tokenizer import quiet
 from minillm_jax.devices.sharding import parts, shardings
-from minillm_jax.errors import InputError, cause, warn
+from minillm_jax.errors import InputError, cause, reason, warn
 from minillm_jax.model import axis_table, families
 from minillm_jax.model.build import build
 from minillm_jax.model.config import Sizes
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import named_arrays
+from minillm_jax.paths import local_path
 
 CONFIG = "config.json"
 FLAX_WEIGHTS = "flax_weights"
@@ -66,12 +67,27 @@ def describe_model(
     if dtype is not None and dtype not in FLOATS.values():
         raise InputError(f"dtype {dtype!r} is not supported; expected one of {', '.join(FLOATS.values())}")
     folder, commit = locate(model, revision, weights)
-    raw = read_json(folder / CONFIG)
+    raw = _read_config(folder)
     config, sizes = families.parse(_complete(raw, folder), str(folder / CONFIG))
     stored = dtype or sources.stored_type(folder) or raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if stored not in FLOATS.values():
         stored = "float32"
     return Description(build(config, sizes, np.dtype(stored)), sizes, raw, folder, commit)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder whose weights are numbers, and not quantised."""
+    if not os.path.lexists(folder / CONFIG) and (other := found.other_model(folder)) is not None:
+        raise InputError(f"{folder / CONFIG}: the file is missing; {other}")
+    raw = read_json(folder / CONFIG)
+    method = found.quantisation(raw)
+    # A model that was dequantised may keep the setting.
+    if method is not None and not (sources.has_weights(folder) and sources.holds_floats(folder)):
+        raise InputError(
+            f"{folder}: the weights are quantised ({method}); give the model that was quantised, or dequantise it "
+            "with transformers (model.dequantize()) and save it"
+        )
+    return raw
 
 
 def read_model(
@@ -115,11 +131,17 @@ def locate(model: str | Path, revision: str | None = None, weights: bool = True)
     Raises:
       InputError: the folder does not exist, and the Hub cannot provide the model.
     """
-    path, name = Path(model).expanduser(), str(model)
-    if name and os.path.isdir(path):  # noqa: PTH112  Path.is_dir raises an error for a name that is too long
+    path, name = local_path(model, "model", hub=True), str(model)
+    if os.path.isdir(path):  # noqa: PTH112  Path.is_dir raises an error for a name that is too long
         if revision is not None:
             raise InputError(f"{name}: a local folder has no revisions; leave out --revision {revision}")
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise InputError(f"{name}: the folder cannot be read (Permission denied)")
         return path, None
+    if os.path.isfile(path):  # noqa: PTH113
+        what = found.file_content(path) or found.OTHER_FORMATS.get(path.suffix.lower())
+        hint = what if what and path.suffix != ".safetensors" else f"give the folder of the model, {path.parent}"
+        raise InputError(f"{name}: a file, expected a folder with a {CONFIG}; {hint}")
     if os.path.exists(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):  # noqa: PTH110
         raise InputError(f"{name}: no such folder; give a folder with a {CONFIG} or a Hub id like owner/name")
     try:
@@ -197,7 +219,7 @@ def _read_flax(abstract: Decoder, folder: Path, dtype: np.dtype | None, places: 
     try:
         stored = ocp.metadata(where).metadata
         _check_stored(abstract, stored, where)
-        single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        single = jax.device_put(0).sharding  # the default device
 
         def target(path: jax.tree_util.KeyPath, leaf: Any) -> jax.ShapeDtypeStruct:
             place = places.get(axis_table.array_path(path), single)
@@ -208,7 +230,7 @@ def _read_flax(abstract: Decoder, folder: Path, dtype: np.dtype | None, places: 
     except InputError:
         raise
     except Exception as error:  # Orbax raises errors of many types for a damaged checkpoint
-        raise InputError(f"{folder}: not a whole Orbax checkpoint ({cause(error)})") from error
+        raise InputError(f"{folder}: not a whole Orbax checkpoint ({reason(error)})") from error
     for path, array in arrays.items():
         for _, part in parts(array):
             memory.check_finite(part, path, where)

@@ -13,7 +13,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.sharding import NamedSharding
 
-from convert import memory
+from convert import found, memory
 from convert.families import TABLES, FamilyTable, Part, Rule
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
@@ -21,6 +21,11 @@ from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import depth
 from minillm_jax.model.tree import named_arrays, outer_letters, run_letters
+
+# What wrappers of PyTorch modules add to the names of tensors: torch.compile, FSDP and activation checkpointing
+# anywhere; DataParallel, DeepSpeed, PEFT and Lightning before every name.
+_WRAPPED_ANYWHERE = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_WRAPPERS = ("module.", "_forward_module.", "base_model.model.", "model.")
 
 
 @runtime_checkable
@@ -202,14 +207,20 @@ def fill_tree(
 
 def _match_names(bound: list[Binding], source: TensorSource, table: FamilyTable) -> dict[str, str]:
     """Map name in the rule table → stored name, after a check of all names and shapes; reads no tensor."""
+    _check_whole(source)
     stored: dict[str, str] = {}
-    for name in source.names():
-        canonical = _canonical(name, table)
+    for name, plain in _unwrapped(source.names(), table).items():
+        canonical = _canonical(plain, table)
         if canonical in stored:
             raise InputError(f"{source.where}: {name!r} and {stored[canonical]!r} are the same tensor; remove one")
         stored[canonical] = name
     expected = {binding.name: binding for binding in bound}
     missing = sorted(expected.keys() - stored.keys())
+    if missing and len(missing) == len(expected) and stored:
+        raise InputError(
+            f"{source.where}: none of the model's tensors is there; expected names such as {missing[0]!r}, found "
+            f"{min(stored.values())!r}; do the weights belong to the configuration?"
+        )
     if missing:
         shape = expected[missing[0]].stored_shape()
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -231,6 +242,41 @@ def _match_names(bound: list[Binding], source: TensorSource, table: FamilyTable)
                 f"but the configuration expects {binding.stored_shape()}"
             )
     return stored
+
+
+def _check_whole(source: TensorSource) -> None:
+    """Check that the names are not those of quantised weights or of an adapter that is not merged.
+
+    Raises:
+      InputError: they are.
+    """
+    quantised = found.quantised_tensor(source.names())
+    if quantised is not None:
+        raise InputError(
+            f"{source.where}: tensor {quantised[0]!r} belongs to quantised weights ({quantised[1]}); give the model "
+            "that was quantised, or dequantise it with transformers (model.dequantize()) and save it"
+        )
+    adapter = next((name for name in source.names() if ".lora_" in name or ".base_layer." in name), None)
+    if adapter is not None:
+        raise InputError(
+            f"{source.where}: tensor {adapter!r} belongs to an adapter of PEFT that is not merged; "
+            "call merge_and_unload and save the result"
+        )
+
+
+def _unwrapped(names: Iterable[str], table: FamilyTable) -> dict[str, str]:
+    """Stored name → the name without what wrappers of PyTorch modules add, where they add it to every name."""
+    plain = {name: _WRAPPED_ANYWHERE.sub("", name) for name in names}
+    while (wrapper := next((one for one in _WRAPPERS if _wraps(one, plain.values(), table)), None)) is not None:
+        plain = {name: rest.removeprefix(wrapper) for name, rest in plain.items()}
+    return plain
+
+
+def _wraps(wrapper: str, names: Iterable[str], table: FamilyTable) -> bool:
+    """Whether every name begins with a wrapper. `model.` also begins the names of some families."""
+    rests = [name.removeprefix(wrapper) for name in names if name.startswith(wrapper)]
+    inner = wrapper != "model." or any(rest.startswith(table.prefix) or rest == table.head for rest in rests)
+    return bool(rests) and len(rests) == len(list(names)) and inner
 
 
 def _canonical(name: str, table: FamilyTable) -> str:

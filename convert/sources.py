@@ -1,6 +1,7 @@
 """Tensor sources: folders with safetensors or PyTorch files, as one file or as an index file and shards."""
 
 import json
+import os
 import pickle
 import re
 import warnings
@@ -13,8 +14,8 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from convert import memory, rules
-from minillm_jax.errors import InputError, cause
+from convert import found, memory, rules
+from minillm_jax.errors import InputError, cause, reason
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,16 +39,42 @@ def open_folder(folder: Path) -> rules.TensorSource:
     """
     if has_safetensors(folder):
         return SafetensorsFolder(folder)
-    if (folder / TORCH_SINGLE).is_file() or (folder / TORCH_INDEX).is_file():
+    if _has(folder, TORCH_SINGLE, TORCH_INDEX):
         return TorchFolder(folder)
+    other = found.other_model(folder)
     raise InputError(
-        f"{folder}: no weights; expected {SINGLE} or {TORCH_SINGLE}, or the index of either and its shards"
+        f"{folder}: no weights; "
+        + (other or f"expected {SINGLE} or {TORCH_SINGLE}, or the index of either and its shards")
     )
 
 
 def has_safetensors(folder: Path) -> bool:
     """Whether a folder has safetensors files, which take precedence over PyTorch files."""
-    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+    return _has(folder, SINGLE, INDEX)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has weight files that `open_folder` opens."""
+    return _has(folder, SINGLE, INDEX, TORCH_SINGLE, TORCH_INDEX)
+
+
+def _has(folder: Path, *names: str) -> bool:
+    return any(os.path.isfile(folder / name) for name in names)  # noqa: PTH113  Path.is_file raises without permission
+
+
+def holds_floats(folder: Path) -> bool:
+    """Whether all tensors of a folder's weight files are of types in `FLOATS`, by the headers.
+
+    Raises:
+      InputError: as for `open_folder`.
+    """
+    source = open_folder(folder)
+    try:
+        for name in source.names():
+            source.shape(name)
+    except InputError:
+        return False
+    return True
 
 
 def stored_type(folder: Path) -> str | None:
@@ -75,8 +102,11 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: the file is missing; a model folder needs it") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from error
+    except (ValueError, RecursionError) as error:
+        content = found.file_content(path)
+        raise InputError(f"{path}: {content or f'cannot be read as JSON ({cause(error)})'}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -90,7 +120,7 @@ def _files(folder: Path, single: str, index: str) -> tuple[list[str], dict[str, 
 
     As in transformers, a single file takes precedence over an index file.
     """
-    if (folder / single).is_file():
+    if _has(folder, single):
         return [single], None
     weight_map = read_json(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -226,19 +256,26 @@ def _read_part(entry: _Entry, data: np.ndarray, start: int, stop: int) -> None:
 def _safetensors_entries(path: Path) -> dict[str, _Entry]:
     """Tensor name → entry of the header. safetensors checks the header before its offsets are used."""
     try:
-        safe_open(path, framework="numpy", backend="pread")
-        with path.open("rb") as file:
+        with path.open("rb") as file:  # safe_open says of every file that it cannot open that it is missing
             length = int.from_bytes(file.read(8), "little")
+            safe_open(path, framework="numpy", backend="pread")
             header = json.loads(file.read(length))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: the file is missing; is the download complete?") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error}); is the download complete?") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (SafetensorError, ValueError) as error:
+        content = found.file_content(path) or f"not a whole safetensors file ({error}); is the download complete?"
+        raise InputError(f"{path}: {content}") from error
     header.pop("__metadata__", None)
     return {
         name: _Entry(path, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
         for name, entry in header.items()
     }
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{path}: the file is missing; is the download complete?")
+    return InputError(f"{path}: cannot be read ({reason(error)})")
 
 
 # -------------------------------------------------------------------------------------------------------- PyTorch
@@ -303,13 +340,14 @@ def _load_torch(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             zipped = file.read(4) == b"PK\3\4"  # the format since PyTorch 1.6; older files cannot be mapped
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # InputError reports what is wrong with the file
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: the file is missing; is the download complete?") from error
     except Exception as error:  # damaged files raise many kinds
-        raise InputError(f"{path}: {_refusal(error)}") from error
+        raise InputError(f"{path}: {found.file_content(path) or _refusal(error)}") from error
     if not isinstance(tensors, dict):
         raise InputError(
             f"{path}: expected a dictionary of tensors, found {type(tensors).__name__}; "

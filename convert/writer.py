@@ -1,59 +1,34 @@
 """Writing a model as a Hugging Face folder or a Flax checkpoint; an output folder is complete or does not exist."""
 
 import json
-import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from flax import nnx
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from convert import companions, formats, rules, tokenizers
+from convert.folders import check_new, check_space, new_folder, one_sentence
 from convert.reader import CONFIG, FLAX_WEIGHTS, RECORD
 from convert.sources import INDEX
 from minillm_jax.devices import hosts
-from minillm_jax.errors import InputError, cause
+from minillm_jax.errors import InputError, cause, reason
 from minillm_jax.model import axis_table
 from minillm_jax.model.build import build
-from minillm_jax.model.config import Sizes
+from minillm_jax.model.config import LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import group_counts, named_arrays, parameter_count, sizes_of
-from minillm_jax.pruning.padding import pad_groups
+from minillm_jax.pruning.padding import Places, pad_groups
 
 MAX_SHARD_SIZE = "5GB"
-
-
-def check_new(output: str | Path) -> Path:
-    """The absolute path of an output folder, after a check that it can be created.
-
-    With several processes only process 0 checks, because only process 0 writes.
-
-    Raises:
-      InputError: the path exists, or no folder can be created there.
-    """
-    path = Path(output).expanduser().absolute()
-    hosts.decide(lambda: _check_free(path))
-    return path
-
-
-def _check_free(path: Path) -> None:
-    try:
-        if path.exists() or path.is_symlink():
-            raise InputError(f"{path}: the output folder already exists; choose another or remove it first")
-        parent = next(parent for parent in path.parents if parent.exists())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(path)!r}: no folder can be made there ({cause(error)})") from error
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: no folder can be made there; {parent} is not a writable folder")
 
 
 def check_shard_size(size: str) -> None:
@@ -66,35 +41,6 @@ def check_shard_size(size: str) -> None:
         raise InputError(
             f"shard size {size!r} is not understood; expected a number and KB, MB, GB or TB, 5GB for example"
         )
-
-
-@contextmanager
-def new_folder(output: str | Path) -> Iterator[Path]:
-    """A scratch folder beside `output`, renamed to `output` at the end of the block and removed if the block raises.
-
-    Raises:
-      InputError: `output` exists, or writing fails, for example on a full disk.
-    """
-    path = Path(output).expanduser().absolute()
-    _check_free(path)
-    created_parents = [parent for parent in path.parents if not parent.exists()]
-    scratch = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", dir=path.parent))
-        yield scratch
-        scratch.chmod(0o755)
-        _check_free(path)
-        scratch.rename(path)
-    except BaseException as error:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-        for parent in created_parents:  # innermost first, so that each is empty
-            with suppress(OSError):
-                parent.rmdir()
-        if isinstance(error, OSError):
-            raise InputError(f"{path}: cannot be written ({cause(error)})") from error
-        raise
 
 
 @dataclass(frozen=True)
@@ -116,6 +62,15 @@ def planned(model: Model, format_name: str | None = None) -> Written:
     described = _described(model, format_name)
     abstract = build(model.decoder.config, described.sizes, model.decoder.embedding.dtype)
     return Written(described.format, parameter_count(abstract))
+
+
+def weight_bytes(model: Model, format_name: str | None = None) -> int:
+    """The bytes of the weights that `write_model` would write, computed from the shapes.
+
+    Raises:
+      InputError: as for `planned`.
+    """
+    return planned(model, format_name).parameters * model.decoder.embedding.dtype.itemsize
 
 
 def _described(model: Model, format_name: str | None = None) -> formats.Described:
@@ -148,11 +103,13 @@ def write_model(
         return Written(formats.FLAX, parameter_count(model.decoder))
     described = _described(model, format_name)
     decoder = model.decoder
+    path, needed = check_new(output, model.folder), weight_bytes(model, format_name)
+    check_space(path, needed)
     if described.format == formats.PADDED:
         decoder = pad_groups(decoder, described.sizes, _places(model, described.sizes))
-    check_new(output)
     if hosts.is_writer():
-        _write_folder(replace(model, decoder=decoder), Path(output), described, max_shard_size, extra)
+        with new_folder(path, needed) as scratch:
+            _write_folder(replace(model, decoder=decoder), scratch, described, max_shard_size, extra)
     else:
         _gather_tensors(decoder, max_shard_size)
     hosts.wait()
@@ -160,52 +117,16 @@ def write_model(
 
 
 def _write_folder(
-    model: Model, output: Path, described: formats.Described, max_shard_size: str, extra: Mapping[str, str] | None
+    model: Model, scratch: Path, described: formats.Described, max_shard_size: str, extra: Mapping[str, str] | None
 ) -> None:
     decoder = model.decoder
-    with new_folder(output) as scratch:
-        _write_json(scratch / CONFIG, described.config | _dtype_keys(decoder))
-        _write_shards(decoder, scratch, max_shard_size, formats.renamed(decoder.config, described.format))
-        _write_companions(model, scratch, extra)
-        if described.format == formats.PER_LAYER:
-            code = f"{formats.REMOTE_CODE}.py"
-            shutil.copyfile(Path(__file__).with_name(code), scratch / code)
-        _write_extra(scratch, extra)
-
-
-def add_texts(folder: str | Path, texts: Mapping[str, str]) -> None:
-    """Add files to a written folder, each whole or not at all; only process 0 calls it.
-
-    Args:
-      folder: the folder.
-      texts: file name → text.
-
-    Raises:
-      InputError: a file cannot be written, or exists already.
-    """
-    target = Path(folder).expanduser()
-    for name, text in texts.items():
-        try:
-            with new_file(target / name) as file:
-                file.write(text)
-        except OSError as error:
-            raise InputError(f"{target / name}: cannot be written ({cause(error)})") from error
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[TextIO]:
-    """A text file that takes its name when it is complete; it never overwrites another file."""
-    scratch = path.with_name(f".{path.name}.part")
-    try:
-        with scratch.open("x", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            raise FileExistsError(f"{path.name} exists already")
-        scratch.rename(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    _write_json(scratch / CONFIG, described.config | _dtype_keys(decoder))
+    _write_shards(decoder, scratch, max_shard_size, formats.renamed(decoder.config, described.format))
+    _write_companions(model, scratch, extra)
+    if described.format == formats.PER_LAYER:
+        code = f"{formats.REMOTE_CODE}.py"
+        shutil.copyfile(Path(__file__).with_name(code), scratch / code)
+    _write_extra(scratch, extra)
 
 
 def write_flax(model: Model, output: str | Path, extra: Mapping[str, str] | None = None) -> Path:
@@ -227,58 +148,82 @@ def write_flax(model: Model, output: str | Path, extra: Mapping[str, str] | None
     described = _described(model)
     # `auto_map` refers to code that loads PyTorch weights, and a Flax checkpoint has none.
     config = {key: value for key, value in described.config.items() if key != "auto_map"}
-    check_new(output)
+    path, needed = check_new(output, model.folder), weight_bytes(model, formats.FLAX)
+    check_space(path, needed)
     if hosts.is_writer():
-        with new_folder(output) as scratch:
+        with new_folder(path, needed) as scratch:
             _write_json(scratch / CONFIG, config | _dtype_keys(model.decoder))
             _write_orbax(model.decoder, str((scratch / FLAX_WEIGHTS).resolve()))
             _write_companions(model, scratch, extra)
             _write_extra(scratch, extra)
     else:
-        _write_orbax(model.decoder, "")
+        with one_sentence(path, needed):
+            _write_orbax(model.decoder, "")
     hosts.wait()
-    return Path(output).expanduser()
+    return path
 
 
 def _write_orbax(decoder: Decoder, path: str) -> None:
-    """Write the weights with Orbax, in every process at the path of process 0."""
+    """Write the weights with Orbax, in every process at the path of process 0.
+
+    Raises:
+      OSError: in the place of the many types of error that Orbax raises.
+    """
     from orbax.checkpoint import v1 as ocp
 
-    ocp.save(hosts.agree(path), nnx.to_pure_dict(nnx.state(decoder, nnx.Param)))
+    try:
+        ocp.save(hosts.agree(path), nnx.to_pure_dict(nnx.state(decoder, nnx.Param)))
+    except Exception as error:
+        raise OSError(f"{FLAX_WEIGHTS}: {reason(error)}") from error
 
 
-def _places(model: Model, sizes: Sizes) -> dict[str, list[np.ndarray]]:
+def _places(model: Model, sizes: Sizes) -> Places:
     """Kind of group → per layer, the indices of the layer's groups among the padded groups.
 
-    Heads get the indices that they had in the dense model, where the ALiBi slopes or the pruning record tell them.
+    Heads get the indices that they had in the dense model, where the ALiBi slopes or the pruning record tell them. So
+    do query heads, counted within their key/value heads.
     """
     decoder, target = model.decoder, sizes.layers[0]
-    places: dict[str, list[np.ndarray]] = {
-        kind: [np.arange(n) for n in group_counts(decoder, kind)] for kind in axis_table.KINDS
-    }
+    layers, record = sizes_of(decoder).layers, model.record or {}
+    places: Places = {kind: [np.arange(n) for n in group_counts(decoder, kind)] for kind in axis_table.KINDS}
+    places["query"] = [np.arange(layer.N) % (layer.N // layer.K) for layer in layers]
     if decoder.config.alibi_heads is not None:
-        layers = sizes_of(decoder).layers
         return places | {"head": [np.asarray(formats.kept_heads(decoder.config, layer)) for layer in layers]}
-    recorded = _recorded_heads(model.record or {}, [len(indices) for indices in places["head"]], target.K)
-    return places | {"head": recorded or places["head"]}
+    recorded = {
+        "head": _recorded(record, "head", [layer.K for layer in layers], target.K),
+        "query": _recorded_queries(record, layers, target.N // target.K),
+    }
+    return places | {kind: rows for kind, rows in recorded.items() if rows is not None}
 
 
-def _recorded_heads(record: dict[str, Any], counts: list[int], head_count: int) -> list[np.ndarray] | None:
-    """The kept heads of each layer by the pruning record, or None where the record does not fit the model.
+def _recorded_queries(record: dict[str, Any], layers: Sequence[LayerSizes], per_group: int) -> list[np.ndarray] | None:
+    """The place of every kept query head within its key/value head, or None where the record does not fit the model."""
+    rows = _recorded(record, "query", [layer.N for layer in layers], per_group * max(layer.K for layer in layers))
+    if rows is None:
+        return None
+    for row, layer in zip(rows, layers, strict=True):
+        if not np.array_equal(row // per_group, np.arange(layer.N) // (layer.N // layer.K)):
+            return None
+    return [row % per_group for row in rows]
+
+
+def _recorded(record: dict[str, Any], kind: str, counts: list[int], before: int) -> list[np.ndarray] | None:
+    """The kept groups of each layer by the pruning record, or None where the record does not fit the model.
 
     Args:
       record: content of the pruning record; the indices of a model that was pruned twice are not used.
-      counts: number of heads of each layer of the pruned model.
-      head_count: number of heads of a padded layer.
+      kind: kind of the groups.
+      counts: number of groups of each layer of the pruned model.
+      before: number of groups of a padded layer.
     """
     kept = record.get("kept")
-    layers = kept.get("head") if isinstance(kept, dict) and "pruned_before" not in record else None
-    if not isinstance(layers, list) or [len(heads) if isinstance(heads, list) else None for heads in layers] != counts:
+    layers = kept.get(kind) if isinstance(kept, dict) and "pruned_before" not in record else None
+    if not isinstance(layers, list) or [len(rows) if isinstance(rows, list) else None for rows in layers] != counts:
         return None
-    for heads in layers:
-        if not all(isinstance(head, int) and 0 <= head < head_count for head in heads) or sorted(set(heads)) != heads:
+    for rows in layers:
+        if not all(isinstance(row, int) and 0 <= row < before for row in rows) or sorted(set(rows)) != rows:
             return None
-    return [np.asarray(heads, np.int32) for heads in layers]
+    return [np.asarray(rows, np.int32) for rows in layers]
 
 
 def _dtype_keys(decoder: Decoder) -> dict[str, str]:
@@ -320,9 +265,13 @@ def _write_shards(decoder: Decoder, folder: Path, max_shard_size: str, renamed: 
     plan = _shard_plan(decoder, max_shard_size)
     for file, names in plan.filename_to_tensors.items():
         tensors = {renamed.get(name, name): tensor for name, tensor in rules.tensors(decoder, set(names))}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{file}: {reason(error)}") from error
         del tensors  # frees this shard before the next one is assembled
-        (folder / file).chmod(0o644)  # safetensors creates files that only their owner can read
+        # safetensors creates files that only their owner can read; the umask made the mode of config.json.
+        (folder / file).chmod((folder / CONFIG).stat().st_mode & 0o777)
     if plan.is_sharded:
         weight_map = {renamed.get(name, name): file for name, file in plan.tensor_to_filename.items()}
         _write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": weight_map})
@@ -342,7 +291,10 @@ def _write_extra(folder: Path, extra: Mapping[str, str] | None) -> None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    text = json.dumps(value, indent=2)
+    try:
+        text = json.dumps(value, indent=2)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path.name}: cannot be written as JSON ({cause(error)})") from error
     # One line per list of numbers, because lists of kept indices have thousands of entries.
     compact = re.sub(r"\[\n[\s\d,.e+-]+\]", lambda match: " ".join(match[0].split()), text)
     path.write_text(compact + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+import minillm_jax.hidden  # noqa: F401  before the first import of convert
 from convert import reader, writer
 from minillm_jax.data import text, tokenizing, windows
 from minillm_jax.data.batches import Batches

@@ -1,5 +1,6 @@
 """InputError, the exception for bad input; InputWarning, for input that is usable but surprising; message helpers."""
 
+import re
 import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -51,3 +52,25 @@ def one_of(what: str, name: str, known: Iterable[str]) -> None:
 def shortened(text: str, most: int = 60) -> str:
     """A text cut to at most `most` characters, for a message."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def reason(error: BaseException, most: int = 200) -> str:
+    """The reason inside another library's exception, in a few words.
+
+    The reason of an error of the system is its text without number and path. TensorStore and Orbax name the reason last
+    and list their settings behind it.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = re.split(r" \[\w+(?:\[\d+\])?=| \[source locations", cause(error), maxsplit=1)[0]
+    if re.match(r"[A-Z_]+: ", text) or text.startswith("Error while serializing: "):
+        text = re.sub(r" \(os error \d+\)$", "", text.split(": ")[-1])
+    return shortened(text.split(". ")[0], most)
+
+
+def size_text(size: int) -> str:
+    """A number of bytes for a message: `512 kB`, `1.5 GB`."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size / 1e3:.3g} kB"

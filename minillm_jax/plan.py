@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import minillm_jax.hidden  # noqa: F401  before the first import of convert
 from convert import formats
 from convert.reader import Description
 from minillm_jax.budget import allocate, expected

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from convert import formats, reader, writer
+import minillm_jax.hidden  # noqa: F401  before the first import of convert
+from convert import folders, formats, reader, writer
 from minillm_jax import plan as plans
 from minillm_jax.api import calibrate, evaluate, load, save
 from minillm_jax.data.windows import Calibration
@@ -105,7 +106,7 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     shape = sharding.parse_mesh(recipe.devices.mesh)
     if recipe.devices.hosts is not None:
         hosts.initialise_hosts(hosts.parse_hosts(recipe.devices.hosts))
-    writer.check_new(job.output)
+    writer.check_new(job.output, job.model)
     clock = _Clock()
     check_model(reader.describe_model(job.model, recipe.output.dtype, job.revision), recipe)
     hosts.check_same("settings", (job.model, recipes.to_toml(recipe, settings.keys), versions()))
@@ -132,7 +133,7 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     clock.lap("evaluate")
     if documents is not None and hosts.is_writer():
         try:
-            writer.add_texts(job.output, documents(result))
+            folders.add_texts(job.output, documents(result))
         except Exception as error:
             missing.append(("its report was not written", error))
     if missing:

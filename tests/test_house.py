@@ -14,6 +14,8 @@ PACKAGES = ("minillm_jax", "convert")
 LAYERS = (
     "version",
     "errors",
+    "paths",
+    "hidden",
     "options",
     "progress",
     "demo",
@@ -112,9 +114,28 @@ def test_library_code_does_not_print() -> None:
     assert wrong == []
 
 
+def caught(handler: ast.ExceptHandler) -> set[str]:
+    """The names of the exceptions that a handler catches."""
+    kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    return {ast.unparse(kind) for kind in kinds if kind is not None}
+
+
+def test_sentences_are_not_wrapped_in_sentences() -> None:
+    """`InputError` is a ValueError: a handler of ValueError would wrap it in another one."""
+    wrong = []
+    for path in sources(*PACKAGES):
+        for node in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Try)):
+            raised = [ast.unparse(one) for part in node.body for one in ast.walk(part) if isinstance(one, ast.Raise)]
+            kinds = [caught(handler) for handler in node.handlers]
+            first = next((kind for kind in kinds if kind & {"InputError", "ValueError", "Exception"}), set())
+            if any(text.startswith("raise InputError") for text in raised) and first & {"ValueError", "Exception"}:
+                wrong.append(f"{relative(path)}:{node.lineno}")
+    assert wrong == []
+
+
 def test_settings_and_recipes_import_nothing_heavy() -> None:
     """The command line reads them for `--help`."""
-    light = {"errors", "options", "progress", "recipes", "settings", "version", "cli"}
+    light = {"errors", "options", "paths", "progress", "recipes", "settings", "version", "cli"}
     for name in ("settings", "options", "errors", "recipes/recipe", "cli/flags", "cli/__init__"):
         path = ROOT / "minillm_jax" / f"{name}.py"
         tree = ast.parse(path.read_text())

@@ -85,6 +85,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     show_warnings()
     try:
+        import minillm_jax.hidden  # noqa: F401  before the first import of convert
+
         with terminable():
             status = app(standalone_mode=False)
     except InputError as error:
@@ -353,8 +355,9 @@ DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or floa
 @convert_app.command("to-flax")
 def to_flax(model: ModelArgument, output: OutArgument, dtype: DtypeOption = None) -> None:
     """Convert a Hugging Face folder or Hub id to an Orbax checkpoint of the Flax pytree."""
-    from convert.__main__ import convert
+    from convert.__main__ import convert, use_cpu_alone
 
+    use_cpu_alone()
     print(f"written to {output} ({convert('to-flax', model, output, dtype_name(dtype))})")
 
 
@@ -369,8 +372,9 @@ def to_torch(
     max_shard_size: Annotated[str, typer.Option(help="Size of the largest weight file.")] = "5GB",
 ) -> None:
     """Convert a Flax checkpoint to a Hugging Face folder."""
-    from convert.__main__ import convert
+    from convert.__main__ import convert, use_cpu_alone
 
+    use_cpu_alone()
     if format == "flax":
         raise InputError("to-torch writes a Hugging Face folder; use one of the formats stock, per-layer and padded")
     try:

@@ -14,9 +14,13 @@ from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block, depth
 from minillm_jax.model.tree import group_count, named_arrays
 
+# Kind of group -> for each layer, the indices of its groups in the padded layer. Key/value heads (`head`) and channels
+# are counted in the layer and ascend; query heads (`query`) are counted within their key/value head.
+Places = dict[str, list[Int[np.ndarray, " _"]]]
 
-def pad_groups(decoder: Decoder, sizes: Sizes, places: dict[str, list[Int[np.ndarray, " _"]]]) -> Decoder:
-    """A decoder with larger layers and the same outputs: every added head and channel is zero.
+
+def pad_groups(decoder: Decoder, sizes: Sizes, places: Places) -> Decoder:
+    """A decoder with larger layers and the same outputs: every added head, query head and channel is zero.
 
     A head of zeros adds nothing to the residual stream, whatever its attention weights are. A channel of zeros adds
     nothing either, because the activation function of every family maps zero to zero.
@@ -24,14 +28,15 @@ def pad_groups(decoder: Decoder, sizes: Sizes, places: dict[str, list[Int[np.nda
     Args:
       decoder: the model.
       sizes: the sizes of the padded decoder, equal in all layers.
-      places: kind of group -> for each layer, the indices of its groups in the padded layer, ascending.
+      places: the places of the groups in the padded layers.
     """
     target, first = sizes.layers[0], 0
+    counts = (("query", target.N // target.K), ("head", target.K), ("channel", target.F))
     pieces: list[Block] = []
     for run in decoder.runs:
         last = first + depth(run)
         indices = {kind: jnp.asarray(np.stack(rows[first:last])) for kind, rows in places.items()}
-        pieces.append(_pad(run, indices, (("head", target.K), ("channel", target.F))))
+        pieces.append(_pad(run, indices, counts))
         first = last
     padded = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pieces)
     return _with_data(with_runs(decoder, [padded]), sizes)
@@ -39,14 +44,19 @@ def pad_groups(decoder: Decoder, sizes: Sizes, places: dict[str, list[Int[np.nda
 
 @partial(jax.jit, static_argnames="counts")
 def _pad(run: Block, places: dict[str, Int[Array, "L _"]], counts: tuple[tuple[str, int], ...]) -> Block:
-    """One run of equal layers, padded to `counts` groups of every kind."""
+    """One run of equal layers, padded to `counts` groups of every kind; query heads per key/value head."""
+    kv_heads = group_count(run, "head")
 
     def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
         axes = axis_table.BLOCK_AXES[axis_table.array_path(path)]
         for kind, after in counts:
             if axis_table.group_axis(axes, kind) is not None:
-                sizes = {"axes": axes, "kind": kind, "before": group_count(run, kind), "after": after}
-                array = jax.vmap(partial(axis_table.put_groups, **sizes))(array, places=places[kind])
+                before, rows = group_count(run, kind), places[kind]
+                if kind == "query":  # all key/value heads at once: their first query heads begin at multiples
+                    after *= kv_heads
+                    rows = rows + jnp.repeat(jnp.arange(kv_heads), before // kv_heads)[None] * (after // kv_heads)
+                sizes = {"axes": axes, "kind": kind, "before": before, "after": after}
+                array = jax.vmap(partial(axis_table.put_groups, **sizes))(array, places=rows)
         return array
 
     return jax.tree_util.tree_map_with_path(leaf, run)

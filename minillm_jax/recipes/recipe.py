@@ -22,6 +22,7 @@ from minillm_jax.options import (
     same_words,
     whole_number,
 )
+from minillm_jax.paths import local_path
 from minillm_jax.recipes.synonyms import suggestion
 from minillm_jax.settings import Budget, Data, Devices, Estimation, Evaluation, Output, Refit, Scoring
 
@@ -113,13 +114,14 @@ def load(name: str | Path = DEFAULT) -> Recipe:
     text = str(name)
     if text in names():
         return _read(FOLDER / f"{text}.toml", text)
+    path = local_path(name, "recipe")
     if not text.endswith(".toml") and "/" not in text:
         near = get_close_matches(text, names(), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(
             f"unknown recipe {shortened(text)!r}; expected one of {', '.join(names())}, or a path to a .toml file{hint}"
         )
-    return _read(Path(name), text)
+    return _read(path, text)
 
 
 def _read(path: Path, name: str) -> Recipe:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from minillm_jax.budget.allocate import check_comparable
 from minillm_jax.data.windows import check_seed
 from minillm_jax.errors import InputError, one_of, shortened
+from minillm_jax.paths import local_path
 from minillm_jax.recipes.recipe import SECTIONS, Recipe
 from minillm_jax.scoring import criteria
 from minillm_jax.scoring.criteria import Criterion
@@ -186,6 +187,8 @@ def _output(output: Output, budget: Budget, gradient: Estimation | None) -> Outp
         checkpoint = None
     else:
         checkpoint = output.checkpoint
+        if checkpoint is not None:
+            local_path(checkpoint, "checkpoint folder")
         if checkpoint is not None and gradient.estimator == "exact":
             raise InputError("the exact gradient is one pass and cannot be resumed; leave out --checkpoint")
         if checkpoint is not None and budget.rounds > 1:

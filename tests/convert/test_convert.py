@@ -108,12 +108,6 @@ def test_shards_are_written_with_an_index_and_read_back(folder: Path, tmp_path: 
     load_stock(tmp_path / "sharded")
 
 
-def test_written_files_are_readable_by_all_users(folder: Path, tmp_path: Path) -> None:
-    write_model(read_model(folder), tmp_path / "out")
-    for path in [tmp_path / "out", *(tmp_path / "out").iterdir()]:
-        assert path.stat().st_mode & 0o044 == 0o044, path
-
-
 def test_real_model_round_trip(tmp_path: Path) -> None:
     folder = shared("models/stories260K")
     convert("to-flax", str(folder), str(tmp_path / "flax"))
@@ -393,7 +387,7 @@ def test_quantisation_and_remote_code_settings_are_not_written(folder: Path) -> 
 
 
 def test_models_that_do_not_exist_are_refused(tmp_path: Path) -> None:
-    for name in ("./nowhere", str(tmp_path / "nowhere"), "a b c", "", "long" * 100):
+    for name in ("./nowhere", str(tmp_path / "nowhere"), "a b c", "long" * 100):
         with pytest.raises(InputError, match="no such folder"):
             read_model(name)
     with pytest.raises(InputError, match="the Hub could not provide it"):

@@ -82,16 +82,10 @@ def test_each_window_is_the_beginning_of_a_passage(
     model: Model, long_text: Path, tokenizer: tokenizing.Tokenizer
 ) -> None:
     """The windows stand in the text, in all of its quarters."""
-    text = long_text.read_text()
+    text, call = long_text.read_text(), tokenizer.call
     calibration = calibrate(model, long_text, samples=24, length=64)
-    places = []
-    for window in calibration.batches.windows:
-        decoded = (
-            tokenizer.call.__self__.decode(window)
-            if hasattr(tokenizer.call, "__self__")
-            else tokenizer.call.decode(window)
-        )
-        places.append(text.find(decoded))
+    decode = getattr(call, "__self__", call).decode
+    places = [text.find(decode(window)) for window in calibration.batches.windows]
     assert min(places) >= 0
     assert {place * 4 // len(text) for place in places} == {0, 1, 2, 3}
 

@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minillm_jax.devices import hosts
-from minillm_jax.errors import InputError, cause
+from minillm_jax.errors import InputError, reason
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.digest import model_digest
+from minillm_jax.paths import absolute_path
 from minillm_jax.scoring.gradient.plan import Plan
 from minillm_jax.settings import Estimation
 
@@ -64,14 +65,15 @@ class Checkpoint:
     def __init__(self, folder: str | Path, identity: dict[str, Any], save_every: float = SAVE_EVERY):
         from orbax.checkpoint import v1 as ocp
 
-        self.folder, self.identity = Path(folder).expanduser().resolve(), identity
+        self.folder, self.identity = absolute_path(folder, "checkpoint folder"), identity
         self.save_every, self._last = save_every, time.monotonic()
         try:
+            self.folder = self.folder.resolve()
             self.folder.mkdir(parents=True, exist_ok=True)
             policy: Any = ocp.training.preservation_policies.LatestN(1)
             self._store = ocp.training.Checkpointer(str(self.folder), preservation_policy=policy)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.folder}: cannot hold a checkpoint ({cause(error)})") from error
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(f"{self.folder}: cannot hold a checkpoint ({reason(error)})") from error
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -96,7 +98,7 @@ class Checkpoint:
             measured = np.asarray(self._store.load()["measured"])
             plan, epsilon = Plan(**stored["plan"]), stored["epsilon"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.folder}: not a whole checkpoint of an estimate ({cause(error)})") from error
+            raise InputError(f"{self.folder}: not a whole checkpoint of an estimate ({reason(error)})") from error
         for name, expected in self.identity.items():
             if stored["identity"].get(name) != expected:
                 raise InputError(
@@ -113,12 +115,18 @@ class Checkpoint:
         Args:
           state: what a resumed estimate needs.
           last: whether the measurements are complete; complete measurements are always saved.
+
+        Raises:
+          InputError: the checkpoint cannot be written, for example on a full disk.
         """
         due = hosts.of_first(lambda: {"due": np.bool_(time.monotonic() - self._last >= self.save_every)})["due"]
         if last or due:
             metadata: Any = {"identity": self.identity, "plan": asdict(state.plan), "epsilon": state.epsilon}
             measured = {"measured": state.measured}
-            self._store.save(len(state.measured), measured, custom_metadata=metadata, overwrite=True)
+            try:
+                self._store.save(len(state.measured), measured, custom_metadata=metadata, overwrite=True)
+            except Exception as error:  # Orbax raises errors of many types
+                raise InputError(f"{self.folder}: the checkpoint cannot be written ({reason(error)})") from error
             self._last = time.monotonic()
 
 
