@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 import minillm_jax.hidden  # noqa: F401  before the first import of convert
 from convert import folders, formats, reader, writer
 from minillm_jax import plan as plans
-from minillm_jax.api import calibrate, evaluate, load, save
+from minillm_jax.api import calibrate, evaluate, held_out, load, save
+from minillm_jax.data.batches import Batches
+from minillm_jax.data.documents import check_source
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts, sharding
 from minillm_jax.errors import InputError, cause, shortened
@@ -108,13 +110,17 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
         hosts.initialise_hosts(hosts.parse_hosts(recipe.devices.hosts))
     writer.check_new(job.output, job.model)
     clock = _Clock()
-    check_model(reader.describe_model(job.model, recipe.output.dtype, job.revision), recipe)
+    described = reader.describe_model(job.model, recipe.output.dtype, job.revision)
+    needed = check_model(described, recipe)
     hosts.check_same("settings", (job.model, recipes.to_toml(recipe, settings.keys), versions()))
+    calibration, measured_on = _texts(described, job, recipe)
+    if needed is not None:
+        writer.check_space(job.output, needed)
     model = load(job.model, recipe.output.dtype, sharding.make_mesh(shape), job.revision)
+    calibration = replace(calibration, batches=replace(calibration.batches, mesh=sharding.mesh_of(model.decoder)))
     costs_before = costs.all_costs(model.decoder, recipe.budget.window)
-    calibration = _calibrate(model, job, recipe)
     clock.lap("load")
-    before = _perplexity(model, recipe, progress)
+    before = None if measured_on is None else evaluate(model, measured_on, progress=progress)
     clock.lap("evaluate")
     pruned = prune_model(model, calibration, recipe, progress=progress)
     del model  # the dense weights
@@ -127,7 +133,8 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     result = Result(done, pruned, written, clock.seconds, before, None, costs_before, costs_after)
     missing: list[tuple[str, Exception]] = []
     try:
-        result = replace(result, after=_perplexity(pruned, recipe, progress))
+        after = None if measured_on is None else evaluate(pruned, measured_on, progress=progress)
+        result = replace(result, after=after)
     except Exception as error:
         missing.append(("its perplexity was not measured", error))
     clock.lap("evaluate")
@@ -142,10 +149,13 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     return result
 
 
-def check_model(described: reader.Description, recipe: Recipe) -> None:
+def check_model(described: reader.Description, recipe: Recipe) -> int | None:
     """Check that the pruned shapes can be reached and saved, from the shapes of the dense model alone.
 
     The counts of unequal budgets are not known yet; the format per-layer holds them all.
+
+    Returns:
+      The bytes of the weight files; None where scores or losses decide the shapes.
 
     Raises:
       InputError: they cannot.
@@ -156,32 +166,37 @@ def check_model(described: reader.Description, recipe: Recipe) -> None:
     if recipe.budget.kinds:
         resolve(recipe.refit, config)
     sizes = plans.pruned_sizes(config, described.sizes, recipe)
-    if sizes is not None:
-        plans.output_format(config, sizes, described.raw_config, recipe.output.format)
+    if sizes is None:
+        return None
+    _, parameters = plans.output_format(config, sizes, described.raw_config, recipe.output.format)
+    return parameters * described.abstract.embedding.dtype.itemsize
 
 
-def _calibrate(model: Model, job: Job, recipe: Recipe) -> Calibration:
-    """The calibration windows; those of a recipe that is run again must be the same.
+def _texts(described: reader.Description, job: Job, recipe: Recipe) -> tuple[Calibration, Batches | None]:
+    """The windows of both texts, before the weights are read; those of a recipe that is run again must be the same.
 
     Raises:
-      InputError: the text cannot be used, or has changed since the recipe was written.
+      InputError: a text cannot be used, or has changed since the recipe was written.
     """
-    data, expected = recipe.data, recipe.origin.get("tokens_sha256")
+    data, text = recipe.data, recipe.evaluation.text
     assert data.calibration is not None, "checked before"
-    calibration = calibrate(model, data.calibration, data.samples, data.seq_len, data.seed)
+    for source in (data.calibration, text):
+        if source is not None:
+            check_source(source, data.field, most=1)  # both, before either is read as a whole
+    outline = Model(described.abstract, described.raw_config, described.folder, job.model)
+    calibration = calibrate(outline, data.calibration, data.samples, data.seq_len, data.seed, data.field)
     hosts.check_same("calibration windows", calibration.fingerprint())
     again = job.model == recipe.origin.get("model") and not any(section == "data" for section, _ in job.given)
-    if again and expected is not None and calibration.fingerprint() != expected:
+    if again and recipe.origin.get("tokens_sha256", calibration.fingerprint()) != calibration.fingerprint():
         raise InputError(
             f"{data.calibration}: the calibration windows are not those of the recipe {recipe.name}; the text or the "
             "tokenizer has changed since. Give --calibration to run the recipe on other text"
         )
-    return calibration
-
-
-def _perplexity(model: Model, recipe: Recipe, progress: StageProgress | None) -> Perplexity | None:
-    text = recipe.evaluation.text
-    return None if text is None else evaluate(model, text, recipe.evaluation.window, progress=progress)
+    if text is None:
+        return calibration, None
+    windows = held_out(outline, text, recipe.evaluation.window, field=data.field)
+    hosts.check_same("evaluation windows", hosts.digest(windows.windows))
+    return calibration, windows
 
 
 def _written_recipe(job: Job, settings: Used, pruned: Model, calibration: Calibration) -> str:

@@ -72,14 +72,39 @@ def removal(decoder: Any, tokens: Any) -> Any:
     return removal_order._on_device(jnp.eye(6), jnp.eye(6), count=3, removed=2, parts=1, gathered=2)
 
 
+def low_rank_matrix(decoder: Any, tokens: Any) -> Any:
+    key = directions.direction_keys(0, 0, 1)[0]
+    return LowRank(2).add(jnp.zeros((6, 4)), jnp.float32(1), key, jnp.int32(0), "mlp.up")
+
+
 def product(decoder: Any, tokens: Any) -> Any:
     return solve._product_on_device(jnp.eye(6), jnp.eye(6))
 
 
 @pytest.mark.parametrize(
     "program",
-    [forward, paired(Weights()), paired(LowRank(2)), paired(Gates()), moments, input_refit, removal, product],
-    ids=["forward", "weights", "low-rank", "gates", "moments", "input refit", "removal order", "product"],
+    [
+        forward,
+        paired(Weights()),
+        paired(LowRank(2)),
+        paired(Gates()),
+        moments,
+        low_rank_matrix,
+        input_refit,
+        removal,
+        product,
+    ],
+    ids=[
+        "forward",
+        "weights",
+        "low-rank",
+        "gates",
+        "moments",
+        "low-rank matrix",
+        "input refit",
+        "removal order",
+        "product",
+    ],
 )
 def test_every_float32_product_has_the_highest_precision(program: Callable[..., Any]) -> None:
     """Accelerators round the operands of others to TF32 or bfloat16; a CPU shows no difference."""

@@ -3,6 +3,7 @@
 import shutil
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -165,11 +166,42 @@ def test_a_failure_after_the_pruning_does_not_lose_the_pruned_model(
 
 
 def test_documents_are_added_whole_and_never_overwrite(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"config\.json exists already"):
+    with pytest.raises(InputError, match="a file of that name exists already"):
         job(folder, tmp_path / "out", documents=lambda result: {"a.txt": "a", "config.json": "b"})
     assert (tmp_path / "out" / "a.txt").read_text() == "a"
     assert load_stock(tmp_path / "out").config.intermediate_size == 20
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+# ----------------------------------------------------------------------------------------- failures before the work
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"calibration": "mistyped.txt"}, "mistyped.txt: no such file"),
+        ({"evaluate": "mistyped.txt"}, "mistyped.txt: no such file"),
+        ({"evaluate": "short.txt"}, "less than one window of 128"),
+        ({"samples": 1000}, "but 1000 are asked for"),
+    ],
+)
+def test_texts_are_checked_before_the_weights_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], words: str
+) -> None:
+    np.save(tmp_path / "short.npy", random_tokens(97, 20))
+    options = {key: str(tmp_path / "short.npy") if value == "short.txt" else value for key, value in options.items()}
+    monkeypatch.setattr(runs, "load", lambda *_: pytest.fail("read the weights before the check"))
+    with pytest.raises(InputError, match=words):
+        job(folder, tmp_path / "out", **options)
+
+
+def test_room_for_the_output_is_checked_before_the_weights_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "load", lambda *_: pytest.fail("read the weights before the check"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, free=1000))
+    with pytest.raises(InputError, match=r"the folder needs .* kB, but .* has 1 kB free"):
+        job(folder, tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------------------------- repeated runs
@@ -231,7 +263,8 @@ def test_a_written_recipe_holds_the_settings_that_the_run_read(folder: Path, tmp
     job(folder, tmp_path / "out", structures=("channels",), seed=7)
     table = tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())
     assert table.pop("origin").keys() == {"model", "tokens_sha256", "versions"}
-    assert table["data"] == {"calibration": str(folder / "tokens.npy"), "samples": 4, "seq_len": 32, "seed": 7}
+    text = {"calibration": str(folder / "tokens.npy"), "field": "text"}
+    assert table["data"] == text | {"samples": 4, "seq_len": 32, "seed": 7}
     assert table["refit"] == {"method": "none"}
     assert table["scoring"] == {"criterion": "wanda", "activation_norm": "l2", "within": "sum"}
     assert "gradient" not in table
