@@ -130,7 +130,8 @@ def _stock_heads(config: DecoderConfig, sizes: Sizes) -> tuple[int, int]:
         return widest, per_group
     dense = sizes.D // sizes.H
     heads = [dense] if rule == "dense" else [n for n in range(widest * per_group, sizes.D + 1) if sizes.D % n == 0]
-    pairs = ((k, n // k) for n in heads for k in range(widest, n + 1) if n % k == 0 and n // k >= per_group)
+    # The fewest query heads of each first: a class without key/value heads of its own has one of each.
+    pairs = ((n // g, g) for n in heads for g in range(per_group, n // widest + 1) if n % g == 0)
     return next(pairs, (widest, per_group))
 
 
