@@ -189,7 +189,8 @@ def test_a_written_recipe_holds_the_settings_that_the_run_read(folder: Path, tmp
     job(folder, tmp_path / "out", structures=("channels",), seed=7)
     table = tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())
     assert table.pop("origin").keys() == {"model", "tokens_sha256", "versions"}
-    assert table["data"] == {"calibration": str(folder / "tokens.npy"), "samples": 4, "seq_len": 32, "seed": 7}
+    windows = {"samples": 4, "seq_len": 32, "seed": 7}
+    assert table["data"] == {"calibration": str(folder / "tokens.npy"), "field": "text"} | windows
     assert table["refit"] == {"method": "none"}
     assert table["scoring"] == {"criterion": "wanda", "activation_norm": "l2", "within": "sum"}
     assert "gradient" not in table
