@@ -84,13 +84,9 @@ def test_each_window_is_the_beginning_of_a_passage(
     """The windows stand in the text, in all of its quarters."""
     text = long_text.read_text()
     calibration = calibrate(model, long_text, samples=24, length=64)
-    places = []
+    places, decode = [], getattr(tokenizer.call, "decode")  # noqa: B009  a tokenizer of transformers
     for window in calibration.batches.windows:
-        decoded = (
-            tokenizer.call.__self__.decode(window)
-            if hasattr(tokenizer.call, "__self__")
-            else tokenizer.call.decode(window)
-        )
+        decoded = decode(window)
         places.append(text.find(decoded))
     assert min(places) >= 0
     assert {place * 4 // len(text) for place in places} == {0, 1, 2, 3}
