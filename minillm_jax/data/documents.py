@@ -23,6 +23,9 @@ HUB_CHARACTERS = 20_000_000
 # Words of a name that is taken for a text; a file of that name may exist all the same.
 WORDS_OF_A_TEXT = 4
 
+# Characters of a name in an error. The end of a path matters more than the line's length.
+LONGEST_NAME = 250
+
 
 class Block(NamedTuple):
     """A document, or a part of one.
@@ -237,18 +240,25 @@ def _import_datasets(source: str) -> Any:
     try:
         import datasets  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:
+        name = shortened(source, LONGEST_NAME)
         raise InputError(
-            f"{shortened(source)}: no such file, and Hub data sets need the data extra: pip install 'minillm-jax[data]'"
+            f"{name}: no such file, and Hub data sets need the data extra: pip install 'minillm-jax[data]'"
         ) from error
     return datasets
 
 
 def _no_file(source: str) -> InputError:
-    name = shortened(" ".join(source.split()))
     if "\n" in source.strip() or len(source.split()) > WORDS_OF_A_TEXT:
+        text = shortened(" ".join(source.split()))
         return InputError(
-            f"{name!r} is no file: expected the name of one and not the text itself; in Python, give texts as a list"
+            f"{text!r} is no file: expected the name of one and not the text itself; in Python, give texts as a list"
         )
+    name = shortened(source, LONGEST_NAME)
+    if not Path(source).is_absolute():
+        try:
+            Path.cwd()
+        except OSError:
+            return InputError(f"{name}: no such file, because the working directory was deleted; change to another one")
     return InputError(f"{name}: no such file; give {formats.EXPECTED}, or a Hub data set")
 
 
@@ -265,5 +275,5 @@ def _hub_blocks(source: str, field: str, limit: int) -> Iterator[Block]:
     except (InputError, GeneratorExit):
         raise
     except Exception as error:  # the Hub client raises many types
-        name = shortened(source)
+        name = shortened(source, LONGEST_NAME)
         raise InputError(f"{name}: no such file, and the Hub could not provide it ({cause(error)})") from error

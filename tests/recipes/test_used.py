@@ -169,6 +169,7 @@ VALUES: dict[str, list[Any]] = {
     "mesh": ["data=2"],
     "hosts": ["auto"],
     "text": ["held-out.txt"],
+    "field": ["content"],
     "window": [64],
 }
 

@@ -1,0 +1,112 @@
+"""The command `eval`: formats and fields of the text, and errors that come before the weights are read."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from minillm_jax import cli, demo
+from tests.helpers import edit_json
+
+TEXTS = [demo.held_out_text()[:6000], demo.held_out_text()[6000:9000]]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, arguments: Sequence[object]) -> int:
+    """Run the console command in this process and return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["minillm-jax", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def without_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder whose weights would be missed as soon as they are read."""
+    folder = shutil.copytree(demo.FOLDER, tmp_path_factory.mktemp("model") / "model")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def test_rows_and_plain_text_give_one_figure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "t.txt").write_text("\n\n".join(TEXTS))
+    (tmp_path / "t.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
+    (tmp_path / "t.JSONL").write_text("\n".join(json.dumps({"body": text}) for text in TEXTS))
+    figures = set()
+    for arguments in (["t.txt"], ["t.json"], ["t.JSONL", "--field", "body"]):
+        name, *more = arguments
+        assert call(monkeypatch, ["eval", demo.FOLDER, "--text", tmp_path / name, *more, "--json"]) == 0
+        figures.add(json.loads(capsys.readouterr().out)["perplexity"])
+    assert len(figures) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("nowhere.txt", None, [], "nowhere.txt: no such file"),
+        ("a.jsonl", '{"content": "words"}', [], "expected a field 'text', found 'content'; name one with --field"),
+        ("late.jsonl", '{"text": "words"}\n' * 99 + "{", [], "late.jsonl: line 100 is not JSON"),
+        ("short.txt", "words", [], "tokens are less than one window of 128"),
+        ("short.txt", "words", ["--window", "1"], "a window of 1 tokens has nothing to predict"),
+    ],
+)
+def test_errors_of_the_text_come_before_the_weights(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    without_weights: Path,
+    name: str,
+    content: str | None,
+    options: list[str],
+    message: str,
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    assert call(monkeypatch, ["eval", without_weights, "--text", tmp_path / name, *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_text_itself_is_no_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], without_weights: Path
+) -> None:
+    assert call(monkeypatch, ["eval", without_weights, "--text", TEXTS[0] * 8]) == 2
+    error = capsys.readouterr().err
+    assert "is no file: expected the name of one and not the text itself" in error
+    assert len(error) < 250
+
+
+def test_a_window_beyond_the_trained_positions_is_a_warning_beside_the_figure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(demo.FOLDER, tmp_path / "model")
+    edit_json(folder / "config.json", max_position_embeddings=48)
+    (tmp_path / "t.txt").write_text(TEXTS[0])
+    assert call(monkeypatch, ["eval", folder, "--text", tmp_path / "t.txt", "--window", 64, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["window"] == 64
+    assert shown.err.count("warning: --window 64: the model was trained for windows of at most 48 tokens") == 1
+
+
+def test_a_working_directory_that_was_deleted_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    gone, before = tmp_path / "gone", Path.cwd()
+    gone.mkdir()
+    os.chdir(gone)
+    try:
+        gone.rmdir()
+        assert call(monkeypatch, ["eval", demo.FOLDER, "--text", "text.txt"]) == 2
+        error = capsys.readouterr().err
+        assert "the working directory was deleted" in error
+        assert error.count("\n") == 1
+    finally:
+        os.chdir(before)
