@@ -156,7 +156,7 @@ def _ways(effect: _Effect, budget: Budget, queries: int) -> list[str]:
     if steps > 1 and _rounds_to_none(steps, budget):
         ways.append(f"use a ratio of at least {ceil(500 / steps) / 1000:g}")
         if set(budget.structures) == {"heads", "channels"}:
-            ways.append("--ratio-of model")
+            ways.append("--ratio-of model, which takes more of the other groups")
     elif steps > 1 and effect.multiple > 1:
         ways.append(f"use a smaller {budget.multiple_flag(effect.kind)}")
     elif steps > 1 and budget.allocation != "uniform":

@@ -125,7 +125,7 @@ def test_a_request_with_a_part_of_its_effect_is_a_warning(sizes: Sizes, budget: 
     [
         (ONE_HEAD, Budget(0.25, heads="query")),
         (TWO_HEADS, Budget(0.25)),
-        (TWO_HEADS, Budget(0.2, ratio_of="model")),
+        (TWO_HEADS, Budget(0.3, ratio_of="model")),
         (TWO_HEADS, Budget(0.2, heads="query")),
         (TWO_HEADS, Budget(0.2, structures=("channels",))),
     ],
