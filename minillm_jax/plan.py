@@ -210,8 +210,8 @@ def output_format(config: DecoderConfig, sizes: Sizes, raw: dict[str, Any], want
 def device_bytes(dense: Decoder, pruned: Decoder, recipe: Recipe, count: int = 1, on_cpu: bool = False) -> int:
     """Peak memory of one device: the largest of the stages that score, walk through the layers, and stack the result.
 
-    With several devices the weights are spread over all devices, and every device holds the residual streams and Gram
-    matrices whole.
+    With several devices this is an upper bound: the weights are spread over all of them, but the residual streams and
+    the Gram matrices count whole, because a mesh may be shared over one axis only.
     """
     width = np.dtype(dense.embedding.dtype).itemsize
     weights, smaller = (costs.cost(decoder, "parameters") * width for decoder in (dense, pruned))

@@ -23,6 +23,7 @@ from minillm_jax.data.batches import Batches
 from minillm_jax.devices import hosts, sharding
 from minillm_jax.errors import InputError
 from minillm_jax.model.decoder import Decoder, rotary_angles
+from minillm_jax.model.digest import model_digest
 from minillm_jax.pruning import refit, solve, walk
 from minillm_jax.pruning.refit import prune_by_obs, slice_and_refit
 from minillm_jax.recipes import recipe as recipes
@@ -122,7 +123,10 @@ def devices_of_walk() -> dict[str, Any]:
     disable_optimizations(True)
     shapes = {"data": (8, 1), "model": (1, 8), "both": (2, 4)}
     results = {name: on_mesh(*shape) for name, shape in shapes.items()}
-    return {"meshes": results, "bytes": bytes_during_the_walk(), "operations": operations(shapes)}
+    results = {"meshes": results, "bytes": bytes_during_the_walk(), "operations": operations(shapes)}
+    single = make_decoder(EVEN)
+    digests = {model_digest(sharding.shard(single, make_mesh(*shape))) for shape in shapes.values()}
+    return results | {"same model": digests == {model_digest(single)}}
 
 
 def on_mesh(data: int, model: int) -> dict[str, Any]:

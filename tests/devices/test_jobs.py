@@ -117,6 +117,11 @@ def test_finished_layers_stay_in_their_shards_during_the_walk(walk: dict[str, An
     assert walk["bytes"]["largest share"] == 1 / 4  # the groups are halved, and no longer divide by eight
 
 
+def test_a_model_is_known_on_every_mesh(walk: dict[str, Any]) -> None:
+    """An estimate that began on one mesh may continue on another."""
+    assert walk["same model"]
+
+
 @pytest.mark.parametrize(("mesh", "devices"), [("data", 8), ("model", 8), ("both", 8)])
 @pytest.mark.parametrize("program", ["advance", "inputs", "moments"])
 def test_devices_share_the_operations_of_the_walk(walk: dict[str, Any], mesh: str, devices: int, program: str) -> None:
