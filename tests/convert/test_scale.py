@@ -22,7 +22,7 @@ from minillm_jax.model.build import build
 from minillm_jax.model.families import parse
 from tests.helpers import hugging_face_folder
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 
 SIZES = {
     "vocab_size": 8000,
@@ -132,7 +132,6 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any
         shutil.rmtree(root)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("program", ["read", "read as bfloat16", "write"])
 def test_peak_memory_is_bounded(measured: dict[str, Any], program: str) -> None:
     assert measured[program] < measured["bound"], measured

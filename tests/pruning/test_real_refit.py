@@ -22,6 +22,7 @@ from tests.helpers import best_of, shared
 BOUNDS = {0.2: 1.60, 0.5: 4.45}
 
 
+@pytest.mark.slow
 def test_refit_recovers_more_than_half_of_the_loss_of_a_trained_model() -> None:
     """64 windows calibrate, 96 other windows measure the perplexity."""
     folder, source = shared("models/stories260K"), shared("data/tinystories/tinystories_sample_2MiB.txt")
@@ -43,6 +44,7 @@ def test_refit_recovers_more_than_half_of_the_loss_of_a_trained_model() -> None:
         assert ratios["obs"] < min(bound, ratios["least squares"]), ratios
 
 
+@pytest.mark.slow
 def test_host_and_device_prune_a_trained_model_alike() -> None:
     """Float32 on the device chooses the same groups as float64 on the host, and reaches the same perplexity."""
     model = load(demo.FOLDER)

@@ -209,6 +209,7 @@ def test_the_terms_of_the_step_are_those_of_a_parabola() -> None:
     assert report.second == pytest.approx(0.05)
 
 
+@pytest.mark.slow
 def test_the_slopes_of_bfloat16_weights_equal_those_of_the_same_weights_in_float32() -> None:
     """The step is never rounded to bfloat16."""
     decoder, batches = small_decoder(), Batches(random_tokens(61, 3, 16))

@@ -42,14 +42,14 @@ def account_of_paired_losses(decoder: Decoder, space: Space) -> tuple[int, int]:
     return account(slopes.paired_losses.lower(decoder, stacked, TOKENS, windows, epsilon, space))
 
 
-@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("distribution", [pytest.param("gaussian", marks=pytest.mark.slow), "rademacher"])
 def test_paired_losses_take_the_memory_of_a_forward_pass(distribution: str) -> None:
     """25 M parameters, 8 windows of 128 tokens, 16 directions: argument + temp at most 1.15 times the forward's."""
     forward = account(sequence_losses.lower(MEDIUM, TOKENS))
     assert sum(account_of_paired_losses(MEDIUM, Weights(distribution))) <= 1.15 * sum(forward)
 
 
-@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("distribution", ["gaussian", pytest.param("rademacher", marks=pytest.mark.slow)])
 def test_paired_losses_of_seven_billion_parameters_add_at_most_a_layer_and_a_quarter(distribution: str) -> None:
     _, forward = account(sequence_losses.lower(LARGE, TOKENS))
     assert account_of_paired_losses(LARGE, Weights(distribution))[1] - forward <= 1.25 * layer_bytes(LARGE)

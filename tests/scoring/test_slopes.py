@@ -99,7 +99,7 @@ def cosine(left: np.ndarray, right: np.ndarray) -> float:
     return float(left @ right / np.linalg.norm(left) / np.linalg.norm(right))
 
 
-@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("distribution", [pytest.param("gaussian", marks=pytest.mark.slow), "rademacher"])
 def test_spsa_approaches_the_exact_gradient_as_theory_predicts(distribution: str) -> None:
     """Cosine with the exact gradient: about sqrt(n / (n + d)) for n directions in d dimensions."""
     decoder, tokens = small_decoder(sizes=TINY, deviation=0.5), jnp.asarray(random_tokens(11, 4, 9))
