@@ -127,16 +127,6 @@ def test_rows_without_text_are_left_out(tmp_path: Path) -> None:
         assert tokens.documents == 3
 
 
-def test_a_list_longer_than_a_block_is_read_block_by_block(tmp_path: Path) -> None:
-    """A document of more than a block, one that ends with the block, and many short ones."""
-    texts = ["x" * 1_500_000, "é" * (2**20 - 4), *(f'"{n}" \\ [{{,' for n in range(20_000))]
-    (tmp_path / "a.json").write_text(json.dumps(texts, indent=1))
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    as_list, as_lines = (read(tmp_path / name) for name in ("a.json", "a.jsonl"))
-    assert as_list.documents == len(texts)
-    np.testing.assert_array_equal(as_list.ids, as_lines.ids)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

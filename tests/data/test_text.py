@@ -131,6 +131,14 @@ def test_a_byte_order_mark_and_a_line_separator_are_read(tmp_path: Path) -> None
     assert texts(read_blocks(tmp_path / "separator.jsonl")) == ["one\u2028two"]
 
 
+def test_a_list_longer_than_a_block_is_read_block_by_block(tmp_path: Path) -> None:
+    """A document of more than a block, one that ends with the block, and many short ones."""
+    documents = ["x" * 1_500_000, "é" * (2**20 - 4), *(f'"{number}" \\ [{{,' for number in range(2000))]
+    for indent in (None, 1):
+        (tmp_path / "a.json").write_text(json.dumps(documents, indent=indent, ensure_ascii=False), encoding="utf-8")
+        assert texts(read_blocks(tmp_path / "a.json")) == documents
+
+
 def test_archives_large_token_ids_and_bos_with_ids_are_errors(tmp_path: Path) -> None:
     with (tmp_path / "archive.npy").open("wb") as file:
         np.savez(file, a=np.arange(3), b=np.arange(3))
