@@ -6,7 +6,8 @@
 The default recipe scores, refits and slices in one walk over the layers, with no gradient estimate. The decoder has
 `--layers` layers of the preset's shape. A row of kind `layer` for every layer holds its seconds and those of each part:
 
-    system      the moments of the projection's input, and the linear system in float64; waits for the residual streams
+    moments     the moments of the projection's input; waits for the residual streams
+    system      the linear system in float64
     inverse     the inverse of the system's matrix
     products    all products of two rows of the least-squares weights
     order       the removal order
@@ -41,7 +42,8 @@ from minillm_jax.pruning import refit, solve
 
 # Part -> the module through which the refit calls the function of that part, and the function's name.
 PARTS = {
-    "system": (refit, "fit_of"),
+    "moments": (refit, "gathered"),
+    "system": (refit, "system_at"),
     "inverse": (solve, "inverse"),
     "products": (refit, "products_of_best"),
     "order": (refit, "greedy_removal"),
