@@ -25,7 +25,7 @@ def local_path(text: str | Path, what: str, hub: bool = False) -> Path:
     """
     name = str(text)
     if not name or "\0" in name:
-        raise InputError(f"the {what} {name!r} is no path; give a path on this machine{_or_hub(hub)}")
+        raise InputError(f"the {what} {shortened(name)!r} is no path; give a path on this machine{_or_hub(hub)}")
     if (scheme := scheme_of(name)) is not None:
         raise InputError(f"{shortened(name, 200)}: {_not_an_address(name, scheme, what, hub)}")
     try:

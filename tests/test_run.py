@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minillm_jax import api
-from minillm_jax import run as runs
 from minillm_jax.errors import InputError
+from minillm_jax.progress import StageProgress
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.run import Documents, Job, Result, run
@@ -27,12 +26,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def job(folder: Path, output: Path, documents: Documents | None = None, **options: Any) -> Result:
+def job(
+    folder: Path,
+    output: Path,
+    documents: Documents | None = None,
+    told: StageProgress | None = None,
+    **options: Any,
+) -> Result:
     """A run with the options of the command line, beside 4 windows, wanda, no refit, and a ratio of one half."""
     base = Recipe(data=Data(str(folder / "tokens.npy"), 4, 32), scoring=Scoring("wanda"), refit=Refit("none"))
     amount = {} if "target_params" in options else {"ratio": 0.5}
     recipe, given = recipes.with_options(base, amount | options)
-    return run(Job(str(folder / "model"), str(output), recipe, given), documents=documents)
+    return run(Job(str(folder / "model"), str(output), recipe, given), told, documents)
 
 
 @pytest.mark.parametrize(
@@ -139,27 +144,24 @@ def test_query_heads_need_more_than_one_of_each_key_value_head(tmp_path: Path) -
 @pytest.mark.parametrize("error", [InputError("the loss is nan"), RuntimeError("RESOURCE_EXHAUSTED: out of memory")])
 @pytest.mark.parametrize("failing", ["evaluation", "documents"])
 def test_a_failure_after_the_pruning_does_not_lose_the_pruned_model(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: Exception
+    folder: Path, tmp_path: Path, failing: str, error: Exception
 ) -> None:
     """The evaluation of the dense model works, that of the pruned model fails; or the report does."""
-    evaluations = []
+    weights = tmp_path / "out" / "model.safetensors"
 
-    def evaluated(*arguments: Any, **more: Any) -> Any:
-        evaluations.append((tmp_path / "out" / "model.safetensors").is_file())
-        if failing == "evaluation" and len(evaluations) == 2:
+    def told(stage: str, done: int, total: int) -> None:
+        if failing == "evaluation" and stage == "perplexity" and weights.is_file():
             raise error
-        return api.evaluate(*arguments, **more)
 
     def documents(result: Result) -> dict[str, str]:
+        assert (result.after is None) == (failing == "evaluation")
         if failing == "documents":
             raise error
-        return {"report.txt": f"after: {result.after}"}
+        return {"report.txt": f"before: {result.before}"}
 
-    monkeypatch.setattr(runs, "evaluate", evaluated)
     missing = "perplexity was not measured" if failing == "evaluation" else "report was not written"
     with pytest.raises(InputError, match=rf"the pruned model is saved in .*out, but its {missing} \({error}\)"):
-        job(folder, tmp_path / "out", documents=documents, evaluate=str(folder / "tokens.npy"))
-    assert evaluations == [False, True]
+        job(folder, tmp_path / "out", documents, told, evaluate=str(folder / "tokens.npy"))
     assert load_stock(tmp_path / "out").config.intermediate_size == 20
     assert (tmp_path / "out" / "recipe.toml").is_file()
     assert (tmp_path / "out" / "report.txt").exists() == (failing == "evaluation")
@@ -176,32 +178,46 @@ def test_documents_are_added_whole_and_never_overwrite(folder: Path, tmp_path: P
 # ----------------------------------------------------------------------------------------- failures before the work
 
 
+@pytest.fixture
+def without_weights(folder: Path, tmp_path: Path) -> Path:
+    """The folder of the tests with a model that has no weight file, so that reading the weights is an error."""
+    root = tmp_path / "without"
+    (root / "model").mkdir(parents=True)
+    shutil.copyfile(folder / "model" / "config.json", root / "model" / "config.json")
+    shutil.copyfile(folder / "tokens.npy", root / "tokens.npy")
+    return root
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"calibration": "mistyped.txt"}, "mistyped.txt: no such file"),
         ({"evaluate": "mistyped.txt"}, "mistyped.txt: no such file"),
-        ({"evaluate": "short.txt"}, "less than one window of 128"),
+        ({"evaluate": "short.npy"}, "less than one window of 128"),
         ({"samples": 1000}, "but 1000 are asked for"),
     ],
 )
 def test_texts_are_checked_before_the_weights_are_read(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], words: str
+    folder: Path, without_weights: Path, tmp_path: Path, options: dict[str, Any], words: str
 ) -> None:
-    np.save(tmp_path / "short.npy", random_tokens(97, 20))
-    options = {key: str(tmp_path / "short.npy") if value == "short.txt" else value for key, value in options.items()}
-    monkeypatch.setattr(runs, "load", lambda *_: pytest.fail("read the weights before the check"))
+    np.save(without_weights / "short.npy", random_tokens(97, 20))
+    places = {"short.npy": str(without_weights / "short.npy")}
+    options = {key: places.get(value, value) for key, value in options.items()}
     with pytest.raises(InputError, match=words):
-        job(folder, tmp_path / "out", **options)
+        job(without_weights, tmp_path / "out", **options)
 
 
 def test_room_for_the_output_is_checked_before_the_weights_are_read(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    without_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "load", lambda *_: pytest.fail("read the weights before the check"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, free=1000))
     with pytest.raises(InputError, match=r"the folder needs .* kB, but .* has 1 kB free"):
-        job(folder, tmp_path / "out")
+        job(without_weights, tmp_path / "out")
+
+
+def test_weights_are_read_after_all_checks(without_weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no weights"):
+        job(without_weights, tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------------------------- repeated runs

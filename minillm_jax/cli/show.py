@@ -47,7 +47,7 @@ def show_warnings() -> None:
     warnings.showwarning = print_one
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    warnings.simplefilter("default", InputWarning)
+    warnings.simplefilter("once", InputWarning)  # wherever in the code it is issued
 
 
 def _prints() -> bool:

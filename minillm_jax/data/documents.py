@@ -13,6 +13,7 @@ from jaxtyping import Integer
 
 from minillm_jax.data import formats, rows
 from minillm_jax.errors import InputError, cause, shortened, warn
+from minillm_jax.paths import local_path
 
 FIELD = "text"
 GIVEN = "the given data"
@@ -115,7 +116,7 @@ def check_ids(ids: np.ndarray, source: str) -> Integer[np.ndarray, " tokens"]:
 
 
 def _open_source(source: str | Path, field: str) -> Opened:
-    path = _path(source)
+    path = local_path(source, "text", hub=True)
     if not os.path.exists(path):  # noqa: PTH110  Path.exists raises for a name that is too long
         return Opened(str(source), _hub_blocks(str(source), field, HUB_CHARACTERS))
     kind = formats.kind_of(path)
@@ -124,13 +125,6 @@ def _open_source(source: str | Path, field: str) -> Opened:
     if kind == "text" and field != FIELD:
         warn(f"{path}: plain text has no fields; the field {field!r} is not used for it")
     return Opened(str(source), _file_blocks(path, kind, field))
-
-
-def _path(source: str | Path) -> Path:
-    try:
-        return Path(source).expanduser()
-    except RuntimeError:  # ~ and a name that is no user
-        return Path(source)
 
 
 def check_source(source: str | Path, field: str = FIELD, most: int | None = None) -> None:
@@ -144,7 +138,7 @@ def check_source(source: str | Path, field: str = FIELD, most: int | None = None
     Raises:
       InputError: the file is missing, unreadable, empty or of an unknown format, or a row has no such field.
     """
-    if not os.path.exists(_path(source)):  # noqa: PTH110  see _open_source
+    if not os.path.exists(local_path(source, "text", hub=True)):  # noqa: PTH110  see _open_source
         _hub_parts(str(source))
         return
     opened = open_data(source, field)
@@ -177,7 +171,7 @@ def read_blocks(source: str | Path, field: str = FIELD, hub_characters: int = HU
     Raises:
       InputError: the source is missing or in an unknown format, or a row has no such field.
     """
-    path = _path(source)
+    path = local_path(source, "text", hub=True)
     if not os.path.exists(path):  # noqa: PTH110  see _open_source
         return _hub_blocks(str(source), field, hub_characters)
     return _file_blocks(path, formats.kind_of(path), field)

@@ -74,7 +74,7 @@ def refit_sublayer_inputs(
 
     found = hosts.of_first(solution)
     linear_map, shift = (sharding.replicated(found[name].astype(np.float32), mesh) for name in ("map", "shift"))
-    return _mapped(run, linear_map, shift, names=names, mesh=mesh)
+    return mapped(run, linear_map, shift, names=names, mesh=mesh)
 
 
 def _solution(system: System, solver: str) -> dict[str, np.ndarray]:
@@ -85,7 +85,7 @@ def _solution(system: System, solver: str) -> dict[str, np.ndarray]:
 
 
 @partial(jax.jit, static_argnames=("names", "mesh"))
-def _mapped(
+def mapped(
     run: Block,
     linear_map: Float[Array, "D D"],
     shift: Float[Array, " D"],

@@ -97,7 +97,7 @@ def greedy_removal(
     """
     if solver == "device" and keep < count:
         matrices = (jnp.asarray(matrix, jnp.float32) for matrix in (inverse, products))
-        order, errors = _on_device(*matrices, count=count, removed=count - keep, parts=parts, gathered=gathered)
+        order, errors = order_on_device(*matrices, count=count, removed=count - keep, parts=parts, gathered=gathered)
         if not np.isfinite(np.asarray(errors)).all():
             raise np.linalg.LinAlgError("the order of removal takes more precision than float32 has")
         return np.asarray(order, np.int64)
@@ -117,7 +117,7 @@ def greedy_removal(
 
 
 @partial(jax.jit, static_argnames=("count", "removed", "parts", "gathered"))
-def _on_device(
+def order_on_device(
     inverse: Float[Array, "I I"], products: Float[Array, "I I"], *, count: int, removed: int, parts: int, gathered: int
 ) -> tuple[Int[Array, " removed"], Float[Array, " removed"]]:
     """The removed groups in order, and the error of each removal: not finite where float32 is not precise enough."""

@@ -31,7 +31,7 @@ def solve(
       LinAlgError: the matrix is not positive definite in the solver's type.
     """
     if solver == "device":
-        solution = np.asarray(_on_device(jnp.asarray(matrix, jnp.float32), jnp.asarray(right, jnp.float32)))
+        solution = np.asarray(cholesky_solve(jnp.asarray(matrix, jnp.float32), jnp.asarray(right, jnp.float32)))
         return _checked(solution, "float32").astype(np.float64)
     factor = scipy.linalg.cho_factor(matrix, check_finite=False)
     return _checked(scipy.linalg.cho_solve(factor, right, check_finite=False), "float64")
@@ -55,7 +55,7 @@ def product(
 ) -> Float[np.ndarray, "I K"]:
     """The product left · right, in the type of the solver and on its device."""
     if solver == "device":
-        return np.asarray(_product_on_device(jnp.asarray(left, jnp.float32), jnp.asarray(right, jnp.float32)))
+        return np.asarray(device_product(jnp.asarray(left, jnp.float32), jnp.asarray(right, jnp.float32)))
     return left @ right
 
 
@@ -66,11 +66,13 @@ def _checked(solution: np.ndarray, type_name: str) -> np.ndarray:
 
 
 @jax.jit
-def _on_device(matrix: Float[Array, "I I"], right: Float[Array, "I D"]) -> Float[Array, "I D"]:
+def cholesky_solve(matrix: Float[Array, "I I"], right: Float[Array, "I D"]) -> Float[Array, "I D"]:
+    """`solve` on the device, float32; NaN where the matrix is not positive definite."""
     with jax.default_matmul_precision("highest"):
         return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(matrix), right)
 
 
 @jax.jit
-def _product_on_device(left: Float[Array, "I J"], right: Float[Array, "J K"]) -> Float[Array, "I K"]:
+def device_product(left: Float[Array, "I J"], right: Float[Array, "J K"]) -> Float[Array, "I K"]:
+    """`product` on the device, float32."""
     return ops.einsum("IJ,JK->IK", left, right)

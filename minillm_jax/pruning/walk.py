@@ -151,9 +151,9 @@ def walk(
         moments of the sublayer's inputs; returns the layer with refitted matrices in this sublayer.
     """
     angles = rotary_angles(decoder, batches.length)
-    dense = [_begin(decoder, batch.tokens, mesh=batches.mesh) for batch in batches]
+    dense = [begin(decoder, batch.tokens, mesh=batches.mesh) for batch in batches]
     pruned, layers, done = list(dense), [], 0
-    for index, dense_layer in enumerate(_layers(decoder, batches.mesh)):
+    for index, dense_layer in enumerate(layers_of(decoder, batches.mesh)):
         layer = dense_layer
         for kind in PROJECTIONS:
             settings = {"kind": kind, "config": decoder.config, "mesh": batches.mesh, "angles": angles}
@@ -177,27 +177,29 @@ def _advance_all(run: Block, states: list[State], settings: dict[str, Any]) -> S
     """Moves every batch one sublayer further, in place. Returns the residual sums before a norm that follows them."""
     totals = []
     for index, state in enumerate(states):
-        states[index], total = _advance(run, state, **settings)
+        states[index], total = advance(run, state, **settings)
         totals.append(states[index].stream if total is None else total)
     return totals
 
 
-def _layers(decoder: Decoder, mesh: Mesh | None) -> Iterator[Block]:
-    """Every layer, each a run of one layer."""
+def layers_of(decoder: Decoder, mesh: Mesh | None) -> Iterator[Block]:
+    """Every layer of a decoder, each a run of one layer, in its shards on the mesh."""
     for run in decoder.runs:
         for index in range(depth(run)):
-            yield _layer(run, jnp.asarray(index, jnp.int32), mesh=mesh)
+            yield take_layer(run, jnp.asarray(index, jnp.int32), mesh=mesh)
 
 
 # The index is an argument of the compiled program, so that all layers of a shape share one compilation.
 @partial(jax.jit, static_argnames="mesh")
-def _layer(run: Block, index: Int[Array, ""], *, mesh: Mesh | None) -> Block:
+def take_layer(run: Block, index: Int[Array, ""], *, mesh: Mesh | None) -> Block:
+    """One layer of a run."""
     layer = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, index, 1), run)
     return sharding.constrain_run(layer, mesh)
 
 
 @partial(jax.jit, static_argnames="mesh")
-def _begin(decoder: Decoder, tokens: Int[Array, "B T"], *, mesh: Mesh | None) -> State:
+def begin(decoder: Decoder, tokens: Int[Array, "B T"], *, mesh: Mesh | None) -> State:
+    """The state before the first layer."""
     return State(sharding.spread(embed(decoder, tokens).astype(jnp.float32), mesh))
 
 
@@ -209,7 +211,7 @@ def _sublayer(kind: str, run: Block, config: DecoderConfig, state: State, angles
 
 
 @partial(jax.jit, static_argnames=("kind", "config", "mesh"))
-def _advance(
+def advance(
     run: Block, state: State, *, kind: str, config: DecoderConfig, mesh: Mesh | None, angles: Angles
 ) -> tuple[State, Float[Array, "B T D"] | None]:
     """The state after a sublayer, and the residual sum where a norm follows it."""
@@ -247,16 +249,16 @@ def _collect(
     run: Block, states: Sequence[State], dense_totals: Sequence[Float[Array, "_ T D"]], settings: dict[str, Any]
 ) -> Moments:
     """The moments of one output projection over all batches."""
-    pairs = partial(_inputs_and_gaps, run, **settings)
-    return Moments(*_sums(pairs, list(zip(states, dense_totals, strict=True)), settings["mesh"]))
+    pairs = partial(inputs_and_gaps, run, **settings)
+    return Moments(*sums_about_means(pairs, list(zip(states, dense_totals, strict=True)), settings["mesh"]))
 
 
 def _collect_inputs(
     run: Block, dense: Sequence[State], pruned: Sequence[State], settings: dict[str, Any]
 ) -> InputMoments:
     """The moments of a sublayer's inputs over all batches."""
-    pairs = partial(_inputs_of_both, run, **settings)
-    return InputMoments(*_sums(pairs, list(zip(pruned, dense, strict=True)), settings["mesh"]))
+    pairs = partial(inputs_of_both, run, **settings)
+    return InputMoments(*sums_about_means(pairs, list(zip(pruned, dense, strict=True)), settings["mesh"]))
 
 
 # Two features of the same tokens: of the pruned model, and their targets.
@@ -264,7 +266,7 @@ Pair = tuple[Float[Array, "B T I"], Float[Array, "B T J"]]
 
 
 @partial(jax.jit, static_argnames=("kind", "config", "mesh"))
-def _inputs_of_both(
+def inputs_of_both(
     run: Block, pruned: State, dense: State, *, kind: str, config: DecoderConfig, mesh: Mesh | None, angles: Angles
 ) -> Pair:
     """The inputs of a sublayer's matrices in the pruned and the dense model, float32.
@@ -278,7 +280,7 @@ def _inputs_of_both(
 
 
 @partial(jax.jit, static_argnames=("kind", "config", "mesh"))
-def _inputs_and_gaps(
+def inputs_and_gaps(
     run: Block,
     state: State,
     dense_total: Float[Array, "B T D"],
@@ -297,7 +299,9 @@ def _inputs_and_gaps(
     return sharding.spread(a.astype(jnp.float32), mesh, sharding.MODEL), sharding.spread(gap, mesh)
 
 
-def _sums(pair_of: Callable[..., Pair], batches: Sequence[tuple[Any, ...]], mesh: Mesh | None) -> tuple[Array, ...]:
+def sums_about_means(
+    pair_of: Callable[..., Pair], batches: Sequence[tuple[Any, ...]], mesh: Mesh | None
+) -> tuple[Array, ...]:
     """Sums about the means of the first batch (the six fields of `Moments`).
 
     Every device adds up its own windows. The devices add their sums once, at the end. Batches whose windows do not
@@ -308,7 +312,7 @@ def _sums(pair_of: Callable[..., Pair], batches: Sequence[tuple[Any, ...]], mesh
         pair = pair_of(*batch)
         centers = centers or tuple(_mean(part) for part in pair)
         shares = sharding.shares(len(pair[0]), mesh)
-        sums[shares] = _add_pair(sums.get(shares), pair, centers, shares=shares, mesh=mesh)
+        sums[shares] = add_pair(sums.get(shares), pair, centers, shares=shares, mesh=mesh)
     assert centers is not None, "there is at least one batch"
     parts = (_over_devices(part) for part in sums.values())
     return *reduce(lambda total, part: jax.tree.map(jnp.add, total, part), parts), *centers
@@ -320,7 +324,7 @@ def _mean(x: Float[Array, "B T I"]) -> Float[Array, " I"]:
 
 
 @partial(jax.jit, static_argnames=("shares", "mesh"))
-def _add_pair(
+def add_pair(
     total: tuple[Array, ...] | None, pair: Pair, centers: tuple[Array, Array], *, shares: int, mesh: Mesh | None
 ) -> tuple[Array, ...]:
     """The sums over the windows of each device, [S, ...], with those of one more batch."""

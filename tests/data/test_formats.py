@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from minillm_jax import demo
+from minillm_jax.data.documents import check_source, open_data
 from minillm_jax.data.text import Tokens, read_tokens, tokenise
 from minillm_jax.errors import InputError, InputWarning
 
@@ -224,3 +225,12 @@ def test_the_text_itself_and_long_names_are_shortened() -> None:
         with pytest.raises(InputError, match="no such file") as raised:
             read_tokens(name, demo.FOLDER, 1024)
         assert len(str(raised.value)) < 450
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/text.txt", "https://example.org/text.txt", "s3://bucket/t.jsonl"])
+def test_an_address_is_no_file(address: str) -> None:
+    for read in (check_source, open_data):
+        with pytest.raises(
+            InputError, match=r"the text is a path on this machine, and \w+:// is neither read nor written"
+        ):
+            read(address)

@@ -5,31 +5,31 @@
 
 import json
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import scipy.linalg
 from jax import numpy as jnp
 
-from minillm_jax import stages
 from minillm_jax.data.batches import Batches
 from minillm_jax.devices import hosts, sharding
 from minillm_jax.errors import InputError
 from minillm_jax.model.decoder import Decoder, rotary_angles
 from minillm_jax.model.digest import model_digest
-from minillm_jax.pruning import refit, solve, walk
-from minillm_jax.pruning.refit import prune_by_obs, slice_and_refit
+from minillm_jax.model.modules import Block
+from minillm_jax.pruning import refit, walk
+from minillm_jax.pruning.refit import prune_by_obs
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.run import Job, run
-from minillm_jax.scoring.gradient import checkpoint
-from minillm_jax.settings import Refit
+from minillm_jax.scoring.gradient.estimate import estimate
+from minillm_jax.scoring.gradient.plan import Plan
+from minillm_jax.settings import Estimation, Refit
 from tests.devices.mesh_child import (
     EVEN,
     KEPT,
@@ -69,33 +69,43 @@ def run_job(folder: str, name: str, output: Path, mesh: str | None = None, check
 
 
 def joined_jobs(folder: str, out: str, meshes: str, names: str, address: str) -> dict[str, Any]:
-    """Whole runs in one of two processes, of which the second would decide otherwise, by another clock."""
+    """Whole runs in one of two processes, of which the second would decide otherwise."""
     hosts.initialise_hosts(hosts.parse_hosts(address))
     disable_optimizations(True)
     if not hosts.is_writer():
         decide_otherwise()
-    saves = []
-    save = checkpoint.Checkpoint.save
-    checkpoint.Checkpoint.save = lambda self, state, last: saves.append(save(self, state, last))
     for mesh in meshes.split("+"):
         for name in names.split("+"):
             run_job(folder, name, Path(out, f"{mesh} {name}"), MESHES[mesh], checkpoint=name == "fms")
-    return {"writer": hosts.is_writer(), "saves": len(saves), "errors": errors_of_mixed_inputs(folder, out)}
+    return {
+        "writer": hosts.is_writer(),
+        "errors": errors_of_mixed_inputs(folder, out),
+        "projected": estimate_by_two_clocks(Path(out, "two clocks")).tolist(),
+    }
 
 
 def decide_otherwise() -> None:
-    """Gives this process wrong solutions, another order of groups, other scores, and a clock that runs ahead."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(solve, "solve", lambda matrix, right, solver="host": np.zeros_like(right))
-    patch.setattr(refit, "greedy_removal", lambda inverse, products, count, keep, *rest: np.arange(count - keep))
-    choose = stages.choose
-    patch.setattr(stages, "choose", lambda scores, *rest: choose(negated(scores), *rest))
-    hour = iter(range(0, 10**9, 3600))
-    patch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + next(hour)))
+    """Gives this process wrong solutions of linear systems, and the opposite of every best choice and order."""
+    patch, smallest, order = pytest.MonkeyPatch(), np.argmin, np.argsort
+    patch.setattr(scipy.linalg, "cho_solve", lambda factor, right, **_: np.zeros_like(right))
+    patch.setattr(np, "argmin", lambda a, *rest, **more: (np.argmax if is_score(a) else smallest)(a, *rest, **more))
+    patch.setattr(np, "argsort", lambda a, *rest, **more: order(-a if is_score(a) else a, *rest, **more))
 
 
-def negated(scores: dict[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]:
-    return {kind: [-values for values in rows] for kind, rows in scores.items()}
+def is_score(array: Any) -> bool:
+    """Whether an array holds numbers that are compared; JAX itself sorts whole numbers only."""
+    return isinstance(array, np.ndarray | list) and np.asarray(array).dtype.kind == "f"
+
+
+def estimate_by_two_clocks(folder: Path) -> np.ndarray:
+    """A gradient estimate that process 0 wants to save at every call, and the other process only at the end."""
+    decoder = sharding.shard(make_decoder(EVEN), make_mesh(2, 2))
+    batches = batches_for(decoder, make_tokens(8, EVEN.V))
+    settings = Estimation("spsa", directions=4, distribution="rademacher", epsilon=1e-2)
+    plan, seconds = Plan(per_step=1, chunks=1, tokens=batches.tokens), 0.0 if hosts.is_writer() else 1e9
+    projected = estimate(decoder, batches, settings, None, folder, plan, save_every=seconds).projected
+    assert projected is not None
+    return projected
 
 
 def errors_of_mixed_inputs(folder: str, out: str) -> list[str]:
@@ -142,31 +152,21 @@ def on_mesh(data: int, model: int) -> dict[str, Any]:
 
 
 def bytes_during_the_walk() -> dict[str, Any]:
-    """The largest share of the weights of finished layers on any device, after every sublayer."""
+    """The largest share of the weights of a layer on any device, as each sublayer is finished."""
     single, tokens = make_decoder(EVEN), make_tokens(8, EVEN.V)
-    decoder = sharding.shard(single, make_mesh(2, 4))
-    shares, layers = [], []
-    take = refit.slicing.take
+    decoder, shares = sharding.shard(single, make_mesh(2, 4)), []
+    settings = refit.resolve(Refit(), decoder.config)
 
-    def watched(*arguments: Any, **more: Any) -> Any:
-        layers.append(take(*arguments, **more))
-        return layers[-1]
-
-    patch = pytest.MonkeyPatch()
-    with_projection = refit._with_projection
-    patch.setattr(refit, "_with_projection", lambda *a: layers.append(with_projection(*a)) or layers[-1])
-
-    def report(done: int, total: int) -> None:
+    def replace(site: walk.Site) -> Block:
+        layer = refit.slice_site(site, site.kind, KEPT[site.kind][site.layer], settings)
         on_device: Counter[int] = Counter()
-        cut = [array for array in jax.tree.leaves(layers[-1]) if array.ndim > 2]
-        for array in cut:
-            for shard in array.addressable_shards:
-                on_device[shard.device.id] += shard.data.nbytes
-        whole = sum(array.nbytes for array in cut)
-        shares.append(max(on_device.values()) / whole)
+        cut = [array for array in jax.tree.leaves(layer) if array.ndim > 2]
+        for shard in (shard for array in cut for shard in array.addressable_shards):
+            on_device[shard.device.id] += shard.data.nbytes
+        shares.append(max(on_device.values()) / sum(array.nbytes for array in cut))
+        return layer
 
-    slice_and_refit(decoder, KEPT, batches_for(decoder, tokens), Refit(), report)
-    patch.undo()
+    walk.walk(decoder, batches_for(decoder, tokens), replace)
     return {"largest share": max(shares), "sublayers": len(shares)}
 
 
@@ -187,14 +187,14 @@ def programs(decoder: Decoder, batches: Batches) -> dict[str, float]:
     mesh, (batch,) = batches.mesh, batches
     settings = {"kind": "channel", "config": decoder.config, "mesh": mesh}
     settings |= {"angles": rotary_angles(decoder, batches.length)}
-    layer, state = next(walk._layers(decoder, mesh)), walk._begin(decoder, batch.tokens, mesh=mesh)
-    pair = walk._inputs_and_gaps(layer, state, state.stream, **settings)
+    layer, state = next(walk.layers_of(decoder, mesh)), walk.begin(decoder, batch.tokens, mesh=mesh)
+    pair = walk.inputs_and_gaps(layer, state, state.stream, **settings)
     shares = sharding.shares(len(batch.tokens), mesh)
     centers = tuple(jnp.zeros(part.shape[-1]) for part in pair)
     lowered = {
-        "advance": walk._advance.lower(layer, state, **settings),
-        "inputs": walk._inputs_and_gaps.lower(layer, state, state.stream, **settings),
-        "moments": walk._add_pair.lower(None, pair, centers, shares=shares, mesh=mesh),
+        "advance": walk.advance.lower(layer, state, **settings),
+        "inputs": walk.inputs_and_gaps.lower(layer, state, state.stream, **settings),
+        "moments": walk.add_pair.lower(None, pair, centers, shares=shares, mesh=mesh),
     }
     return {name: program.compile().cost_analysis()["flops"] for name, program in lowered.items()}
 

@@ -1,7 +1,9 @@
 """The refit against independent least squares, structured OBS against brute force."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -251,32 +253,40 @@ def test_a_system_without_a_solution_is_an_error() -> None:
         system.Solver().run(broken, lambda s, name: s.rows(np.arange(12), name))
 
 
+@pytest.fixture
+def broken_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], None]]:
+    """Makes the solver of the device fail with a message, or give NaN if the message is None."""
+
+    def break_with(message: str | None) -> None:
+        def fail(factor: Any, right: jax.Array) -> jax.Array:
+            if message is not None:
+                raise jax.errors.JaxRuntimeError(message)
+            return right * jnp.nan
+
+        monkeypatch.setattr(jax.scipy.linalg, "cho_solve", fail)
+        jax.clear_caches()
+
+    yield break_with
+    jax.clear_caches()  # the programs that were traced with the broken function
+
+
 @pytest.mark.parametrize("message", ["RESOURCE_EXHAUSTED: out of memory", None])
 def test_a_system_that_fails_on_the_device_is_solved_on_the_host(
-    monkeypatch: pytest.MonkeyPatch, message: str | None
+    broken_device: Callable[[str | None], None], message: str | None
 ) -> None:
     """For lack of memory; for lack of precision, with NaN as its result."""
-
-    def fail(matrix: jax.Array, right: jax.Array) -> jax.Array:
-        if message is not None:
-            raise jax.errors.JaxRuntimeError(message)
-        return right * jnp.nan
-
-    monkeypatch.setattr(solve, "_on_device", fail)
     decoder = small_decoder()
+    host = slice_and_refit(decoder, kept_in(decoder), BATCHES, Refit(inputs=0.0))
+    broken_device(message)
     with pytest.warns(InputWarning, match="layer 0: solved on the host in place of the device") as warned:
         device = slice_and_refit(decoder, kept_in(decoder), BATCHES, Refit(solver="device", inputs=0.0))
     assert len(warned) == 1
-    host = slice_and_refit(decoder, kept_in(decoder), BATCHES, Refit(inputs=0.0))
     for (path, left), (_, right) in zip(named_arrays(host), named_arrays(device), strict=True):
         np.testing.assert_allclose(left, right, atol=1e-4 * float(jnp.abs(left).max()), err_msg=path)
 
 
-def test_another_failure_of_the_device_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(matrix: jax.Array, right: jax.Array) -> jax.Array:
-        raise jax.errors.JaxRuntimeError("INTERNAL: broken")
-
-    monkeypatch.setattr(solve, "_on_device", fail)
+def test_another_failure_of_the_device_is_not_hidden(broken_device: Callable[[str | None], None]) -> None:
+    broken_device("INTERNAL: broken")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         system.Solver("device").run(short_system(1e-2), lambda s, name: s.rows(np.arange(12), name))
 

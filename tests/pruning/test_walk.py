@@ -17,8 +17,7 @@ from minillm_jax.model.decoder import Decoder, embed, rotary_angles
 from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.modules import Block
 from minillm_jax.pruning import slicing
-from minillm_jax.pruning import walk as walks
-from minillm_jax.pruning.walk import PROJECTIONS, Moments, Site, projection, raw_moments, walk
+from minillm_jax.pruning.walk import PROJECTIONS, Moments, Site, projection, raw_moments, sums_about_means, walk
 from tests.helpers import CONFIGURATIONS, arrays_equal, hugging_face_folder, logits_of, random_tokens, small_decoder
 
 BIASED = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
@@ -165,7 +164,9 @@ def test_moments_keep_the_digits_of_small_deviations_from_large_means() -> None:
     x = (1000 + rng.normal(size=(4, 64, 8))).astype(np.float32)
     y = (x[..., :3] - 1000).astype(np.float32)
     batches = [(jnp.asarray(x[i : i + 1]), jnp.asarray(y[i : i + 1])) for i in range(4)]
-    gram, inputs, cross, targets, *_ = (np.asarray(m, np.float64) for m in walks._sums(lambda *b: b, batches, None))
+    gram, inputs, cross, targets, *_ = (
+        np.asarray(m, np.float64) for m in sums_about_means(lambda *b: b, batches, None)
+    )
     covariance = gram - np.outer(inputs / 256, inputs)
     exact, exact_y = x.reshape(256, 8).astype(np.float64), y.reshape(256, 3).astype(np.float64)
     exact -= exact.mean(axis=0)

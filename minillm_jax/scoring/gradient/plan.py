@@ -83,12 +83,12 @@ def _per_step(decoder: Decoder, length: int, settings: Estimation, tokens_at_onc
     device = jax.local_devices()[0]
     if device.platform == "cpu" and settings.estimator == "spsa":
         return 1
-    memory = settings.memory or _free_memory(device)
+    memory = settings.memory or free_memory(device)
     tokens = max(length, tokens_at_once // MOST_PER_STEP)
     return max(1, min(MOST_PER_STEP, memory // direction_bytes(decoder, tokens, length, settings)))
 
 
-def _free_memory(device: Any) -> int:
+def free_memory(device: Any) -> int:
     """Bytes for the estimate: most of the device's free memory."""
     statistics = device.memory_stats() or {}
     if "bytes_limit" not in statistics:
