@@ -22,7 +22,7 @@ class InputWarning(UserWarning):
 
 
 def warn(sentence: str) -> None:
-    """Issues an `InputWarning`. Python shows equal warnings of one line once."""
+    """Issues an `InputWarning`."""
     warnings.warn(InputWarning(sentence), stacklevel=3)
 
 

@@ -30,15 +30,17 @@ def show(as_json: bool, value: Callable[[], dict[str, Any]], table: Callable[[],
 
 
 def show_warnings() -> None:
-    """Prints every `InputWarning` as one sentence on standard error, and no warning of another library.
+    """Prints every `InputWarning` once, as a sentence on standard error, and no warning of another library.
 
     With several processes, process 0 prints, once the processes are joined. `python -W` and PYTHONWARNINGS bring the
     others back.
     """
+    printed: set[str] = set()  # Python's own memory of warnings is lost where a library changes the filters
 
     def print_one(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
         if issubclass(category, InputWarning):
-            if _prints():
+            if _prints() and str(message) not in printed:
+                printed.add(str(message))
                 print(f"minillm-jax: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
         else:
             others(message, category, *rest, **more)
@@ -47,7 +49,7 @@ def show_warnings() -> None:
     warnings.showwarning = print_one
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    warnings.simplefilter("once", InputWarning)  # wherever in the code it is issued
+    warnings.simplefilter("always", InputWarning)
 
 
 def _prints() -> bool:

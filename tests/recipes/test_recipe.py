@@ -144,7 +144,7 @@ def test_errors_of_a_file_name_the_file_and_the_key(tmp_path: Path, text: str, m
         ("mini_llm", "did you mean mini-llm?"),
         ("nowhere.toml", "recipe nowhere.toml: cannot be read"),
         ("./nowhere", "recipe ./nowhere: cannot be read"),
-        ("~no such user/mine.toml", "recipe ~no such user/mine.toml: cannot be read"),
+        ("~no such user/mine.toml", "the recipe has no known home folder; give the whole path"),
     ],
 )
 def test_recipes_that_do_not_exist(name: str, message: str) -> None:
@@ -356,6 +356,7 @@ HUGE = "x" * 5000
 # Settings that a run checks where it reads the text, the folder or the devices.
 LATE = {
     ("data", "calibration"),
+    ("data", "field"),
     ("evaluation", "text"),
     ("output", "checkpoint"),
     ("devices", "mesh"),

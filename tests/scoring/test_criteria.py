@@ -17,7 +17,6 @@ from minillm_jax.data.batches import Batches
 from minillm_jax.data.windows import Calibration
 from minillm_jax.errors import InputError
 from minillm_jax.model.loaded import Model
-from minillm_jax.scoring.criteria import CRITERIA
 from minillm_jax.scoring.gradient.settings import resolve as resolve_estimation
 from minillm_jax.scoring.score import resolve, score
 from minillm_jax.settings import Estimation, Scoring
@@ -191,7 +190,8 @@ def test_contradictory_settings_are_errors(changes: dict[str, Any], words: str) 
 
 
 def test_only_fms_reads_factors() -> None:
-    assert resolve(Scoring("wanda", factors=("magnitude",)))[0] == CRITERIA["wanda"]
+    with pytest.raises(InputError, match="the criterion wanda does not read factors, which would do nothing"):
+        resolve(Scoring("wanda", factors=("magnitude",)))
     assert resolve(Scoring("fms", factors=("magnitude",)))[0].factors == ("magnitude",)
 
 
