@@ -45,3 +45,13 @@ def _compile_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.clear_caches()
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+# Folders whose modules take longest. They start first, so that no long module is left for one process at the end.
+LONG = ("devices", "scoring", "pruning", "convert", "cli")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts the modules by the place of their folder in `LONG`; all others come last."""
+    ranks = {folder: rank for rank, folder in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path.parent.name, len(LONG)))

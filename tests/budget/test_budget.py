@@ -396,7 +396,7 @@ def test_measured_allocation_keeps_limits_far_larger_than_its_units() -> None:
         assert limit - max(group_costs) < cost <= limit
 
 
-@pytest.mark.parametrize("method", ["none", "least-squares"])
+@pytest.mark.parametrize("method", [pytest.param("none", marks=pytest.mark.slow), "least-squares"])
 def test_measured_loss_equals_that_of_the_model_with_one_layer_sliced(method: str) -> None:
     """For every kind of groups and every layer; in a model with biases, which the refit changes."""
     decoder = small_decoder(output_bias=True, mlp_bias=True)

@@ -86,7 +86,9 @@ def test_keys_do_not_depend_on_the_default_random_generator_of_the_process() -> 
     assert jnp.array_equal(expected, keys)
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize(
+    "distribution", ["sphere", *(pytest.param(d, marks=pytest.mark.slow) for d in DISTRIBUTIONS if d != "sphere")]
+)
 def test_a_step_moves_every_matrix_but_no_bias_and_no_norm(distribution: str) -> None:
     decoder = small_decoder(qkv_bias=True)
     key = directions.direction_keys(0, 0, 1)[0]

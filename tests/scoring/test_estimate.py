@@ -53,7 +53,7 @@ def compilations(name: str) -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("settings", [SPSA, GATES], ids=["spsa", "jvp"])
+@pytest.mark.parametrize("settings", [pytest.param(SPSA, marks=pytest.mark.slow), GATES], ids=["spsa", "jvp"])
 def test_directions_per_step_and_batches_do_not_change_the_estimate(settings: Estimation) -> None:
     """Losses agree to 1e-6 relative, so projected gradients to that over 2ε."""
     batches = Batches(random_tokens(61, 7, 16))
@@ -92,6 +92,7 @@ def test_directions_per_step_follow_the_memory() -> None:
     assert plan(decoder, 128, replace(settings, directions=2, memory=100 * one_direction)).per_step == 2
 
 
+@pytest.mark.slow
 def test_memory_of_a_direction_is_bounded_by_the_formula() -> None:
     """The compiler's account of four more directions in a pass."""
     decoder, (batch,) = small_decoder(), Batches(random_tokens(61, 4, 128), tokens_per_batch=512)

@@ -62,7 +62,7 @@ def moved(decoder: Decoder, key: jax.Array, scale: float, space: LowRank | Gates
 
 
 @pytest.mark.parametrize("space", SPACES, ids=str)
-@pytest.mark.parametrize("per_step", [1, 3])
+@pytest.mark.parametrize("per_step", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_paired_losses_are_those_of_moved_models(space: LowRank | Gates, per_step: int) -> None:
     decoder, tokens = small_decoder(), jnp.asarray(random_tokens(61, 2, 13))
     keys = directions.direction_keys(0, 0, 3)
@@ -110,7 +110,7 @@ def gate_gradients_from_kernels(decoder: Decoder, tokens: jax.Array) -> list[dic
 
 
 # One family in the quick suite; the others compile for half a minute each.
-@pytest.mark.parametrize("name", [FAMILIES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:])])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
 def test_forward_and_reverse_mode_agree_in_every_kind_of_family(
     tmp_path_factory: pytest.TempPathFactory, name: str
 ) -> None:
