@@ -262,10 +262,10 @@ def _choose_and_refit(
     count, parts = group_count(site.run, kind), part_count(site.run, kind)
     if keep == count:
         return np.arange(count), site.run
-    values = gathered(site)
+    values = [gathered(site)]
 
     def solution() -> dict[str, np.ndarray]:
-        system = system_at(site, settings, values)
+        system = system_at(site, settings, values.pop())  # frees the moments
         order = solver.run(system, lambda system, name: removal_order(system, count, keep, parts, name))
         kept = np.delete(np.arange(count), order)
         return {"kept": kept} | refitted(system, kept, count, settings, solver)
