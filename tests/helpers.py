@@ -1,7 +1,7 @@
 """Models for the tests: small random models in both frameworks, and real models if the folder `shared` exists."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,15 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) fo
         {"sliding_window": 19, "head_dim": 8, "partial_rotary_factor": 0.5},
     ),
 }
+
+
+# One family of each kind of block: rotary and grouped, learned positions, ALiBi, norms after the projections.
+KINDS_OF_FAMILIES = ("llama", "opt", "bloom", "gemma2")
+
+
+def quickly(names: Iterable[str], quick: Container[str] = KINDS_OF_FAMILIES) -> list[Any]:
+    """Names as parameters of a test, of which only the quick ones run without `make test-all`."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def shared(path: str) -> Path:

@@ -24,7 +24,16 @@ from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.model.families import FAMILIES
 from minillm_jax.model.tree import named_arrays, sizes_of
-from tests.helpers import CONFIGURATIONS, arrays_equal, edit_json, hugging_face_folder, load_stock, shared
+from tests.helpers import (
+    CONFIGURATIONS,
+    SMALL,
+    arrays_equal,
+    edit_json,
+    hugging_face_folder,
+    load_stock,
+    quickly,
+    shared,
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +72,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> 
 # ------------------------------------------------------------------------------------------------- round trips
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", quickly(CONFIGURATIONS, SMALL))
 def test_to_flax_and_back_is_bit_equal(tmp_path: Path, name: str) -> None:
     """Every tensor of every family keeps its name and its bits, in one file and in shards."""
     family, changes = CONFIGURATIONS[name]

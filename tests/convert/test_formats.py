@@ -37,6 +37,7 @@ from tests.helpers import (
     load_stock,
     load_torch,
     logits_of,
+    quickly,
     random_tokens,
     torch_logits,
 )
@@ -73,7 +74,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: hugging_face_folder(root / family, family) for family in SMALL}
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", quickly(SMALL))
 def test_unequal_layers_keep_their_outputs_in_every_format(dense: dict[str, Path], tmp_path: Path, family: str) -> None:
     model = pruned(read_model(dense[family]))
     expected = logits(model)
@@ -108,7 +109,7 @@ def test_equal_layers_are_stock_where_the_class_accepts_them(tmp_path: Path, nam
         assert write_model(pruned(model, equal=True, kinds=("channel",)), tmp_path / "channels").format == "stock"
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", quickly(SMALL))
 def test_pruned_hidden_size_and_layers_are_written(dense: dict[str, Path], tmp_path: Path, family: str) -> None:
     model = read_model(dense[family])
     kept = np.sort(np.random.default_rng(0).choice(hidden_size(model.decoder), 36, replace=False))

@@ -22,7 +22,7 @@ from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import group_counts, named_arrays, part_counts
 from minillm_jax.pruning.padding import pad_groups
 from minillm_jax.pruning.slicing import slice_groups, slice_sizes
-from tests.helpers import SMALL, hugging_face_folder, load_stock, logits_of, random_tokens, torch_logits
+from tests.helpers import SMALL, hugging_face_folder, load_stock, logits_of, quickly, random_tokens, torch_logits
 
 TOKENS = random_tokens(97, 2, 20)
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 2}
@@ -92,7 +92,7 @@ def padded_shapes(config: DecoderConfig, smaller: Sizes, target: Sizes) -> dict[
     return {path: array.shape for path, array in named_arrays(padded)}
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", quickly(SMALL))
 def test_padding_has_the_described_shapes(family: str) -> None:
     """Heads or query heads with channels, and each after the other; or one sentence before any work."""
     raw = transformers.AutoConfig.for_model(family, **SMALL[family]).to_dict()

@@ -24,7 +24,7 @@ from minillm_jax.data.text import tokenise
 from minillm_jax.errors import InputError, InputWarning
 from minillm_jax.model.loaded import Model
 from minillm_jax.pruning.slicing import slice_groups
-from tests.helpers import SMALL, edit_json, hugging_face_folder, load_torch
+from tests.helpers import SMALL, edit_json, hugging_face_folder, load_torch, quickly
 
 TRAINING_TEXT = [
     "Once upon a time there was a little dog. It didn't like the rain, but it liked to run and play.",
@@ -237,7 +237,7 @@ def messages_of_transformers() -> Iterator[list[str]]:
 # ---------------------------------------------------------------------------------------------------- formats
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", quickly(SMALL))
 def test_every_family_reads_its_tokenizer_in_every_format(
     dense: Callable[[str], Model], tmp_path: Path, family: str
 ) -> None:

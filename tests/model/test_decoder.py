@@ -31,6 +31,7 @@ from tests.helpers import (
     hugging_face_folder,
     load_torch,
     logits_of,
+    quickly,
     random_tokens,
     shared,
     small_decoder,
@@ -128,7 +129,7 @@ def random_sizes(family: str, integer: Callable[[int, int], int]) -> dict[str, A
 
 
 @pytest.mark.parametrize("sizes", ["smallest", "random"])
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", quickly(SMALL))
 def test_logits_equal_transformers_for_other_sizes(tmp_path: Path, family: str, sizes: str) -> None:
     rng = np.random.default_rng(list(SMALL).index(family))
 
