@@ -170,6 +170,7 @@ estimate(decoder, Batches(random_tokens(61, 3, 16)), GATES, report, sys.argv[1],
 """
 
 
+@pytest.mark.slow
 def test_the_estimate_of_a_killed_process_continues_bit_for_bit(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path / "saved")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
