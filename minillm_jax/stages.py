@@ -1,6 +1,6 @@
 """The stages of pruning a loaded model: whole layers, hidden dimensions, then heads and channels, with one record."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -195,9 +195,6 @@ def _allocate(
                 raise InputError(f"the scores are for {scored} groups of kind {kind}, the model has {before[kind]}")
         check_finite(groups)
     allocated = allocate.counts_for(decoder, scores.kinds, groups, per_cost, budget, refit, calibration, progress)
-    # Every process has measured with the others. What it makes of the values could differ.
-    counts = _of_first(lambda: allocated.counts)
-    allocated = replace(allocated, counts={kind: [int(count) for count in rows] for kind, rows in counts.items()})
     expected.warn_of_idle_kinds(before, allocated.counts, budget)
     return allocated
 
@@ -218,21 +215,10 @@ def _remove(
     if isinstance(scores, ChosenWhilePruning):
         assert calibration is not None
         return prune_by_obs(decoder, counts, calibration.batches, refit, layer_done)
-    kept = _of_first(lambda: choose(scores.groups, counts, part_counts(decoder, scores.kinds)))
+    kept = hosts.rows_of_first(lambda: choose(scores.groups, counts, part_counts(decoder, scores.kinds)))
     if calibration is not None and refitted:
         return slice_and_refit(decoder, kept, calibration.batches, refit, layer_done), kept
     return slice_groups(decoder, kept), kept
-
-
-def _of_first(compute: Callable[[], Mapping[str, Sequence[Any]]]) -> dict[str, list[np.ndarray]]:
-    """Kind of group -> for each layer, a number or indices: computed by process 0 alone, in every process."""
-    arrays = hosts.of_first(
-        lambda: {f"{kind} {layer}": row for kind, rows in compute().items() for layer, row in enumerate(rows)}
-    )
-    rows: dict[str, list[np.ndarray]] = {}
-    for name, array in arrays.items():  # in the order of the layers
-        rows.setdefault(name.split()[0], []).append(array)
-    return rows
 
 
 def record_pruning(
@@ -314,7 +300,7 @@ def narrow(
     Budget(ratio, structures=("hidden",), round_width_to=round_to).check()
     scores = {"hidden": [hidden_scores(model, calibration, scoring, progress)]}
     count = kept_count(len(scores["hidden"][0]), ratio, round_to)
-    (kept,) = _of_first(lambda: choose(scores, {"hidden": [count]}, {"hidden": [1]}))["hidden"]
+    (kept,) = hosts.rows_of_first(lambda: choose(scores, {"hidden": [count]}, {"hidden": [1]}))["hidden"]
     return replace(model, decoder=slice_hidden(model.decoder, kept)), kept
 
 

@@ -1,5 +1,6 @@
 """Allocation: the number of groups that every layer keeps, from the budget, the model, its scores and its losses."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,6 +10,7 @@ from minillm_jax.budget import budget as budgets
 from minillm_jax.budget.budget import Counts, Inventory
 from minillm_jax.budget.measured_losses import level_losses
 from minillm_jax.data.windows import Calibration
+from minillm_jax.devices import hosts
 from minillm_jax.errors import InputError, shortened
 from minillm_jax.model import costs
 from minillm_jax.model.decoder import Decoder
@@ -118,7 +120,7 @@ def counts_for(
     if budget.allocation == "global":
         check_comparable("obs" if scores is None else "")
         assert scores is not None
-        return Allocated(budgets.globally(inventory, limit, budget, scores, per_cost))
+        return Allocated(_decided(lambda: budgets.globally(inventory, limit, budget, scores, per_cost)))
     if calibration is None:
         raise InputError("measured budgets take losses on calibration windows; give the calibration")
     levels = budgets.levels(inventory, budget, SHARES)
@@ -138,7 +140,12 @@ def counts_for(
         ]
         for kind, rows in losses.items()
     }
-    return Allocated(budgets.cheapest(inventory, limit, levels, losses, budget), pairs)
+    return Allocated(_decided(lambda: budgets.cheapest(inventory, limit, levels, losses, budget)), pairs)
+
+
+def _decided(compute: Callable[[], Counts]) -> Counts:
+    """The counts of process 0, in every process: all have measured together, but may compare the values otherwise."""
+    return {kind: [int(count) for count in rows] for kind, rows in hosts.rows_of_first(compute).items()}
 
 
 def check_comparable(criterion: str) -> None:

@@ -8,7 +8,7 @@ decides whatever depends on values, and sends its decision to the others (`of_fi
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,17 @@ def of_first(compute: Callable[[], Mapping[str, Any]]) -> dict[str, np.ndarray]:
     }
     check_same("arrays of process 0", {name: digest(array) for name, array in received.items()})
     return received
+
+
+def rows_of_first(compute: Callable[[], Mapping[str, Sequence[Any]]]) -> dict[str, list[np.ndarray]]:
+    """Kind of group -> for each layer, a number or indices: computed by process 0 alone, in every process."""
+    arrays = of_first(
+        lambda: {f"{kind} {layer}": row for kind, rows in compute().items() for layer, row in enumerate(rows)}
+    )
+    rows: dict[str, list[np.ndarray]] = {}
+    for name, array in arrays.items():  # in the order of the layers
+        rows.setdefault(name.split()[0], []).append(array)
+    return rows
 
 
 def digest(array: np.ndarray) -> str:

@@ -28,8 +28,8 @@ def finish(children: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
         for child in children:
             child.kill()
             child.wait()
-    for child, (_, errors) in zip(children, outputs, strict=True):
-        assert child.returncode == 0, errors[-5000:]
+    errors = "\n".join(error[-5000:] for child, (_, error) in zip(children, outputs, strict=True) if child.returncode)
+    assert not errors, errors
     return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 
 
