@@ -29,6 +29,7 @@ from minillm_jax.model.tree import hidden_size, layer_count, named_arrays, run_l
 from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.scoring.criteria import CRITERIA
 from minillm_jax.scoring.gradient.plan import direction_bytes
+from minillm_jax.settings import MEASURED
 from minillm_jax.stages import biased_config
 
 FLOAT, DOUBLE = 4, 8
@@ -226,7 +227,7 @@ def score_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
     XLA for the CPU keeps a float32 copy of all bfloat16 and float16 weights of a program.
     """
     criterion, length = CRITERIA[recipe.scoring.criterion], recipe.data.seq_len
-    evaluates = recipe.evaluation.text is not None or recipe.budget.allocation == "measured"
+    evaluates = recipe.evaluation.text is not None or recipe.budget.allocation in MEASURED
     if not (criterion.reads_text and not criterion.while_pruning) and not evaluates:
         return 0
     parameters = costs.cost(dense, "parameters")
@@ -291,7 +292,7 @@ LIBRARIES = 650 * 10**6
 def walks(recipe: Recipe) -> bool:
     """Whether the run walks through the layers with calibration activations."""
     return bool(recipe.budget.kinds) and (
-        recipe.scoring.criterion == "obs" or recipe.refit.method != "none" or recipe.budget.allocation == "measured"
+        recipe.scoring.criterion == "obs" or recipe.refit.method != "none" or recipe.budget.allocation in MEASURED
     )
 
 
@@ -322,8 +323,9 @@ def run_flops(dense: Decoder, pruned: Decoder, recipe: Recipe) -> float:
         total += 2 * forward
     if "layers" in recipe.budget.structures:
         total += forward * layer_passes(recipe, layer_count(dense))
-    if recipe.budget.allocation == "measured":
-        trials = len(allocate.SHARES) * len(recipe.budget.kinds) * layer_count(dense)
+    if recipe.budget.allocation in MEASURED:
+        levels = len(allocate.SHARES) if recipe.budget.allocation == "measured" else 1
+        trials = levels * len(recipe.budget.kinds) * layer_count(dense)
         total += forward * (1 + trials)
     return total
 

@@ -22,7 +22,9 @@ MEANT = {
 }
 HEADS = ("group", "query")
 COUNTED = ("groups", "blocks", "model")
-ALLOCATIONS = ("uniform", "global", "measured")
+ALLOCATIONS = ("uniform", "global", "measured", "curves")
+# The allocations that measure losses on the calibration windows.
+MEASURED = ("measured", "curves")
 CRITERIA = (
     "obs",
     "wanda",
@@ -110,7 +112,8 @@ class Budget:
       target_macs: instead of a ratio, the most multiply-accumulates for one window.
       target_memory: instead of a ratio, the most bytes of the weights and of the keys and values of one window.
       allocation: how the budget is shared between layers: `uniform`, the same share in every layer; `global`, the
-        lowest scores per cost of the whole model; `measured`, the least sum of measured losses.
+        lowest scores per cost of the whole model; `measured`, the least sum of measured losses; `curves`,
+        the same with losses from one measured level and the errors of structured OBS.
       structures: what is removed, some of `STRUCTURES`; layers first, then hidden dimensions, then heads and channels.
       heads: what a head is: a key/value head with all its query heads (`group`), or a query head (`query`).
       layers: the first pruned layer and the one after the last, counted from the end where negative; None for all.
@@ -142,7 +145,8 @@ class Budget:
     allocation: str = option(
         "uniform",
         str,
-        "How the budget is shared between layers: equally, by global scores, or by measured losses.",
+        "How the budget is shared between layers: equally, by global scores, by measured losses, or by a measured loss "
+        "and the error curve of structured OBS.",
         flag="budget",
         aliases=("allocation",),
         choices=ALLOCATIONS,

@@ -7,7 +7,9 @@ from functools import partial
 import numpy as np
 
 from minillm_jax.budget import budget as budgets
+from minillm_jax.budget import curves
 from minillm_jax.budget.budget import Counts, Inventory
+from minillm_jax.budget.cheapest import Levels, Losses
 from minillm_jax.budget.measured_losses import level_losses
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts
@@ -123,6 +125,13 @@ def counts_for(
         return Allocated(_decided(lambda: budgets.globally(inventory, limit, budget, scores, per_cost)))
     if calibration is None:
         raise InputError("measured budgets take losses on calibration windows; give the calibration")
+    report = partial(tell, progress, "budget")
+    if budget.allocation == "curves":
+        check_curves("obs" if scores is None else "a criterion with scores")
+        levels, losses = _by_curves(decoder, inventory, budget, refit, calibration, report)
+        return Allocated(
+            _decided(lambda: budgets.cheapest(inventory, limit, levels, losses, budget)), _pairs(levels, losses)
+        )
     levels = budgets.levels(inventory, budget, SHARES)
 
     def choose(kind: str, layer: int, keep: int) -> np.ndarray:
@@ -131,21 +140,64 @@ def counts_for(
         kept = budgets.choose(of_layer, {kind: [keep]}, {kind: [inventory.parts[kind][layer]]})
         return np.asarray(kept[kind][0])
 
-    report = partial(tell, progress, "budget")
-    losses = level_losses(decoder, calibration.batches, levels, None if scores is None else choose, refit, report)
-    pairs = {
+    chosen = None if scores is None else choose
+    losses = level_losses(decoder, calibration.batches, levels, chosen, refit, report).losses
+    return Allocated(
+        _decided(lambda: budgets.cheapest(inventory, limit, levels, losses, budget)), _pairs(levels, losses)
+    )
+
+
+def _by_curves(
+    decoder: Decoder,
+    inventory: Inventory,
+    budget: Budget,
+    refit: Refit,
+    calibration: Calibration,
+    report: Callable[[int, int], None],
+) -> tuple[Levels, Losses]:
+    """All levels and their losses, from one measured level of every sublayer."""
+    levels = budgets.levels(inventory, budget, curves.SHARES)
+    middle = budgets.levels(inventory, budget, (curves.MEASURED_SHARE,))
+    middle = {kind: [row[:2] for row in rows] for kind, rows in middle.items()}
+    fewest = {kind: [row[-1] for row in rows] for kind, rows in levels.items()}
+    measured = level_losses(decoder, calibration.batches, middle, None, refit, report, fewest)
+    assert measured.errors is not None, "structured OBS has errors"
+    return levels, curves.curve_losses(levels, middle, measured.losses, measured.errors)
+
+
+def _pairs(levels: Levels, losses: Losses) -> dict[str, list[list[tuple[int, float | None]]]]:
+    """Each level with its loss, for the record; None where the loss is not finite."""
+    return {
         kind: [
             [(count, loss if np.isfinite(loss) else None) for count, loss in zip(*row, strict=True)]
             for row in zip(levels[kind], rows, strict=True)
         ]
         for kind, rows in losses.items()
     }
-    return Allocated(_decided(lambda: budgets.cheapest(inventory, limit, levels, losses, budget)), pairs)
+
+
+def _cheapest(inventory: Inventory, limit: float, levels: Levels, losses: Losses, budget: Budget) -> Allocated:
+    """The counts with the least sum of losses, and the losses for the record."""
+    counts = _decided(lambda: budgets.cheapest(inventory, limit, levels, losses, budget))
+    return Allocated(counts, _pairs(levels, losses))
 
 
 def _decided(compute: Callable[[], Counts]) -> Counts:
     """The counts of process 0, in every process: all have measured together, but may compare the values otherwise."""
     return {kind: [int(count) for count in rows] for kind, rows in hosts.rows_of_first(compute).items()}
+
+
+def check_curves(criterion: str) -> None:
+    """Check that a criterion has a curve of errors.
+
+    Raises:
+      InputError: the criterion is not `obs`.
+    """
+    if criterion != "obs":
+        raise InputError(
+            f"the allocation curves follows the errors of structured OBS, not {criterion}; use --criterion obs, or the "
+            "allocation measured"
+        )
 
 
 def check_comparable(criterion: str) -> None:

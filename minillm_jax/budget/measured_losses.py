@@ -7,6 +7,7 @@ share one compiled program, and each of them replaces one output projection only
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -32,6 +33,20 @@ from minillm_jax.settings import Refit
 Choose = Callable[[str, int, int], Int[np.ndarray, " kept"]]
 
 
+class Measured(NamedTuple):
+    """What the levels of all sublayers cost.
+
+    Attributes:
+      losses: the change of the mean loss at every level, nats: kind -> for each layer, one number for each level;
+        infinite at a level where the loss of the pruned model is not finite.
+      errors: with groups chosen by structured OBS, the sums of the errors of its removals: kind -> for each layer, one
+        number for each number of removed groups, from none to as many as were asked for. None with other choices.
+    """
+
+    losses: dict[str, list[list[float]]]
+    errors: dict[str, list[Float[np.ndarray, " _"]]] | None
+
+
 def level_losses(
     decoder: Decoder,
     batches: Batches,
@@ -39,8 +54,9 @@ def level_losses(
     choose: Choose | None,
     refit: Refit,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, list[list[float]]]:
-    """The change of the mean loss at every level, nats: kind -> for each layer, one number for each level.
+    fewest: Mapping[str, Sequence[int]] | None = None,
+) -> Measured:
+    """The change of the mean loss at every level.
 
     Takes one walk through the layers, and one forward pass over the windows for each level but the first.
 
@@ -51,9 +67,7 @@ def level_losses(
       choose: the kept groups of a kind and layer; None for groups chosen by structured OBS.
       refit: the refit of the kept rows.
       progress: called with the number of losses measured, and of all.
-
-    Returns:
-      The losses; infinite at a level where the loss of the pruned model is not finite.
+      fewest: kind -> for each layer, the number of kept groups that the errors reach; the last level by default.
 
     Raises:
       InputError: see `slice_and_refit`; or the loss of the dense model is not finite.
@@ -68,6 +82,7 @@ def level_losses(
         )
     total = sum(len(counts) - 1 for rows in levels.values() for counts in rows)
     losses: dict[str, list[list[float]]] = {kind: [] for kind in levels}
+    errors: dict[str, list[np.ndarray]] = {kind: [] for kind in levels}
     done = 0
 
     def measure(site: Site) -> Block:
@@ -75,54 +90,62 @@ def level_losses(
         kind = pruned_kind(site.kind, levels)
         if kind is None:
             return site.run
-        changes = [0.0]
-        for kernel, shift in _projections(site, kind, levels[kind][site.layer][1:], choose, settings, solver):
-            layer, name = jnp.int32(site.layer), PROJECTIONS[site.kind]
-            program = partial(_losses, replaced=layer, kernel=kernel, shift=shift, name=name)
+        counts, changes, of_site = levels[kind][site.layer], [0.0], np.zeros(1)
+        least = min(counts) if fewest is None else fewest[kind][site.layer]
+        for found in _projections(site, kind, counts[1:], least, choose, settings, solver):
+            layer, name, of_site = jnp.int32(site.layer), PROJECTIONS[site.kind], found.pop("errors")
+            placed = {part: sharding.replicated(array, site.mesh) for part, array in found.items()}
+            program = partial(_losses, replaced=layer, name=name, **placed)
             loss = window_losses(decoder, batches, program).sum(dtype=np.float64)
             changes.append(float(loss - dense) / batches.predictions if np.isfinite(loss) else np.inf)
             done += 1
             if progress is not None:
                 progress(done, total)
         losses[kind].append(changes)
+        errors[kind].append(of_site)
         return site.run
 
     walk(decoder, batches, measure)
     assert all(len(rows) == layer_count(decoder) for rows in losses.values())
-    return losses
+    return Measured(losses, errors if choose is None else None)
 
 
 def _projections(
-    site: Site, kind: str, counts: Sequence[int], choose: Choose | None, settings: Refit, solver: Solver
-) -> Iterator[tuple[Float[Array, "..."], Float[Array, " D"]]]:
-    """For each count, the refitted kernel at full width, with rows of zeros, and the change of the bias."""
+    site: Site, kind: str, counts: Sequence[int], fewest: int, choose: Choose | None, settings: Refit, solver: Solver
+) -> Iterator[dict[str, np.ndarray]]:
+    """For each count, the refitted kernel at full width, with rows of zeros, and the change of the bias.
+
+    With groups chosen by structured OBS, also the sums of the errors of its removals.
+    """
     if not counts:
         return
     values, count, parts = gathered(site), group_count(site.run, kind), part_count(site.run, kind)
     shape = projection(site.run, site.kind).kernel.shape[1:]
-    system = None
-    order: dict[str, np.ndarray] = {}
+    system, order = None, None
 
     def at_full_width(keep: int) -> dict[str, np.ndarray]:
-        nonlocal system
+        nonlocal system, order
         system = system or system_at(site, settings, values)
-        if choose is None and not order:
-            fewest = min(counts)
-            order["removed"] = solver.run(system, lambda s, name: removal_order(s, count, fewest, parts, name))
-        removed = order.get("removed", np.empty(0))[: count - keep]
-        kept = np.delete(np.arange(count), removed) if choose is None else choose(kind, site.layer, keep)
+        if choose is None and order is None:
+            order = solver.run(system, lambda s, name: removal_order(s, count, fewest, parts, name))
+        if choose is not None:
+            kept = choose(kind, site.layer, keep)
+        else:
+            assert order is not None
+            kept = np.delete(np.arange(count), order.groups[: count - keep])
         kernel, shift = np.zeros_like(system.kernel), np.zeros(system.kernel.shape[1])
         rows = np.arange(len(kernel)).reshape(count, -1)[kept].ravel()
-        found = {"kernel": system.kernel[rows]} | refitted(system, kept, count, settings, solver)
+        found = {"kernel": system.kernel[rows], "shift": shift} | refitted(system, kept, count, settings, solver)
         kernel[rows] = found["kernel"]
-        return {"kernel": kernel.astype(np.float32), "shift": found.get("shift", shift).astype(np.float32)}
+        errors = np.zeros(1) if order is None else np.cumsum([0.0, *order.errors])
+        return {
+            "kernel": kernel.reshape(shape).astype(np.float32),
+            "shift": found["shift"].astype(np.float32),
+            "errors": errors,
+        }
 
     for keep in counts:
-        found = hosts.of_first(partial(at_full_width, keep))
-        yield (
-            sharding.replicated(found["kernel"].reshape(shape), site.mesh),
-            sharding.replicated(found["shift"], site.mesh),
-        )
+        yield hosts.of_first(partial(at_full_width, keep))
 
 
 # The replaced layer is an argument of the compiled program, so that all layers share one compilation.

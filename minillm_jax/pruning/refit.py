@@ -39,7 +39,7 @@ from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import group_count, named_arrays, part_count
 from minillm_jax.pruning import slicing, solve
 from minillm_jax.pruning.refit_inputs import refit_sublayer_inputs
-from minillm_jax.pruning.removal_order import greedy_removal, products_of_best
+from minillm_jax.pruning.removal_order import Removal, greedy_removal, products_of_best
 from minillm_jax.pruning.system import Solver, System, system_of
 from minillm_jax.pruning.walk import PROJECTIONS, InputMoments, RefitInputs, Site, projection, walk
 from minillm_jax.settings import METHODS, SOLVERS, Refit
@@ -235,9 +235,7 @@ def system_at(site: Site, settings: Refit, values: Gathered | None = None) -> Sy
     return system_of(values.moments, values.kernel, site.tokens, alpha, settings.ridge, biased, where, settings.solver)
 
 
-def removal_order(
-    system: System, count: int, keep: int, parts: int = 1, solver: str = "host"
-) -> Int[np.ndarray, " removed"]:
+def removal_order(system: System, count: int, keep: int, parts: int = 1, solver: str = "host") -> Removal:
     """The removed groups of a projection in the order of structured OBS, until `keep` groups remain.
 
     Args:
@@ -267,7 +265,7 @@ def _choose_and_refit(
     def solution() -> dict[str, np.ndarray]:
         system = system_at(site, settings, values.pop())  # frees the moments
         order = solver.run(system, lambda system, name: removal_order(system, count, keep, parts, name))
-        kept = np.delete(np.arange(count), order)
+        kept = np.delete(np.arange(count), order.groups)
         return {"kept": kept} | refitted(system, kept, count, settings, solver)
 
     found = hosts.of_first(solution)

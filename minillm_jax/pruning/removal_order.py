@@ -69,6 +69,18 @@ def products_of_best(
     return solve.product(weights, weights.T, solver)
 
 
+class Removal(NamedTuple):
+    """The removed groups of a matrix, in the order of removal.
+
+    Attributes:
+      groups: their indices.
+      errors: the error that each removal adds, tr(Δᵀ H Δ) over the best change Δ of the remaining weights.
+    """
+
+    groups: Int[np.ndarray, " removed"]
+    errors: Float[np.ndarray, " removed"]
+
+
 def greedy_removal(
     inverse: Float[np.ndarray, "I I"],
     products: Float[np.ndarray, "I I"],
@@ -77,8 +89,8 @@ def greedy_removal(
     parts: int = 1,
     solver: str = "host",
     gathered: int = GATHERED,
-) -> Int[np.ndarray, " removed"]:
-    """The removed groups, in the order of removal.
+) -> Removal:
+    """The removed groups in the order of removal, with the error of each.
 
     Each step removes the group with the least error, of equal ones the group with the lowest index, until `keep`
     groups remain.
@@ -100,10 +112,10 @@ def greedy_removal(
         order, errors = order_on_device(*matrices, count=count, removed=count - keep, parts=parts, gathered=gathered)
         if not np.isfinite(np.asarray(errors)).all():
             raise np.linalg.LinAlgError("the order of removal takes more precision than float32 has")
-        return np.asarray(order, np.int64)
+        return Removal(np.asarray(order, np.int64), np.asarray(errors, np.float64))
     inverse, products = (np.require(matrix, np.float64, "W") for matrix in (inverse, products))
     state = _begin(inverse, products, count, count - keep, parts, gathered)
-    groups, width = [], len(inverse) // count
+    groups, errors, width = [], [], len(inverse) // count
     for _ in range(count - keep):
         place = len(groups) * width % len(state.n)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -111,9 +123,10 @@ def greedy_removal(
         if not np.isfinite(error):
             raise np.linalg.LinAlgError("the order of removal takes more precision than float64 has")
         groups.append(int(group))
+        errors.append(float(error))
         if place + width == len(state.n):
             state = _updated(state)
-    return np.asarray(groups, np.int64)
+    return Removal(np.asarray(groups, np.int64), np.asarray(errors, np.float64))
 
 
 @partial(jax.jit, static_argnames=("count", "removed", "parts", "gathered"))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from minillm_jax.budget.allocate import check_comparable
+from minillm_jax.budget.allocate import check_comparable, check_curves
 from minillm_jax.data.windows import check_seed
 from minillm_jax.errors import InputError, one_of, shortened
 from minillm_jax.paths import local_path
@@ -16,7 +16,18 @@ from minillm_jax.recipes.recipe import SECTIONS, Recipe
 from minillm_jax.scoring import criteria
 from minillm_jax.scoring.criteria import Criterion
 from minillm_jax.scoring.score import check_hidden, resolve_gradient
-from minillm_jax.settings import METHODS, SOLVERS, Budget, Data, Estimation, Evaluation, Output, Refit, Scoring
+from minillm_jax.settings import (
+    MEASURED,
+    METHODS,
+    SOLVERS,
+    Budget,
+    Data,
+    Estimation,
+    Evaluation,
+    Output,
+    Refit,
+    Scoring,
+)
 
 Section = TypeVar("Section")
 
@@ -132,6 +143,8 @@ def _scoring(recipe: Recipe, budget: Budget) -> tuple[Criterion | None, Scoring,
         check_hidden(settings.criterion, criterion)
     if budget.allocation == "global":
         check_comparable(settings.criterion)
+    if budget.allocation == "curves":
+        check_curves(settings.criterion)
     gradient = resolve_gradient(settings.criterion, criterion, recipe.gradient)
     if gradient is not None:
         gradient = replace(gradient, seed=recipe.data.seed)
@@ -168,7 +181,7 @@ def _refit(refit: Refit, budget: Budget, criterion: Criterion | None) -> Refit:
 
 
 def _reads_text(budget: Budget, criterion: Criterion | None, refit: Refit) -> bool:
-    if criterion is None or "layers" in budget.structures or budget.allocation == "measured":
+    if criterion is None or "layers" in budget.structures or budget.allocation in MEASURED:
         return True
     return criterion.reads_text or refit.method != "none"
 

@@ -371,7 +371,7 @@ def test_measured_losses_of_a_broken_model_are_an_error_and_overflows_are_infini
     decoder = jax.tree_util.tree_map_with_path(leaf, decoder)
     levels = {"channel": [[12, 11, 6], [12], [12]]}
     kept = {11: np.delete(np.arange(12), 1), 6: np.arange(6)}
-    losses = level_losses(decoder, BATCHES, levels, lambda kind, layer, keep: kept[keep], Refit("none"))
+    losses = level_losses(decoder, BATCHES, levels, lambda kind, layer, keep: kept[keep], Refit("none")).losses
     assert losses["channel"][0] == [0.0, np.inf, pytest.approx(0.0, abs=1e-5)]
 
     def broken(path: Any, array: Any) -> Any:
@@ -406,7 +406,7 @@ def test_measured_loss_equals_that_of_the_model_with_one_layer_sliced(method: st
     def choose(kind: str, layer: int, keep: int) -> np.ndarray:
         return np.arange(0, 8, 2) if kind == "query" else np.arange(keep)
 
-    losses = level_losses(decoder, BATCHES, levels, choose, refit)
+    losses = level_losses(decoder, BATCHES, levels, choose, refit).losses
     dense = perplexity(decoder, BATCHES).loss
     for kind, rows in levels.items():
         for layer in range(3):

@@ -339,24 +339,30 @@ def test_greedy_removal_equals_brute_force(width: int, gathered: int, solver: st
         kept.remove(expected[-1])
         if solver == "host" or keep == 1:
             order = removal_order.greedy_removal(inverse.copy(), products.copy(), count, keep, 1, solver, gathered)
-            assert order.tolist() == expected
+            assert order.groups.tolist() == expected
+            exact = [
+                least_squares(np.delete(np.arange(count), expected[:n]).tolist())[0] for n in range(count - keep + 1)
+            ]
+            np.testing.assert_allclose(np.cumsum(order.errors), exact[1:], rtol=1e-3)
             solution = least_squares(kept)[1]
-            np.testing.assert_allclose(obs_update(inverse, weights, order, count), solution, rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(
+                obs_update(inverse, weights, order.groups, count), solution, rtol=1e-9, atol=1e-12
+            )
 
 
 def test_every_part_loses_equally_many_groups() -> None:
     """Although all groups of the second part cost less than those of the first."""
     products = np.diag([4.0, 3.0, 2.0, 1.0, 0.4, 0.3, 0.2, 0.1])
-    assert removal_order.greedy_removal(np.eye(8), products.copy(), 8, 4).tolist() == [7, 6, 5, 4]
+    assert removal_order.greedy_removal(np.eye(8), products.copy(), 8, 4).groups.tolist() == [7, 6, 5, 4]
     for solver in SOLVERS:
-        assert removal_order.greedy_removal(np.eye(8), products.copy(), 8, 4, 2, solver).tolist() == [7, 6, 3, 2]
+        assert removal_order.greedy_removal(np.eye(8), products.copy(), 8, 4, 2, solver).groups.tolist() == [7, 6, 3, 2]
 
 
 def test_an_order_that_takes_more_precision_is_not_guessed() -> None:
     inverse, products = np.diag([1e-60, 1e-60, 1e-60]), np.diag([3.0, 1.0, 2.0])
     with pytest.raises(np.linalg.LinAlgError, match="more precision than float32"):
         removal_order.greedy_removal(inverse, products, 3, 1, 1, "device")
-    assert removal_order.greedy_removal(inverse, products, 3, 1, 1, "host").tolist() == [1, 2]
+    assert removal_order.greedy_removal(inverse, products, 3, 1, 1, "host").groups.tolist() == [1, 2]
     for broken in (np.nan, -1.0):
         with pytest.raises(np.linalg.LinAlgError, match="more precision than float64"):
             removal_order.greedy_removal(np.diag([1.0, broken, 1.0]), np.diag([3.0, 1.0, 2.0]), 3, 1)
@@ -386,7 +392,7 @@ def test_update_of_obs_equals_the_least_squares_refit(alpha: float) -> None:
         if alpha == 0:
             np.testing.assert_allclose(weights, fit.kernel, rtol=1e-6, atol=1e-9)
         count = {"head": 4, "channel": 12}[site.kind]
-        order = removal_order.greedy_removal(inverse.copy(), weights @ weights.T, count, counts[site.kind][0])
+        order = removal_order.greedy_removal(inverse.copy(), weights @ weights.T, count, counts[site.kind][0]).groups
         groups = np.delete(np.arange(count), order)
         assert (groups == kept[site.kind][site.layer]).all()
         rows = np.arange(len(weights)).reshape(count, -1)[groups].ravel()

@@ -1,0 +1,66 @@
+"""The allocation `curves`: the loss of every level from one measured level and the errors of structured OBS.
+
+Structured OBS knows the error of each removal, so that one order of removal is a curve: the squared error of a
+sublayer's output by the number of removed groups. What a squared error costs the whole model differs between sublayers
+by orders of magnitude. One measured loss for each sublayer, at one level, gives that factor:
+
+    loss(removed) ≈ loss(measured) · error(removed) / error(measured)
+
+The allocation `measured` takes nine forward passes over the windows for each sublayer, this one a single pass.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from minillm_jax.budget.cheapest import Levels
+
+# The removed share of the groups of a sublayer at which its loss is measured.
+MEASURED_SHARE = 0.5
+
+# Removed shares at which losses are computed from the curve.
+SHARES = tuple(n / 40 for n in range(1, 40))
+
+# The least measured loss, as a share of the median over all sublayers: a loss that falls, by chance or by the
+# regularisation of pruning, would make all removals of its sublayer free.
+LEAST = 0.02
+
+
+def curve_losses(
+    levels: Levels, measured: Levels, losses: dict[str, list[list[float]]], errors: dict[str, list[np.ndarray]]
+) -> dict[str, list[list[float]]]:
+    """The loss of every level, nats: kind -> for each layer, one number for each level.
+
+    Args:
+      levels: kind -> for each layer, numbers of kept groups, descending; the first is that of the dense model.
+      measured: the same, with one measured level beside the first, or none for a layer that is not pruned.
+      losses: the change of the loss at each measured level.
+      errors: the sum of the errors of structured OBS by the number of removed groups, from none.
+    """
+    found = np.asarray([row[-1] for rows in losses.values() for row in rows if len(row) > 1])
+    finite = found[np.isfinite(found) & (found > 0)]
+    least = LEAST * float(np.median(finite)) if finite.size else 0.0
+    return {
+        kind: [
+            _of_layer(levels[kind][layer], measured[kind][layer], losses[kind][layer], row, least)
+            for layer, row in enumerate(rows)
+        ]
+        for kind, rows in errors.items()
+    }
+
+
+def _of_layer(
+    levels: Sequence[int],
+    measured: Sequence[int],
+    losses: Sequence[float],
+    errors: Float[np.ndarray, " _"],
+    least: float,
+) -> list[float]:
+    if len(measured) < 2:
+        return [0.0] * len(levels)
+    at_measured = errors[measured[0] - measured[1]]
+    if not at_measured > 0:  # groups of zeros, whose removal changes nothing
+        return [float(errors[levels[0] - count]) for count in levels]
+    factor = max(losses[1], least) / at_measured
+    return [float(factor * max(errors[levels[0] - count], 0.0)) for count in levels]
