@@ -129,9 +129,7 @@ def counts_for(
     if budget.allocation == "curves":
         check_curves("obs" if scores is None else "a criterion with scores")
         levels, losses = _by_curves(decoder, inventory, budget, refit, calibration, report)
-        return Allocated(
-            _decided(lambda: budgets.cheapest(inventory, limit, levels, losses, budget)), _pairs(levels, losses)
-        )
+        return _cheapest(inventory, limit, levels, losses, budget)
     levels = budgets.levels(inventory, budget, SHARES)
 
     def choose(kind: str, layer: int, keep: int) -> np.ndarray:
@@ -142,9 +140,7 @@ def counts_for(
 
     chosen = None if scores is None else choose
     losses = level_losses(decoder, calibration.batches, levels, chosen, refit, report).losses
-    return Allocated(
-        _decided(lambda: budgets.cheapest(inventory, limit, levels, losses, budget)), _pairs(levels, losses)
-    )
+    return _cheapest(inventory, limit, levels, losses, budget)
 
 
 def _by_curves(
