@@ -195,7 +195,7 @@ def _texts(described: reader.Description, job: Job, recipe: Recipe) -> tuple[Cal
     if text is None:
         return calibration, None
     windows = held_out(outline, text, recipe.evaluation.window, field=data.field)
-    hosts.check_same("evaluation windows", hosts.digest(windows.windows))
+    hosts.check_same("evaluation windows", windows.fingerprint())
     return calibration, windows
 
 

@@ -1,5 +1,6 @@
 """Windows of token ids, cut into batches once, numbered once, and spread over the mesh once."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -74,6 +75,11 @@ class Batches:
     def predictions(self) -> int:
         """Number of predicted tokens: the first token of a window is not predicted."""
         return self.count * (self.length - 1)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the token ids and of the shape of the windows; the same on every machine and mesh."""
+        ids = np.ascontiguousarray(self.windows, dtype="<i4")
+        return hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).hexdigest()
 
     def resized(self, tokens_per_batch: int) -> "Batches":
         """The same windows in batches of another size."""

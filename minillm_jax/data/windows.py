@@ -1,6 +1,5 @@
 """Calibration windows: drawn from the tokens of a text by a seed."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -44,8 +43,7 @@ class Calibration:
 
     def fingerprint(self) -> str:
         """SHA-256 of the token ids and of the shape of the windows; the same on every machine."""
-        ids = np.ascontiguousarray(self.batches.windows, dtype="<i4")
-        return hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).hexdigest()
+        return self.batches.fingerprint()
 
     def record(self) -> dict[str, Any]:
         """Source, number, length, seed and fingerprint of the windows, for pruning.json."""

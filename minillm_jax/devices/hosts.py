@@ -140,7 +140,8 @@ def check_same(what: str, value: Any) -> None:
     from jax.experimental import multihost_utils
 
     own = np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8)
-    different = np.flatnonzero((np.asarray(multihost_utils.process_allgather(own)) != agree_bytes(own)).any(axis=1))
+    digests = np.asarray(multihost_utils.process_allgather(own))
+    different = np.flatnonzero((digests != digests[0]).any(axis=1))
     if different.size:
         raise InputError(
             f"the {what} of process {different[0]} are not those of process 0; give all processes the same command, "
@@ -148,7 +149,7 @@ def check_same(what: str, value: Any) -> None:
         )
 
 
-def agree_bytes(own: np.ndarray) -> np.ndarray:
+def _broadcast(own: np.ndarray) -> np.ndarray:
     """The bytes of process 0, in every process; equally many in all."""
     from jax.experimental import multihost_utils
 
@@ -157,10 +158,10 @@ def agree_bytes(own: np.ndarray) -> np.ndarray:
 
 def _send(data: bytes) -> bytes:
     """The bytes of process 0, in every process; what the others pass is ignored."""
-    size = int.from_bytes(agree_bytes(np.frombuffer(len(data).to_bytes(8, "little"), np.uint8)).tobytes(), "little")
+    size = int.from_bytes(_broadcast(np.frombuffer(len(data).to_bytes(8, "little"), np.uint8)).tobytes(), "little")
     padded = max(FEWEST, 1 << (size - 1).bit_length()) if size else FEWEST
     own = data if is_writer() else b""
-    return agree_bytes(np.frombuffer(own.ljust(padded, b"\0"), np.uint8)).tobytes()[:size]
+    return _broadcast(np.frombuffer(own.ljust(padded, b"\0"), np.uint8)).tobytes()[:size]
 
 
 def _raise_together(failure: Exception | None) -> None:
@@ -179,16 +180,12 @@ def decide(check: Callable[[], None]) -> None:
     Raises:
       InputError: the check raised it.
     """
-    failure = None
-    if is_writer():
-        try:
-            check()
-        except InputError as error:
-            failure = error
-    if jax.process_count() > 1:
-        _raise_together(failure)
-    elif failure is not None:
-        raise failure
+
+    def nothing() -> dict[str, Any]:
+        check()
+        return {}
+
+    of_first(nothing)
 
 
 def wait() -> None:

@@ -102,12 +102,16 @@ def shardings(decoder: Decoder, mesh: Mesh) -> dict[str, NamedSharding]:
     sizes = [run_letters(run) for run in decoder.runs]
 
     def one(path: str) -> NamedSharding:
-        if axis_table.is_data(path):  # replicated, because every host reads its few numbers
-            return NamedSharding(mesh, PartitionSpec())
         letters = sizes[int(path.split(".")[1])] if path.startswith("runs.") else outer_letters(decoder)
-        return NamedSharding(mesh, spec(axis_table.axes_of(path), letters, mesh.shape[MODEL]))
+        return _rule(path, axis_table.axes_of(path), letters, mesh)
 
     return {path: one(path) for path, _ in named_arrays(decoder)}
+
+
+def _rule(name: str, axes: str, sizes: Mapping[str, int], mesh: Mesh) -> NamedSharding:
+    """The sharding of an array by its axes. Data of a layer are replicated: every host reads their few numbers."""
+    data = axis_table.is_data(name)
+    return NamedSharding(mesh, PartitionSpec() if data else spec(axes, sizes, mesh.shape[MODEL]))
 
 
 def spec(axes: str, sizes: Mapping[str, int], devices: int) -> PartitionSpec:
@@ -131,9 +135,7 @@ def run_shardings(run: Block, mesh: Mesh) -> Block:
 
     def one(path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding:
         name = axis_table.array_path(path)
-        if axis_table.is_data(name):
-            return NamedSharding(mesh, PartitionSpec())
-        return NamedSharding(mesh, spec(f"L {axis_table.BLOCK_AXES[name]}", sizes, mesh.shape[MODEL]))
+        return _rule(name, f"L {axis_table.BLOCK_AXES[name]}", sizes, mesh)
 
     return jax.tree_util.tree_map_with_path(one, run)
 
@@ -158,8 +160,7 @@ def constrain(
     """
     if mesh is None:
         return array
-    rule = PartitionSpec() if axis_table.is_data(name) else spec(axis_table.BLOCK_AXES[name], sizes, mesh.shape[MODEL])
-    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, rule))
+    return jax.lax.with_sharding_constraint(array, _rule(name, axis_table.BLOCK_AXES[name], sizes, mesh))
 
 
 # ----------------------------------------------------------------------------------- to the devices and to the host

@@ -1,6 +1,5 @@
 """Checkpoints of an estimate: an interrupted estimate continues from the measurements in a folder."""
 
-import hashlib
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -8,8 +7,9 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
+from minillm_jax.data.batches import Batches
 from minillm_jax.devices import hosts
 from minillm_jax.errors import InputError, reason
 from minillm_jax.model.decoder import Decoder
@@ -57,7 +57,7 @@ class Checkpoint:
       InputError: the folder cannot be created or opened.
 
     Example:
-      >>> with Checkpoint("folder", identity(settings, windows, decoder)) as checkpoint:
+      >>> with Checkpoint("folder", identity(settings, batches, decoder)) as checkpoint:
       ...     stored = checkpoint.load()
       ...     checkpoint.save(Stored(plan, 1e-3, measured), last=True)
     """
@@ -130,7 +130,7 @@ class Checkpoint:
             self._last = time.monotonic()
 
 
-def identity(settings: Estimation, windows: Int[np.ndarray, "B T"], decoder: Decoder) -> dict[str, Any]:
+def identity(settings: Estimation, batches: Batches, decoder: Decoder) -> dict[str, Any]:
     """The identity of an estimate: settings that change its values, and hashes of the text and of the model.
 
     Nothing of it is computed by a forward pass: losses differ in their last digits between meshes and devices, and an
@@ -138,9 +138,8 @@ def identity(settings: Estimation, windows: Int[np.ndarray, "B T"], decoder: Dec
 
     Args:
       settings: settings of the estimate; ε is None where it is chosen.
-      windows: token ids of the calibration windows.
+      batches: the calibration windows.
       decoder: the model.
     """
     settled = {name: value for name, value in asdict(settings).items() if name not in _ONLY_SPEED}
-    text = hashlib.sha256(repr(windows.shape).encode() + np.ascontiguousarray(windows, "<i4").tobytes()).hexdigest()
-    return settled | {"text": text[:16], "model": model_digest(decoder)[:16]}
+    return settled | {"text": batches.fingerprint()[:16], "model": model_digest(decoder)[:16]}

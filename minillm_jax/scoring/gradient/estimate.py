@@ -100,7 +100,7 @@ def estimate(
         settings = _with_step(decoder, batches, settings, None)
         measured = _measure(decoder, batches, settings, plan, progress, None, None)
     else:
-        with Checkpoint(checkpoint, identity(settings, batches.windows, decoder), save_every) as opened:
+        with Checkpoint(checkpoint, identity(settings, batches, decoder), save_every) as opened:
             stored = opened.load()
             settings = _with_step(decoder, batches, settings, stored)
             measured = _measure(decoder, batches, settings, plan, progress, opened, stored)
