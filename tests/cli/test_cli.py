@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main as convert_main
-from minillm_jax import __version__, cli, demo
+from minillm_jax import __version__, demo
 from minillm_jax.options import flag_of
 from minillm_jax.recipes.recipe import PANELS, options
+from tests.cli.command import call
 from tests.helpers import edit_json, load_stock, load_torch
 
 
@@ -28,16 +28,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(demo.training_text()[:30_000])
     return path
-
-
-def call(monkeypatch: pytest.MonkeyPatch, arguments: Sequence[object]) -> int:
-    """Run the console command in this process and return its exit status."""
-    monkeypatch.setattr(sys, "argv", ["minillm-jax", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
 
 
 def prune_options(text: Path, out: Path, **changes: object) -> list[object]:

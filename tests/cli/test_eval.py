@@ -3,26 +3,15 @@
 import json
 import os
 import shutil
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from minillm_jax import cli, demo
+from minillm_jax import demo
+from tests.cli.command import call
 from tests.helpers import edit_json
 
 TEXTS = [demo.held_out_text()[:6000], demo.held_out_text()[6000:9000]]
-
-
-def call(monkeypatch: pytest.MonkeyPatch, arguments: Sequence[object]) -> int:
-    """Run the console command in this process and return its exit status."""
-    monkeypatch.setattr(sys, "argv", ["minillm-jax", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")

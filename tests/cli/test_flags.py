@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -13,27 +12,18 @@ import pytest
 import typer
 
 import minillm_jax as mj
-from minillm_jax import cli, demo, errors
+from minillm_jax import demo, errors
 from minillm_jax.cli.commands import app
 from minillm_jax.cli.flags import COMMON_ORDER, SYNONYMS
 from minillm_jax.cli.show import Lines, show_warnings
 from minillm_jax.options import Option, flag_of
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes.recipe import Recipe, options, places, with_value
+from tests.cli.command import call
 
 PRUNE: Any = typer.main.get_command(app)
 PRUNE = PRUNE.commands["prune"]
 PARAMETERS = {flag: parameter for parameter in PRUNE.params for flag in parameter.opts}
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run the console command in this process and return its exit status."""
-    monkeypatch.setattr(sys, "argv", ["minillm-jax", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
 
 
 # ----------------------------------------------------------------------------------------------- flags and settings
@@ -71,7 +61,7 @@ def test_common_options_and_synonyms_name_flags_that_exist() -> None:
 
 @pytest.mark.parametrize("name", SYNONYMS)
 def test_synonyms_are_suggested(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    assert call(monkeypatch, "prune", "m", f"--{name}", "x") == 2
+    assert call(monkeypatch, ["prune", "m", f"--{name}", "x"]) == 2
     assert f"no such option: --{name}; did you mean {SYNONYMS[name]}?" in capsys.readouterr().err
 
 
@@ -92,14 +82,14 @@ def test_synonyms_are_suggested(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_wrong_options_are_answered_by_meaning_in_every_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...], words: str
 ) -> None:
-    assert call(monkeypatch, *command) == 2
+    assert call(monkeypatch, command) == 2
     sentence = capsys.readouterr().err
     assert words in sentence
     assert len(sentence) < 500
 
 
 def planned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
-    assert call(monkeypatch, "plan", demo.FOLDER, "--json", *arguments) == 0
+    assert call(monkeypatch, ["plan", demo.FOLDER, "--json", *arguments]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -129,7 +119,7 @@ def test_a_recipe_file_stands_in_the_place_of_its_options(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """What `recipe show` prints is a recipe again; the options of the command line come before it."""
-    assert call(monkeypatch, "recipe", "show", "llm-pruner") == 0
+    assert call(monkeypatch, ["recipe", "show", "llm-pruner"]) == 0
     text = capsys.readouterr().out
     path = tmp_path / "mine.toml"
     path.write_text(text)
@@ -162,7 +152,7 @@ def test_an_option_in_vain_is_one_sentence_and_nothing_is_written(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: str, flag: str
 ) -> None:
     job = ("--ratio", 0.2, "--calibration", "nowhere.txt", "--output", tmp_path / "out")
-    assert call(monkeypatch, "prune", "./nowhere", *job, *arguments.split()) == 2
+    assert call(monkeypatch, ["prune", "./nowhere", *job, *arguments.split()]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(f"minillm-jax: {flag} would do nothing in this run (")
     assert captured.err.count("\n") == 1
@@ -182,7 +172,7 @@ def test_python_and_the_command_line_write_equal_weights(
     text.write_text(demo.training_text()[:20_000])
     named = () if recipe == "ours" else ("--recipe", recipe)
     job = ("--calibration", text, "--ratio", 0.2, "--samples", 3, "--seq-len", 32, "--output", tmp_path / "command")
-    assert call(monkeypatch, "prune", demo.FOLDER, *job, *named, "--quiet") == 0
+    assert call(monkeypatch, ["prune", demo.FOLDER, *job, *named, "--quiet"]) == 0
 
     model = mj.load(demo.FOLDER)
     keywords = {} if recipe == "ours" else {"recipe": recipe}

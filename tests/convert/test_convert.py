@@ -36,17 +36,6 @@ from tests.helpers import (
 )
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hugging_face_folder(tmp_path_factory.mktemp("dense") / "model")
-
-
-@pytest.fixture
-def folder(dense: Path, tmp_path: Path) -> Path:
-    """A copy of the dense folder that a test may change."""
-    return Path(shutil.copytree(dense, tmp_path / "model"))
-
-
 def stored(folder: Path) -> dict[str, np.ndarray]:
     """All tensors of a folder, in one file or in shards, read by safetensors."""
     tensors: dict[str, np.ndarray] = {}

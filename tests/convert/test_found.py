@@ -24,17 +24,6 @@ UP = "model.layers.1.mlp.up_proj.weight"
 Tensors = dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hugging_face_folder(tmp_path_factory.mktemp("dense") / "model")
-
-
-@pytest.fixture
-def folder(dense: Path, tmp_path: Path) -> Path:
-    """A copy of the dense folder that a test may change."""
-    return Path(shutil.copytree(dense, tmp_path / "model"))
-
-
 def refusal(folder: Path) -> str:
     """The sentence with which a folder is refused, the same by its description and with its weights."""
     with pytest.raises(InputError) as caught:

@@ -39,11 +39,6 @@ BOTH_FORMATS = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hugging_face_folder(tmp_path_factory.mktemp("dense") / "model")
-
-
 @pytest.fixture
 def folder(dense: Path, tmp_path: Path) -> Path:
     """A copy of the dense folder with `pytorch_model.bin` instead of safetensors."""
