@@ -11,7 +11,8 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from minillm_jax.errors import cause, warn
+from minillm_jax.errors import reason as reason_of
+from minillm_jax.errors import warn
 
 # The patterns are matched to paths relative to the folder, in lower case; `*` matches `/` too, as for the Hub client.
 
@@ -156,4 +157,4 @@ def _copy_file(path: Path, copied: Path) -> str | None:
 
 def _cause(error: Exception) -> str:
     """The reason of a failed file operation without the paths, which the message names already."""
-    return (getattr(error, "strerror", None) or cause(error)).lower()
+    return reason_of(error).lower()

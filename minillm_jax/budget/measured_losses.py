@@ -16,8 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from minillm_jax.data.batches import Batches
 from minillm_jax.devices import hosts, sharding
-from minillm_jax.errors import InputError
-from minillm_jax.evaluation.perplexity import window_losses
+from minillm_jax.evaluation.perplexity import check_dense_loss, window_losses
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder, embed, finish, rotary_angles, scan_layers
 from minillm_jax.model.layer import apply_layer
@@ -75,11 +74,7 @@ def level_losses(
     settings = resolve(refit, decoder.config)
     solver = Solver(settings.solver)
     dense = float(window_losses(decoder, batches).sum(dtype=np.float64))
-    if not np.isfinite(dense):
-        raise InputError(
-            f"the loss of the dense model on the calibration windows is {dense:g}, so no loss can be compared with it: "
-            "the weights are broken, or overflow their type; use --dtype float32"
-        )
+    check_dense_loss(dense, "no loss can be compared with it")
     total = sum(len(counts) - 1 for rows in levels.values() for counts in rows)
     losses: dict[str, list[list[float]]] = {kind: [] for kind in levels}
     errors: dict[str, list[np.ndarray]] = {kind: [] for kind in levels}

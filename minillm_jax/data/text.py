@@ -1,6 +1,6 @@
 """Texts and data sets to token ids."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,23 +72,6 @@ def read_tokens(
     return all_tokens(open_data(source, field), lambda: tokenizing.load(tokenizer_folder), vocabulary, bos)
 
 
-def given_tokens(
-    data: Sequence[str] | np.ndarray, tokenizer_folder: Path, vocabulary: int, bos: bool = False
-) -> Tokens:
-    """The token ids of documents, joined by blank lines, or of an array of token ids.
-
-    Args:
-      data: documents, or token ids of any shape.
-      tokenizer_folder: folder of the model with the tokenizer.
-      vocabulary: number of token ids of the model.
-      bos: whether to put the tokenizer's beginning-of-sequence token before the text.
-
-    Raises:
-      InputError: there is no text, the data are of another type, or an id lies outside the vocabulary.
-    """
-    return all_tokens(open_data(data), lambda: tokenizing.load(tokenizer_folder), vocabulary, bos)
-
-
 def all_tokens(opened: Opened, tokenizer: Callable[[], Tokenizer], vocabulary: int, bos: bool = False) -> Tokens:
     """All token ids of an opened text.
 
@@ -107,11 +90,9 @@ def all_tokens(opened: Opened, tokenizer: Callable[[], Tokenizer], vocabulary: i
             raise InputError(f"{source}: --bos is for text; put the token into the array instead")
         return Tokens(in_vocabulary(content, vocabulary, source), source, 1)
     joined, loaded = Joined(content), tokenizer()
-    first = [tokenizing.first_token(loaded)] if bos else []
-    ids = tokenizing.token_ids(loaded, joined)
+    ids = _with_bos(loaded, joined, bos)
     if joined.blank:
         raise no_text(source)
-    ids = np.concatenate([np.asarray(first, np.int32), ids]) if bos else ids
     return Tokens(in_vocabulary(ids, vocabulary, source), source, joined.documents)
 
 
@@ -134,6 +115,11 @@ def tokenise(text: str, folder: Path, bos: bool = False) -> Int[np.ndarray, " to
     Raises:
       InputError: the folder has no tokenizer that works without remote code.
     """
-    tokenizer = tokenizing.load(folder)
+    return _with_bos(tokenizing.load(folder), [text], bos)
+
+
+def _with_bos(tokenizer: Tokenizer, texts: Iterable[str], bos: bool) -> Int[np.ndarray, " tokens"]:
+    """Token ids of a text in parts, behind the beginning-of-sequence token if `bos`."""
     first = [tokenizing.first_token(tokenizer)] if bos else []
-    return np.concatenate([np.asarray(first, np.int32), tokenizing.token_ids(tokenizer, [text])])
+    ids = tokenizing.token_ids(tokenizer, texts)
+    return np.concatenate([np.asarray(first, np.int32), ids]) if bos else ids

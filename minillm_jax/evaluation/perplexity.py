@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import exp
+from math import exp, isfinite
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -50,6 +50,23 @@ def window_losses(
       progress: called with the number of windows done, and of all.
     """
     return batches.collect(lambda batch: losses(decoder, batch.tokens), progress)
+
+
+def check_dense_loss(loss: float, consequence: str) -> None:
+    """Check that the loss of the dense model, with which others are compared, is finite.
+
+    Args:
+      loss: the summed loss over the calibration windows, nats.
+      consequence: what cannot be done otherwise, for the message.
+
+    Raises:
+      InputError: it is not.
+    """
+    if not isfinite(loss):
+        raise InputError(
+            f"the loss of the dense model on the calibration windows is {loss:g}, so {consequence}: the weights are "
+            "broken, or overflow their type; use --dtype float32"
+        )
 
 
 def perplexity(decoder: Decoder, batches: Batches, progress: Callable[[int, int], None] | None = None) -> Perplexity:

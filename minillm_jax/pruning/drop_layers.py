@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minillm_jax.data.batches import Batches
 from minillm_jax.devices import hosts
 from minillm_jax.errors import InputError
-from minillm_jax.evaluation.perplexity import window_losses
+from minillm_jax.evaluation.perplexity import check_dense_loss, window_losses
 from minillm_jax.model.decoder import Decoder, embed, finish, rotary_angles, scan_layers
 from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.loss import token_losses
@@ -62,11 +62,7 @@ def _check_losses(decoder: Decoder, batches: Batches, candidates: list[int], los
       InputError: the loss of the dense model is not finite, or none of the losses is.
     """
     dense = _loss(decoder, batches, np.ones(layer_count(decoder), dtype=bool))
-    if not np.isfinite(dense):
-        raise InputError(
-            f"the loss of the dense model on the calibration windows is {dense:g}, so no layer can be compared with "
-            "another: the weights are broken, or overflow their type; use --dtype float32"
-        )
+    check_dense_loss(dense, "no layer can be compared with another")
     if not np.isfinite(losses).any():
         raise InputError(
             f"the loss is not finite whichever of the layers {', '.join(map(str, candidates))} is removed: the "

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from minillm_jax.errors import InputError, cause, shortened
+from minillm_jax.errors import InputError, cause, reason, shortened
 from minillm_jax.options import (
     BYTES,
     COUNT,
@@ -126,12 +126,11 @@ def load(name: str | Path = DEFAULT) -> Recipe:
 
 def _read(path: Path, name: str) -> Recipe:
     try:
-        table = tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: `~name` without such a user
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         if isinstance(error, tomllib.TOMLDecodeError):
             raise InputError(f"recipe {shortened(name, 300)}: not a TOML file ({cause(error)})") from error
-        words = getattr(error, "strerror", None) or cause(error)  # other messages repeat the path
-        raise InputError(f"recipe {shortened(name, 300)}: cannot be read ({words})") from error
+        raise InputError(f"recipe {shortened(name, 300)}: cannot be read ({reason(error)})") from error
     recipe = Recipe(name, _summary(table, name), origin=_origin(table, name))
     for section, values in table.items():
         if section not in SECTIONS:
