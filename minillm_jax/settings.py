@@ -22,9 +22,13 @@ MEANT = {
 }
 HEADS = ("group", "query")
 COUNTED = ("groups", "blocks", "model")
-ALLOCATIONS = ("uniform", "global", "measured", "curves")
+ALLOCATIONS = ("uniform", "equal", "global", "measured", "curves")
 # The allocations that measure losses on the calibration windows.
-MEASURED = ("measured", "curves")
+MEASURED = ("equal", "measured", "curves")
+# The allocations that follow the error curves of structured OBS.
+BY_CURVES = ("equal", "curves")
+# The allocations that give every layer as many groups as the others.
+SAME_IN_LAYERS = ("uniform", "equal")
 CRITERIA = (
     "obs",
     "wanda",
@@ -111,9 +115,11 @@ class Budget:
       target_params: instead of a ratio, the largest number of parameters of the pruned model.
       target_macs: instead of a ratio, the most multiply-accumulates for one window.
       target_memory: instead of a ratio, the most bytes of the weights and of the keys and values of one window.
-      allocation: how the budget is shared between layers: `uniform`, the same share in every layer; `global`, the
-        lowest scores per cost of the whole model; `measured`, the least sum of measured losses; `curves`,
-        the same with losses from one measured level and the errors of structured OBS.
+      allocation: how the budget is shared between layers: `uniform`, the same share of every kind in every layer;
+        `equal`, as many heads and as many channels in every layer, of which kind more is removed being chosen by
+        losses; `global`, the lowest scores per cost of the whole model; `measured`, the least sum of measured losses;
+        `curves`, the same with losses from one measured level and the errors of structured OBS. None for `curves`
+        where structured OBS chooses the groups, `equal` if the format `stock` is asked for too, and else `uniform`.
       structures: what is removed, some of `STRUCTURES`; layers first, then hidden dimensions, then heads and channels.
       heads: what a head is: a key/value head with all its query heads (`group`), or a query head (`query`).
       layers: the first pruned layer and the one after the last, counted from the end where negative; None for all.
@@ -142,11 +148,11 @@ class Budget:
     target_memory: float | int | None = option(
         None, str, "Instead of a ratio: at most this much memory of weights, keys and values, 10GB.", spelling=BYTES
     )
-    allocation: str = option(
-        "uniform",
+    allocation: str | None = option(
+        None,
         str,
-        "How the budget is shared between layers: equally, by global scores, by measured losses, or by a measured loss "
-        "and the error curve of structured OBS.",
+        "How the budget is shared between layers and kinds; curves if unset, but equal for --format stock, and uniform "
+        "for other criteria than obs.",
         flag="budget",
         aliases=("allocation",),
         choices=ALLOCATIONS,
@@ -192,9 +198,14 @@ class Budget:
         return "parameters" if self.target is None else self.target[0]
 
     @property
+    def uniform(self) -> bool:
+        """Whether every pruned layer loses the same share of every kind of groups."""
+        return self.allocation in (None, "uniform")
+
+    @property
     def by_share(self) -> bool:
         """Whether every pruned layer loses the same share of its groups, so that the shapes alone decide."""
-        return self.allocation == "uniform" and self.target is None and self.ratio_of == "groups"
+        return self.uniform and self.target is None and self.ratio_of == "groups"
 
     def multiple(self, kind: str) -> int:
         """The number that the count of kept groups of a kind is rounded to a multiple of."""
@@ -213,7 +224,8 @@ class Budget:
         """
         self._check_structures()
         self._check_amount()
-        one_of("allocation", self.allocation, ALLOCATIONS)
+        if self.allocation is not None:
+            one_of("allocation", self.allocation, ALLOCATIONS)
         if self.kinds and self.rounds < 1:
             raise InputError(f"--rounds must be at least 1 round, found {self.rounds}")
         if "heads" in self.structures:
@@ -344,7 +356,8 @@ class Refit:
       alpha: α, the target of the refit: 0 for the layer's own dense output, 1 for the dense residual stream. None for
         half-way with least squares, and for 0 with `bias` and in models with a norm between the projection and the
         residual sum (Gemma 2, GLM 4), where no output of the projection is known to close the gap.
-      ridge: λ as a share of the mean diagonal of the Gram matrix.
+      ridge: λ as a share of the mean diagonal of the Gram matrix; None (`auto`) for the one with which the refit of
+        each projection to three quarters of the calibration windows predicts the others best.
       inputs: β, how far the matrices that read the residual stream are refitted to the pruned one, from 0 (not at all)
         to 1. None for half-way with least squares, and 0 with `bias`.
       solver: where linear systems are solved and OBS orders groups: `host` (NumPy, float64) or `device` (float32).
@@ -364,7 +377,13 @@ class Refit:
         "What the refit aims for: 0 reproduces this layer's own dense output; 1 also corrects the error that earlier "
         "pruned layers left in the residual stream. Half-way if unset.",
     )
-    ridge: float = option(1e-2, float, "Ridge of the refit, as a share of the mean diagonal of the Gram matrix.")
+    ridge: float | None = option(
+        None,
+        str,
+        "Ridge of the refit, as a share of the mean diagonal of the Gram matrix, or auto: chosen for every projection "
+        "by calibration windows that are held out.",
+        spelling=STEP,
+    )
     inputs: float | None = option(
         None,
         float,

@@ -18,7 +18,7 @@ from minillm_jax.model import costs
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.tree import group_counts, layer_count, part_counts
 from minillm_jax.progress import StageProgress, tell
-from minillm_jax.settings import Budget, Refit
+from minillm_jax.settings import BY_CURVES, Budget, Refit
 
 # Removed shares of the groups of a layer at which the allocation `measured` measures the loss.
 SHARES = tuple(n / 10 for n in range(1, 10))
@@ -60,7 +60,7 @@ def _limit(decoder: Decoder, inventory: Inventory, budget: Budget) -> float:
 
 def _uniform(inventory: Inventory, limit: float, budget: Budget) -> Counts | None:
     """The counts of the allocation `uniform`; None for the other allocations."""
-    if budget.allocation != "uniform":
+    if not budget.uniform:
         return None
     if budget.by_share:
         return budgets.by_ratio(inventory, budget.ratio or 0.0, budget)
@@ -126,8 +126,8 @@ def counts_for(
     if calibration is None:
         raise InputError("measured budgets take losses on calibration windows; give the calibration")
     report = partial(tell, progress, "budget")
-    if budget.allocation == "curves":
-        check_curves("obs" if scores is None else "a criterion with scores")
+    if budget.allocation in BY_CURVES:
+        check_curves("obs" if scores is None else "a criterion with scores", budget.allocation)
         levels, losses = _by_curves(decoder, inventory, budget, refit, calibration, report)
         return _cheapest(inventory, limit, levels, losses, budget)
     levels = budgets.levels(inventory, budget, SHARES)
@@ -139,7 +139,7 @@ def counts_for(
         return np.asarray(kept[kind][0])
 
     chosen = None if scores is None else choose
-    losses = level_losses(decoder, calibration.batches, levels, chosen, refit, report).losses
+    losses = level_losses(decoder, calibration.batches, levels, chosen, refit, report).divergences
     return _cheapest(inventory, limit, levels, losses, budget)
 
 
@@ -158,7 +158,7 @@ def _by_curves(
     fewest = {kind: [row[-1] for row in rows] for kind, rows in levels.items()}
     measured = level_losses(decoder, calibration.batches, middle, None, refit, report, fewest)
     assert measured.errors is not None, "structured OBS has errors"
-    return levels, curves.curve_losses(levels, middle, measured.losses, measured.errors)
+    return levels, curves.curve_losses(levels, middle, measured.divergences, measured.errors)
 
 
 def _pairs(levels: Levels, losses: Losses) -> dict[str, list[list[tuple[int, float | None]]]]:
@@ -174,7 +174,8 @@ def _pairs(levels: Levels, losses: Losses) -> dict[str, list[list[tuple[int, flo
 
 def _cheapest(inventory: Inventory, limit: float, levels: Levels, losses: Losses, budget: Budget) -> Allocated:
     """The counts with the least sum of losses, and the losses for the record."""
-    counts = _decided(lambda: budgets.cheapest(inventory, limit, levels, losses, budget))
+    cheapest = budgets.cheapest_equal if budget.allocation == "equal" else budgets.cheapest
+    counts = _decided(lambda: cheapest(inventory, limit, levels, losses, budget))
     return Allocated(counts, _pairs(levels, losses))
 
 
@@ -183,16 +184,16 @@ def _decided(compute: Callable[[], Counts]) -> Counts:
     return {kind: [int(count) for count in rows] for kind, rows in hosts.rows_of_first(compute).items()}
 
 
-def check_curves(criterion: str) -> None:
-    """Check that a criterion has a curve of errors.
+def check_curves(criterion: str, allocation: str) -> None:
+    """Check that a criterion has a curve of errors, for an allocation of `BY_CURVES`.
 
     Raises:
       InputError: the criterion is not `obs`.
     """
     if criterion != "obs":
         raise InputError(
-            f"the allocation curves follows the errors of structured OBS, not {criterion}; use --criterion obs, or the "
-            "allocation measured"
+            f"the allocation {allocation} follows the errors of structured OBS, not {criterion}; use --criterion obs, "
+            "or the allocation measured"
         )
 
 

@@ -7,13 +7,15 @@ scores. The allocation `measured` is in `budget.cheapest`.
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from math import isfinite
 
 import numpy as np
 from jaxtyping import Float
 
+from minillm_jax.budget.cheapest import Levels, Losses, loss_at, no_finite_loss
 from minillm_jax.budget.cheapest import cheapest as cheapest
 from minillm_jax.budget.cheapest import levels as levels
 from minillm_jax.budget.inventory import Counts as Counts
@@ -100,6 +102,40 @@ def uniform(inventory: Inventory, limit: float, budget: Budget) -> Counts:
       limit: the largest cost of the pruned model, at least that of the fewest groups (see `limit_of`).
       budget: its multiples round the counts, and `keep_at_least` bounds them from below.
     """
+    return next(_same_in_layers(inventory, limit, budget))
+
+
+def cheapest_equal(inventory: Inventory, limit: float, tried: Levels, losses: Losses, budget: Budget) -> Counts:
+    """The counts of `uniform`, or with more of one kind and less of another, with the least sum of losses.
+
+    The shares of a kind are the same in every layer, but those of two kinds may differ.
+
+    Args:
+      inventory: the groups of the model.
+      limit: the largest cost of the pruned model, at least that of the fewest groups (see `limit_of`).
+      tried: kind -> for each layer, the counts with known losses.
+      losses: the loss at each of these counts, nats; between two of them it is interpolated.
+      budget: its multiples round the counts, and `keep_at_least` bounds them from below.
+
+    Raises:
+      InputError: no counts within the limit have finite losses.
+    """
+
+    def loss(counts: Counts) -> float:
+        return sum(
+            loss_at(tried[kind][layer], losses[kind][layer], count)
+            for kind, row in counts.items()
+            for layer, count in enumerate(row)
+        )
+
+    best = min(_same_in_layers(inventory, limit, budget), key=loss)
+    if not isfinite(loss(best)):
+        raise InputError(no_finite_loss(limit, losses))
+    return best
+
+
+def _same_in_layers(inventory: Inventory, limit: float, budget: Budget) -> Iterator[Counts]:
+    """All counts within the limit with the same shares in every layer; those that share the budget equally first."""
     share = min((inventory.whole - limit) / inventory.prunable(), 0.999)
     *leading, filler = inventory.counts
     most = max(len(sizes) for kind in inventory.counts for sizes in inventory.sizes(kind, budget))
@@ -109,11 +145,12 @@ def uniform(inventory: Inventory, limit: float, budget: Budget) -> Counts:
 
     full = {filler: inventory.counts[filler]}
     first = next((more for more in range(most) if inventory.left(leading_counts(more) | full) > limit), 0)
-    for more in range(first, -most, -1):
-        counts = _fill(inventory, limit, leading_counts(more), filler, budget)
-        if counts is not None:
-            return counts
-    raise AssertionError("the fewest groups are within the limit")
+    seen = None
+    for more in (*range(first, -most, -1), *range(first + 1, most)):
+        kept = leading_counts(more)
+        if kept != seen and (counts := _fill(inventory, limit, kept, filler, budget)) is not None:
+            yield counts
+        seen = kept
 
 
 def _shared(inventory: Inventory, kind: str, share: float, budget: Budget, more: int = 0) -> list[int]:

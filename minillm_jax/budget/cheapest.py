@@ -66,11 +66,16 @@ def cheapest(inventory: Inventory, limit: float, tried: Levels, losses: Losses, 
     ordered = {kind: [[x if isfinite(x) else inf for x in row] for row in rows] for kind, rows in losses.items()}
     kept = _best_levels(inventory, limit, tried, ordered)
     if kept is None or not _correct(inventory, limit, kept, tried, ordered, budget or Budget(keep_at_least=0.0)):
-        raise InputError(
-            f"no choice within the limit of {limit:,.0f} has a finite loss: the loss overflows where "
-            f"{_overflowing(losses)} are pruned; use --dtype float32, a smaller ratio or a larger target"
-        )
+        raise InputError(no_finite_loss(limit, losses))
     return kept
+
+
+def no_finite_loss(limit: float, losses: Losses) -> str:
+    """The message where no counts within the limit have finite losses."""
+    return (
+        f"no choice within the limit of {limit:,.0f} has a finite loss: the loss overflows where "
+        f"{_overflowing(losses)} are pruned; use --dtype float32, a smaller ratio or a larger target"
+    )
 
 
 def _overflowing(losses: Losses) -> str:
@@ -152,7 +157,7 @@ def _correct(inventory: Inventory, limit: float, kept: Counts, tried: Levels, lo
                 if not 0 <= place < len(row):
                     continue
                 cost = (row[place] - now) * inventory.costs[kind][layer]
-                change = _loss(tried[kind][layer], losses[kind][layer], row[place]) - _loss(
+                change = loss_at(tried[kind][layer], losses[kind][layer], row[place]) - loss_at(
                     tried[kind][layer], losses[kind][layer], now
                 )
                 if isfinite(change) and (sign < 0 or left + cost <= limit):
@@ -168,7 +173,7 @@ def _correct(inventory: Inventory, limit: float, kept: Counts, tried: Levels, lo
     return left <= limit
 
 
-def _loss(counts: Sequence[int], losses: Sequence[float], count: int) -> float:
+def loss_at(counts: Sequence[int], losses: Sequence[float], count: int) -> float:
     """The loss at a count between measured ones, by linear interpolation; infinite beside an infinite loss."""
     for (more, loss), (fewer, other) in pairwise(zip(counts, losses, strict=True)):
         if fewer < count <= more:

@@ -144,7 +144,7 @@ def _reason(effect: _Effect, budget: Budget) -> str:
         return f"a ratio of {budget.ratio:g} of the {steps} {words}{of} rounds to none"
     if effect.multiple > 1:
         return f"the number of {words}{of}, {steps}, is kept by {budget.multiple_flag(effect.kind)} {effect.multiple}"
-    if budget.by_share or budget.allocation == "uniform":
+    if budget.uniform:
         return f"the share that the budget takes from the {steps} {words}{of} rounds to none"
     return f"--keep-at-least {budget.keep_at_least:g} keeps all of the {steps} {words}{of}"
 
@@ -159,7 +159,7 @@ def _ways(effect: _Effect, budget: Budget, queries: int) -> list[str]:
             ways.append("--ratio-of model, which takes more of the other groups")
     elif steps > 1 and effect.multiple > 1:
         ways.append(f"use a smaller {budget.multiple_flag(effect.kind)}")
-    elif steps > 1 and budget.allocation != "uniform":
+    elif steps > 1 and not budget.uniform:
         ways.append("use a smaller --keep-at-least")
     elif steps > 1:
         ways.append("use a larger ratio" if budget.target is None else "use a smaller target")
@@ -182,7 +182,7 @@ def _or(ways: list[str]) -> str:
 def warn_of_idle_kinds(before: Counts, after: Counts, budget: Budget) -> None:
     """Warns about every kind of groups of which an unequal allocation removes none."""
     for kind, counts in after.items():
-        if budget.allocation != "uniform" and list(counts) == list(before[kind]):
+        if not budget.uniform and list(counts) == list(before[kind]):
             warn(
                 f"the allocation {budget.allocation} removes no {_WORDS[kind][0]}: the other groups are cheaper to "
                 f"remove; leave out {_WORDS[kind][1]} in --structures, or use --budget uniform to remove some"

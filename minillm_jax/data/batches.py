@@ -90,6 +90,10 @@ class Batches:
         """The first `count` windows."""
         return replace(self, windows=self.windows[:count])
 
+    def split(self, count: int) -> tuple["Batches", "Batches"]:
+        """The first `count` windows, and the others."""
+        return self.first(count), replace(self, windows=self.windows[count:])
+
     def collect(
         self, program: Callable[[Batch], Array], progress: Callable[[int, int], None] | None = None
     ) -> Float[np.ndarray, "*rest B"]:

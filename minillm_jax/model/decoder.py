@@ -97,6 +97,31 @@ def _scan_run(
     return jax.lax.scan(visit, carry, jnp.arange(count * visits, dtype=jnp.int32))
 
 
+def layers_from(
+    decoder: Decoder, x: Float[Array, "B T D"], first: Int[Array, ""], length: int
+) -> Float[Array, "B T D"]:
+    """The residual stream after the last layer, from the stream before layer `first`.
+
+    The layer is an argument of the compiled program, so that all layers share one compilation.
+
+    Args:
+      decoder: the model.
+      x: the residual stream before layer `first`.
+      first: index of a layer; the number of layers for none.
+      length: tokens T of a sequence.
+    """
+    angles, start = rotary_angles(decoder, length), 0
+    for run in decoder.runs:
+
+        def step(index: Array, x: Array, run: Block = run) -> Array:
+            block = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), run)
+            return apply_layer(block, decoder.config, x, angles)[0]
+
+        x = jax.lax.fori_loop(jnp.clip(first - start, 0, depth(run)), depth(run), step, x)
+        start += depth(run)
+    return x
+
+
 def embed(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """The residual stream before the first layer, in the promoted type of embedding and layers.
 

@@ -40,8 +40,8 @@ from minillm_jax.model.tree import group_count, named_arrays, part_count
 from minillm_jax.pruning import slicing, solve
 from minillm_jax.pruning.refit_inputs import refit_sublayer_inputs
 from minillm_jax.pruning.removal_order import Removal, greedy_removal, products_of_best
-from minillm_jax.pruning.system import Solver, System, system_of
-from minillm_jax.pruning.walk import PROJECTIONS, InputMoments, RefitInputs, Site, projection, walk
+from minillm_jax.pruning.system import HELD_OUT, Solver, System, system_of, system_with_ridge
+from minillm_jax.pruning.walk import PROJECTIONS, Collected, InputMoments, RefitInputs, Site, projection, walk
 from minillm_jax.settings import METHODS, SOLVERS, Refit
 
 # Default of α and β. Measured: better than 0 and 1 at a ratio of 50 %, equal to the better of both at 20 %.
@@ -61,7 +61,7 @@ def resolve(settings: Refit, config: DecoderConfig) -> Refit:
             f"refit by bias needs output projections with biases, which this {config.family} model does not have; use "
             "least-squares"
         )
-    if not 0 < settings.ridge < np.inf:
+    if settings.ridge is not None and not 0 < settings.ridge < np.inf:
         raise InputError(f"the refit's ridge must be a positive number, found {settings.ridge:g}")
     return replace(settings, alpha=_alpha(settings, config), inputs=_inputs(settings))
 
@@ -119,7 +119,7 @@ def slice_and_refit(
         return site.run if kind is None else slice_site(site, kind, kept[kind][site.layer], settings, solver)
 
     refit_inputs = _input_refit(settings, kept, batches, solver)
-    layers = walk(decoder, batches, replace_layer, progress, refit_inputs)
+    layers = walk(decoder, batches, replace_layer, progress, refit_inputs, held_out_windows(settings, batches))
     return shard(with_runs(decoder, slicing.merge(layers)), mesh_of(decoder))
 
 
@@ -162,7 +162,7 @@ def prune_by_obs(
 
     kept_ranges = {kind: [range(count) for count in rows] for kind, rows in counts.items()}  # only their lengths matter
     refit_inputs = _input_refit(settings, kept_ranges, batches, solver)
-    layers = walk(decoder, batches, replace_layer, progress, refit_inputs)
+    layers = walk(decoder, batches, replace_layer, progress, refit_inputs, held_out_windows(settings, batches))
     return shard(with_runs(decoder, slicing.merge(layers)), mesh_of(decoder)), kept
 
 
@@ -173,12 +173,15 @@ def _input_refit(
     if not settings.inputs:
         return None
 
-    def refit_inputs(layer: int, sublayer: str, run: Block, moments: Callable[[], InputMoments]) -> Block:
+    held_tokens = held_out_windows(settings, batches) * batches.length
+
+    def refit_inputs(layer: int, sublayer: str, run: Block, moments: Callable[[], Collected[InputMoments]]) -> Block:
         kind = pruned_kind(sublayer, kept)
         if kind is None or len(kept[kind][layer]) == group_count(run, kind):
             return run
         beta, ridge, where = settings.inputs or 0.0, settings.ridge, f" of layer {layer}"
-        return refit_sublayer_inputs(sublayer, run, moments(), batches.tokens, beta, ridge, solver, batches.mesh, where)
+        tokens = batches.tokens, held_tokens
+        return refit_sublayer_inputs(sublayer, run, moments(), tokens, beta, ridge, solver, batches.mesh, where)
 
     return refit_inputs
 
@@ -204,18 +207,22 @@ class Gathered:
 
     Attributes:
       moments: the fields of `walk.Moments`.
+      held_out: the same of the held-out windows; None without any.
       kernel: W, the dense kernel, float64.
     """
 
     moments: tuple[np.ndarray, ...]
+    held_out: tuple[np.ndarray, ...] | None
     kernel: Float[np.ndarray, "I D"]
 
 
 def gathered(site: Site) -> Gathered:
     """The moments and the kernel of a site. With several processes, every process must call this."""
-    moments = tuple(gather(moment) for moment in site.moments())
+    total, held_out = site.moments()
+    moments = tuple(gather(moment) for moment in total)
+    held_out = None if held_out is None else tuple(gather(moment) for moment in held_out)
     kernel = gather(projection(site.run, site.kind).kernel[...])
-    return Gathered(moments, kernel.astype(np.float64).reshape(len(moments[0]), -1))
+    return Gathered(moments, held_out, kernel.astype(np.float64).reshape(len(moments[0]), -1))
 
 
 def system_at(site: Site, settings: Refit, values: Gathered | None = None) -> System:
@@ -232,7 +239,17 @@ def system_at(site: Site, settings: Refit, values: Gathered | None = None) -> Sy
     values = values or gathered(site)
     biased = projection(site.run, site.kind).bias is not None
     where, alpha = f"{PROJECTIONS[site.kind]} of layer {site.layer}", settings.alpha or 0.0
-    return system_of(values.moments, values.kernel, site.tokens, alpha, settings.ridge, biased, where, settings.solver)
+
+    def make(moments: Sequence[np.ndarray], tokens: int, ridge: float) -> System:
+        return system_of(moments, values.kernel, tokens, alpha, ridge, biased, where, settings.solver)
+
+    tokens = site.tokens, site.held_tokens
+    return system_with_ridge(values.moments, values.held_out, tokens, settings.ridge, make)
+
+
+def held_out_windows(settings: Refit, batches: Batches) -> int:
+    """The number of windows that choose the ridge: none where a ridge is given, or where there are too few windows."""
+    return int(HELD_OUT * batches.count) if settings.ridge is None else 0
 
 
 def removal_order(system: System, count: int, keep: int, parts: int = 1, solver: str = "host") -> Removal:
@@ -329,10 +346,10 @@ def _smaller(site: Site, kind: str, found: Mapping[str, np.ndarray]) -> Block:
     sliced = slicing.take(site.run, {kind: jnp.asarray(found["kept"])[None]}, 0, 1, site.mesh)
     if "kernel" not in found:
         return sliced
-    return _with_projection(sliced, PROJECTIONS[site.kind], found["kernel"], found.get("shift"), site.mesh)
+    return with_projection(sliced, PROJECTIONS[site.kind], found["kernel"], found.get("shift"), site.mesh)
 
 
-def _with_projection(
+def with_projection(
     run: Block, name: str, kernel: Float[np.ndarray, "kept D"], shift: Float[np.ndarray, " D"] | None, mesh: Mesh | None
 ) -> Block:
     """The layer with a new kernel of one projection and `shift` added to its bias, rounded to the types of both.

@@ -9,6 +9,7 @@ With biases, the moments are centred, and the biases take the difference of the 
 all matrices of a sublayer.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -22,9 +23,8 @@ from minillm_jax.devices.sharding import gather
 from minillm_jax.model import axis_table, ops
 from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import named_arrays
-from minillm_jax.pruning import solve
-from minillm_jax.pruning.system import Solver, System, system_of
-from minillm_jax.pruning.walk import InputMoments
+from minillm_jax.pruning.system import Solver, System, system_of, system_with_ridge
+from minillm_jax.pruning.walk import Collected, InputMoments
 
 # Kind of group -> the matrices of its sublayer that read the residual stream.
 INPUT_MATRICES = {
@@ -36,10 +36,10 @@ INPUT_MATRICES = {
 def refit_sublayer_inputs(
     kind: str,
     run: Block,
-    moments: InputMoments,
-    tokens: int,
+    moments: Collected[InputMoments],
+    tokens: tuple[int, int],
     beta: float,
-    ridge: float,
+    ridge: float | None,
     solver: Solver | None = None,
     mesh: Mesh | None = None,
     where: str = "",
@@ -52,9 +52,9 @@ def refit_sublayer_inputs(
       kind: `head` for the attention sublayer, `channel` for the MLP sublayer.
       run: the layer, a run of one layer.
       moments: sums of the sublayer's inputs, as the walk collects them.
-      tokens: number of tokens in these sums.
+      tokens: number of tokens in these sums, and in those over the held-out windows.
       beta: β, the strength of the input refit, from 0 (the matrices keep their values) to 1.
-      ridge: λ as a share of the mean diagonal of G.
+      ridge: λ as a share of the mean diagonal of G; None for the one that held-out windows choose.
       solver: solves the system; on the host by default.
       mesh: the devices of the layer.
       where: the layer, for messages.
@@ -63,14 +63,19 @@ def refit_sublayer_inputs(
       InputError: the moments are not finite, or the system has no solution.
     """
     names, chosen = INPUT_MATRICES[kind], solver or Solver()
-    on_host = [gather(moment) for moment in moments]
+    total, held_out = moments
+    on_host = [gather(moment) for moment in total]
+    held_out = None if held_out is None else [gather(moment) for moment in held_out]
     biased = f"{names[-1]}.bias" in dict(named_arrays(run))
 
     def solution() -> dict[str, np.ndarray]:
         identity = np.eye(len(on_host[0]))
         described = f"{names[-1]}{where}"
-        system = system_of(on_host, identity, tokens, beta, ridge, biased, described, chosen.name)
-        return chosen.run(system, _solution)
+
+        def make(sums: Sequence[np.ndarray], count: int, share: float) -> System:
+            return system_of(sums, identity, count, beta, share, biased, described, chosen.name)
+
+        return chosen.run(system_with_ridge(on_host, held_out, tokens, ridge, make), _solution)
 
     found = hosts.of_first(solution)
     linear_map, shift = (sharding.replicated(found[name].astype(np.float32), mesh) for name in ("map", "shift"))
@@ -79,7 +84,7 @@ def refit_sublayer_inputs(
 
 def _solution(system: System, solver: str) -> dict[str, np.ndarray]:
     """M, and the change of the mean input; zero in sublayers without biases."""
-    linear_map = solve.solve(system.hessian, system.right, solver)
+    linear_map = system.rows(np.arange(len(system.kernel)), solver)
     shift = np.zeros(len(linear_map)) if system.mean is None else system.target - system.mean @ linear_map
     return {"map": linear_map, "shift": shift}
 

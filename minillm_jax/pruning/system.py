@@ -9,6 +9,7 @@ the input of a sublayer, W the identity, the target the dense input, and γ is �
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -23,6 +24,19 @@ from minillm_jax.pruning.walk import raw_moments
 
 # Shares of the mean diagonal that are tried as the ridge, in turn, where a system is not positive definite.
 RIDGES = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2, 1.0)
+
+# The ridge by which OBS orders groups where another is chosen for the refit, as a share of the mean diagonal.
+RIDGE = 1e-2
+# The held-out share of the calibration windows.
+HELD_OUT = 0.25
+
+# Ridges among which held-out windows choose, ascending, as shares of the mean diagonal.
+CHOICES = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+# The smallest ridge whose gain on held-out windows is at least this share of the largest gain is chosen: the squared
+# error is flat around its minimum, and of equal ridges the smaller one gives the smaller loss (measured).
+ENOUGH = 0.99
+# Columns of the matrix on which ridges are compared, evenly spaced.
+COLUMNS = 256
 
 T = TypeVar("T")
 
@@ -40,6 +54,7 @@ class System:
       mean: mean of the inputs X over all tokens; None for a map without a bias.
       target: mean of the target over all tokens.
       where: layer and matrix, for messages.
+      held_out: chooses the ridge of the kept rows; None where λ is given.
     """
 
     hessian: Float[np.ndarray, "I I"]
@@ -50,24 +65,76 @@ class System:
     mean: Float[np.ndarray, " I"] | None
     target: Float[np.ndarray, " D"]
     where: str
+    held_out: "HeldOut | None" = None
 
     def rows(self, rows: Int[np.ndarray, " kept"], solver: str) -> Float[np.ndarray, "kept D"]:
-        """The least-squares solution for the kept rows.
+        """The least-squares solution for the kept rows, with the ridge that held-out windows choose for these rows.
 
         Raises:
           LinAlgError: see `solve.solve`.
         """
-        return solve.solve(self.hessian[np.ix_(rows, rows)], self.right[rows], solver)
+        ridge = self.ridge if self.held_out is None else self.held_out.best(rows, solver) * self.diagonal
+        return self.solution(rows, ridge, slice(None), solver)
+
+    def solution(
+        self, rows: Int[np.ndarray, " kept"], ridge: float, columns: slice, solver: str
+    ) -> Float[np.ndarray, "kept _"]:
+        """The least-squares solution for some rows and columns, with any ridge λ.
+
+        Raises:
+          LinAlgError: see `solve.solve`.
+        """
+        hessian, more = self.hessian[np.ix_(rows, rows)], ridge - self.ridge
+        np.fill_diagonal(hessian, hessian.diagonal() + more)
+        right = self.right[rows, columns] + more * self.kernel[rows, columns]
+        return solve.solve(hessian, right, solver)
 
     def shift(self, rows: Int[np.ndarray, " kept"], kernel: Float[np.ndarray, "kept D"]) -> np.ndarray | None:
         """The change of the bias that gives the output with these rows the mean of the target; None without a bias."""
         return None if self.mean is None else self.target - self.mean[rows] @ kernel
 
     def with_ridge(self, ridge: float) -> "System":
-        """The same system with a larger ridge λ."""
+        """The same system with a larger ridge λ, which no held-out windows choose."""
         hessian, more = self.hessian.copy(), ridge - self.ridge
         np.fill_diagonal(hessian, hessian.diagonal() + more)
-        return replace(self, hessian=hessian, right=self.right + more * self.kernel, ridge=ridge)
+        right = self.right + more * self.kernel
+        return replace(self, hessian=hessian, right=right, ridge=ridge, held_out=None)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Chooses the ridge that predicts held-out windows best.
+
+    The squared error of W' on them is, up to a constant, tr(W'ᵀ G W') − 2 tr(W'ᵀ R), with the Gram matrix G of the
+    held-out inputs and R = (1 − γ) G W + γ C.
+
+    Attributes:
+      fit: the system of the other windows.
+      held: the system of the held-out windows, with a ridge of 0.
+    """
+
+    fit: System
+    held: System
+
+    def best(self, rows: Int[np.ndarray, " kept"], solver: str) -> float:
+        """The chosen ridge, as a share of the mean diagonal: of `CHOICES`, the smallest with `ENOUGH` of the best gain.
+
+        The gain of a ridge is the held-out error of the kept rows as they are, minus that of the refitted rows. The
+        largest ridge is chosen where none has a gain.
+        """
+        columns = slice(None, None, -(-self.fit.kernel.shape[1] // COLUMNS))
+        gram, right = self.held.hessian[np.ix_(rows, rows)], self.held.right[rows, columns]
+
+        def error(kernel: np.ndarray) -> float:
+            return float(np.sum(kernel * (solve.product(gram, kernel, solver) - 2 * right)))
+
+        before, gains = error(self.fit.kernel[rows, columns]), {}
+        for ridge in CHOICES:
+            # A small ridge may leave the system singular. Where all do, the largest is tried on the whole system.
+            with suppress(LinAlgError):
+                gains[ridge] = before - error(self.fit.solution(rows, ridge * self.fit.diagonal, columns, solver))
+        most = max(gains.values(), default=0.0)
+        return next((ridge for ridge, gain in gains.items() if gain >= ENOUGH * most > 0), CHOICES[-1])
 
 
 def system_of(
@@ -114,6 +181,30 @@ def system_of(
     mean_target = (1 - towards) * (mean @ kernel) + towards * target
     np.fill_diagonal(gram, gram.diagonal() + penalty)  # in place: for a 7B model this matrix takes a gigabyte
     return System(gram, right, penalty, diagonal, kernel, mean if biased else None, mean_target, where)
+
+
+def system_with_ridge(
+    moments: Sequence[np.ndarray],
+    held_out: Sequence[np.ndarray] | None,
+    tokens: tuple[int, int],
+    ridge: float | None,
+    make: Callable[[Sequence[np.ndarray], int, float], System],
+) -> System:
+    """The system of a map with a given ridge, or with one that held-out windows choose.
+
+    Args:
+      moments: over all windows; the fields of `walk.Moments` or `walk.InputMoments`.
+      held_out: the same over the held-out windows; None where there are none.
+      tokens: number of all tokens, and of those of the held-out windows.
+      ridge: λ as a share of the mean diagonal; None to choose it. Without held-out windows that is `RIDGE`.
+      make: moments, number of tokens, ridge -> system.
+    """
+    system = make(moments, tokens[0], RIDGE if ridge is None else ridge)
+    if ridge is not None or held_out is None:
+        return system
+    fit = [total - held for total, held in zip(moments[:4], held_out[:4], strict=True)]
+    fit_system = make([*fit, *moments[4:]], tokens[0] - tokens[1], 0.0)
+    return replace(system, held_out=HeldOut(fit_system, make(held_out, tokens[1], 0.0)))
 
 
 class Solver:

@@ -16,7 +16,7 @@ batch.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial, reduce
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -99,6 +99,21 @@ class InputMoments(NamedTuple):
     target_center: Float[Array, " D"]
 
 
+M = TypeVar("M", Moments, InputMoments)
+
+
+class Collected(NamedTuple, Generic[M]):
+    """Moments of all calibration tokens, and of the held-out windows alone.
+
+    Attributes:
+      total: over all windows.
+      held_out: over the held-out windows, about the same centers; None where no windows are held out.
+    """
+
+    total: M
+    held_out: M | None
+
+
 @dataclass(frozen=True)
 class Site:
     """One output projection, as the walk shows it.
@@ -110,6 +125,7 @@ class Site:
       tokens: number of calibration tokens.
       mesh: the devices of the walk; None for one device.
       moments: collects the moments of the projection's input when it is called first; valid until `replace` returns.
+      held_tokens: number of tokens of the held-out windows.
     """
 
     layer: int
@@ -117,11 +133,12 @@ class Site:
     run: Block
     tokens: int
     mesh: Mesh | None
-    moments: Callable[[], Moments]
+    moments: Callable[[], Collected[Moments]]
+    held_tokens: int = 0
 
 
 # Refits the matrices of a sublayer that read the residual stream: layer index, kind, layer, moments -> layer.
-RefitInputs = Callable[[int, str, Block, Callable[[], InputMoments]], Block]
+RefitInputs = Callable[[int, str, Block, Callable[[], Collected[InputMoments]]], Block]
 
 
 def projection(block: Block, kind: str) -> Linear:
@@ -135,6 +152,7 @@ def walk(
     replace: Callable[[Site], Block],
     progress: Callable[[int, int], None] | None = None,
     refit_inputs: RefitInputs | None = None,
+    held_out: int = 0,
 ) -> list[Block]:
     """Every layer as `replace` returned it, each a run of one layer.
 
@@ -149,21 +167,27 @@ def walk(
       progress: called with the number of sublayers done, and of all.
       refit_inputs: called before `replace` with the layer index, the kind, the layer, and a function that collects the
         moments of the sublayer's inputs; returns the layer with refitted matrices in this sublayer.
+      held_out: number of windows at the end whose moments are collected alone as well.
     """
     angles = rotary_angles(decoder, batches.length)
-    dense = [begin(decoder, batch.tokens, mesh=batches.mesh) for batch in batches]
+    parts = batches.split(batches.count - held_out) if held_out else (batches,)
+    dense = [begin(decoder, batch.tokens, mesh=batches.mesh) for part in parts for batch in part]
     pruned, layers, done = list(dense), [], 0
     for index, dense_layer in enumerate(layers_of(decoder, batches.mesh)):
         layer = dense_layer
         for kind in PROJECTIONS:
             settings = {"kind": kind, "config": decoder.config, "mesh": batches.mesh, "angles": angles}
+            collected = partial(_collected, lengths=[len(part) for part in parts], mesh=batches.mesh)
             if refit_inputs is not None:
-                input_moments = partial(_collect_inputs, dense_layer, list(dense), list(pruned), settings)
-                layer = refit_inputs(index, kind, layer, input_moments)
-                del input_moments
+                pairs = partial(inputs_of_both, dense_layer, **settings)
+                inputs = list(zip(pruned, dense, strict=True))
+                layer = refit_inputs(index, kind, layer, partial(collected, InputMoments, pairs, inputs))
+                del inputs
             dense_totals = _advance_all(dense_layer, dense, settings)
-            moments = cache(partial(_collect, layer, pruned, dense_totals, settings))
-            layer = replace(Site(index, kind, layer, batches.tokens, batches.mesh, moments))
+            pairs = partial(inputs_and_gaps, layer, **settings)
+            moments = cache(partial(collected, Moments, pairs, list(zip(pruned, dense_totals, strict=True))))
+            held_tokens = held_out * batches.length
+            layer = replace(Site(index, kind, layer, batches.tokens, batches.mesh, moments, held_tokens))
             del dense_totals, moments  # they would live on through the next sublayer
             _advance_all(layer, pruned, settings)
             done += 1
@@ -245,24 +269,25 @@ def raw_moments(
     return gram, cross
 
 
-def _collect(
-    run: Block, states: Sequence[State], dense_totals: Sequence[Float[Array, "_ T D"]], settings: dict[str, Any]
-) -> Moments:
-    """The moments of one output projection over all batches."""
-    pairs = partial(inputs_and_gaps, run, **settings)
-    return Moments(*sums_about_means(pairs, list(zip(states, dense_totals, strict=True)), settings["mesh"]))
-
-
-def _collect_inputs(
-    run: Block, dense: Sequence[State], pruned: Sequence[State], settings: dict[str, Any]
-) -> InputMoments:
-    """The moments of a sublayer's inputs over all batches."""
-    pairs = partial(inputs_of_both, run, **settings)
-    return InputMoments(*sums_about_means(pairs, list(zip(pruned, dense, strict=True)), settings["mesh"]))
-
-
-# Two features of the same tokens: of the pruned model, and their targets.
+# The inputs of a projection, and what it is fitted to, at every token of a batch.
 Pair = tuple[Float[Array, "B T I"], Float[Array, "B T J"]]
+
+
+def _collected(
+    fields: type[M],
+    pair_of: Callable[..., Pair],
+    batches: Sequence[tuple[Any, ...]],
+    *,
+    lengths: Sequence[int],
+    mesh: Mesh | None,
+) -> Collected[M]:
+    """Sums over all batches, and over the held-out ones, which are the last; `lengths` counts both parts."""
+    fit = sums_about_means(pair_of, batches[: lengths[0]], mesh)
+    if len(lengths) == 1:
+        return Collected(fields._make(fit), None)
+    held_out = sums_about_means(pair_of, batches[lengths[0] :], mesh, (fit[4], fit[5]))
+    total = *jax.tree.map(jnp.add, fit[:4], held_out[:4]), *fit[4:]
+    return Collected(fields._make(total), fields._make(held_out))
 
 
 @partial(jax.jit, static_argnames=("kind", "config", "mesh"))
@@ -300,14 +325,17 @@ def inputs_and_gaps(
 
 
 def sums_about_means(
-    pair_of: Callable[..., Pair], batches: Sequence[tuple[Any, ...]], mesh: Mesh | None
+    pair_of: Callable[..., Pair],
+    batches: Sequence[tuple[Any, ...]],
+    mesh: Mesh | None,
+    centers: tuple[Array, Array] | None = None,
 ) -> tuple[Array, ...]:
-    """Sums about the means of the first batch (the six fields of `Moments`).
+    """Sums about two centers, by default the means of the first batch (the six fields of `Moments`).
 
     Every device adds up its own windows. The devices add their sums once, at the end. Batches whose windows do not
     divide by the devices are summed on every device.
     """
-    centers, sums = None, {}
+    sums = {}
     for batch in batches:
         pair = pair_of(*batch)
         centers = centers or tuple(_mean(part) for part in pair)

@@ -17,8 +17,10 @@ from minillm_jax.scoring import criteria
 from minillm_jax.scoring.criteria import Criterion
 from minillm_jax.scoring.score import check_hidden, resolve_gradient
 from minillm_jax.settings import (
+    BY_CURVES,
     MEASURED,
     METHODS,
+    SAME_IN_LAYERS,
     SOLVERS,
     Budget,
     Data,
@@ -97,7 +99,7 @@ def _budget(budget: Budget, recipe: Recipe) -> Budget:
     both = [structure for structure in ("hidden", "layers") if structure in budget.structures]
     if both and not budget.by_share:
         chosen = recipe.named_by("budget", "allocation")
-        named = budget.allocation != "uniform" and chosen is not None
+        named = not budget.uniform and chosen is not None
         way = (
             f"the recipe {shortened(str(chosen))} names another; give --budget uniform"
             if named
@@ -121,7 +123,7 @@ def _budget(budget: Budget, recipe: Recipe) -> Budget:
         target_params=budget.target_params,
         target_macs=budget.target_macs,
         target_memory=budget.target_memory,
-        allocation=budget.allocation if budget.kinds else "uniform",
+        allocation=_allocation(budget, recipe) if budget.kinds else "uniform",
         structures=budget.structures,
         heads=budget.heads if heads else "group",
         layers=budget.layers,
@@ -130,6 +132,16 @@ def _budget(budget: Budget, recipe: Recipe) -> Budget:
         round_width_to=budget.round_width_to if width else 1,
         keep_at_least=Budget.keep_at_least if budget.by_share else budget.keep_at_least,
     )
+
+
+def _allocation(budget: Budget, recipe: Recipe) -> str:
+    """The allocation that a user chose, or the one that suits criterion, structures and format."""
+    if budget.allocation is not None:
+        return budget.allocation
+    whole = {"hidden", "layers"} & set(budget.structures)
+    if recipe.scoring.criterion != "obs" or whole:
+        return "uniform"
+    return "equal" if recipe.output.format == "stock" else "curves"
 
 
 def _scoring(recipe: Recipe, budget: Budget) -> tuple[Criterion | None, Scoring, Estimation | None]:
@@ -143,8 +155,8 @@ def _scoring(recipe: Recipe, budget: Budget) -> tuple[Criterion | None, Scoring,
         check_hidden(settings.criterion, criterion)
     if budget.allocation == "global":
         check_comparable(settings.criterion)
-    if budget.allocation == "curves":
-        check_curves(settings.criterion)
+    if budget.allocation in BY_CURVES:
+        check_curves(settings.criterion, budget.allocation)
     gradient = resolve_gradient(settings.criterion, criterion, recipe.gradient)
     if gradient is not None:
         gradient = replace(gradient, seed=recipe.data.seed)
@@ -208,10 +220,10 @@ def _output(output: Output, budget: Budget, gradient: Estimation | None) -> Outp
             raise InputError(
                 "a checkpoint holds one estimate and cannot be used with several rounds; leave out one of the two"
             )
-    if budget.allocation != "uniform" and output.format == "stock":
+    if budget.allocation not in SAME_IN_LAYERS and output.format == "stock":
         raise InputError(
             f"{budget.allocation} budgets keep unequal numbers in the layers, which no stock class can hold; use the "
-            "format per-layer or padded"
+            "format per-layer or padded, or --budget equal"
         )
     size = Output.max_shard_size if output.format == "flax" else output.max_shard_size
     return Output(output.format, size, output.dtype, checkpoint)
