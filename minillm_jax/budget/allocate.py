@@ -30,9 +30,9 @@ class Allocated:
 
     Attributes:
       counts: kind -> one number for each layer.
-      losses: with the allocation `measured`: kind -> for each layer, pairs of a number of kept groups and the change of
-        the mean loss (nats) when only this kind of groups of this layer is pruned to that number; None where the loss
-        is not finite. The first pair is for all groups.
+      losses: with an allocation of `MEASURED`: kind -> for each layer, pairs of a number of kept groups and the mean
+        divergence from the dense model (nats) when only this kind of groups of this layer is pruned to that number;
+        None where the divergence is not finite. The first pair is for all groups.
     """
 
     counts: Counts
@@ -156,9 +156,11 @@ def _by_curves(
     middle = budgets.levels(inventory, budget, (curves.MEASURED_SHARE,))
     middle = {kind: [row[:2] for row in rows] for kind, rows in middle.items()}
     fewest = {kind: [row[-1] for row in rows] for kind, rows in levels.items()}
-    measured = level_losses(decoder, calibration.batches, middle, None, refit, report, fewest)
-    assert measured.errors is not None, "structured OBS has errors"
-    return levels, curves.curve_losses(levels, middle, measured.divergences, measured.errors)
+    batches = calibration.batches
+    windows = batches.first(max(1, curves.MEASURED_TOKENS // batches.length))
+    found = level_losses(decoder, batches, middle, None, refit, report, fewest, windows)
+    assert found.errors is not None, "structured OBS has errors"
+    return levels, curves.curve_losses(levels, middle, found.divergences, found.errors)
 
 
 def _pairs(levels: Levels, losses: Losses) -> dict[str, list[list[tuple[int, float | None]]]]:

@@ -218,9 +218,9 @@ class Gathered:
 
 def gathered(site: Site) -> Gathered:
     """The moments and the kernel of a site. With several processes, every process must call this."""
-    total, held_out = site.moments()
-    moments = tuple(gather(moment) for moment in total)
-    held_out = None if held_out is None else tuple(gather(moment) for moment in held_out)
+    collected = site.moments()
+    moments = tuple(gather(moment) for moment in collected.total)
+    held_out = collected.held_out and tuple(gather(moment) for moment in collected.held_out)
     kernel = gather(projection(site.run, site.kind).kernel[...])
     return Gathered(moments, held_out, kernel.astype(np.float64).reshape(len(moments[0]), -1))
 

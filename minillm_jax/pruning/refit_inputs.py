@@ -63,9 +63,8 @@ def refit_sublayer_inputs(
       InputError: the moments are not finite, or the system has no solution.
     """
     names, chosen = INPUT_MATRICES[kind], solver or Solver()
-    total, held_out = moments
-    on_host = [gather(moment) for moment in total]
-    held_out = None if held_out is None else [gather(moment) for moment in held_out]
+    on_host = [gather(moment) for moment in moments.total]
+    held_out = moments.held_out and [gather(moment) for moment in moments.held_out]
     biased = f"{names[-1]}.bias" in dict(named_arrays(run))
 
     def solution() -> dict[str, np.ndarray]:

@@ -102,7 +102,8 @@ class InputMoments(NamedTuple):
 M = TypeVar("M", Moments, InputMoments)
 
 
-class Collected(NamedTuple, Generic[M]):
+@dataclass(frozen=True)
+class Collected(Generic[M]):
     """Moments of all calibration tokens, and of the held-out windows alone.
 
     Attributes:

@@ -406,16 +406,21 @@ def test_measured_loss_equals_that_of_the_model_with_one_layer_sliced(method: st
     def choose(kind: str, layer: int, keep: int) -> np.ndarray:
         return np.arange(0, 8, 2) if kind == "query" else np.arange(keep)
 
-    losses = level_losses(decoder, BATCHES, levels, choose, refit).losses
-    dense = perplexity(decoder, BATCHES).loss
+    found = level_losses(decoder, BATCHES, levels, choose, refit)
+    losses, dense = found.losses, perplexity(decoder, BATCHES).loss
+    tokens = jnp.asarray(BATCHES.windows)
+    top = top_tokens(decoder, final_hidden(decoder, tokens))
     for kind, rows in levels.items():
         for layer in range(3):
             for level, keep in enumerate(rows[layer]):
                 kept = {kind: [np.arange(n) for n in group_counts(decoder, kind)]}
                 if level:
                     kept[kind][layer] = choose(kind, layer, keep)
-                loss = perplexity(slice_and_refit(decoder, kept, BATCHES, refit), BATCHES).loss
+                pruned = slice_and_refit(decoder, kept, BATCHES, refit)
+                loss = perplexity(pruned, BATCHES).loss
                 assert losses[kind][layer][level] == pytest.approx(loss - dense, abs=2e-6)
+                _, divergences = token_divergences(pruned, final_hidden(pruned, tokens), tokens, top)
+                assert found.divergences[kind][layer][level] == pytest.approx(float(divergences.mean()), abs=2e-6)
     assert any(abs(loss) > 1e-4 for rows in losses.values() for row in rows for loss in row)
 
 
@@ -429,6 +434,33 @@ def test_measured_allocation_reaches_the_cost_of_the_uniform_one(criterion: str)
     assert limit - 3 * 16 * 16 < cost <= limit, "within one group of the limit"
     with pytest.raises(InputError, match="give the calibration"):
         prune_groups(model, scores, Budget(0.5, allocation="measured"), Refit())
+
+
+def test_equal_allocation_is_the_cheapest_with_as_many_groups_in_every_layer() -> None:
+    """Heads cost more of the loss here and channels less, or the other way round."""
+    ones = {"head": [1] * 3, "channel": [1] * 3}
+    counts, group_costs = {"head": [6] * 3, "channel": [40] * 3}, {"head": [20] * 3, "channel": [3] * 3}
+    inventory = Inventory(counts, ones, group_costs, 3 * (6 * 20 + 40 * 3), range(3))
+    budget, limit = Budget(target_params=450, keep_at_least=0.0), 450.0
+    levels = {kind: [list(range(n, 0, -1)) for n in row] for kind, row in counts.items()}
+    found = {}
+    for dear in counts:
+        losses = {
+            kind: [[(5.0 if kind == dear else 1.0) * (1 - n / row[0]) ** 2 for n in row] for row in rows]
+            for kind, rows in levels.items()
+        }
+
+        def loss(heads: int, channels: int, losses: dict[str, list[list[float]]] = losses) -> float:
+            return 3 * (losses["head"][0][6 - heads] + losses["channel"][0][40 - channels])
+
+        best = budgets.cheapest_equal(inventory, limit, levels, losses, budget)
+        assert inventory.left(best) <= limit
+        assert all(len(set(row)) == 1 for row in best.values())
+        pairs = product(range(1, 7), range(1, 41))
+        least = min(loss(*pair) for pair in pairs if inventory.left({"head": [pair[0]] * 3, "channel": [pair[1]] * 3}) <= limit)
+        assert loss(best["head"][0], best["channel"][0]) == pytest.approx(least)
+        found[dear] = best["head"][0]
+    assert found["head"] > found["channel"]
 
 
 # ------------------------------------------------------------------------------------------------------- rounds

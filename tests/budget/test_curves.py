@@ -1,5 +1,7 @@
 """The allocation `curves`: losses of all levels from one measured level and the errors of structured OBS."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -65,3 +67,29 @@ def test_criteria_without_a_curve_are_refused() -> None:
     recipe, given = with_options(Recipe(), {"ratio": 0.2, "allocation": "curves", "criterion": "wanda"})
     with pytest.raises(InputError, match=r"follows the errors of structured OBS, not wanda; use --criterion obs"):
         used(recipe, given)
+
+
+@pytest.mark.parametrize(
+    ("options", "allocation"),
+    [
+        ({}, "curves"),
+        ({"format": "stock"}, "equal"),
+        ({"criterion": "wanda"}, "uniform"),
+        ({"structures": ("layers",)}, "uniform"),
+        ({"allocation": "uniform"}, "uniform"),
+    ],
+    ids=str,
+)
+def test_the_allocation_suits_criterion_format_and_structures(options: dict[str, Any], allocation: str) -> None:
+    recipe, given = with_options(Recipe(), {"ratio": 0.2} | options)
+    assert used(recipe, given).recipe.budget.allocation == allocation
+
+
+def test_an_equal_budget_leaves_layers_of_equal_size() -> None:
+    model = small_model()
+    calibration = Calibration(BATCHES, "random", 0)
+    budget = Budget(0.4, ratio_of="model", allocation="equal")
+    pruned = prune_in_rounds(model, calibration, Scoring(), budget, Refit())
+    limit = 0.6 * parameter_count(model.decoder)
+    assert 0.85 * limit < parameter_count(pruned.decoder) <= limit
+    assert len(pruned.decoder.runs) == 1

@@ -11,7 +11,7 @@ from minillm_jax.model.tree import kernels
 from minillm_jax.pruning.refit import slice_and_refit
 from minillm_jax.pruning.refit_inputs import INPUT_MATRICES, refit_sublayer_inputs
 from minillm_jax.pruning.slicing import slice_layers
-from minillm_jax.pruning.walk import InputMoments
+from minillm_jax.pruning.walk import Collected, InputMoments
 from minillm_jax.settings import Refit
 from tests.helpers import arrays_equal, random_tokens, small_decoder
 from tests.pruning.test_walk import BIASED, KEPT
@@ -43,7 +43,7 @@ def moments_of(x: np.ndarray, dense_x: np.ndarray) -> InputMoments:
 def test_outputs_equal_those_of_least_squares(kind: str, biased: bool, beta: float) -> None:
     """With the output of the dense model as target, or the mean of both outputs; a bias is an intercept."""
     run, (x, dense_x) = one_layer(biased), random_inputs()
-    refitted = refit_sublayer_inputs(kind, run, moments_of(x, dense_x), len(x), beta, 1e-9)
+    refitted = refit_sublayer_inputs(kind, run, Collected(moments_of(x, dense_x), None), (len(x), 0), beta, 1e-9)
     column = np.ones((len(x), 1))
     inputs = np.hstack([x, column]) if biased else x
     for name in INPUT_MATRICES[kind]:
@@ -67,14 +67,14 @@ def test_outputs_equal_those_of_least_squares(kind: str, biased: bool, beta: flo
 def test_equal_residual_streams_keep_the_matrices() -> None:
     x, _ = random_inputs()
     run = one_layer(True)
-    refitted = refit_sublayer_inputs("head", run, moments_of(x, x), len(x), 1.0, 1e-2)
+    refitted = refit_sublayer_inputs("head", run, Collected(moments_of(x, x), None), (len(x), 0), 1.0, 1e-2)
     for name in INPUT_MATRICES["head"]:
         np.testing.assert_allclose(kernels(refitted)[name][...], kernels(run)[name][...], atol=1e-5)
 
 
 def test_large_ridge_keeps_the_matrices() -> None:
     run = one_layer(False)
-    refitted = refit_sublayer_inputs("channel", run, moments_of(*random_inputs()), 300, 1.0, 1e8)
+    refitted = refit_sublayer_inputs("channel", run, Collected(moments_of(*random_inputs()), None), (300, 0), 1.0, 1e8)
     np.testing.assert_allclose(refitted.mlp.up.kernel[...], run.mlp.up.kernel[...], atol=1e-5)
 
 

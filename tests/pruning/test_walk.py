@@ -80,7 +80,7 @@ def collect_moments(decoder: Decoder, batches: Batches) -> dict[tuple[int, str],
     moments = {}
 
     def replace(site: Site) -> Block:
-        moments[site.layer, site.kind] = site.moments()
+        moments[site.layer, site.kind] = site.moments().total
         return slice_sublayer(site)
 
     walk(decoder, batches, replace)
@@ -121,7 +121,7 @@ def test_gap_of_an_unpruned_model_is_the_output_of_the_projection(tmp_path: Path
     decoder = read_model(hugging_face_folder(tmp_path / "model", family, **changes)).decoder
 
     def check(site: Site) -> Block:
-        gram, inputs, cross, gaps, center, gap_center = (np.asarray(moment) for moment in site.moments())
+        gram, inputs, cross, gaps, center, gap_center = (np.asarray(moment) for moment in site.moments().total)
         kernel = np.asarray(projection(site.run, site.kind).kernel).reshape(len(gram), -1)
         np.testing.assert_allclose(gap_center, center @ kernel, atol=1e-4 * np.abs(gap_center).max())
         np.testing.assert_allclose(cross, gram @ kernel, atol=1e-4 * np.abs(cross).max())
