@@ -194,9 +194,7 @@ class Templated:
         try:
             text = getattr(loaded.call, "apply_chat_template")(messages, tokenize=False)  # noqa: B009  of transformers
         except ImportError as error:
-            raise InputError(
-                f"{where}: chat templates need the data extra: pip install 'minillm-jax[data]'"
-            ) from error
+            raise InputError(f"{where}: chat templates need the data extra: pip install 'minillm-jax[data]'") from error
         except Exception as error:  # templates raise many types
             raise InputError(
                 f"{where}: the chat template of {loaded.folder} refuses the conversation "

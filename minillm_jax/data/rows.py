@@ -65,7 +65,13 @@ def named(fields: Iterable[Any]) -> str:
 
 def kind_of_value(value: Any) -> str:
     """What a value is, in a word that people who write JSON know."""
-    kinds = ((bool, "true or false"), (int | float, "a number"), (list | tuple, "a list"), (Mapping, "an object"))
+    kinds = (
+        (str, "a text"),
+        (bool, "true or false"),
+        (int | float, "a number"),
+        (list | tuple, "a list"),
+        (Mapping, "an object"),
+    )
     return "null" if value is None else next((word for kind, word in kinds if isinstance(value, kind)), "another value")
 
 
@@ -220,9 +226,8 @@ def parquet_rows(path: Path, choose: Callable[[list[str]], list[str]]) -> Iterat
         raise InputError(f"{path}: parquet needs the data extra: pip install 'minillm-jax[data]'") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns, number = choose(file.schema_arrow.names), 0
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for number, row in enumerate(batch.to_pylist(), number + 1):
-                    yield f"{path}: row {number}", row
+            batches = file.iter_batches(batch_size=1024, columns=choose(file.schema_arrow.names))
+            found = chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from ((f"{path}: row {number}", row) for number, row in enumerate(found, 1))
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a complete parquet file ({cause(error)})") from error

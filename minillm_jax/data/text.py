@@ -66,7 +66,8 @@ def read_tokens(
 ) -> Tokens:
     """The token ids of a file or a Hub data set, documents joined by blank lines, without special tokens.
 
-    Conversations are written by the chat template of the tokenizer. The text is read and tokenised in pieces; the ids alone stay in memory.
+    Conversations are written by the chat template of the tokenizer. The text is read and tokenised in pieces; the ids
+    alone stay in memory.
 
     Args:
       source: a text, .json, .jsonl, .csv, .tsv or .parquet file, all but the last also compressed by gzip or zstd; a
