@@ -2,8 +2,8 @@
 
 A model whose tokenizer puts that token by itself was trained on documents that each begin with it, packed one after the
 other: calibration documents are joined in the same way. A window that begins in the middle of a document does not begin
-with the token, because the model has seldom seen that (docs/calibration.md has figures). The exception is Gemma, whose
-loss is of no use for a window without the token.
+with the token, because the model has not seen that (docs/LOG.md has figures). The exception is Gemma, which needs the
+token before every text.
 """
 
 from minillm_jax.data.tokenizing import Tokenizer

@@ -122,10 +122,10 @@ def test_eval_with_bos_and_dtype_changes_the_figure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: Path
 ) -> None:
     perplexities = []
-    for extra in ([], ["--bos"], ["--dtype", "bfloat16"]):
+    for extra in ([], ["--bos", "text"], ["--dtype", "bfloat16"], ["--bos", "yes"]):
         assert call(monkeypatch, ["eval", demo.FOLDER, "--text", text, "--json", *extra]) == 0
         perplexities.append(json.loads(capsys.readouterr().out)["perplexity"])
-    assert len(set(perplexities)) == 3
+    assert len(set(perplexities)) == 4
     assert perplexities[2] == pytest.approx(perplexities[0], rel=0.02)
 
 

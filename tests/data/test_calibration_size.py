@@ -128,4 +128,3 @@ def test_only_a_run_that_solves_systems_warns(tmp_path: Path, options: dict[str,
     assert any("calibration tokens for each MLP channel are few" in str(one.message) for one in found) == warns
     assert (pruned.record or {})["tokens_per_channel"] == given["samples"] * 20 / 40
     assert (pruned.record or {})["budget"]["window"] == 20
-

@@ -47,7 +47,8 @@ def blocks(path: Path, **options: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "row", [MESSAGES, PAIR, {"prompt": PAIR["prompt"], "completion": PAIR["response"]}, ALPACA, {**ALPACA, "input": None}]
+    "row",
+    [MESSAGES, PAIR, {"prompt": PAIR["prompt"], "completion": PAIR["response"]}, ALPACA, {**ALPACA, "input": None}],
 )
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
 def test_every_form_is_written_by_the_chat_template(tmp_path: Path, instruct: Path, row: Any, kind: str) -> None:
@@ -114,7 +115,10 @@ def test_empty_rows_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"id": 1, "body": "a"}], "line 1: expected a field 'text', found 'id', 'body'; name one with --field, or give"),
+        (
+            [{"id": 1, "body": "a"}],
+            "line 1: expected a field 'text', found 'id', 'body'; name one with --field, or give",
+        ),
         ([{"instruction": "a"}], "line 1: expected a field 'text', found 'instruction'"),
         ([MESSAGES, {"text": "a"}], "line 2: expected 'messages' as in the rows before, found 'text'"),
         ([PAIR, MESSAGES], "line 2: expected 'prompt' and 'response' as in the rows before, found 'messages'"),
@@ -165,6 +169,8 @@ def test_alpaca_calibrates_and_evaluates(instruct: Path) -> None:
 
 
 def test_the_seed_tasks_of_alpaca_have_other_fields() -> None:
-    with pytest.raises(InputError, match="line 1: expected a field 'text', found 'id', 'name', 'instruction', 'instanc"):
+    with pytest.raises(
+        InputError, match="line 1: expected a field 'text', found 'id', 'name', 'instruction', 'instanc"
+    ):
         blocks(shared("data/alpaca/seed_tasks.jsonl"))
     assert len(blocks(shared("data/alpaca/seed_tasks.jsonl"), field="instruction")) == 175

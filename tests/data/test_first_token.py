@@ -58,7 +58,7 @@ def every_window(ids: np.ndarray, length: int) -> set[tuple[int, ...]]:
 def test_documents_are_packed_with_the_token_of_the_tokenizer(llama: Model) -> None:
     drawn = calibrate(llama, DOCUMENTS, 40, 64).batches.windows
     assert {tuple(row) for row in drawn.tolist()} <= every_window(packed(llama), 64)
-    assert 5 < (drawn == BOS).sum()
+    assert (drawn == BOS).sum() > 5
     assert (drawn[:, 0] == BOS).sum() < 5
     np.testing.assert_array_equal(calibrate(llama, DOCUMENTS, 40, 64, bos="no").batches.windows[:, 0] == BOS, False)
 
@@ -118,7 +118,7 @@ def test_a_chat_template_that_writes_the_token_gets_no_second_one(tmp_path: Path
     folder = folder_of(tmp_path, "gemma")
     edit_json(
         folder / "tokenizer_config.json",
-        chat_template="<|end|>{% for message in messages %}{{ message['role'] }} {{ message['content'] }}\n{% endfor %}",
+        chat_template="<|end|>{% for one in messages %}{{ one['role'] }} {{ one['content'] }}\n{% endfor %}",
     )
     rows = [{"prompt": text, "response": "Yes."} for text in DOCUMENTS]
     windows = calibrate(describe(folder), rows, 40, 64).batches.windows
