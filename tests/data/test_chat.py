@@ -18,8 +18,8 @@ from minillm_jax.errors import InputError, InputWarning
 from tests.helpers import edit_json, shared
 
 TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    "<|end|>[{{ message['role'] }}] {{ message['content'] }} {% endfor %}"
+    "{% for one in messages %}{% if one['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<|end|>[{{ one['role'] }}] {{ one['content'] }} {% endfor %}"
 )
 MESSAGES = {"messages": [{"role": "user", "content": "What is a list?"}, {"role": "assistant", "content": "A type."}]}
 PAIR = {"prompt": "What is a list?", "response": "A type."}
@@ -144,7 +144,7 @@ def test_rows_of_another_form_are_one_sentence(tmp_path: Path, rows: list[Any], 
 def test_the_row_of_a_parquet_file_is_named(tmp_path: Path) -> None:
     table = pyarrow.table({"prompt": ["a", "b"], "response": ["c", "d"], "n": [1, 2]})
     pyarrow.parquet.write_table(table.set_column(1, "response", [[1, 2]]), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match="a.parquet: row 1: the field 'response' holds a number"):
+    with pytest.raises(InputError, match=r"a\.parquet: row 1: the field 'response' holds a number"):
         blocks(tmp_path / "a.parquet")
     pyarrow.parquet.write_table(table.select(["prompt", "n"]), tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r"a.parquet: expected a field 'text', found 'prompt', 'n'; name one"):
