@@ -26,13 +26,13 @@ from minillm_jax.data.documents import GIVEN, Opened, open_data
 from minillm_jax.data.mixture import Seed, check_one_text, counted, interleaved, shares_of
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import sharding
-from minillm_jax.errors import InputError, one_of, shortened, warn
+from minillm_jax.errors import InputError, one_of, shortened
 from minillm_jax.evaluation import perplexity
 from minillm_jax.model.loaded import Model
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes.recipe import Recipe
-from minillm_jax.recipes.sized import few_tokens, filled
+from minillm_jax.recipes.sized import filled, warn_of_few_tokens
 from minillm_jax.recipes.used import used
 from minillm_jax.scoring.score import ChosenWhilePruning, Scores
 from minillm_jax.scoring.score import score as score_groups
@@ -167,11 +167,8 @@ def prune(
     """
     settings = settings_of(recipe, options if ratio is None else {**options, "ratio": ratio})
     calibration = _calibration(model, data, settings.data)
-    batches = calibration.batches
-    settings = filled(settings, batches.count, batches.length)
-    few = few_tokens(settings, batches.count, batches.length, batches.tokens / widest_mlp(model.decoder))
-    if few:
-        warn(few)
+    settings = filled(settings, calibration.batches.count, calibration.batches.length)
+    warn_of_few_tokens(settings, calibration.batches, model.decoder)
     return prune_model(model, calibration, settings, scores, progress)
 
 

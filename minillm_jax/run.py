@@ -13,12 +13,11 @@ from convert import folders, formats, reader, writer
 from minillm_jax import plan as plans
 from minillm_jax.api import calibrate, evaluate, held_out, load, save
 from minillm_jax.data.batches import Batches
-from minillm_jax.data.calibration_size import widest_mlp
 from minillm_jax.data.documents import check_source
 from minillm_jax.data.mixture import check_one_text, shares_of
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts, sharding
-from minillm_jax.errors import InputError, cause, shortened, warn
+from minillm_jax.errors import InputError, cause, shortened
 from minillm_jax.evaluation.perplexity import Perplexity
 from minillm_jax.model import costs
 from minillm_jax.model.loaded import Model
@@ -26,7 +25,7 @@ from minillm_jax.progress import StageProgress
 from minillm_jax.pruning.refit import resolve
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes.recipe import Recipe
-from minillm_jax.recipes.sized import few_tokens, filled, sized
+from minillm_jax.recipes.sized import filled, sized, warn_of_few_tokens
 from minillm_jax.recipes.used import Used, used
 from minillm_jax.stages import biased_config, prune_model, versions
 
@@ -124,6 +123,7 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     model = load(job.model, recipe.output.dtype, sharding.make_mesh(shape), job.revision)
     calibration = replace(calibration, batches=replace(calibration.batches, mesh=sharding.mesh_of(model.decoder)))
     costs_before = costs.all_costs(model.decoder, recipe.budget.window)
+    warn_of_few_tokens(recipe, calibration.batches, model.decoder)
     clock.lap("load")
     before = None if measured_on is None else evaluate(model, measured_on, progress=progress)
     clock.lap("evaluate")
@@ -212,10 +212,6 @@ def _of_windows(described: reader.Description, recipe: Recipe, batches: Batches)
     Raises:
       InputError: a target in multiply-accumulates or memory cannot be met for windows of that length.
     """
-    width = widest_mlp(described.abstract)
-    few = few_tokens(recipe, batches.count, batches.length, batches.tokens / width)
-    if few:
-        warn(few)
     drawn = filled(recipe, batches.count, batches.length)
     if drawn.budget.window != sized(recipe, described.abstract).budget.window:
         check_model(described, drawn)

@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 from minillm_jax.data import calibration_size
+from minillm_jax.data.batches import Batches
 from minillm_jax.data.calibration_size import size_for, widest_mlp
 from minillm_jax.data.windows import positions
+from minillm_jax.errors import warn
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.recipes.recipe import Recipe
 
@@ -46,3 +48,10 @@ def few_tokens(recipe: Recipe, samples: int, length: int, per_channel: float) ->
     """
     solves = recipe.scoring.criterion == "obs" or recipe.refit.method == "least-squares"
     return calibration_size.few_tokens(samples, length, per_channel) if solves and recipe.budget.kinds else ""
+
+
+def warn_of_few_tokens(recipe: Recipe, batches: Batches, decoder: Decoder) -> None:
+    """Warns where the calibration tokens are too few for the systems that a run solves; see `few_tokens`."""
+    sentence = few_tokens(recipe, batches.count, batches.length, batches.tokens / widest_mlp(decoder))
+    if sentence:
+        warn(sentence)
