@@ -14,13 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 import minillm_jax.hidden  # noqa: F401  before the first import of convert
 from convert import reader, writer
-from minillm_jax.data import text, tokenizing, windows
+from minillm_jax.data import chat, first_token, text, windows
 from minillm_jax.data.batches import Batches
-from minillm_jax.data.documents import GIVEN, open_data
+from minillm_jax.data.calibration_size import Size, size_for, widest_mlp
+from minillm_jax.data.documents import GIVEN, Opened, open_data
+from minillm_jax.data.mixture import Seed, check_one_text, counted, interleaved, shares_of
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError, one_of, shortened
@@ -29,10 +32,11 @@ from minillm_jax.model.loaded import Model
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes.recipe import Recipe
+from minillm_jax.recipes.sized import filled, warn_of_few_tokens
 from minillm_jax.recipes.used import used
 from minillm_jax.scoring.score import ChosenWhilePruning, Scores
 from minillm_jax.scoring.score import score as score_groups
-from minillm_jax.settings import CRITERIA, Data, Evaluation, Scoring, dtype_name
+from minillm_jax.settings import BOS, CRITERIA, EVALUATION_BOS, Data, Evaluation, Scoring, dtype_name
 from minillm_jax.stages import prune_model
 
 __all__ = ["calibrate", "evaluate", "load", "prune", "save", "score"]
@@ -57,34 +61,54 @@ def describe(model: str | Path, dtype: str | None = None, revision: str | None =
 def calibrate(
     model: Model,
     data: Text,
-    samples: int = Data.samples,
-    length: int = Data.seq_len,
+    samples: int | None = Data.samples,
+    length: int | None = Data.seq_len,
     seed: int = Data.seed,
     field: str = Data.field,
+    bos: str = Data.bos,
 ) -> Calibration:
-    """Draw calibration windows from a text.
+    """Draw calibration windows from a text, or from a mixture of several.
 
     Of a text of more than about four million characters, only the passages that are drawn are tokenised, and no more
     than its first 200 million characters are read (`data.windows.draw`).
 
     Args:
       model: its tokenizer reads the text.
-      data: a text, .json, .jsonl, .csv, .parquet or .npy file, a Hub data set, texts, rows with a field of text, an
-        array of token ids, or lists of token ids.
-      samples: number of windows.
-      length: tokens of a window.
+      data: a text, .json, .jsonl, .csv, .parquet or .npy file, a Hub data set, or a mixture of these with weights,
+        `a.txt:0.7,b.jsonl:0.3`; texts, rows with a field of text or a conversation, an array of token ids, or lists of
+        token ids.
+      samples: number of windows; None for as many as suit the model (`data.calibration_size`), or fewer where the text
+        is short.
+      length: tokens of a window; None for the length that suits the model and the text.
       seed: draws the windows.
       field: name of the field that holds the text of a row.
+      bos: where the beginning-of-sequence token stands: `auto`, `yes` or `no` (`data.first_token`).
 
     Raises:
       InputError: the text cannot be used, or is too short.
     """
-    samples, length = windows.whole_number("--samples", samples), windows.whole_number("--seq-len", length)
+    samples = None if samples is None else windows.whole_number("--samples", samples)
+    length = None if length is None else windows.whole_number("--seq-len", length)
     seed = windows.whole_number("--seed", seed)
-    windows.check_positions(model.decoder, length, "--seq-len")
-    opened = open_data(data, field)
-    drawn = windows.draw(opened, partial(tokenizing.load, model.folder), _vocabulary(model), samples, length, seed)
-    return Calibration(Batches(drawn, sharding.mesh_of(model.decoder)), opened.source, seed)
+    one_of("place of the token --bos", bos, BOS)
+    size = size_for(widest_mlp(model.decoder), windows.positions(model.decoder), samples, length)
+    windows.check_positions(model.decoder, size.length, "--seq-len")
+    tokenizer, family = text.tokenizer_of(model.folder), model.decoder.config.family
+
+    def drawn(opened: Opened, size: Size, seed: Seed) -> Batches:
+        ids = windows.draw(opened, tokenizer, _vocabulary(model), size, seed, bos, family)
+        return Batches(ids, sharding.mesh_of(model.decoder))
+
+    write = chat.Templated(tokenizer)
+    shares = counted(shares_of(str(data)), size.samples) if isinstance(data, str | Path) else ()
+    if not shares:
+        opened = open_data(data, field, write)
+        return Calibration(drawn(opened, size, seed), opened.source, seed)
+    parts = [
+        drawn(open_data(share.source, field, write), Size(share.samples, size.length), (seed, number)).windows
+        for number, share in enumerate(shares)
+    ]
+    return Calibration(Batches(interleaved(parts), sharding.mesh_of(model.decoder)), str(data), seed, shares)
 
 
 def score(
@@ -142,7 +166,10 @@ def prune(
       InputError: an option is unknown, out of its range, or would do nothing; or the text or model cannot be used.
     """
     settings = settings_of(recipe, options if ratio is None else {**options, "ratio": ratio})
-    return prune_model(model, _calibration(model, data, settings.data), settings, scores, progress)
+    calibration = _calibration(model, data, settings.data)
+    settings = filled(settings, calibration.batches.count, calibration.batches.length)
+    warn_of_few_tokens(settings, calibration.batches, model.decoder)
+    return prune_model(model, calibration, settings, scores, progress)
 
 
 def settings_of(recipe: str | Path | Recipe, options: Mapping[str, Any]) -> Recipe:
@@ -160,7 +187,7 @@ def evaluate(
     model: Model,
     data: Calibration | Batches | Text,
     window: int = Evaluation.window,
-    bos: bool = False,
+    bos: str = "auto",
     progress: StageProgress | None = None,
     field: str = Data.field,
 ) -> perplexity.Perplexity:
@@ -170,7 +197,8 @@ def evaluate(
       model: any model.
       data: as in `calibrate`; or windows, which are evaluated as they are.
       window: tokens W of a window.
-      bos: put the beginning-of-sequence token before the text.
+      bos: where the beginning-of-sequence token stands: before every window (`yes`), once before the whole text
+        (`text`), or nowhere (`no`); `auto` is `yes` for Gemma and `no` for other families.
       progress: called with how many windows are done.
       field: name of the field that holds the text of a row.
 
@@ -182,21 +210,26 @@ def evaluate(
     return perplexity.perplexity(model.decoder, batches, partial(tell, progress, "perplexity"))
 
 
-def held_out(model: Model, data: Any, window: int, bos: bool = False, field: str = Data.field) -> Batches:
+def held_out(model: Model, data: Any, window: int, bos: str = "auto", field: str = Data.field) -> Batches:
     """The windows that `evaluate` runs a model on; the weights of the model are not read and may be abstract.
 
     Raises:
       InputError: see `evaluate`.
     """
+    one_of("place of the token --bos", bos, EVALUATION_BOS)
     if isinstance(data, Calibration | Batches):
-        if bos:
+        if bos in ("yes", "text"):
             raise InputError("--bos is for text; put the token into the windows instead")
         return _checked(model, data, "--window")
     windows.check_positions(model.decoder, window, "--window")
-    load_tokenizer = partial(tokenizing.load, model.folder)
-    return Batches(
-        windows.cut(text.all_tokens(open_data(data, field), load_tokenizer, _vocabulary(model), bos), window)
-    )
+    check_one_text(data)
+    tokenizer = text.tokenizer_of(model.folder)
+    opened = open_data(data, field, chat.Templated(tokenizer))
+    text.check_bos(opened, bos == "yes")
+    is_text = not isinstance(opened.content, np.ndarray)
+    tokens = text.all_tokens(opened, tokenizer, _vocabulary(model), bos == "text")
+    first = first_token.of_windows(tokenizer(), bos, model.decoder.config.family) if is_text else None
+    return Batches(windows.cut(tokens, window, first))
 
 
 def _calibration(model: Model, data: Any, settings: Data) -> Calibration:
@@ -204,7 +237,7 @@ def _calibration(model: Model, data: Any, settings: Data) -> Calibration:
     if isinstance(data, Calibration | Batches):
         batches = _checked(model, data, "--seq-len")
         return data if isinstance(data, Calibration) else Calibration(batches, GIVEN, settings.seed)
-    return calibrate(model, data, settings.samples, settings.seq_len, settings.seed, settings.field)
+    return calibrate(model, data, settings.samples, settings.seq_len, settings.seed, settings.field, settings.bos)
 
 
 def _checked(model: Model, data: Calibration | Batches, flag: str) -> Batches:

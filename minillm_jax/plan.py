@@ -7,6 +7,7 @@ the number of calibration tokens and the recipe; `docs/benchmarks.md` holds them
 import os
 import re
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from convert.reader import Description
 from minillm_jax.budget import allocate, expected
 from minillm_jax.budget.inventory import kept_count
 from minillm_jax.data.batches import TOKENS_PER_BATCH
+from minillm_jax.data.calibration_size import widest_mlp
 from minillm_jax.errors import InputError, shortened
 from minillm_jax.model import costs
 from minillm_jax.model.build import build
@@ -27,15 +29,13 @@ from minillm_jax.model.loss import LOGITS_AT_ONCE
 from minillm_jax.model.modules import depth
 from minillm_jax.model.tree import hidden_size, layer_count, named_arrays, run_letters
 from minillm_jax.recipes.recipe import Recipe
+from minillm_jax.recipes.sized import few_tokens, sized
 from minillm_jax.scoring.criteria import CRITERIA
 from minillm_jax.scoring.gradient.plan import direction_bytes
 from minillm_jax.settings import MEASURED
 from minillm_jax.stages import biased_config
 
 FLOAT, DOUBLE = 4, 8
-
-# Below this, the Gram matrix of a projection's inputs is close to singular and the ridge decides the refit.
-FEW_TOKENS_PER_CHANNEL = 2.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Plan:
       files: bytes of the weight files; None where the shapes are not known.
       tokens: calibration tokens.
       tokens_per_channel: calibration tokens for each channel of the widest MLP.
+      few_tokens: a sentence where these are too few; the empty text otherwise.
       flops: floating-point operations on the devices, all together.
       device_bytes: peak memory of one device.
       host_bytes: peak memory of the host process beside the device's.
@@ -99,6 +100,7 @@ class Plan:
     files: int | None
     tokens: int
     tokens_per_channel: float
+    few_tokens: str
     flops: float
     device_bytes: int
     host_bytes: int
@@ -115,7 +117,7 @@ class Plan:
 
 
 def plan(described: Description, name: str, recipe: Recipe, devices: str | None = None) -> Plan:
-    """The cost of a run.
+    """The cost of a run. A text that is too short for the windows that suit the model makes it smaller.
 
     Args:
       described: configuration and sizes of the model.
@@ -128,12 +130,14 @@ def plan(described: Description, name: str, recipe: Recipe, devices: str | None 
     """
     kind, count, memory = parse_devices(devices)
     dense = described.abstract
+    recipe = sized(recipe, dense)
     config = biased_config(dense.config) if recipe.refit.method == "bias" else dense.config
     after = pruned_sizes(config, described.sizes, recipe)
     window, dtype = recipe.budget.window, np.dtype(dense.embedding.dtype)
     small = None if after is None else build(config, after, dtype)
     layout = None if after is None else output_format(config, after, described.raw_config, recipe.output.format)
-    tokens = recipe.data.samples * recipe.data.seq_len
+    samples, length = _windows(recipe)
+    per_channel = samples * length / widest_mlp(dense)
     return Plan(
         model=name,
         recipe=recipe.name,
@@ -145,13 +149,22 @@ def plan(described: Description, name: str, recipe: Recipe, devices: str | None 
         costs_after=None if small is None else costs.all_costs(small, window),
         format=None if layout is None else layout[0],
         files=None if layout is None else layout[1] * dtype.itemsize,
-        tokens=tokens,
-        tokens_per_channel=tokens / max(layer.F for layer in described.sizes.layers),
+        tokens=samples * length,
+        tokens_per_channel=per_channel,
+        few_tokens=few_tokens(recipe, samples, length, per_channel),
         flops=run_flops(dense, small or dense, recipe),
         device_bytes=device_bytes(dense, small or dense, recipe, count, kind == "cpu"),
         host_bytes=host_bytes(dense, recipe, on_cpu=kind == "cpu"),
         device_memory=memory,
     )
+
+
+def _windows(recipe: Recipe) -> tuple[int, int]:
+    """Number and length of the calibration windows of a recipe that `recipes.sized` has completed."""
+    samples, length = recipe.data.samples, recipe.data.seq_len
+    assert samples is not None, "filled in by sized"
+    assert length is not None, "filled in by sized"
+    return samples, length
 
 
 def parse_devices(text: str | None) -> tuple[str, int, int | None]:
@@ -226,7 +239,7 @@ def score_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
 
     XLA for the CPU keeps a float32 copy of all bfloat16 and float16 weights of a program.
     """
-    criterion, length = CRITERIA[recipe.scoring.criterion], recipe.data.seq_len
+    criterion, (_, length) = CRITERIA[recipe.scoring.criterion], _windows(recipe)
     evaluates = recipe.evaluation.text is not None or recipe.budget.allocation in MEASURED
     if not (criterion.reads_text and not criterion.while_pruning) and not evaluates:
         return 0
@@ -245,8 +258,7 @@ def score_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
 
 def walk_bytes(dense: Decoder, recipe: Recipe) -> int:
     """Memory of the walk through the layers beside the weights of both models."""
-    letters = _letters(dense)
-    tokens = recipe.data.samples * recipe.data.seq_len
+    letters, tokens = _letters(dense), prod(_windows(recipe))
     streams = (4 if dense.config.parallel else 2) * tokens * letters["D"]
     inputs = max(letters["N"] * letters["H"], letters["F"])
     moments = 2 * (inputs**2 + inputs * letters["D"]) + 2 * letters["D"] ** 2
@@ -260,14 +272,14 @@ def forward_bytes(dense: Decoder, recipe: Recipe) -> int:
 
 
 def _activations(dense: Decoder, recipe: Recipe) -> int:
-    letters, length, tokens = _letters(dense), recipe.data.seq_len, _tokens_per_batch(recipe)
+    letters, (_, length), tokens = _letters(dense), _windows(recipe), _tokens_per_batch(recipe)
     attention = 4 * letters["N"] * letters["H"] + 4 * letters["K"] * letters["H"] + 3 * letters["N"] * length
     return FLOAT * tokens * (8 * letters["D"] + max(attention, 4 * letters["F"]))
 
 
 def _tokens_per_batch(recipe: Recipe) -> int:
-    length = recipe.data.seq_len
-    return max(length, min(TOKENS_PER_BATCH, recipe.data.samples * length))
+    samples, length = _windows(recipe)
+    return max(length, min(TOKENS_PER_BATCH, samples * length))
 
 
 def host_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
@@ -312,7 +324,7 @@ def _layer_parameters(decoder: Decoder) -> int:
 
 def run_flops(dense: Decoder, pruned: Decoder, recipe: Recipe) -> float:
     """Floating-point operations on the devices: forward passes, Gram matrices, and the gradient estimate."""
-    length, samples = recipe.data.seq_len, recipe.data.samples
+    samples, length = _windows(recipe)
     forward = 2.0 * costs.cost(dense, "macs", length) * samples
     total = forward * gradient_passes(recipe) * recipe.budget.rounds
     if walks(recipe):
@@ -352,7 +364,7 @@ def gradient_passes(recipe: Recipe) -> float:
 
 def walk_flops(dense: Decoder, pruned: Decoder, recipe: Recipe) -> float:
     """Of the walk: three passes through every dense sublayer, one through every pruned one, and the Gram matrices."""
-    letters, tokens = _letters(dense), recipe.data.samples * recipe.data.seq_len
+    letters, tokens = _letters(dense), prod(_windows(recipe))
     layers = layer_count(dense)
     blocks = 2.0 * costs.block_parameters(dense) * tokens
     smaller = 2.0 * costs.block_parameters(pruned) * tokens

@@ -14,6 +14,7 @@ from minillm_jax import plan as plans
 from minillm_jax.api import calibrate, evaluate, held_out, load, save
 from minillm_jax.data.batches import Batches
 from minillm_jax.data.documents import check_source
+from minillm_jax.data.mixture import check_one_text, shares_of
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts, sharding
 from minillm_jax.errors import InputError, cause, shortened
@@ -24,6 +25,7 @@ from minillm_jax.progress import StageProgress
 from minillm_jax.pruning.refit import resolve
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes.recipe import Recipe
+from minillm_jax.recipes.sized import filled, sized, warn_of_few_tokens
 from minillm_jax.recipes.used import Used, used
 from minillm_jax.stages import biased_config, prune_model, versions
 
@@ -111,21 +113,24 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     writer.check_new(job.output, job.model)
     clock = _Clock()
     described = reader.describe_model(job.model, recipe.output.dtype, job.revision)
+    recipe = sized(settings.recipe, described.abstract)
     needed = check_model(described, recipe)
     hosts.check_same("settings", (job.model, recipes.to_toml(recipe, settings.keys), versions()))
-    calibration, measured_on = _texts(described, job, recipe)
+    calibration, measured_on = _texts(described, job, settings.recipe)
+    recipe = _of_windows(described, settings.recipe, calibration.batches)
     if needed is not None:
         writer.check_space(job.output, needed)
     model = load(job.model, recipe.output.dtype, sharding.make_mesh(shape), job.revision)
     calibration = replace(calibration, batches=replace(calibration.batches, mesh=sharding.mesh_of(model.decoder)))
     costs_before = costs.all_costs(model.decoder, recipe.budget.window)
+    warn_of_few_tokens(recipe, calibration.batches, model.decoder)
     clock.lap("load")
     before = None if measured_on is None else evaluate(model, measured_on, progress=progress)
     clock.lap("evaluate")
     pruned = prune_model(model, calibration, recipe, progress=progress)
     del model  # the dense weights
     clock.lap("prune")
-    repeats = {RECIPE_FILE: _written_recipe(job, settings, pruned, calibration)}
+    repeats = {RECIPE_FILE: _written_recipe(job, replace(settings, recipe=recipe), pruned, calibration)}
     written = save(pruned, job.output, recipe.output.format, recipe.output.max_shard_size, repeats)
     clock.lap("save")
     costs_after = costs.all_costs(pruned.decoder, recipe.budget.window)
@@ -180,11 +185,13 @@ def _texts(described: reader.Description, job: Job, recipe: Recipe) -> tuple[Cal
     """
     data, text = recipe.data, recipe.evaluation.text
     assert data.calibration is not None, "checked before"
-    for source in (data.calibration, text):
+    check_one_text(text)
+    calibrated_on = [share.source for share in shares_of(data.calibration)] or [data.calibration]
+    for source in (*calibrated_on, text):
         if source is not None:
-            check_source(source, data.field, most=1)  # both, before either is read as a whole
+            check_source(source, data.field, most=1)  # all, before one is read as a whole
     outline = Model(described.abstract, described.raw_config, described.folder, job.model)
-    calibration = calibrate(outline, data.calibration, data.samples, data.seq_len, data.seed, data.field)
+    calibration = calibrate(outline, data.calibration, data.samples, data.seq_len, data.seed, data.field, data.bos)
     hosts.check_same("calibration windows", calibration.fingerprint())
     again = job.model == recipe.origin.get("model") and not any(section == "data" for section, _ in job.given)
     if again and recipe.origin.get("tokens_sha256", calibration.fingerprint()) != calibration.fingerprint():
@@ -197,6 +204,18 @@ def _texts(described: reader.Description, job: Job, recipe: Recipe) -> tuple[Cal
     windows = held_out(outline, text, recipe.evaluation.window, field=data.field)
     hosts.check_same("evaluation windows", windows.fingerprint())
     return calibration, windows
+
+
+def _of_windows(described: reader.Description, recipe: Recipe, batches: Batches) -> Recipe:
+    """The settings with the number and length of the drawn windows; a short text gives shorter ones than was expected.
+
+    Raises:
+      InputError: a target in multiply-accumulates or memory cannot be met for windows of that length.
+    """
+    drawn = filled(recipe, batches.count, batches.length)
+    if drawn.budget.window != sized(recipe, described.abstract).budget.window:
+        check_model(described, drawn)
+    return drawn
 
 
 def _written_recipe(job: Job, settings: Used, pruned: Model, calibration: Calibration) -> str:

@@ -58,6 +58,9 @@ RNGS = ("threefry2x32", "threefry4x32")
 METHODS = ("least-squares", "bias", "none")
 SOLVERS = ("host", "device")
 FORMATS = ("stock", "per-layer", "padded", "flax")
+# Where the beginning-of-sequence token stands; in the text of an evaluation also once, before the whole text.
+BOS = ("auto", "yes", "no")
+EVALUATION_BOS = ("auto", "yes", "text", "no")
 DTYPES = ("float32", "bfloat16", "float16")
 # What other tools call these types.
 DTYPE_SYNONYMS = {
@@ -83,24 +86,42 @@ class Data:
     """The calibration text and the windows that are drawn from it.
 
     Attributes:
-      calibration: a file, or a Hub data set as `owner/name[/config][:split]`.
-      samples: number of windows.
-      seq_len: tokens of a window; MACs and memory are given for a window of this length too.
+      calibration: a file, a Hub data set as `owner/name[/config][:split]`, or a mixture, `a.txt:0.7,b.jsonl:0.3`.
+      samples: number of windows; None for as many as suit the model (`data.calibration_size`).
+      seq_len: tokens of a window; None for the length that suits the model. MACs and memory are given for it too.
       seed: of the windows, the directions, and random scores.
       field: name of the field that holds the text of a row, in the calibration and the evaluation text alike.
+      bos: where the beginning-of-sequence token stands in the calibration windows (`data.first_token`).
     """
 
     calibration: str | None = option(
         None,
         str,
         "Text, .json, .jsonl, .csv, .parquet or .npy (token ids) file, or a Hub data set OWNER/NAME[:SPLIT], to "
-        "calibrate on.",
+        "calibrate on; or several with weights, a.txt:0.7,b.jsonl:0.3.",
         common=True,
     )
-    samples: int = option(64, int, "Number of calibration windows.")
-    seq_len: int = option(128, int, "Tokens of a calibration window; MACs and memory are given for it too.")
+    samples: int | None = option(
+        None,
+        int,
+        "Number of calibration windows. If unset, they have 8 tokens for each channel of the widest MLP, and 8192 at "
+        "least.",
+    )
+    seq_len: int | None = option(
+        None,
+        int,
+        "Tokens of a calibration window; MACs and memory are given for it too. If unset, 128, 512 or 2048, by the "
+        "width of the model.",
+    )
     seed: int = option(0, int, "Seed of the calibration windows, directions, noise and random scores.")
     field: str = option("text", str, "Field that holds the text, in files of rows and Hub data sets.")
+    bos: str = option(
+        "auto",
+        str,
+        "Beginning-of-sequence token of calibration texts: between documents where the tokenizer puts one, and before "
+        "every window of Gemma (auto); between documents and before every window (yes); or nowhere (no).",
+        choices=BOS,
+    )
 
 
 @dataclass(frozen=True)
@@ -130,7 +151,7 @@ class Budget:
         `measured` remove heads in blocks of this size.
       round_width_to: the same for channels; of hidden dimensions, the number that the model keeps.
       keep_at_least: share of the groups of a layer that is always kept (not with a uniform share of the groups).
-      window: tokens of the window that costs are given for; a run sets it to `Data.seq_len`.
+      window: tokens of the window that costs are given for; a run sets it to the length of a calibration window.
     """
 
     ratio: float | None = option(

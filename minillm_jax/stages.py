@@ -13,6 +13,7 @@ from jax import numpy as jnp
 
 from minillm_jax.budget import allocate, expected
 from minillm_jax.budget.budget import Counts, by_ratio, choose, kept_count
+from minillm_jax.data.calibration_size import widest_mlp
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts, sharding
 from minillm_jax.errors import InputError
@@ -63,7 +64,7 @@ def prune_model(
       InputError: a setting does not suit the model, nothing would be removed, or an activation, score or loss is not
         finite.
     """
-    budget, parameters = recipe.budget, parameter_count(model.decoder)
+    budget, parameters, widest = recipe.budget, parameter_count(model.decoder), widest_mlp(model.decoder)
     if recipe.refit.method == "bias":
         model = with_biases(model)
     shapes = model.decoder.config, sizes_of(model.decoder)
@@ -78,7 +79,7 @@ def prune_model(
         more = {"rounds": 1, "scores": None, "losses": None}
         smaller = record_pruning(smaller, smaller.decoder, {}, nothing, budget, recipe.refit, more)
     record = {"recipe": recipe.name, "structures": list(budget.structures), **(smaller.record or {}), "whole": whole}
-    record |= {"parameters_before": parameters}
+    record |= {"parameters_before": parameters, "tokens_per_channel": calibration.batches.tokens / widest}
     record |= {} if model.record is None else {"pruned_before": model.record}
     return replace(smaller, record=record)
 

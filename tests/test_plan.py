@@ -15,21 +15,24 @@ from safetensors.numpy import load_file
 from convert.reader import describe_model
 from minillm_jax import demo
 from minillm_jax import plan as plans
+from minillm_jax.data.calibration_size import FEW_TOKENS_PER_CHANNEL
 from minillm_jax.errors import InputError
 from minillm_jax.model import costs
 from minillm_jax.model.build import build
 from minillm_jax.plan import DEVICES, Device, Plan, device_bytes, host_bytes, parse_devices, plan, run_flops
 from minillm_jax.recipes.recipe import Recipe, load, with_options
+from minillm_jax.recipes.sized import filled
 from minillm_jax.recipes.used import used
 from minillm_jax.report.tables import plan_table
 from minillm_jax.run import Job, run
+from minillm_jax.settings import Budget, Data
 from tests.helpers import edit_json, hugging_face_folder, random_tokens
 
 
 def settings_of(name: str = "ours", **options: Any) -> Recipe:
-    """The settings of a run with some options; a ratio unless there is a target."""
+    """The settings of a run with some options, for a small model; a ratio unless there is a target."""
     amount = {} if any(option.startswith("target") for option in options) else {"ratio": 0.5}
-    return used(*with_options(load(name), amount | options)).recipe
+    return filled(used(*with_options(load(name), amount | options)).recipe, 64, 128)
 
 
 def planned(model: Path, recipe: Recipe, devices: str | None = None) -> Plan:
@@ -235,7 +238,7 @@ def test_operations_are_forward_passes_over_the_calibration_windows(options: dic
     """Two operations for each multiply-accumulate of `costs`, times the windows, times the passes."""
     dense = describe_model(demo.FOLDER).abstract
     recipe = settings_of(**options | {"seq_len": 96})
-    forward = 2 * costs.cost(dense, "macs", 96) * recipe.data.samples
+    forward = 2 * costs.cost(dense, "macs", 96) * (recipe.data.samples or 0)
     assert run_flops(dense, dense, recipe) == pytest.approx(passes * forward, rel=1e-12)
 
 
@@ -282,10 +285,21 @@ def test_few_tokens_for_each_channel_are_a_warning() -> None:
     few, enough = (plan(described, "demo", settings_of(samples=samples, seq_len=16)) for samples in (1, 1024))
     width = max(layer.F for layer in described.sizes.layers)
     assert few.tokens_per_channel == 16 / width
-    assert few.tokens_per_channel < plans.FEW_TOKENS_PER_CHANNEL < enough.tokens_per_channel
+    assert few.tokens_per_channel < FEW_TOKENS_PER_CHANNEL < enough.tokens_per_channel
+    assert few.as_json()["few_tokens"]
+    assert not enough.few_tokens
     words = "calibration tokens for each MLP channel are few: below 2 the ridge decides the refit"
     assert words in " ".join(printed(plan_table(few)).split())
     assert "are few" not in printed(plan_table(enough))
+
+
+def test_the_plan_has_the_windows_that_suit_the_model() -> None:
+    described = describe_model(demo.FOLDER)
+    recipe = replace(Recipe(), budget=Budget(0.2))
+    assert plan(described, "demo", used(recipe).recipe) == plan(described, "demo", settings_of(ratio=0.2))
+    planned_for = plan(described, "demo", used(replace(recipe, data=Data(seq_len=100))).recipe)
+    assert planned_for.tokens == 8200
+    assert planned_for.costs_before == costs.all_costs(described.abstract, 100)
 
 
 def test_the_table_says_whether_the_model_fits_and_what_is_left_open() -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minillm_jax.api import load
 from minillm_jax.errors import InputError
+from minillm_jax.model import costs
 from minillm_jax.progress import StageProgress
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes.recipe import Recipe
@@ -256,6 +258,49 @@ def test_a_run_repeated_from_its_recipe_is_equal_byte_for_byte(
     assert (tmp_path / "again" / config).read_bytes() == (tmp_path / "first" / config).read_bytes()
 
 
+def test_numbers_that_nobody_names_follow_the_model_and_the_text(folder: Path, tmp_path: Path) -> None:
+    """600 tokens make four windows of 128; the record and the recipe of the run name them."""
+    recipe, given = recipes.with_options(Recipe(), {"calibration": str(folder / "tokens.npy"), "ratio": 0.4})
+    result = run(Job(str(folder / "model"), str(tmp_path / "first"), recipe, given))
+    record = result.pruned.record or {}
+    assert (record["calibration"]["samples"], record["calibration"]["length"]) == (4, 128)
+    assert record["tokens_per_channel"] == 4 * 128 / 40
+    assert record["budget"]["window"] == result.job.recipe.budget.window == 128
+    written = recipes.load(tmp_path / "first" / "recipe.toml")
+    assert (written.data.samples, written.data.seq_len) == (4, 128)
+    run(Job(str(folder / "model"), str(tmp_path / "again"), written))
+    assert files_of(tmp_path / "again", ".safetensors", ".toml") == files_of(
+        tmp_path / "first", ".safetensors", ".toml"
+    )
+
+
+def test_costs_are_for_windows_as_long_as_a_short_text_makes_them(tmp_path: Path) -> None:
+    """A model of 4,096 channels suits windows of 512 tokens; 3,000 tokens make 23 of 128."""
+    hugging_face_folder(tmp_path / "model", intermediate_size=4096)
+    np.save(tmp_path / "tokens.npy", random_tokens(97, 3000))
+    options = {"calibration": str(tmp_path / "tokens.npy"), "ratio": 0.5, "criterion": "wanda", "refit": "none"}
+    recipe, given = recipes.with_options(Recipe(), options)
+    result = run(Job(str(tmp_path / "model"), str(tmp_path / "out"), recipe, given))
+    assert result.job.recipe.data == Data(options["calibration"], 23, 128)
+    assert result.costs_before == costs.all_costs(load(tmp_path / "model").decoder, 128)
+
+
+def test_a_mixture_is_recorded_and_repeated(folder: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "other.npy", random_tokens(97, 500, seed=5))
+    mixture = f"{folder / 'tokens.npy'}:3,{tmp_path / 'other.npy'}:1"
+    result = job(folder, tmp_path / "first", calibration=mixture)
+    shares = (result.pruned.record or {})["calibration"]["mixture"]
+    assert [(Path(share["source"]).name, share["samples"]) for share in shares] == [("tokens.npy", 3), ("other.npy", 1)]
+    run(Job(str(folder / "model"), str(tmp_path / "again"), recipes.load(tmp_path / "first" / "recipe.toml")))
+    assert files_of(tmp_path / "again", ".safetensors", ".toml") == files_of(
+        tmp_path / "first", ".safetensors", ".toml"
+    )
+    with pytest.raises(InputError, match=r"nowhere\.txt: no such file"):
+        job(folder, tmp_path / "none", calibration=f"{tmp_path / 'other.npy'}:1,nowhere.txt:1")
+    with pytest.raises(InputError, match="a mixture is for calibration alone"):
+        job(folder, tmp_path / "none", evaluate=mixture)
+
+
 def test_a_recipe_that_is_repeated_checks_the_calibration_text(folder: Path, tmp_path: Path) -> None:
     """Other text is refused, unless the user names a text, or the model is another one."""
     shutil.copytree(folder / "model", tmp_path / "model")
@@ -279,7 +324,7 @@ def test_a_written_recipe_holds_the_settings_that_the_run_read(folder: Path, tmp
     job(folder, tmp_path / "out", structures=("channels",), seed=7)
     table = tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())
     assert table.pop("origin").keys() == {"model", "tokens_sha256", "versions"}
-    text = {"calibration": str(folder / "tokens.npy"), "field": "text"}
+    text = {"calibration": str(folder / "tokens.npy"), "field": "text", "bos": "auto"}
     assert table["data"] == text | {"samples": 4, "seq_len": 32, "seed": 7}
     assert table["refit"] == {"method": "none"}
     assert table["scoring"] == {"criterion": "wanda", "activation_norm": "l2", "within": "sum"}

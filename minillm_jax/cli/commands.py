@@ -284,7 +284,14 @@ def evaluate_model(
     ],
     window: Annotated[str, typer.Option(metavar="COUNT", help="Tokens of a window.")] = "128",
     field: Annotated[str, typer.Option(help="Field that holds the text, in files of rows and Hub data sets.")] = "text",
-    bos: Annotated[bool, typer.Option("--bos", help="Put the beginning-of-sequence token before the text.")] = False,
+    bos: Annotated[
+        str,
+        typer.Option(
+            metavar="[auto|yes|text|no]",
+            help="Beginning-of-sequence token before every window (yes), once before the text (text) or nowhere (no); "
+            "auto: yes for Gemma, no for other families.",
+        ),
+    ] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")] = None,
     mesh: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Mesh of devices, data=2,model=4; one device if unset.")
@@ -299,6 +306,7 @@ def evaluate_model(
     """Measure the perplexity over the non-overlapping windows of a whole text."""
     from minillm_jax import api
     from minillm_jax.data.documents import check_source
+    from minillm_jax.data.mixture import check_one_text
     from minillm_jax.devices import hosts as processes
     from minillm_jax.devices import sharding
     from minillm_jax.report import tables
@@ -309,6 +317,7 @@ def evaluate_model(
     if hosts is not None:
         processes.initialise_hosts(processes.parse_hosts(hosts))
     devices = sharding.make_mesh(shape)
+    check_one_text(text)
     check_source(text, field, most=1)  # the whole text is read below, before the weights
     with progress(quiet or as_json) as told:
         described = api.describe(model, kind, revision)

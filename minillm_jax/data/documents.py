@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from functools import partial
 from io import IOBase
 from itertools import chain
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Integer
 
-from minillm_jax.data import formats, rows
+from minillm_jax.data import chat, formats, rows
 from minillm_jax.errors import InputError, cause, shortened, warn
 from minillm_jax.paths import local_path
 
@@ -34,10 +35,12 @@ class Block(NamedTuple):
     Attributes:
       document: number of the document; blocks of one number follow each other.
       text: its next characters.
+      by_template: whether a chat template wrote the document, so that it marks its beginning and its end itself.
     """
 
     document: int
     text: str
+    by_template: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,18 +56,21 @@ class Opened:
     content: Iterator[Block] | Integer[np.ndarray, " tokens"]
 
 
-def open_data(data: Any, field: str = FIELD) -> Opened:
+def open_data(data: Any, field: str = FIELD, write: chat.Writer = chat.plainly) -> Opened:
     """Everything that may be given as a text, ready to be read.
 
     Args:
-      data: a path or the id of a Hub data set; or texts, rows with a field, token ids, or lists of token ids.
-      field: name of the field that holds the text of a row.
+      data: a path or the id of a Hub data set; or texts, rows of text or of conversations, token ids, or lists of
+        token ids.
+      field: name of the field that holds the text of a row. The default is also a row's choice: rows without it may
+        hold conversations (`data.chat`).
+      write: the text of a conversation.
 
     Raises:
       InputError: the data are of another kind, or cannot be read.
     """
     if isinstance(data, str | Path):
-        return _open_source(data, field)
+        return _open_source(data, field, write)
     if isinstance(data, bytes | Mapping | Set | IOBase) or not hasattr(data, "__iter__"):
         raise InputError(f"expected {EXPECTED}, found {_described(data)}")
     if hasattr(data, "__array__"):
@@ -77,7 +83,7 @@ def open_data(data: Any, field: str = FIELD) -> Opened:
     everything = chain([first], remaining)
     if isinstance(first, str | Mapping):
         found = ((f"text {number} of {GIVEN}", row) for number, row in enumerate(everything))
-        return Opened(GIVEN, _blocks(found, field))
+        return Opened(GIVEN, _blocks(found, field, write))
     return Opened(GIVEN, _given_ids(list(everything)))
 
 
@@ -115,16 +121,16 @@ def check_ids(ids: np.ndarray, source: str) -> Integer[np.ndarray, " tokens"]:
 # --------------------------------------------------------------------------------------------------- files and Hub
 
 
-def _open_source(source: str | Path, field: str) -> Opened:
+def _open_source(source: str | Path, field: str, write: chat.Writer) -> Opened:
     path = local_path(source, "text", hub=True)
     if not os.path.exists(path):  # noqa: PTH110  Path.exists raises for a name that is too long
-        return Opened(str(source), _hub_blocks(str(source), field, HUB_CHARACTERS))
+        return Opened(str(source), _hub_blocks(str(source), field, HUB_CHARACTERS, write))
     kind = formats.kind_of(path)
     if kind == "ids":
         return Opened(str(source), _read_ids(path))
     if kind == "text" and field != FIELD:
         warn(f"{path}: plain text has no fields; the field {field!r} is not used for it")
-    return Opened(str(source), _file_blocks(path, kind, field))
+    return Opened(str(source), _file_blocks(path, kind, field, write))
 
 
 def check_source(source: str | Path, field: str = FIELD, most: int | None = None) -> None:
@@ -163,6 +169,8 @@ def no_text(source: str) -> InputError:
 def read_blocks(source: str | Path, field: str = FIELD, hub_characters: int = HUB_CHARACTERS) -> Iterator[Block]:
     """The documents of a file of text (plain text is one document) or of a Hub data set, in blocks.
 
+    Conversations are written without a chat template.
+
     Args:
       source: as in `open_data`.
       field: name of the field that holds the text of a row.
@@ -173,20 +181,21 @@ def read_blocks(source: str | Path, field: str = FIELD, hub_characters: int = HU
     """
     path = local_path(source, "text", hub=True)
     if not os.path.exists(path):  # noqa: PTH110  see _open_source
-        return _hub_blocks(str(source), field, hub_characters)
-    return _file_blocks(path, formats.kind_of(path), field)
+        return _hub_blocks(str(source), field, hub_characters, chat.plainly)
+    return _file_blocks(path, formats.kind_of(path), field, chat.plainly)
 
 
-def _file_blocks(path: Path, kind: str, field: str) -> Iterator[Block]:
+def _file_blocks(path: Path, kind: str, field: str, write: chat.Writer) -> Iterator[Block]:
     with formats.reading(path):
         if kind == "parquet":
-            yield from _blocks(rows.parquet_rows(path, field), field)
+            yield from _blocks(rows.parquet_rows(path, partial(_columns, path, field)), field, write)
         elif kind == "json":
             with formats.open_text(path, "\n") as stream:
-                yield from _blocks(rows.json_rows(stream, str(path)), field)
+                yield from _blocks(rows.json_rows(stream, str(path)), field, write)
         elif kind in ("csv", "tsv"):
             with formats.open_text(path, "") as stream:
-                yield from _blocks(rows.csv_rows(stream, {"csv": ",", "tsv": "\t"}[kind], str(path)), field)
+                read = rows.csv_rows(stream, {"csv": ",", "tsv": "\t"}[kind], str(path))
+                yield from _blocks(read, field, write)
         else:
             with formats.open_text(path, None) as stream:
                 while text := stream.read(rows.BLOCK):
@@ -194,13 +203,27 @@ def _file_blocks(path: Path, kind: str, field: str) -> Iterator[Block]:
                     yield Block(0, text)
 
 
-def _blocks(found: Iterable[rows.Row], field: str) -> Iterator[Block]:
-    """The texts of rows; rows without a character are left out."""
-    number = 0
+def _columns(path: Path, field: str, names: list[str]) -> list[str]:
+    """The fields of a Parquet file that hold its text."""
+    form = chat.form_of_fields(names, field, field != FIELD)
+    if not all(name in names for name in form.fields):
+        raise InputError(rows.missing_field(field, names, str(path)))
+    return [*form.fields, *(name for name in form.optional if name in names)]
+
+
+def _blocks(found: Iterable[rows.Row], field: str, write: chat.Writer) -> Iterator[Block]:
+    """The texts of rows, all of the form of the first; rows without a character are left out."""
+    number, form = 0, None
     for where, row in found:
-        text = rows.text_of(row, field, where)
-        if text.strip():
-            yield Block(number, text)
+        if form is None:
+            form = chat.form_of(row, field, field != FIELD)
+        if form.kind == chat.TEXT:
+            written = chat.Written(rows.text_of(row, field, where), by_template=False)
+        else:
+            conversation = chat.read(row, form, where)
+            written = None if conversation is None else write(conversation, where)
+        if written is not None and written.text.strip():
+            yield Block(number, written.text, written.by_template)
             number += 1
 
 
@@ -256,12 +279,13 @@ def _no_file(source: str) -> InputError:
     return InputError(f"{name}: no such file; give {formats.EXPECTED}, or a Hub data set")
 
 
-def _hub_blocks(source: str, field: str, limit: int) -> Iterator[Block]:
+def _hub_blocks(source: str, field: str, limit: int, write: chat.Writer) -> Iterator[Block]:
     name, config, split = _hub_parts(source)
     characters = 0
     try:
         streamed = _import_datasets(source).load_dataset(name, config, split=split, streaming=True)
-        for block in _blocks(((source, row) for row in streamed), field):
+        numbered = ((f"{source}: row {number}", row) for number, row in enumerate(streamed, 1))
+        for block in _blocks(numbered, field, write):
             yield block
             characters += len(block.text)
             if characters >= limit:

@@ -32,7 +32,7 @@ def _border(text: str, start: int, end: int) -> int:
     return end if space <= start else space
 
 
-def reservoir(texts: Iterable[str], count: int, seed: int) -> list[str]:
+def reservoir(texts: Iterable[str], count: int, seed: int | tuple[int, int]) -> list[str]:
     """`count` of many texts (or all, where they are fewer) in random order, every choice equally likely.
 
     Only `count` texts are in memory. Algorithm R of Vitter, "Random Sampling with a Reservoir" (1985): the text with

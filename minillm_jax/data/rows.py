@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import TextIOBase
 from itertools import chain
@@ -17,6 +17,9 @@ BLOCK = 2**20
 
 # Fields that an error names.
 NAMED_FIELDS = 8
+
+# The rows that are read without a field of text (`data.chat`), for errors.
+CHAT_ROWS = "or give rows with messages, with prompt and response, or with instruction and output"
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -38,27 +41,37 @@ def text_of(row: Any, field: str, where: str) -> str:
     if isinstance(row, str):
         return row
     if not isinstance(row, Mapping):
-        raise InputError(f"{where}: expected a text, or an object with a field {field!r}, found {_kind(row)}")
+        raise InputError(f"{where}: expected a text, or an object with a field {field!r}, found {kind_of_value(row)}")
     if field not in row:
         raise InputError(missing_field(field, row, where))
     if row[field] is None:
         return ""
     if not isinstance(row[field], str):
-        raise InputError(f"{where}: the field {field!r} holds {_kind(row[field])}, expected a text")
+        raise InputError(f"{where}: the field {field!r} holds {kind_of_value(row[field])}, expected a text")
     return row[field]
 
 
 def missing_field(field: str, found: Iterable[Any], where: str) -> str:
     """The sentence for rows without the field."""
-    names = [repr(shortened(str(name), 30)) for name in found]
+    return f"{where}: expected a field {field!r}, found {named(found)}; name one with --field, {CHAT_ROWS}"
+
+
+def named(fields: Iterable[Any]) -> str:
+    """The first names of fields in quotes, and the number of the others; `none` without one."""
+    names = [repr(shortened(str(name), 30)) for name in fields]
     more = f" and {len(names) - NAMED_FIELDS} more" if len(names) > NAMED_FIELDS else ""
-    listed = ", ".join(names[:NAMED_FIELDS]) or "none"
-    return f"{where}: expected a field {field!r}, found {listed}{more}; name one with --field"
+    return (", ".join(names[:NAMED_FIELDS]) or "none") + more
 
 
-def _kind(value: Any) -> str:
+def kind_of_value(value: Any) -> str:
     """What a value is, in a word that people who write JSON know."""
-    kinds = ((bool, "true or false"), (int | float, "a number"), (list | tuple, "a list"), (Mapping, "an object"))
+    kinds = (
+        (str, "a text"),
+        (bool, "true or false"),
+        (int | float, "a number"),
+        (list | tuple, "a list"),
+        (Mapping, "an object"),
+    )
     return "null" if value is None else next((word for kind, word in kinds if isinstance(value, kind)), "another value")
 
 
@@ -197,11 +210,15 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def parquet_rows(path: Path, field: str) -> Iterator[Row]:
-    """The rows of a Parquet file, with one field.
+def parquet_rows(path: Path, choose: Callable[[list[str]], list[str]]) -> Iterator[Row]:
+    """The rows of a Parquet file, with some of its fields.
+
+    Args:
+      path: the file.
+      choose: names of all fields -> those to read; raises an InputError where the needed ones are missing.
 
     Raises:
-      InputError: pyarrow is not installed, the file is damaged, or has no such field.
+      InputError: pyarrow is not installed, the file is damaged, or the fields are missing.
     """
     try:
         import pyarrow.parquet
@@ -209,10 +226,8 @@ def parquet_rows(path: Path, field: str) -> Iterator[Row]:
         raise InputError(f"{path}: parquet needs the data extra: pip install 'minillm-jax[data]'") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if field not in names:
-                raise InputError(missing_field(field, names, str(path)))
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                yield from ((str(path), {field: value}) for value in batch.column(0).to_pylist())
+            batches = file.iter_batches(batch_size=1024, columns=choose(file.schema_arrow.names))
+            found = chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from ((f"{path}: row {number}", row) for number, row in enumerate(found, 1))
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a complete parquet file ({cause(error)})") from error

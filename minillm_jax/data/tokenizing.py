@@ -60,17 +60,6 @@ def load(folder: Path) -> Tokenizer:
     return Tokenizer(folder, tokenizer, tokenizer.bos_token_id, bool(getattr(tokenizer, "is_fast", False)))
 
 
-def first_token(tokenizer: Tokenizer) -> int:
-    """The beginning-of-sequence token.
-
-    Raises:
-      InputError: the tokenizer has none.
-    """
-    if tokenizer.bos is None:
-        raise InputError(f"{tokenizer.folder}: the tokenizer has no beginning-of-sequence token; leave out --bos")
-    return tokenizer.bos
-
-
 def token_ids(tokenizer: Tokenizer, texts: Iterable[str], piece: int = PIECE) -> Int[np.ndarray, " tokens"]:
     """Token ids of a text without special tokens, int32: those of one call on the whole text.
 

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Integer
 
+from minillm_jax.data import first_token
 from minillm_jax.data.batches import Batches
+from minillm_jax.data.calibration_size import Size, fitted
 from minillm_jax.data.documents import Opened, check_ids, no_text
+from minillm_jax.data.mixture import Seed, Share
 from minillm_jax.data.passages import passages, reservoir
-from minillm_jax.data.text import Joined, Tokens, all_tokens, in_vocabulary
+from minillm_jax.data.text import Joined, Tokens, all_tokens, check_bos, in_vocabulary
 from minillm_jax.data.tokenizing import Tokenizer, token_ids
 from minillm_jax.errors import InputError, shortened, warn
 from minillm_jax.model.decoder import Decoder
@@ -33,13 +36,15 @@ class Calibration:
 
     Attributes:
       batches: the windows.
-      source: path or Hub id of the text.
+      source: path or Hub id of the text, or the mixture of several.
       seed: seed of the draw.
+      mixture: the texts of a mixture, with the weight and the number of windows of each; empty for one text.
     """
 
     batches: Batches
     source: str
     seed: int
+    mixture: tuple[Share, ...] = ()
 
     def fingerprint(self) -> str:
         """SHA-256 of the token ids and of the shape of the windows; the same on every machine."""
@@ -53,13 +58,19 @@ class Calibration:
             "length": self.batches.length,
             "seed": self.seed,
             "tokens_sha256": self.fingerprint(),
-        }
+        } | ({"mixture": [share._asdict() for share in self.mixture]} if self.mixture else {})
 
 
 def draw(
-    opened: Opened, tokenizer: Callable[[], Tokenizer], vocabulary: int, samples: int, length: int, seed: int
+    opened: Opened,
+    tokenizer: Callable[[], Tokenizer],
+    vocabulary: int,
+    size: Size,
+    seed: Seed,
+    bos: str = "no",
+    family: str = "",
 ) -> Int[np.ndarray, "B T"]:
-    """`samples` windows of `length` tokens of an opened text, int32 [B, T], drawn without replacement.
+    """Windows of an opened text, int32 [B, T], drawn without replacement.
 
     The windows of a text of at most `WHOLE` characters are those of `sample`. A longer text goes by in passages. Only
     passages that are drawn stay in memory, and each begins one window. No more than `MOST_CHARACTERS` are read.
@@ -68,31 +79,35 @@ def draw(
       opened: the text, which is read once.
       tokenizer: loads the tokenizer, which token ids do not need.
       vocabulary: number of token ids of the model.
-      samples: number of windows.
-      length: tokens of a window.
+      size: number and length of the windows, fitted to a short text where the size allows it.
       seed: decides the draw.
+      bos: where the beginning-of-sequence token stands, see `data.first_token`.
+      family: of the model.
 
     Raises:
       InputError: see `sample`; or the text cannot be read, or a token id lies outside the vocabulary.
     """
     check_seed(seed)
-    _check_samples(samples)
-    _check_length(length)
+    _check_samples(size.samples)
+    _check_length(size.length)
     source = opened.source
+    check_bos(opened, bos == "yes")
     if isinstance(opened.content, np.ndarray):
-        return sample(all_tokens(opened, tokenizer, vocabulary), samples, length, seed)
-    loaded, joined = tokenizer(), Joined(opened.content)
-    size = max(SHORTEST_PASSAGE, PER_TOKEN * length)
-    whole, texts = max(WHOLE, SPARE * samples * size), iter(joined)
+        return _sample(all_tokens(opened, tokenizer, vocabulary), size, seed, None)
+    loaded = tokenizer()
+    first = first_token.of_windows(loaded, bos, family)
+    joined = Joined(opened.content, first_token.between_documents(loaded, bos))
+    characters = max(SHORTEST_PASSAGE, PER_TOKEN * size.length)
+    whole, texts = max(WHOLE, SPARE * size.samples * characters), iter(joined)
     held = list(_until(texts, whole + 1))
     if sum(map(len, held)) > whole:
-        every = passages(_until(chain(held, texts), max(whole, MOST_CHARACTERS)), size)
-        windows = _windows(reservoir(every, SPARE * samples, seed), loaded, samples, length, source)
+        every = passages(_until(chain(held, texts), max(whole, MOST_CHARACTERS)), characters)
+        windows = _windows(reservoir(every, SPARE * size.samples, seed), loaded, size, first, source)
         return in_vocabulary(windows, vocabulary, source)
     if joined.blank:
         raise no_text(source)
     ids = in_vocabulary(token_ids(loaded, held), vocabulary, source)
-    return sample(Tokens(ids, source, joined.documents), samples, length, seed)
+    return _sample(Tokens(ids, source, joined.documents), size, seed, first)
 
 
 def _until(texts: Iterable[str], characters: int) -> Iterator[str]:
@@ -105,38 +120,75 @@ def _until(texts: Iterable[str], characters: int) -> Iterator[str]:
             return
 
 
-def _windows(drawn: list[str], tokenizer: Tokenizer, samples: int, length: int, source: str) -> Int[np.ndarray, "B T"]:
-    """The first `length` tokens of each passage; a passage with fewer tokens continues in the next one."""
+def _windows(
+    drawn: list[str], tokenizer: Tokenizer, size: Size, first: int | None, source: str
+) -> Int[np.ndarray, "B T"]:
+    """The beginning of each passage, of `length` tokens; a passage with fewer tokens continues in the next one."""
     windows, held, total = [], np.zeros(0, np.int32), 0
     for passage in drawn:
         ids = token_ids(tokenizer, [passage.lstrip()])
         held, total = np.concatenate([held, ids]), total + len(ids)
-        if len(held) >= length:
-            windows.append(held[:length])
+        if len(held) >= size.length:
+            windows.append(_begun(held, np.zeros(1, int), size.length, first)[0])
             held = held[:0]
-        if len(windows) == samples:
+        if len(windows) == size.samples:
             return np.stack(windows)
-    raise _too_few(source, total, len(windows), samples, length)
+    raise _too_few(source, total, len(windows), size)
 
 
-def cut(tokens: Tokens, length: int) -> Int[np.ndarray, "B T"]:
+def cut(tokens: Tokens, length: int, first: int | None = None) -> Int[np.ndarray, "B T"]:
     """Consecutive windows of `length` tokens of a text, int32 [B, T], without the last partial window.
+
+    Args:
+      tokens: of the text.
+      length: tokens of a window.
+      first: a token that every window begins with, before `length` - 1 tokens of the text; None for text alone.
 
     Raises:
       InputError: the length is below 2, or the text is shorter than one window.
     """
-    return _cut(tokens, length).astype(np.int32, copy=False)
+    count = _count(tokens, length, first)
+    if first is None:
+        return tokens.ids[: count * length].reshape(count, length).astype(np.int32, copy=False)
+    return _begun(tokens.ids, (length - 1) * np.arange(count), length, first).astype(np.int32, copy=False)
 
 
-def _cut(tokens: Tokens, length: int) -> Integer[np.ndarray, "B T"]:
+def _step(length: int, first: int | None) -> int:
+    """Tokens of the text from one window to the next."""
+    return length if first is None else length - 1
+
+
+def _count(tokens: Tokens, length: int, first: int | None) -> int:
+    """Number of windows of a text, at least 1."""
     _check_length(length)
-    count = len(tokens.ids) // length
+    count = _windows_of(tokens, length, first)
     if count == 0:
         raise InputError(f"{tokens.source}: {len(tokens.ids)} tokens are less than one window of {length}")
-    return tokens.ids[: count * length].reshape(count, length)
+    return count
 
 
-def sample(tokens: Tokens, samples: int, length: int, seed: int) -> Int[np.ndarray, "B T"]:
+def _windows_of(tokens: Tokens, length: int, first: int | None) -> int:
+    """Number of windows; behind each of those with a first token follows one more token, see `_begun`."""
+    return (len(tokens.ids) - (first is not None)) // _step(length, first)
+
+
+def _begun(
+    ids: Integer[np.ndarray, " tokens"], starts: Int[np.ndarray, " B"], length: int, first: int | None
+) -> Integer[np.ndarray, "B T"]:
+    """The windows that start at these tokens of a text.
+
+    With a first token, `length` - 1 tokens of the text follow it. A window whose text begins with that token already,
+    because a document begins there, does not get a second one.
+    """
+    if first is None:
+        return ids[starts[:, None] + np.arange(length)]
+    before = ids[starts] != first
+    windows = ids[np.maximum(starts[:, None] - before[:, None] + np.arange(length), 0)]
+    windows[:, 0] = first
+    return windows
+
+
+def sample(tokens: Tokens, samples: int, length: int, seed: Seed) -> Int[np.ndarray, "B T"]:
     """`samples` windows of `length` tokens of a text, int32 [B, T], drawn without replacement.
 
     Raises:
@@ -144,17 +196,22 @@ def sample(tokens: Tokens, samples: int, length: int, seed: int) -> Int[np.ndarr
     """
     check_seed(seed)
     _check_samples(samples)
-    windows = _cut(tokens, length)
-    if len(windows) < samples:
-        raise _too_few(tokens.source, len(tokens.ids), len(windows), samples, length)
-    numbers = np.random.default_rng(seed).choice(len(windows), samples, replace=False)
-    return windows[numbers].astype(np.int32)
+    return _sample(tokens, Size(samples, length), seed, None)
 
 
-def _too_few(source: str, tokens: int, made: int, samples: int, length: int) -> InputError:
+def _sample(tokens: Tokens, size: Size, seed: Seed, first: int | None) -> Int[np.ndarray, "B T"]:
+    size = fitted(size, lambda length: _windows_of(tokens, length, first))
+    count = _count(tokens, size.length, first)
+    if count < size.samples:
+        raise _too_few(tokens.source, len(tokens.ids), count, size)
+    numbers = np.random.default_rng(seed).choice(count, size.samples, replace=False)
+    return _begun(tokens.ids, _step(size.length, first) * numbers, size.length, first).astype(np.int32)
+
+
+def _too_few(source: str, tokens: int, made: int, size: Size) -> InputError:
     return InputError(
-        f"{source}: {tokens} tokens make {made} windows of {length}, but {samples} are asked for; give more text, or "
-        "fewer or shorter samples"
+        f"{source}: {tokens} tokens make {made} windows of {size.length}, but {size.samples} are asked for; give more "
+        "text, or fewer or shorter samples"
     )
 
 
@@ -179,6 +236,18 @@ def whole_number(flag: str, value: Any) -> int:
     return int(value)
 
 
+def positions(decoder: Decoder) -> int | None:
+    """Tokens of the longest window that a model has learned positions for, or was trained for; None without a limit."""
+    learned = _learned_positions(decoder)
+    return decoder.config.trained_length if learned is None else learned
+
+
+def _learned_positions(decoder: Decoder) -> int | None:
+    if decoder.position_embedding is None:
+        return None
+    return decoder.position_embedding.shape[0] - (decoder.config.position_offset or 0)
+
+
 def check_positions(decoder: Decoder, length: int, flag: str) -> None:
     """Checks a window against the positions of a model; warns where the model was not trained for so many.
 
@@ -190,10 +259,9 @@ def check_positions(decoder: Decoder, length: int, flag: str) -> None:
     Raises:
       InputError: the model has learned positions, and they are fewer.
     """
-    if decoder.position_embedding is not None:
-        most = decoder.position_embedding.shape[0] - (decoder.config.position_offset or 0)
-        if length > most:
-            raise InputError(f"{flag} {length}: the model has {most} learned positions; use {flag} {most} or less")
+    learned = _learned_positions(decoder)
+    if learned is not None and length > learned:
+        raise InputError(f"{flag} {length}: the model has {learned} learned positions; use {flag} {learned} or less")
     most = decoder.config.trained_length
     if most is not None and length > most:
         warn(
@@ -216,11 +284,12 @@ def check_windows(batches: Batches, vocabulary: int, source: str) -> None:
     in_vocabulary(np.asarray(windows), vocabulary, source)
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: Seed) -> None:
     """Checks that a seed has 32 bits: a random key holds no more, so larger seeds would repeat smaller seeds.
 
     Raises:
       InputError: the seed is negative or has more than 32 bits.
     """
-    if not 0 <= seed < 2**32:
-        raise InputError(f"--seed must lie between 0 and 2^32 - 1, found {seed}")
+    first = seed if isinstance(seed, int) else seed[0]
+    if not 0 <= first < 2**32:
+        raise InputError(f"--seed must lie between 0 and 2^32 - 1, found {first}")

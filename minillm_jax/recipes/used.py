@@ -17,6 +17,7 @@ from minillm_jax.scoring import criteria
 from minillm_jax.scoring.criteria import Criterion
 from minillm_jax.scoring.score import check_hidden, resolve_gradient
 from minillm_jax.settings import (
+    BOS,
     BY_CURVES,
     MEASURED,
     METHODS,
@@ -82,7 +83,7 @@ def used(recipe: Recipe, given: Mapping[tuple[str, str], str] | None = None) -> 
     chosen = replace(
         recipe,
         data=_data(watch.data, criterion, _reads_text(budget, criterion, refit)),
-        budget=replace(budget, window=watch.data.seq_len),
+        budget=budget if watch.data.seq_len is None else replace(budget, window=watch.data.seq_len),
         scoring=scoring,
         gradient=gradient or Estimation(),
         refit=refit,
@@ -204,7 +205,8 @@ def _data(data: Data, criterion: Criterion | None, reads_text: bool) -> Data:
     if reads_text or (criterion is not None and criterion.draws):
         seed = data.seed
         check_seed(seed)
-    return Data(data.calibration, data.samples if reads_text else 1, data.seq_len, seed, data.field)
+    one_of("place of the token --bos", data.bos, BOS)
+    return Data(data.calibration, data.samples if reads_text else 1, data.seq_len, seed, data.field, data.bos)
 
 
 def _output(output: Output, budget: Budget, gradient: Estimation | None) -> Output:

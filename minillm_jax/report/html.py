@@ -133,7 +133,9 @@ def _plots(summary: Summary, plots: Sequence[Plot] | None) -> str:
 
 def _recipe(summary: Summary) -> str:
     pairs = [("base model", short_name(summary["base_model"])), *recipe(summary)]
-    return f'<dl class="recipe">{"".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in pairs)}</dl>'
+    few = f"<p>{text(summary['few_tokens'])}.</p>" if summary["few_tokens"] else ""
+    terms = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in pairs)
+    return f'<dl class="recipe">{terms}</dl>{few}'
 
 
 def _footer(summary: Summary) -> str:

@@ -91,6 +91,7 @@ def card(summary: Summary) -> str:
         "weaknesses of the base model. The licence of the base model applies to these weights.\n",
         "## Recipe\n",
         "".join(f"- {label}: {code(value)}\n" for label, value in [("base model", name), *recipe(summary)]),
+        *([f"{summary['few_tokens']}.\n"] if summary["few_tokens"] else []),
         "## Results\n",
         _table(summary),
         "MACs are the multiply-accumulates of one forward pass. Memory is that of the weights and of the keys and "

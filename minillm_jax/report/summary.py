@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+from minillm_jax.recipes.sized import few_tokens
 from minillm_jax.run import Result
 
 # The JSON object of `result_json`.
@@ -59,6 +60,7 @@ def result_json(result: Result) -> dict[str, Any]:
     """The summary of a pruning job, as one JSON object."""
     record = result.pruned.record or {}
     costs = {"window": result.job.recipe.budget.window, "before": result.costs_before, "after": result.costs_after}
+    samples, length = (record["calibration"][key] for key in ("samples", "length"))
     return {
         "base_model": record["base_model"],
         "output": result.job.output,
@@ -72,6 +74,8 @@ def result_json(result: Result) -> dict[str, Any]:
         "perplexity_after": None if result.after is None else asdict(result.after),
         "whole": {kind: {"before": row["before"], "after": len(row["kept"])} for kind, row in record["whole"].items()},
         "groups": _groups(record),
+        "tokens_per_channel": record["tokens_per_channel"],
+        "few_tokens": few_tokens(result.job.recipe, samples, length, record["tokens_per_channel"]),
         "scores": record["scores"],
         "losses": record["losses"],
         "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
@@ -148,7 +152,7 @@ def recipe(summary: Summary) -> list[tuple[str, str]]:
     scoring, refit, calibration = settings["scoring"], settings["refit"], settings["calibration"]
     method = refit["method"]
     numbers = [] if method == "none" else [f"{k} {refit[k]:g}" for k in ("alpha", "ridge", "inputs") if refit[k]]
-    text = f"{calibration['samples']} windows of {calibration['length']} tokens of {short_name(calibration['source'])}"
+    windows = f"{calibration['samples']} windows of {calibration['length']} tokens of {calibrated_on(calibration)}"
     pairs = [
         ("recipe", short_name(settings["recipe"])),
         ("criterion", scoring["criterion"]),
@@ -156,13 +160,22 @@ def recipe(summary: Summary) -> list[tuple[str, str]]:
         ("budget", f"{amount(summary)}, {settings['budget']['allocation']} allocation"),
         ("rounds", str(settings["rounds"])),
         ("refit", ", ".join([method, *numbers])),
-        ("calibration", f"{text}, seed {calibration['seed']}"),
+        ("calibration", f"{windows}, seed {calibration['seed']}"),
+        ("calibration tokens for each MLP channel", f"{summary['tokens_per_channel']:.2f}"),
     ]
     after = summary["perplexity_after"]
     if after:
         evaluation = f"{after['windows']:,} windows of {after['window']} tokens of {short_name(summary['evaluation'])}"
         pairs.append(("perplexity on", evaluation))
     return pairs
+
+
+def calibrated_on(calibration: Mapping[str, Any]) -> str:
+    """The calibration text by its short name; of a mixture, the number of windows and the name of each text."""
+    parts = calibration.get("mixture", ())
+    if not parts:
+        return short_name(calibration["source"])
+    return " and ".join(f"{short_name(part['source'])} ({part['samples']})" for part in parts)
 
 
 def structures(summary: Summary) -> str:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minillm_jax.evaluation.perplexity import Perplexity
-from minillm_jax.plan import FEW_TOKENS_PER_CHANNEL, Plan
+from minillm_jax.plan import Plan
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.report import html, model_card, plots
 from minillm_jax.report.summary import FORMAT_WORDS, advice, result_json, rows, short, short_name, size, title
@@ -36,8 +36,10 @@ def result_table(result: Result) -> Table:
     for row in rows(summary):
         table.add_row(*row)
     table.add_section()
+    table.add_row("calibration tokens for each MLP channel", "", f"{summary['tokens_per_channel']:.2f}", "")
     table.add_row("seconds", "", f"{sum(result.seconds.values()):.1f}", "")
-    lines = [f"written to {result.job.output}: {FORMAT_WORDS[result.written.format]}", advice(summary)]
+    written = f"written to {result.job.output}: {FORMAT_WORDS[result.written.format]}"
+    lines = [written, summary["few_tokens"], advice(summary)]
     table.caption = Text("\n".join(filter(None, lines)))
     return table
 
@@ -93,11 +95,8 @@ def plan_table(plan: Plan) -> Table:
     table.add_section()
     for name, value in _plan_rows(plan):
         table.add_row(name, "", value)
-    if plan.tokens_per_channel < FEW_TOKENS_PER_CHANNEL:
-        table.caption = Text(
-            f"{plan.tokens_per_channel:.2f} calibration tokens for each MLP channel are few: below "
-            f"{FEW_TOKENS_PER_CHANNEL:g} the ridge decides the refit. Give more --samples or a longer --seq-len."
-        )
+    if plan.few_tokens:
+        table.caption = Text(f"{plan.few_tokens}.")
     return table
 
 

@@ -457,7 +457,9 @@ def test_equal_allocation_is_the_cheapest_with_as_many_groups_in_every_layer() -
         assert inventory.left(best) <= limit
         assert all(len(set(row)) == 1 for row in best.values())
         pairs = product(range(1, 7), range(1, 41))
-        least = min(loss(*pair) for pair in pairs if inventory.left({"head": [pair[0]] * 3, "channel": [pair[1]] * 3}) <= limit)
+        least = min(
+            loss(*pair) for pair in pairs if inventory.left({"head": [pair[0]] * 3, "channel": [pair[1]] * 3}) <= limit
+        )
         assert loss(best["head"][0], best["channel"][0]) == pytest.approx(least)
         found[dear] = best["head"][0]
     assert found["head"] > found["channel"]

@@ -122,10 +122,10 @@ def test_eval_with_bos_and_dtype_changes_the_figure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: Path
 ) -> None:
     perplexities = []
-    for extra in ([], ["--bos"], ["--dtype", "bfloat16"]):
+    for extra in ([], ["--bos", "text"], ["--dtype", "bfloat16"], ["--bos", "yes"]):
         assert call(monkeypatch, ["eval", demo.FOLDER, "--text", text, "--json", *extra]) == 0
         perplexities.append(json.loads(capsys.readouterr().out)["perplexity"])
-    assert len(set(perplexities)) == 3
+    assert len(set(perplexities)) == 4
     assert perplexities[2] == pytest.approx(perplexities[0], rel=0.02)
 
 
@@ -489,7 +489,7 @@ def test_help_shows_ten_options_and_help_all_shows_every_option(
     for panel in PANELS.values():
         assert f"─ {panel} ─" in text
     assert {flag_of(one) for _, one, _ in options()} <= shown_options(text)
-    assert "Default: 64 (recipe ours)." in " ".join(text.split())
+    assert "Default: 16 (recipe ours)." in " ".join(text.split())
 
 
 def test_completion_lists_the_choices() -> None:
@@ -506,8 +506,9 @@ def test_completion_lists_the_choices() -> None:
 def test_a_job_without_a_terminal_prints_lines_unless_it_is_quiet(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
 ) -> None:
+    """Sixteen windows have two tokens for each channel, which is no warning."""
     for name, quiet in (("loud", []), ("quiet", ["--quiet"])):
-        assert call(monkeypatch, ["prune", demo.FOLDER, *prune_options(text, tmp_path / name), *quiet]) == 0
+        assert call(monkeypatch, ["prune", demo.FOLDER, *prune_options(text, tmp_path / name, samples=16), *quiet]) == 0
         lines = capsys.readouterr().err.splitlines()
         if quiet:
             assert lines == []

@@ -15,6 +15,7 @@ import pytest
 from minillm_jax import demo
 from minillm_jax.api import calibrate, describe
 from minillm_jax.data import tokenizing
+from minillm_jax.data.calibration_size import Size
 from minillm_jax.data.documents import Block, Opened, open_data
 from minillm_jax.data.passages import passages, reservoir
 from minillm_jax.data.text import Tokens, tokenise
@@ -120,7 +121,7 @@ def test_memory_does_not_follow_the_text(tokenizer: tokenizing.Tokenizer) -> Non
     line, read = " ".join(WORDS)[: 2**17], [0]
     blocks = islice(endless(line, read), 5 * WHOLE // len(line))
     tracemalloc.start()
-    windows = draw(Opened("long", blocks), lambda: tokenizer, 1024, 4, 32, 0)
+    windows = draw(Opened("long", blocks), lambda: tokenizer, 1024, Size(4, 32), 0)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert windows.shape == (4, 32)
@@ -130,7 +131,7 @@ def test_memory_does_not_follow_the_text(tokenizer: tokenizing.Tokenizer) -> Non
 
 def test_the_reading_ends_after_a_number_of_characters(tokenizer: tokenizing.Tokenizer) -> None:
     text, read = (" ".join(WORDS) * 90)[: 2**24], [0]
-    assert draw(Opened("endless", endless(text, read)), lambda: tokenizer, 1024, 2, 512, 0).shape == (2, 512)
+    assert draw(Opened("endless", endless(text, read)), lambda: tokenizer, 1024, Size(2, 512), 0).shape == (2, 512)
     assert read[0] == -(-MOST_CHARACTERS // 2**24)
 
 
@@ -143,13 +144,13 @@ def test_passages_of_few_tokens_are_joined(tokenizer: tokenizing.Tokenizer) -> N
         return {"input_ids": [5] * len(words), "offset_mapping": [(0, 1)] * len(words)}
 
     sparse = tokenizer._replace(call=few, offsets=False)
-    windows = draw(Opened("spaces", spaces), lambda: sparse, 1024, 3, 2, 0)
+    windows = draw(Opened("spaces", spaces), lambda: sparse, 1024, Size(3, 2), 0)
     np.testing.assert_array_equal(windows, np.full((3, 2), 5))
     spaces = (Block(0, (" " * 2000 + "word ") * 2) for _ in range(1500))
     with pytest.raises(
         InputError, match=r"spaces: \d+ tokens make \d windows of 32, but 3 are asked for; give more text"
     ):
-        draw(Opened("spaces", spaces), lambda: sparse, 1024, 3, 32, 0)
+        draw(Opened("spaces", spaces), lambda: sparse, 1024, Size(3, 32), 0)
 
 
 def test_an_array_on_the_disk_is_drawn_from_without_reading_it_whole(model: Model, tmp_path: Path) -> None:
@@ -157,6 +158,6 @@ def test_an_array_on_the_disk_is_drawn_from_without_reading_it_whole(model: Mode
     np.save(tmp_path / "ids.npy", ids)
     opened = open_data(tmp_path / "ids.npy")
     assert isinstance(opened.content, np.memmap)
-    drawn = draw(opened, partial(pytest.fail, "needs no tokenizer"), 1024, 7, 16, 5)
+    drawn = draw(opened, partial(pytest.fail, "needs no tokenizer"), 1024, Size(7, 16), 5)
     np.testing.assert_array_equal(drawn, sample(Tokens(ids, "", 1), 7, 16, 5))
     assert drawn.dtype == np.int32

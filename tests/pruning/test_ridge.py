@@ -57,7 +57,9 @@ def test_the_chosen_ridge_has_nearly_the_least_error_on_held_out_tokens(
     assert system.held_out is not None
     best = system.held_out.best(ROWS, "host")
     gains = before - np.asarray(errors)
-    expected = next((ridge for ridge, gain in zip(CHOICES, gains, strict=True) if gain >= ENOUGH * gains.max() > 0), 0.3)
+    expected = next(
+        (ridge for ridge, gain in zip(CHOICES, gains, strict=True) if gain >= ENOUGH * gains.max() > 0), 0.3
+    )
     assert best == expected
     refitted = system_of(moments_of(x, target), kernel, len(x), 1.0, best, biased, "").rows(ROWS, "host")
     np.testing.assert_allclose(system.rows(ROWS, "host"), refitted, rtol=1e-9)
@@ -91,7 +93,8 @@ def test_the_choice_does_not_depend_on_batches() -> None:
     """The held-out windows are the last, whatever the batches are."""
     batches, counts = Batches(random_tokens(61, 16, 16)), {"head": [1] * 3, "channel": [6] * 3}
     (one, kept), (other, same) = (
-        prune_by_obs(small_decoder(), counts, part, Refit()) for part in (batches, replace(batches, tokens_per_batch=48))
+        prune_by_obs(small_decoder(), counts, part, Refit())
+        for part in (batches, replace(batches, tokens_per_batch=48))
     )
     for kind, rows in kept.items():
         for layer, indices in enumerate(rows):

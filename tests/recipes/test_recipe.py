@@ -40,19 +40,27 @@ ALL_KEYS = {section: {one.name for at, one, _ in options() if at == section} for
 DOCUMENTED = {
     "ours": {},
     "flap": {
-        "data": {"samples": 1024},
+        "data": {"samples": 1024, "seq_len": 128, "bos": "no"},
         "budget": {"allocation": "global"},
         "scoring": {"criterion": "flap"},
         "refit": {"method": "bias"},
     },
     "llm-pruner": {
-        "data": {"samples": 10, "seq_len": 64},
+        "data": {"samples": 10, "seq_len": 64, "bos": "no"},
         "budget": {"layers": "4:-2"},
         "scoring": {"criterion": "element-1"},
         "refit": {"method": "none"},
     },
-    "mini-llm": {"data": {"samples": 10}, "scoring": {"criterion": "fms"}, "refit": {"method": "none"}},
-    "wanda-sp": {"data": {"samples": 10}, "scoring": {"criterion": "wanda"}, "refit": {"method": "none"}},
+    "mini-llm": {
+        "data": {"samples": 10, "seq_len": 128, "bos": "no"},
+        "scoring": {"criterion": "fms"},
+        "refit": {"method": "none"},
+    },
+    "wanda-sp": {
+        "data": {"samples": 10, "seq_len": 128, "bos": "no"},
+        "scoring": {"criterion": "wanda"},
+        "refit": {"method": "none"},
+    },
 }
 
 
@@ -69,7 +77,7 @@ def test_the_recipes_of_the_package_are_the_documented_ones() -> None:
 def test_the_default_recipe_is_structured_obs_with_least_squares() -> None:
     recipe = load()
     assert replace(recipe, summary="") == Recipe()
-    assert recipe.data == Data(None, 64, 128, 0)
+    assert recipe.data == Data(None, None, None, 0)
     assert (recipe.scoring.criterion, recipe.refit.method, recipe.refit.ridge) == ("obs", "least-squares", 0.01)
     assert (recipe.budget.allocation, recipe.budget.structures) == ("uniform", ("heads", "channels"))
     assert (recipe.gradient.directions, recipe.gradient.epsilon) == (16, 1e-3)

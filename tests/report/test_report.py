@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import yaml
 from jax import numpy as jnp
+from rich.console import Console
 
 from convert import writer
 from convert.reader import read_model
 from minillm_jax import demo
-from minillm_jax.errors import InputError
+from minillm_jax.errors import InputError, InputWarning
 from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.report import html, model_card, plots, summary, tables
 from minillm_jax.run import Job, Result, run
@@ -107,6 +108,26 @@ def same_summary(result: Result, written: dict[str, Any]) -> bool:
 def wanda(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, dict[str, Any], Path]:
     job = job_of(tmp_path_factory.mktemp("wanda"), budget=Budget(0.3, ratio_of="blocks", allocation="measured"))
     return *finish(job), Path(job.output)
+
+
+def test_few_calibration_tokens_are_named_in_every_document(tmp_path: Path) -> None:
+    """Three windows of 20 tokens for 40 channels, which the refit solves a system for; a mixture is named by parts."""
+    mixture = f"{tmp_path / 'tokens.npy'}:2,{tmp_path / './tokens.npy'}:1"
+    data = Data(mixture, samples=3, seq_len=20)
+    with pytest.warns(InputWarning, match="1.50 calibration tokens for each MLP channel are few"):
+        result, written = finish(job_of(tmp_path, evaluate=False, data=data, refit=Refit()))
+    assert written["tokens_per_channel"] == 1.5
+    words = "1.50 calibration tokens for each MLP channel are few: below 2 the ridge decides the refit; use --samples"
+    assert written["few_tokens"].startswith(words)
+    page = Page(Path(result.job.output, "report.html").read_text())
+    console = Console(width=300)
+    with console.capture() as capture:
+        console.print(tables.result_table(result))
+    printed = capture.get()
+    for text in (page.text, Path(result.job.output, "README.md").read_text(), printed):
+        assert words in " ".join(text.replace("\xa0", " ").split())
+        assert str(tmp_path) not in text.replace(result.job.output, "")
+    assert "3 windows of 20 tokens of tokens.npy (2) and tokens.npy (1)" in page.text
 
 
 def test_the_folder_holds_the_summary_as_json_page_and_card(wanda: tuple[Result, dict[str, Any], Path]) -> None:
