@@ -1,0 +1,160 @@
+"""Reading GGUF: a file becomes a model folder, whose weights are a link to it, and a source of named tensors."""
+
+import atexit
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import companions, gguf_config, gguf_file, gguf_tokenizer, memory
+from convert.gguf_file import GgufFile
+from convert.gguf_names import CHANGES
+from convert.gguf_tensors import decode, stored_type
+from minillm_jax.errors import InputError, cause, warn
+
+# The weights of a model folder in this format.
+WEIGHTS = "model.gguf"
+
+# The most bits of a weight for which the refit is said to fit the rounding. Q4_1 has 5, Q5_0 has 5.5.
+FEW_BITS = 5.0
+
+
+# ---------------------------------------------------------------------------------------------------------- folder
+
+
+def unpack(path: Path) -> Path:
+    """The folder of a GGUF file: its config.json and tokenizer as files, and a link to it under the name `WEIGHTS`.
+
+    The folder lies among the temporary files, and is removed as the process ends. The same file gives the same folder.
+
+    Raises:
+      InputError: the file is no whole GGUF file, or of an architecture or with a setting that is not supported.
+    """
+    stamp = path.stat()
+    return _unpack(path.resolve(), stamp.st_size, stamp.st_mtime_ns)
+
+
+@cache
+def _unpack(path: Path, size: int, changed: int) -> Path:  # noqa: ARG001  a changed file is unpacked again
+    file = gguf_file.open_gguf(path)
+    config = gguf_config.to_hugging_face(file)
+    try:
+        root = Path(tempfile.mkdtemp(prefix="minillm-jax-"))
+        atexit.register(shutil.rmtree, root, ignore_errors=True)
+        folder = root / path.name  # messages name the folder
+        folder.mkdir()
+        (folder / WEIGHTS).symlink_to(file.path)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if path.name == WEIGHTS:  # a folder that `gguf_write` may have written
+            companions.copy(path.parent, folder)
+            record = path.parent / "pruning.json"
+            if record.is_file():
+                shutil.copyfile(record, folder / record.name)
+    except OSError as error:
+        raise InputError(f"{path}: its files cannot be written to {tempfile.gettempdir()} ({cause(error)})") from error
+    gguf_tokenizer.write_files(file, folder)
+    return folder
+
+
+def single_file(folder: Path) -> Path | None:
+    """The GGUF file of a folder without config.json that holds one model in this format; None for another folder."""
+    if os.path.lexists(folder / "config.json"):
+        return None
+    names = sorted(path.name for path in folder.glob("*.gguf"))
+    first = [name for name in names if "-of-" not in name or "-00001-of-" in name]
+    return folder / first[0] if len(first) == 1 else None
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is GGUF, by its name or its first bytes."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == gguf_file.MAGIC
+    except OSError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------- source
+
+
+class GgufSource:
+    """A tensor source: the tensors of a GGUF file under the names of a Hugging Face folder, decoded to plain numbers."""
+
+    def __init__(self, path: Path):
+        self._file = gguf_file.open_gguf(path.resolve())
+        self.where = str(self._file.path)
+        arch = gguf_config.arch_of(self._file)
+        table = arch.names(gguf_config.layer_count(self._file))
+        unknown = sorted(self._file.entries.keys() - table.keys() - {gguf_config.ROPE_FACTORS})
+        if unknown:
+            raise InputError(
+                f"{self.where}: unknown tensor {unknown[0]!r} of shape {self._file.entries[unknown[0]].shape}; the "
+                f"architecture {arch.name} has no place for it"
+            )
+        self._stored = {
+            name: (gguf, change) for gguf, (name, change) in table.items() if gguf in self._file.entries
+        }
+        self._head_size = gguf_config.head_size(self._file)
+        self.dtype = stored_type(self._file)
+
+    def names(self) -> Iterable[str]:
+        """Names of all tensors, those of a Hugging Face folder."""
+        return self._stored
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        return self._file.entries[self._stored[name][0]].shape
+
+    def read(self, name: str, allocate: memory.Allocate = memory.aligned_empty) -> np.ndarray:
+        """Read and decode one tensor.
+
+        Args:
+          name: name of the tensor.
+          allocate: gives the array for the decoded tensor.
+
+        Raises:
+          InputError: the file cannot be read, or the rows do not suit the head size.
+        """
+        gguf_name, change = self._stored[name]
+        tensor = decode(self._file.entries[gguf_name])
+        if change is not None:
+            tensor = self._changed(tensor, change, gguf_name)
+        result = allocate(tensor.shape, np.dtype(self.dtype))
+        memory.copy_layout(result, tensor)
+        return result
+
+    def warn_of_rounding(self) -> None:
+        """Issues an `InputWarning` where most weights of the layers have few bits."""
+        layers = [entry for name, entry in self._file.entries.items() if name.startswith("blk.")]
+        few = [entry for entry in layers if 8 * entry.size <= FEW_BITS * np.prod(entry.shape)]
+        if 2 * sum(np.prod(entry.shape) for entry in few) > sum(np.prod(entry.shape) for entry in layers):
+            kinds = ", ".join(sorted({entry.type for entry in few}))
+            warn(
+                f"{self.where}: the weights are rounded to about four bits ({kinds}), and a refit fits the noise of the "
+                "rounding too; prune the model that was quantised where it can be had"
+            )
+
+    def _changed(self, tensor: np.ndarray, change: str, name: str) -> np.ndarray:
+        try:
+            return CHANGES[change][1](tensor, self._head_size)
+        except ValueError as error:
+            raise InputError(
+                f"{self.where}: tensor {name!r} of shape {tensor.shape} has no rows for heads of {self._head_size}"
+            ) from error
+
+
+def tokenizer_metadata(folder: Path) -> dict[str, Any] | None:
+    """The metadata of the tokenizer in the GGUF file of a folder; None where the folder has none."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        return None
+    metadata = gguf_file.open_gguf(path.resolve()).metadata
+    return {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
