@@ -27,7 +27,11 @@ ROPE_PARAMETERS = "minillm_jax.rope_parameters"
 # The layers of Gemma 2's model of 27 billion parameters, by which llama.cpp knows it and scales its queries otherwise.
 GEMMA2_27B_LAYERS = 46
 
-_TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+_TOKEN_IDS = {
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "pad_token_id": "tokenizer.ggml.padding_token_id",
+}
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -85,7 +89,7 @@ def to_hugging_face(file: GgufFile) -> dict[str, Any]:
     raw: dict[str, Any] = {ours: _plain(file.value(key)) for key, ours in arch.keys.items() if file.value(key) is not None}
     raw |= {"vocab_size": embedding.shape[0], "head_dim": head_size(file)}
     raw |= {"tie_word_embeddings": "output.weight" not in file.entries, "dtype": stored_type(file)}
-    raw |= {key: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in _TOKEN_IDS.items()}
+    raw |= {key: file.metadata.get(name) for key, name in _TOKEN_IDS.items()}
     raw |= formats.rope_keys(_rope(file, raw["head_dim"]), arch.family)
     sizes = {ours: _per_layer(file, key) for key, ours in LAYER_KEYS.items()}
     raw |= {ours: max(counts) for ours, counts in sizes.items()}
@@ -342,6 +346,13 @@ def to_gguf(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any], arch: A
         values["attention.sliding_window"] = windows[0]
     metadata = {f"{arch.name}.{key}": value for key, value in values.items()}
     return metadata if config.rope is None else metadata | _rope_metadata(config.rope, sizes.H, arch)
+
+
+def token_ids(raw: Mapping[str, Any]) -> dict[str, int]:
+    """The metadata of the special tokens of a configuration; of several tokens that end a text, the first one."""
+    ids = {name: raw.get(key) for key, name in _TOKEN_IDS.items()}
+    first = {name: number[0] if isinstance(number, list) and number else number for name, number in ids.items()}
+    return {name: number for name, number in first.items() if type(number) is int and number >= 0}
 
 
 def _rope_metadata(rope: Rope, size: int, arch: Arch) -> dict[str, Any]:

@@ -16,7 +16,11 @@ from minillm_jax.data.tokenizer import has_vocabulary, load_tokenizer, quiet
 from minillm_jax.errors import InputError, cause, shortened, warn
 
 PREFIX = "tokenizer.ggml."
+KIND = f"{PREFIX}model"
 CHAT_TEMPLATE = "tokenizer.chat_template"
+
+# The kind of a file without a tokenizer; llama.cpp then takes token ids alone.
+NO_TOKENIZER = "no_vocab"
 
 # Kinds of tokens in GGUF (`gguf.TokenType`).
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -80,7 +84,7 @@ def tokenizer_of(arch: str, metadata: Mapping[str, Any]) -> Any:
     known = {name: metadata[f"tokenizer.{key}"] for key, name in names.items() if f"tokenizer.{key}" in metadata}
     backend, _ = convert_gguf_tokenizer(arch, known)
     # Old files do not say whether the first token is added; sentencepiece models have it.
-    default = metadata.get(f"{PREFIX}model") == "llama"
+    default = metadata.get(KIND) == "llama"
     options = {
         "add_bos_token": bool(metadata.get(f"{PREFIX}add_bos_token", default)),
         "add_eos_token": bool(metadata.get(f"{PREFIX}add_eos_token", False)),
@@ -113,10 +117,10 @@ def metadata_of(folder: Path, size: int, arch: str) -> dict[str, Any]:
       InputError: GGUF has no such tokenizer, or it has more tokens than the model.
     """
     if not has_vocabulary(folder):
-        return {f"{PREFIX}model": "no_vocab"}
+        return {KIND: NO_TOKENIZER}
     tokenizer = load_tokenizer(folder)
     metadata = _described(tokenizer, size, folder)
-    if metadata[f"{PREFIX}model"] == "gpt2" and metadata[f"{PREFIX}pre"] == UNKNOWN_SPLIT:
+    if metadata[KIND] == "gpt2" and metadata[f"{PREFIX}pre"] == UNKNOWN_SPLIT:
         warn(
             f"{folder}: llama.cpp has no known name for the way in which this tokenizer splits a text; the GGUF says "
             f"{UNKNOWN_SPLIT}, and llama.cpp may make other tokens"
@@ -145,7 +149,7 @@ def _described(tokenizer: Any, size: int, folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: GGUF cannot hold this tokenizer ({type(tokenizer).__name__}); use another format")
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = _kind(definition, folder)
-    metadata = {f"{PREFIX}model": kind} | _vocabulary(tokenizer, definition, size, folder, kind == "llama")
+    metadata = {KIND: kind} | _vocabulary(tokenizer, definition, size, folder, kind == "llama")
     if kind == "gpt2":
         merges = [" ".join(pair) for pair in _merges(definition)]
         metadata |= {f"{PREFIX}pre": pre_tokenizer(definition) or UNKNOWN_SPLIT, f"{PREFIX}merges": merges}

@@ -133,6 +133,8 @@ def _metadata(model: Model, sizes: Sizes, arch: Arch, wanted: str) -> dict[str, 
     tokenizer = gguf_read.tokenizer_metadata(model.folder)
     if tokenizer is None:
         tokenizer = gguf_tokenizer.metadata_of(model.folder, sizes.V, arch.name)
+        if tokenizer[gguf_tokenizer.KIND] == gguf_tokenizer.NO_TOKENIZER:
+            tokenizer = gguf_config.token_ids(model.raw_config) | tokenizer
     general: dict[str, Any] = {
         "general.type": "model",
         "general.name": Path(model.name).name,
