@@ -1,22 +1,15 @@
-"""Reading GGUF: a file becomes a model folder, whose weights are a link to it, and a source of named tensors."""
+"""The tensors of a GGUF file as a source: under the names of a Hugging Face folder, decoded to plain numbers."""
 
-import atexit
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from convert import companions, gguf_config, gguf_file, gguf_tokenizer, memory
-from convert.gguf_file import GgufFile
+from convert import gguf_config, gguf_file, memory
 from convert.gguf_names import CHANGES
 from convert.gguf_tensors import decode, stored_type
-from minillm_jax.errors import InputError, cause, warn
+from minillm_jax.errors import InputError, warn
 
 # The weights of a model folder in this format.
 WEIGHTS = "model.gguf"
@@ -25,71 +18,11 @@ WEIGHTS = "model.gguf"
 FEW_BITS = 5.0
 
 
-# ---------------------------------------------------------------------------------------------------------- folder
-
-
-def unpack(path: Path) -> Path:
-    """The folder of a GGUF file: its config.json and tokenizer as files, and a link to it under the name `WEIGHTS`.
-
-    The folder lies among the temporary files, and is removed as the process ends. The same file gives the same folder.
-
-    Raises:
-      InputError: the file is no whole GGUF file, or of an architecture or with a setting that is not supported.
-    """
-    stamp = path.stat()
-    return _unpack(path.resolve(), stamp.st_size, stamp.st_mtime_ns)
-
-
-@cache
-def _unpack(path: Path, size: int, changed: int) -> Path:  # noqa: ARG001  a changed file is unpacked again
-    file = gguf_file.open_gguf(path)
-    config = gguf_config.to_hugging_face(file)
-    try:
-        root = Path(tempfile.mkdtemp(prefix="minillm-jax-"))
-        atexit.register(shutil.rmtree, root, ignore_errors=True)
-        folder = root / path.name  # messages name the folder
-        folder.mkdir()
-        (folder / WEIGHTS).symlink_to(file.path)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if path.name == WEIGHTS:  # a folder that `gguf_write` may have written
-            companions.copy(path.parent, folder)
-            record = path.parent / "pruning.json"
-            if record.is_file():
-                shutil.copyfile(record, folder / record.name)
-    except OSError as error:
-        raise InputError(f"{path}: its files cannot be written to {tempfile.gettempdir()} ({cause(error)})") from error
-    gguf_tokenizer.write_files(file, folder)
-    return folder
-
-
-def single_file(folder: Path) -> Path | None:
-    """The GGUF file of a folder without config.json that holds one model in this format; None for another folder."""
-    if os.path.lexists(folder / "config.json"):
-        return None
-    names = sorted(path.name for path in folder.glob("*.gguf"))
-    first = [name for name in names if "-of-" not in name or "-00001-of-" in name]
-    return folder / first[0] if len(first) == 1 else None
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether a file is GGUF, by its name or its first bytes."""
-    if path.suffix.lower() == ".gguf":
-        return True
-    try:
-        with path.open("rb") as file:
-            return file.read(4) == gguf_file.MAGIC
-    except OSError:
-        return False
-
-
-# ---------------------------------------------------------------------------------------------------------- source
-
-
 class GgufSource:
     """A tensor source: the tensors of a GGUF file under the names of a Hugging Face folder, decoded to plain numbers."""
 
     def __init__(self, path: Path):
-        self._file = gguf_file.open_gguf(path.resolve())
+        self._file = gguf_file.open_gguf(path)
         self.where = str(self._file.path)
         arch = gguf_config.arch_of(self._file)
         table = arch.names(gguf_config.layer_count(self._file))
@@ -151,10 +84,19 @@ class GgufSource:
             ) from error
 
 
+def weights_of(folder: Path) -> Path:
+    """The GGUF file of a folder: `WEIGHTS` in it, or the file that it is a link to in a temporary folder.
+
+    The files of a model in several files are found by their names, so only this link is followed.
+    """
+    path = folder / WEIGHTS
+    target = path.readlink() if path.is_symlink() else path
+    return target if target.is_absolute() else path
+
+
 def tokenizer_metadata(folder: Path) -> dict[str, Any] | None:
     """The metadata of the tokenizer in the GGUF file of a folder; None where the folder has none."""
-    path = folder / WEIGHTS
-    if not path.is_file():
+    if not (folder / WEIGHTS).is_file():
         return None
-    metadata = gguf_file.open_gguf(path.resolve()).metadata
+    metadata = gguf_file.open_gguf(weights_of(folder)).metadata
     return {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}

@@ -82,7 +82,7 @@ def tokenizer_of(arch: str, metadata: Mapping[str, Any]) -> Any:
 
     names = GGUF_TOKENIZER_MAPPING["tokenizer"]
     known = {name: metadata[f"tokenizer.{key}"] for key, name in names.items() if f"tokenizer.{key}" in metadata}
-    backend, _ = convert_gguf_tokenizer(arch, known)
+    backend = _without_foreign(convert_gguf_tokenizer(arch, known)[0], len(known["tokens"]))
     # Old files do not say whether the first token is added; sentencepiece models have it.
     default = metadata.get(KIND) == "llama"
     options = {
@@ -96,6 +96,17 @@ def tokenizer_of(arch: str, metadata: Mapping[str, Any]) -> Any:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **options)
     tokenizer.chat_template = metadata.get(CHAT_TEMPLATE)
     return tokenizer
+
+
+def _without_foreign(backend: Any, size: int) -> Any:
+    """A tokenizer without the tokens that the classes of transformers add by default, which the model does not have."""
+    from tokenizers import Tokenizer
+
+    definition = json.loads(backend.to_str())
+    kept = [token for token in definition["added_tokens"] if token["id"] < size]
+    if len(kept) == len(definition["added_tokens"]):
+        return backend
+    return Tokenizer.from_str(json.dumps(definition | {"added_tokens": kept}))
 
 
 # ---------------------------------------------------------------------------------------------- Hugging Face → GGUF

@@ -50,7 +50,8 @@ def check(config: DecoderConfig, folder: Path, vocabulary: int, unequal: bool = 
     """
     gguf_file.import_gguf("the format gguf")
     gguf_config.check_family(config, unequal)
-    gguf_tokenizer.check(folder, vocabulary)
+    if not (folder / gguf_read.WEIGHTS).is_file():  # the tokenizer of a GGUF is copied
+        gguf_tokenizer.check(folder, vocabulary)
 
 
 def file_bytes(decoder: Decoder, gguf_type: str | None = None) -> int:

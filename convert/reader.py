@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from convert import companions, found, gguf_read, memory, rules, sources
+from convert import companions, found, gguf_folder, gguf_read, memory, rules, sources
 from convert.sources import FLOATS, read_json
 from minillm_jax.data.tokenizer import quiet
 from minillm_jax.devices.sharding import parts, shardings
@@ -124,7 +124,7 @@ def read_model(
 def locate(model: str | Path, revision: str | None = None, weights: bool = True) -> tuple[Path, str | None]:
     """The local folder of a model; a model that is no local folder is downloaded from the Hub.
 
-    A GGUF file becomes a temporary folder (`gguf_read.unpack`), and so does a folder that holds one and no config.json.
+    A GGUF file becomes a temporary folder (`gguf_folder.unpack`), and so does a folder that holds one and no config.json.
 
     Args:
       model: a folder, a GGUF file or a Hub id.
@@ -143,13 +143,13 @@ def locate(model: str | Path, revision: str | None = None, weights: bool = True)
             raise InputError(f"{name}: a local folder has no revisions; leave out --revision {revision}")
         if not os.access(path, os.R_OK | os.X_OK):
             raise InputError(f"{name}: the folder cannot be read (Permission denied)")
-        file = gguf_read.single_file(path)
-        return (path if file is None else gguf_read.unpack(file)), None
+        file = gguf_folder.single_file(path)
+        return (path if file is None else gguf_folder.unpack(file)), None
     if os.path.isfile(path):  # noqa: PTH113
-        if gguf_read.is_gguf(path):
+        if gguf_folder.is_gguf(path):
             if revision is not None:
                 raise InputError(f"{name}: a local file has no revisions; leave out --revision {revision}")
-            return gguf_read.unpack(path), None
+            return gguf_folder.unpack(path), None
         what = found.file_content(path) or found.OTHER_FORMATS.get(path.suffix.lower())
         hint = what if what and path.suffix != ".safetensors" else f"give the folder of the model, {path.parent}"
         raise InputError(f"{name}: a file, expected a folder with a {CONFIG}; {hint}")

@@ -42,7 +42,7 @@ def open_folder(folder: Path) -> rules.TensorSource:
     if _has(folder, TORCH_SINGLE, TORCH_INDEX):
         return TorchFolder(folder)
     if _has(folder, gguf_read.WEIGHTS):
-        return gguf_read.GgufSource(folder / gguf_read.WEIGHTS)
+        return gguf_read.GgufSource(gguf_read.weights_of(folder))
     other = found.other_model(folder)
     raise InputError(
         f"{folder}: no weights; "
@@ -89,7 +89,7 @@ def stored_type(folder: Path) -> str | None:
     """
     if not has_safetensors(folder):
         is_gguf = not _has(folder, TORCH_SINGLE, TORCH_INDEX) and _has(folder, gguf_read.WEIGHTS)
-        return gguf_tensors.stored_type(gguf_file.open_gguf(folder / gguf_read.WEIGHTS)) if is_gguf else None
+        return gguf_tensors.stored_type(gguf_file.open_gguf(gguf_read.weights_of(folder))) if is_gguf else None
     files, _ = _files(folder, SINGLE, INDEX)
     if not (folder / files[0]).is_file():
         return None
