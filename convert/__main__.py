@@ -16,7 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
       arguments: command-line arguments; `sys.argv[1:]` by default.
     """
-    parser = argparse.ArgumentParser(prog="python -m convert", description="Hugging Face folders ↔ Flax checkpoints ↔ GGUF.")
+    parser = argparse.ArgumentParser(
+        prog="python -m convert", description="Hugging Face folders ↔ Flax checkpoints ↔ GGUF."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, source, description in (
         ("to-flax", "MODEL", "Hugging Face folder, GGUF file or Hub id → Orbax checkpoint of the Flax pytree"),
@@ -35,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             command.add_argument("--max-shard-size", default="5GB", help="largest size of a weight file; default 5GB")
         if name == "to-gguf":
-            command.add_argument("--gguf-type", help="type of the matrices: f32, f16, bf16 or q8_0; by default the stored")
+            command.add_argument(
+                "--gguf-type", help="type of the matrices: f32, f16, bf16 or q8_0; by default the stored"
+            )
     options = vars(parser.parse_args(arguments))
     use_cpu_alone()
     try:

@@ -104,12 +104,15 @@ def open_gguf(path: Path) -> GgufFile:
     for file in files:
         for name, entry in file.entries.items():
             if name in entries:
-                raise InputError(f"{file.path}: tensor {name!r} is in {entries[name].path.name} too; remove one of them")
+                raise InputError(
+                    f"{file.path}: tensor {name!r} is in {entries[name].path.name} too; remove one of them"
+                )
             entries[name] = entry
     expected = files[0].metadata.get("split.tensors.count")
     if expected is not None and expected != len(entries):
         raise InputError(
-            f"{files[0].path}: its {count} files hold {len(entries)} tensors, expected {expected}; are they of one model?"
+            f"{files[0].path}: its {count} files hold {len(entries)} tensors, expected {expected}; are they of one "
+            "model?"
         )
     return GgufFile(files[0].path, files[0].metadata, entries)
 
@@ -125,7 +128,9 @@ def _parts(path: Path, count: int) -> list[Path]:
     paths = [path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.gguf") for number in range(1, count + 1)]
     missing = [one.name for one in paths if not one.is_file()]
     if missing:
-        raise InputError(f"{path}: one of {count} files of a model, and {missing[0]} is not beside it; download all files")
+        raise InputError(
+            f"{path}: one of {count} files of a model, and {missing[0]} is not beside it; download all files"
+        )
     return paths
 
 
@@ -153,7 +158,9 @@ class _Reader:
         version = self._number("I")
         if version not in VERSIONS:
             swapped = "its bytes are in the big-endian order; " if version % 65536 == 0 else ""
-            raise self._error(f"GGUF version {version}, expected 2 or 3; {swapped}convert the model again with llama.cpp")
+            raise self._error(
+                f"GGUF version {version}, expected 2 or 3; {swapped}convert the model again with llama.cpp"
+            )
         tensor_count, key_count = self._number("Q"), self._number("Q")
         metadata = {}
         for _ in range(key_count):

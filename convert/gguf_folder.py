@@ -26,7 +26,7 @@ def unpack(path: Path) -> Path:
 
 
 @cache
-def _unpack(path: Path, size: int, changed: int) -> Path:  # noqa: ARG001  a changed file is unpacked again
+def _unpack(path: Path, size: int, changed: int) -> Path:
     file = gguf_file.open_gguf(path)
     config = gguf_config.to_hugging_face(file)
     try:

@@ -5,7 +5,7 @@ is read in both directions. The names are those of the `gguf` package; the order
 with (https://github.com/ggml-org/llama.cpp, `src/models`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,7 +53,7 @@ class Arch:
     outer: tuple[Stored, ...]
     layer: str
     block: tuple[Stored, ...]
-    keys: Mapping[str, str]
+    keys: dict[str, str]
     any_heads: bool = True
     head: str = "either"
     activations: tuple[str, ...] = ("silu",)
@@ -103,12 +103,12 @@ def gather_heads(tensor: np.ndarray, head_size: int) -> np.ndarray:
     return tensor.reshape(3, -1, head_size, *tensor.shape[1:]).swapaxes(0, 1).reshape(tensor.shape)
 
 
-def add_one(tensor: np.ndarray, head_size: int) -> np.ndarray:  # noqa: ARG001  the signature of all changes
+def add_one(tensor: np.ndarray, head_size: int) -> np.ndarray:
     """The factor of a norm from its difference to 1: float32."""
     return tensor.astype(np.float32) + np.float32(1)
 
 
-def subtract_one(tensor: np.ndarray, head_size: int) -> np.ndarray:  # noqa: ARG001
+def subtract_one(tensor: np.ndarray, head_size: int) -> np.ndarray:
     """The inverse of `add_one`, exact for the factors from 1/2 to 2."""
     return tensor.astype(np.float32) - np.float32(1)
 
@@ -157,7 +157,9 @@ LLAMA = Arch(
     biases=("qkv", "output", "mlp"),
 )
 
-QWEN2 = replace(LLAMA, name="qwen2", family="qwen2", block=(*_NORMS, *_QKV, _OUTPUT, *_MLP), any_heads=False, biases=("qkv",))
+QWEN2 = replace(
+    LLAMA, name="qwen2", family="qwen2", block=(*_NORMS, *_QKV, _OUTPUT, *_MLP), any_heads=False, biases=("qkv",)
+)
 
 QWEN3 = replace(
     QWEN2,
@@ -242,8 +244,7 @@ GPT_NEOX = Arch(
         Stored("ffn_up", "mlp.dense_h_to_4h"),
         Stored("ffn_down", "mlp.dense_4h_to_h"),
     ),
-    keys=_KEYS
-    | {"attention.layer_norm_epsilon": "layer_norm_eps", "use_parallel_residual": "use_parallel_residual"},
+    keys=_KEYS | {"attention.layer_norm_epsilon": "layer_norm_eps", "use_parallel_residual": "use_parallel_residual"},
     any_heads=False,
     head="separate",
     activations=("gelu", "gelu_tanh"),
@@ -254,9 +255,7 @@ GPT_NEOX = Arch(
 # The architecture whose layers may differ in size; every other one is sized by its first layer.
 DECI = replace(LLAMA, name="deci")
 
-ARCHS: dict[str, Arch] = {
-    arch.name: arch for arch in (LLAMA, DECI, QWEN2, QWEN3, GEMMA, GEMMA2, PHI3, GPT_NEOX)
-}
+ARCHS: dict[str, Arch] = {arch.name: arch for arch in (LLAMA, DECI, QWEN2, QWEN3, GEMMA, GEMMA2, PHI3, GPT_NEOX)}
 
 # Model type of Hugging Face -> the architecture of layers of equal size.
 OF_FAMILY = {arch.family: arch for arch in ARCHS.values() if arch is not DECI} | {"mistral": LLAMA}

@@ -19,7 +19,7 @@ FEW_BITS = 5.0
 
 
 class GgufSource:
-    """A tensor source: the tensors of a GGUF file under the names of a Hugging Face folder, decoded to plain numbers."""
+    """A tensor source: the tensors of a GGUF file, named as in a Hugging Face folder and decoded to plain numbers."""
 
     def __init__(self, path: Path):
         self._file = gguf_file.open_gguf(path)
@@ -32,9 +32,7 @@ class GgufSource:
                 f"{self.where}: unknown tensor {unknown[0]!r} of shape {self._file.entries[unknown[0]].shape}; the "
                 f"architecture {arch.name} has no place for it"
             )
-        self._stored = {
-            name: (gguf, change) for gguf, (name, change) in table.items() if gguf in self._file.entries
-        }
+        self._stored = {name: (gguf, change) for gguf, (name, change) in table.items() if gguf in self._file.entries}
         self._head_size = gguf_config.head_size(self._file)
         self.dtype = stored_type(self._file)
 
@@ -71,8 +69,8 @@ class GgufSource:
         if 2 * sum(np.prod(entry.shape) for entry in few) > sum(np.prod(entry.shape) for entry in layers):
             kinds = ", ".join(sorted({entry.type for entry in few}))
             warn(
-                f"{self.where}: the weights are rounded to about four bits ({kinds}), and a refit fits the noise of the "
-                "rounding too; prune the model that was quantised where it can be had"
+                f"{self.where}: the weights are rounded to about four bits ({kinds}), and a refit fits the noise of "
+                "the rounding too; prune the model that was quantised where it can be had"
             )
 
     def _changed(self, tensor: np.ndarray, change: str, name: str) -> np.ndarray:

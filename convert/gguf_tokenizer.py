@@ -214,7 +214,9 @@ def pre_tokenizer(definition: Mapping[str, Any]) -> str | None:
 
 def _merges(definition: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The pairs that are joined, in order; tokenizer.json writes a pair as a list or as one text."""
-    return [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in definition["model"]["merges"]]
+    merges = definition["model"]["merges"]
+    pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in merges]
+    return [(left, right) for left, right in pairs]
 
 
 def _vocabulary(
@@ -247,7 +249,9 @@ def _vocabulary(
 def _special(tokenizer: Any) -> dict[str, Any]:
     """The ids of special tokens, which of them are added to a text, and the chat template."""
     ids = {name: getattr(tokenizer, f"{token}_id") for token, name in SPECIAL.items()}
-    metadata: dict[str, Any] = {f"{PREFIX}{name}_token_id": number for name, number in ids.items() if number is not None}
+    metadata: dict[str, Any] = {
+        f"{PREFIX}{name}_token_id": number for name, number in ids.items() if number is not None
+    }
     with quiet():
         plain, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
     metadata[f"{PREFIX}add_bos_token"] = len(whole) > len(plain) and whole[0] == ids["bos"] != plain[0]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from convert import gguf_config, gguf_file, gguf_read, gguf_tensors, gguf_tokenizer, rules
+from convert import gguf_config, gguf_file, gguf_metadata, gguf_read, gguf_tensors, gguf_tokenizer, rules
 from convert.gguf_names import CHANGES, Arch
 from minillm_jax.errors import one_of, warn
 from minillm_jax.model.config import DecoderConfig, Sizes
@@ -49,7 +49,7 @@ def check(config: DecoderConfig, folder: Path, vocabulary: int, unequal: bool = 
       InputError: `gguf` is not installed, or GGUF cannot hold the family or the tokenizer.
     """
     gguf_file.import_gguf("the format gguf")
-    gguf_config.check_family(config, unequal)
+    gguf_metadata.check_family(config, unequal)
     if not (folder / gguf_read.WEIGHTS).is_file():  # the tokenizer of a GGUF is copied
         gguf_tokenizer.check(folder, vocabulary)
 
@@ -77,7 +77,7 @@ def write(model: Model, path: Path, gguf_type: str | None = None) -> None:
     """
     gguf, decoder = gguf_file.import_gguf("the format gguf"), model.decoder
     sizes, wanted = sizes_of(decoder), type_name(decoder.embedding.dtype, gguf_type)
-    arch = gguf_config.arch_for(decoder.config, sizes)
+    arch = gguf_metadata.arch_for(decoder.config, sizes)
     _warn_of_losses(model, wanted, sizes)
     writer = gguf.GGUFWriter(path, arch.name)
     try:
@@ -105,7 +105,7 @@ def take_part(decoder: Decoder) -> None:
 def _plan(decoder: Decoder, wanted: str) -> Iterator[tuple[str, tuple[int, ...], str, str | None]]:
     """GGUF name, shape, type and change of every tensor, in the order of the file."""
     sizes = sizes_of(decoder)
-    arch = gguf_config.arch_for(decoder.config, sizes)
+    arch = gguf_metadata.arch_for(decoder.config, sizes)
     if decoder.config.rope is not None and decoder.config.rope.kind == "llama3":
         shape = gguf_config.rope_factors(decoder.config.rope, sizes.H).shape
         yield gguf_config.ROPE_FACTORS, shape, "F32", None
@@ -130,12 +130,12 @@ def _tensors(decoder: Decoder, wanted: str, head_size: int, where: str) -> Itera
 
 def _metadata(model: Model, sizes: Sizes, arch: Arch, wanted: str) -> dict[str, Any]:
     """All metadata but the architecture, which the writer adds itself."""
-    config = gguf_config.to_gguf(model.decoder.config, sizes, model.raw_config, arch)
+    config = gguf_metadata.to_gguf(model.decoder.config, sizes, model.raw_config, arch)
     tokenizer = gguf_read.tokenizer_metadata(model.folder)
     if tokenizer is None:
         tokenizer = gguf_tokenizer.metadata_of(model.folder, sizes.V, arch.name)
         if tokenizer[gguf_tokenizer.KIND] == gguf_tokenizer.NO_TOKENIZER:
-            tokenizer = gguf_config.token_ids(model.raw_config) | tokenizer
+            tokenizer = gguf_metadata.token_ids(model.raw_config) | tokenizer
     general: dict[str, Any] = {
         "general.type": "model",
         "general.name": Path(model.name).name,
@@ -159,7 +159,7 @@ def _add(gguf: Any, writer: Any, key: str, value: Any) -> None:
 def _warn_of_losses(model: Model, wanted: str, sizes: Sizes) -> None:
     """Issues an `InputWarning` for what llama.cpp computes otherwise, and for matrices in another type."""
     decoder = model.decoder
-    window = gguf_config.lost_window(decoder.config, sizes)
+    window = gguf_metadata.lost_window(decoder.config, sizes)
     if window is not None:
         warn(
             f"{model.name}: llama.cpp has no sliding window for {decoder.config.family}; tokens more than {window} "

@@ -124,7 +124,7 @@ def read_model(
 def locate(model: str | Path, revision: str | None = None, weights: bool = True) -> tuple[Path, str | None]:
     """The local folder of a model; a model that is no local folder is downloaded from the Hub.
 
-    A GGUF file becomes a temporary folder (`gguf_folder.unpack`), and so does a folder that holds one and no config.json.
+    A GGUF file becomes a temporary folder (`gguf_folder.unpack`), and so does a folder with one and no config.json.
 
     Args:
       model: a folder, a GGUF file or a Hub id.

@@ -14,7 +14,7 @@ from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from convert import companions, formats, gguf_config, gguf_read, gguf_write, rules, tokenizers
+from convert import companions, formats, gguf_metadata, gguf_read, gguf_write, rules, tokenizers
 from convert.folders import check_new, check_space, new_folder, one_sentence
 from convert.reader import CONFIG, FLAX_WEIGHTS, RECORD
 from convert.sources import INDEX
@@ -58,7 +58,7 @@ def planned(model: Model, format_name: str | None = None) -> Written:
       InputError: the format is unknown, or cannot hold the model's shapes.
     """
     if format_name == formats.GGUF:
-        gguf_config.arch_for(model.decoder.config, sizes_of(model.decoder))
+        gguf_metadata.arch_for(model.decoder.config, sizes_of(model.decoder))
     if format_name in (formats.FLAX, formats.GGUF):
         return Written(format_name, parameter_count(model.decoder))
     described = _described(model, format_name)

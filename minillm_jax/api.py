@@ -232,8 +232,8 @@ def save(
     Args:
       model: the model.
       output: folder to write, which must not exist.
-      format: `stock`, `per-layer`, `padded`, `flax` or `gguf` (see `convert.formats`); by default `stock` where the family's
-        own class holds the shapes, else `per-layer`.
+      format: `stock`, `per-layer`, `padded`, `flax` or `gguf` (see `convert.formats`); by default `stock` where the
+        family's own class holds the shapes, else `per-layer`.
       max_shard_size: of the weight files.
       extra: texts to write beside the weights, by file name.
       gguf_type: type of the matrices of a GGUF, `f32`, `f16`, `bf16` or `q8_0`; that of the weights by default.

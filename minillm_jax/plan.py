@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import minillm_jax.hidden  # noqa: F401  before the first import of convert
-from convert import formats, gguf_config, gguf_write
+from convert import formats, gguf_metadata, gguf_write
 from convert.reader import Description
 from minillm_jax.budget import allocate, expected
 from minillm_jax.budget.inventory import kept_count
@@ -201,7 +201,7 @@ def output_format(config: DecoderConfig, sizes: Sizes, described: Description, o
     """
     dtype = np.dtype(described.abstract.embedding.dtype)
     if output.format == formats.GGUF:
-        gguf_config.arch_for(config, sizes)
+        gguf_metadata.arch_for(config, sizes)
         return formats.GGUF, gguf_write.file_bytes(build(config, sizes, dtype), output.gguf_type)
     if output.format == formats.FLAX:
         return formats.FLAX, costs.cost(build(config, sizes), "parameters") * dtype.itemsize

@@ -132,7 +132,9 @@ def test_unequal_layers_are_deci(tmp_path: Path, family: str) -> None:
     assert sizes_of(back.decoder) == sizes_of(model.decoder)
     # A GGUF becomes a folder for transformers.
     write_model(back, tmp_path / "folder")
-    assert np.abs(torch_logits(load_torch(tmp_path / "folder"), TOKENS) - logits_of(model.decoder, TOKENS)).max() <= 1e-4
+    assert (
+        np.abs(torch_logits(load_torch(tmp_path / "folder"), TOKENS) - logits_of(model.decoder, TOKENS)).max() <= 1e-4
+    )
     write_model(back, tmp_path / "again", "gguf")
     same = (tmp_path / "again" / "model.gguf").stat().st_size - (tmp_path / "out" / "model.gguf").stat().st_size
     assert abs(same) < 64  # the names of the models differ in length
@@ -174,7 +176,9 @@ def stored_as(source: Path, target: Path, kind: str) -> dict[str, np.ndarray]:
     writer, values = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents()), {}
     for key, field in reader.fields.items():
         if not key.startswith("GGUF.") and key != "general.architecture":
-            writer.add_key_value(key, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
+            writer.add_key_value(
+                key, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None
+            )
     for tensor in reader.tensors:
         data = np.array(tensor.data)
         if data.ndim > 1 and kind not in ("F32", "F16"):
@@ -257,7 +261,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_what_llama_cpp_cannot_compute_is_refused(tmp_path: Path, name: str) -> None:
     family, changes, words = REFUSED[name]
     model = read_model(hugging_face_folder(tmp_path / "model", family, **changes))
-    with pytest.raises(InputError, match="GGUF cannot hold this model: .*; use another format") as refusal:
+    with pytest.raises(InputError, match=r"GGUF cannot hold this model: .*; use another format") as refusal:
         write_model(model, tmp_path / "out", "gguf")
     assert words in str(refusal.value)
     assert not (tmp_path / "out").exists()
@@ -330,7 +334,9 @@ def test_other_content_is_named(whole: Path, tmp_path: Path) -> None:
     assert "unknown tensor 'blk.1.ffn_xown.weight' of shape (64, 40)" in refusal_of(
         path, content.replace(b"blk.1.ffn_down", b"blk.1.ffn_xown")
     )
-    assert "llama.block_count is missing" in refusal_of(path, content.replace(b"llama.block_count", b"llama.block_cxunt"))
+    assert "llama.block_count is missing" in refusal_of(
+        path, content.replace(b"llama.block_count", b"llama.block_cxunt")
+    )
 
 
 def changed(source: Path, target: Path, drop: str = "", add: dict[str, tuple[Any, Any]] | None = None) -> Path:
@@ -340,7 +346,9 @@ def changed(source: Path, target: Path, drop: str = "", add: dict[str, tuple[Any
     given = add or {}
     for key, field in reader.fields.items():
         if not key.startswith("GGUF.") and key != "general.architecture" and key not in given:
-            writer.add_key_value(key, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
+            writer.add_key_value(
+                key, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None
+            )
     for key, (value, kind) in given.items():
         writer.add_key_value(key, value, kind, None if not isinstance(value, list) else gguf.GGUFValueType.INT32)
     for tensor in reader.tensors:
@@ -410,6 +418,16 @@ def test_models_in_several_files_are_read(tmp_path: Path) -> None:
     paths[1].rename(tmp_path / "split" / "b.gguf")
     assert "one of 3 files of a model, and m-00002-of-00003.gguf is not beside it" in refusal_of(paths[0])
     assert "but it is not named like model-00001-of-00003.gguf" in refusal_of(tmp_path / "split" / "b.gguf")
+
+
+def test_of_several_models_in_a_folder_one_must_be_named(whole: Path, tmp_path: Path) -> None:
+    for name in ("a-f32.gguf", "b-f32.gguf"):
+        (tmp_path / name).write_bytes(whole.read_bytes())
+    with pytest.raises(
+        InputError, match=r"it holds a-f32\.gguf: GGUF weights \(llama\.cpp\); give the path of the \.gguf"
+    ):
+        read_model(tmp_path)
+    assert describe_model(tmp_path / "b-f32.gguf").sizes.D == 64
 
 
 def test_the_missing_package_is_named(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

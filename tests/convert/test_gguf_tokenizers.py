@@ -49,7 +49,9 @@ def test_the_ids_are_those_of_the_source_and_of_transformers(dense: Model, tmp_p
     model = with_tokenizer(dense, tmp_path / "model", KINDS[kind])
     expected = load_tokenizer(model.folder)
     if kind in DIFFERENT:
-        with pytest.warns(InputWarning, match=r"transformers reads another tokenizer from the GGUF \(other token ids of"):
+        with pytest.warns(
+            InputWarning, match=r"transformers reads another tokenizer from the GGUF \(other token ids of"
+        ):
             write_model(model, tmp_path / "out", "gguf")
         expected = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
     else:
@@ -143,7 +145,9 @@ def test_an_unknown_split_is_a_warning(dense: Model, tmp_path: Path) -> None:
     with pytest.warns(InputWarning) as warnings:
         write_model(model, tmp_path / "out", "gguf")
     words = [str(one.message) for one in warnings]
-    assert any("no known name for the way in which this tokenizer splits a text; the GGUF says default" in w for w in words)
+    assert any(
+        "no known name for the way in which this tokenizer splits a text; the GGUF says default" in w for w in words
+    )
     assert any("transformers reads another tokenizer from the GGUF (other token ids of" in w for w in words)
     assert header(tmp_path / "out")["tokenizer.ggml.pre"] == "default"
 
@@ -151,7 +155,7 @@ def test_an_unknown_split_is_a_warning(dense: Model, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["unigram", "words"])
 def test_other_kinds_are_refused(dense: Model, tmp_path: Path, kind: str) -> None:
     model = with_tokenizer(dense, tmp_path / "model", KINDS[kind])
-    with pytest.raises(InputError, match="and this one is another .*; use another format"):
+    with pytest.raises(InputError, match=r"and this one is another .*; use another format"):
         write_model(model, tmp_path / "out", "gguf")
     assert not (tmp_path / "out").exists()
 
