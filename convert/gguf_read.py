@@ -14,6 +14,15 @@ from minillm_jax.errors import InputError, warn
 # The weights of a model folder in this format.
 WEIGHTS = "model.gguf"
 
+# Metadata that describe one file and not the model.
+OF_ONE_FILE = frozenset(
+    f"general.{name}"
+    for name in (
+        *("architecture", "type", "file_type", "quantization_version", "quantized_by", "alignment", "size_label"),
+        "parameter_count",
+    )
+)
+
 # The most bits of a weight for which the refit is said to fit the rounding. Q4_1 has 5, Q5_0 has 5.5.
 FEW_BITS = 5.0
 
@@ -92,9 +101,16 @@ def weights_of(folder: Path) -> Path:
     return target if target.is_absolute() else path
 
 
-def tokenizer_metadata(folder: Path) -> dict[str, Any] | None:
-    """The metadata of the tokenizer in the GGUF file of a folder; None where the folder has none."""
+def carried_metadata(folder: Path) -> dict[str, Any] | None:
+    """The metadata of the GGUF file of a folder that another file keeps: the tokenizer, the licence, who made it.
+
+    None where the folder has no GGUF file.
+    """
     if not (folder / WEIGHTS).is_file():
         return None
     metadata = gguf_file.open_gguf(weights_of(folder)).metadata
-    return {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+    return {
+        key: value
+        for key, value in metadata.items()
+        if key.startswith(("tokenizer.", "general.")) and key not in OF_ONE_FILE
+    }

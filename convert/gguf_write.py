@@ -131,29 +131,31 @@ def _tensors(decoder: Decoder, wanted: str, head_size: int, where: str) -> Itera
 def _metadata(model: Model, sizes: Sizes, arch: Arch, wanted: str) -> dict[str, Any]:
     """All metadata but the architecture, which the writer adds itself."""
     config = gguf_metadata.to_gguf(model.decoder.config, sizes, model.raw_config, arch)
-    tokenizer = gguf_read.tokenizer_metadata(model.folder)
-    if tokenizer is None:
-        tokenizer = gguf_tokenizer.metadata_of(model.folder, sizes.V, arch.name)
-        if tokenizer[gguf_tokenizer.KIND] == gguf_tokenizer.NO_TOKENIZER:
-            tokenizer = gguf_metadata.token_ids(model.raw_config) | tokenizer
+    carried = gguf_read.carried_metadata(model.folder)
+    if carried is None:
+        carried = gguf_tokenizer.metadata_of(model.folder, sizes.V, arch.name)
+        if carried[gguf_tokenizer.KIND] == gguf_tokenizer.NO_TOKENIZER:
+            carried = gguf_metadata.token_ids(model.raw_config) | carried
     general: dict[str, Any] = {
         "general.type": "model",
         "general.name": Path(model.name).name,
         "general.file_type": FILE_TYPES[wanted],
         "general.quantization_version": gguf_file.import_gguf("the format gguf").GGML_QUANT_VERSION,
     }
-    return general | config | tokenizer
+    return general | config | carried
 
 
 def _add(gguf: Any, writer: Any, key: str, value: Any) -> None:
     """Add one key, in the type that llama.cpp expects of it."""
     kinds = gguf.GGUFValueType
     by_type = {bool: kinds.BOOL, int: kinds.UINT32, float: kinds.FLOAT32, str: kinds.STRING}
-    if not isinstance(value, list):
+    if isinstance(value, list):
+        inner = type(value[0]) if value else str
+        writer.add_key_value(key, value, kinds.ARRAY, sub_type=kinds.INT32 if inner is int else by_type[inner])
+    elif type(value) is int and not 0 <= value < 2**32:
+        writer.add_key_value(key, value, kinds.INT64)
+    else:
         writer.add_key_value(key, value, by_type[type(value)])
-        return
-    inner = kinds.INT32 if value and type(value[0]) is int else by_type[type(value[0])] if value else kinds.STRING
-    writer.add_key_value(key, value, kinds.ARRAY, sub_type=inner)
 
 
 def _warn_of_losses(model: Model, wanted: str, sizes: Sizes) -> None:

@@ -420,6 +420,19 @@ def test_models_in_several_files_are_read(tmp_path: Path) -> None:
     assert "but it is not named like model-00001-of-00003.gguf" in refusal_of(tmp_path / "split" / "b.gguf")
 
 
+def test_the_licence_and_the_name_are_kept(whole: Path, tmp_path: Path) -> None:
+    given = {"general.license": ("apache-2.0", KINDS.STRING), "general.name": ("A model", KINDS.STRING)}
+    other = {"general.size_label": ("135M", KINDS.STRING), "general.parameter_count": (5, KINDS.UINT64)}
+    write_model(read_model(changed(whole, tmp_path / "a.gguf", add=given | other)), tmp_path / "out", "gguf")
+    metadata = gguf_file.open_gguf(tmp_path / "out" / "model.gguf").metadata
+    assert {key: metadata.get(key) for key in given | other} == {
+        "general.license": "apache-2.0",
+        "general.name": "A model",
+        "general.size_label": None,
+        "general.parameter_count": None,
+    }
+
+
 def test_of_several_models_in_a_folder_one_must_be_named(whole: Path, tmp_path: Path) -> None:
     for name in ("a-f32.gguf", "b-f32.gguf"):
         (tmp_path / name).write_bytes(whole.read_bytes())
