@@ -7,7 +7,7 @@
 Three parts. `perplexity`: the model of the file, the model pruned uniformly (architecture `llama`) and by a global
 budget (`deci`), each written as GGUF and measured on the same windows by `mj.evaluate` and by llama.cpp, whose cache of
 keys and values is float32 here. `logits`: a small random model of every architecture; the largest difference of the
-logits as a share of their standard deviation. `tokens`: the token ids of the texts of `convert.tokenizers` and of TEXT,
+logits as a share of their standard deviation; llama.cpp looks GELU up in a table of float16. `tokens`: the token ids of the texts of `convert.tokenizers` and of TEXT,
 by the tokenizer of minillm-jax and by llama.cpp.
 """
 
@@ -73,7 +73,11 @@ SMALL: dict[str, tuple[str, dict[str, Any], bool]] = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
         False,
     ),
-    "mistral, 3 heads of 16": ("mistral", {"num_attention_heads": 3, "num_key_value_heads": 3}, False),
+    "mistral, 3 heads of 16": (
+        "mistral",
+        {"num_attention_heads": 3, "num_key_value_heads": 3, "sliding_window": None},
+        False,
+    ),
     "deci": ("llama", {}, True),
     "deci, biases": ("llama", {"attention_bias": True, "mlp_bias": True}, True),
     "qwen2": ("qwen2", {}, False),
