@@ -7,8 +7,8 @@
 Three parts. `perplexity`: the model of the file, the model pruned uniformly (architecture `llama`) and by a global
 budget (`deci`), each written as GGUF and measured on the same windows by `mj.evaluate` and by llama.cpp, whose cache of
 keys and values is float32 here. `logits`: a small random model of every architecture; the largest difference of the
-logits as a share of their standard deviation; llama.cpp looks GELU up in a table of float16. `tokens`: the token ids of the texts of `convert.tokenizers` and of TEXT,
-by the tokenizer of minillm-jax and by llama.cpp.
+logits as a share of their standard deviation; llama.cpp looks GELU up in a table of float16. `tokens`: the token ids of
+the texts of `convert.tokenizers` and of TEXT, by the tokenizer of minillm-jax and by llama.cpp.
 """
 
 import argparse
