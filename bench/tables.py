@@ -190,6 +190,17 @@ def plan_rows(results: Path = RESULTS) -> list[str]:
     return lines
 
 
+def gguf_rows(results: Path = RESULTS) -> list[str]:
+    """One row for each GGUF file: perplexity here and in llama.cpp; then the differences of logits of small models."""
+    study = json.loads((results / "gguf.json").read_text())
+    lines = [
+        f"| {row['model']} | `{row['arch']}` | {row['type']} | {row['minillm_jax']:.4f} | {row['llama.cpp']:.4f} | "
+        f"{100 * row['difference']:+.4f} % |"
+        for row in study["perplexity"]
+    ]
+    return lines + [f"| {row['model']} | `{row['arch']}` | {row['difference']:.1e} |" for row in study["logits"]]
+
+
 def fidelity_rows(results: Path = RESULTS) -> list[str]:
     """One row for each model and estimator at its most directions: cosine, then rank correlations with removal."""
     lines = []
@@ -239,7 +250,7 @@ def main() -> None:
     lines = [row for model in MODELS for row in quality_rows(model)]
     lines += [*cost_rows(), *beaten_rows(), *refit_rows(), *conversion_rows(), *fidelity_rows(), *plain_rows()]
     lines += [*estimate_rows(), *estimate_torch_rows(), *estimate_memory_rows(), *process_rows()]
-    lines += [*forward_rows(), *compile_rows(), *plan_rows()]
+    lines += [*forward_rows(), *compile_rows(), *plan_rows(), *gguf_rows()]
     for line in lines:
         print(line)
 

@@ -1,4 +1,4 @@
-"""Command line of the converter: `python -m convert to-flax MODEL OUT` and `python -m convert to-torch CKPT OUT`."""
+"""Command line of the converter: `python -m convert to-flax MODEL OUT`, `to-torch CKPT OUT` and `to-gguf MODEL OUT`."""
 
 import argparse
 import sys
@@ -16,11 +16,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
       arguments: command-line arguments; `sys.argv[1:]` by default.
     """
-    parser = argparse.ArgumentParser(prog="python -m convert", description="Hugging Face folders ↔ Flax checkpoints.")
+    parser = argparse.ArgumentParser(
+        prog="python -m convert", description="Hugging Face folders ↔ Flax checkpoints ↔ GGUF."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, source, description in (
-        ("to-flax", "MODEL", "Hugging Face folder or Hub id → Orbax checkpoint of the Flax pytree"),
-        ("to-torch", "CKPT", "Flax checkpoint → Hugging Face folder"),
+        ("to-flax", "MODEL", "Hugging Face folder, GGUF file or Hub id → Orbax checkpoint of the Flax pytree"),
+        ("to-torch", "CKPT", "Flax checkpoint or GGUF file → Hugging Face folder"),
+        ("to-gguf", "MODEL", "Hugging Face folder, Flax checkpoint or Hub id → folder with model.gguf, for llama.cpp"),
     ):
         command = commands.add_parser(name, help=description, description=description)
         command.add_argument("source", metavar=source)
@@ -33,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 help="output format; by default stock where a stock class holds the shapes, else per-layer",
             )
             command.add_argument("--max-shard-size", default="5GB", help="largest size of a weight file; default 5GB")
+        if name == "to-gguf":
+            command.add_argument(
+                "--gguf-type", help="type of the matrices: f32, f16, bf16 or q8_0; by default the stored"
+            )
     options = vars(parser.parse_args(arguments))
     use_cpu_alone()
     try:
@@ -56,31 +63,36 @@ def convert(
     dtype: str | None = None,
     format: str | None = None,  # noqa: A002  the name of the option
     max_shard_size: str = "5GB",
+    gguf_type: str | None = None,
 ) -> str:
     """Read a model, write it in another format, and return the name of that format. All arrays stay on the CPU.
 
     Args:
-      command: `to-flax` or `to-torch`.
-      source: Hugging Face folder, Flax checkpoint or Hub id.
+      command: `to-flax`, `to-torch` or `to-gguf`.
+      source: Hugging Face folder, Flax checkpoint, GGUF file or Hub id.
       output: output folder, which must not exist.
       dtype: float32, bfloat16 or float16; the stored type by default.
       format: `stock`, `per-layer` or `padded`, for `to-torch` only; by default `formats.describe` chooses.
       max_shard_size: largest size of a weight file, for `to-torch` only.
+      gguf_type: type of the matrices, for `to-gguf` only: `f32`, `f16`, `bf16` or `q8_0`.
 
     Raises:
       InputError: the source cannot be read, the output exists, or the format cannot hold the model.
     """
     import jax
 
-    from convert import formats, reader, writer
+    from convert import formats, gguf_write, reader, writer
 
     writer.check_new(output, source)
     formats.check_format(format)
     writer.check_shard_size(max_shard_size)
-    output_format = formats.FLAX if command == "to-flax" else format
+    gguf_write.check_type(gguf_type)
+    output_format = {"to-flax": formats.FLAX, "to-gguf": formats.GGUF}.get(command, format)
+    if output_format == formats.GGUF:
+        writer.check_gguf_folder(output)
     with jax.default_device(_cpu()):
         model = reader.read_model(source, dtype)
-        return writer.write_model(model, output, output_format, max_shard_size).format
+        return writer.write_model(model, output, output_format, max_shard_size, gguf_type=gguf_type).format
 
 
 def _cpu() -> Any:

@@ -6,6 +6,7 @@ Formats depend on shapes only; this module reads and writes no files.
     per-layer   `per_layer_config` and remote code: holds unequal layers and shapes that the stock class refuses
     padded      stock, after padding with zeros to a shape that the stock class holds: same outputs, larger files
     flax        Orbax checkpoint of the Flax pytree
+    gguf        one GGUF file for llama.cpp (`convert.gguf_config` says which shapes it holds)
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.families import FAMILIES, PRUNED, Family
 from minillm_jax.model.ops import Rope, alibi_slopes
 
-STOCK, PER_LAYER, PADDED, FLAX = FORMATS = ("stock", "per-layer", "padded", "flax")
+STOCK, PER_LAYER, PADDED, FLAX, GGUF = FORMATS = ("stock", "per-layer", "padded", "flax", "gguf")
 
 # Name of the module that is copied beside per-layer weights; `convert.modeling_pruned` is the same module.
 REMOTE_CODE = "modeling_pruned"
@@ -225,10 +226,10 @@ def _common_keys(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]) ->
     if family.windows == "layer_types":
         kinds = {True: "sliding_attention", False: "full_attention"}
         keys["layer_types"] = [kinds[layer.window is not None] for layer in sizes.layers]
-    return keys if config.rope is None else keys | _rope_keys(config.rope, config.family)
+    return keys if config.rope is None else keys | rope_keys(config.rope, config.family)
 
 
-def _rope_keys(rope: Rope, family: str) -> dict[str, Any]:
+def rope_keys(rope: Rope, family: str) -> dict[str, Any]:
     """Rotary settings under the current key and under the keys that old versions of transformers and llama.cpp read."""
     scaling: dict[str, Any] = {"rope_type": rope.kind}
     if rope.kind != "default":

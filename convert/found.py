@@ -11,7 +11,7 @@ GIT_LFS = b"version https://git-lfs"
 
 # How the weights of other formats are told by the ends of file names, and what to do.
 OTHER_FORMATS = {
-    ".gguf": "GGUF weights (llama.cpp); give the Hugging Face folder that they were made from",
+    ".gguf": "GGUF weights (llama.cpp); give the path of the .gguf file",
     ".ggml": "GGML weights (llama.cpp); give the Hugging Face folder that they were made from",
     ".h5": "TensorFlow weights; load them with transformers and save them as safetensors",
     ".msgpack": "Flax weights of transformers; load them with transformers and save them as safetensors",

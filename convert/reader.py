@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from convert import companions, found, memory, rules, sources
+from convert import companions, found, gguf_folder, gguf_read, memory, rules, sources
 from convert.sources import FLOATS, read_json
 from minillm_jax.data.tokenizer import quiet
 from minillm_jax.devices.sharding import parts, shardings
@@ -96,7 +96,8 @@ def read_model(
     """Load a model from a local folder or a Hub id.
 
     Args:
-      model: a Hugging Face folder, a folder written by `python -m convert to-flax`, or `owner/name` on the Hub.
+      model: a Hugging Face folder, a folder written by `python -m convert to-flax`, a GGUF file or the folder of one,
+        or `owner/name` on the Hub.
       dtype: type that the weights are cast to, float32, bfloat16 or float16; the stored type by default.
       mesh: the devices that the weights are sharded over; one device by default.
       revision: branch, tag or commit on the Hub; the main branch by default.
@@ -112,7 +113,10 @@ def read_model(
     if (folder / FLAX_WEIGHTS).is_dir():
         decoder = _read_flax(abstract, folder / FLAX_WEIGHTS, numpy_dtype, places)
     else:
-        decoder = rules.fill(abstract, sources.open_folder(folder), numpy_dtype, places)
+        source = sources.open_folder(folder)
+        if isinstance(source, gguf_read.GgufSource):
+            source.warn_of_rounding()
+        decoder = rules.fill(abstract, source, numpy_dtype, places)
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else None
     return Model(decoder, described.raw_config, folder, str(model), record, described.revision)
 
@@ -120,8 +124,10 @@ def read_model(
 def locate(model: str | Path, revision: str | None = None, weights: bool = True) -> tuple[Path, str | None]:
     """The local folder of a model; a model that is no local folder is downloaded from the Hub.
 
+    A GGUF file becomes a temporary folder (`gguf_folder.unpack`), and so does a folder with one and no config.json.
+
     Args:
-      model: a folder or a Hub id.
+      model: a folder, a GGUF file or a Hub id.
       revision: branch, tag or commit on the Hub.
       weights: download the weight files, and not the configuration alone.
 
@@ -137,8 +143,13 @@ def locate(model: str | Path, revision: str | None = None, weights: bool = True)
             raise InputError(f"{name}: a local folder has no revisions; leave out --revision {revision}")
         if not os.access(path, os.R_OK | os.X_OK):
             raise InputError(f"{name}: the folder cannot be read (Permission denied)")
-        return path, None
+        file = gguf_folder.single_file(path)
+        return (path if file is None else gguf_folder.unpack(file)), None
     if os.path.isfile(path):  # noqa: PTH113
+        if gguf_folder.is_gguf(path):
+            if revision is not None:
+                raise InputError(f"{name}: a local file has no revisions; leave out --revision {revision}")
+            return gguf_folder.unpack(path), None
         what = found.file_content(path) or found.OTHER_FORMATS.get(path.suffix.lower())
         hint = what if what and path.suffix != ".safetensors" else f"give the folder of the model, {path.parent}"
         raise InputError(f"{name}: a file, expected a folder with a {CONFIG}; {hint}")

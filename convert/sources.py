@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from convert import found, memory, rules
+from convert import found, gguf_file, gguf_read, gguf_tensors, memory, rules
 from minillm_jax.errors import InputError, cause, reason
 
 SINGLE = "model.safetensors"
@@ -41,6 +41,8 @@ def open_folder(folder: Path) -> rules.TensorSource:
         return SafetensorsFolder(folder)
     if _has(folder, TORCH_SINGLE, TORCH_INDEX):
         return TorchFolder(folder)
+    if _has(folder, gguf_read.WEIGHTS):
+        return gguf_read.GgufSource(gguf_read.weights_of(folder))
     other = found.other_model(folder)
     raise InputError(
         f"{folder}: no weights; "
@@ -55,7 +57,7 @@ def has_safetensors(folder: Path) -> bool:
 
 def has_weights(folder: Path) -> bool:
     """Whether a folder has weight files that `open_folder` opens."""
-    return _has(folder, SINGLE, INDEX, TORCH_SINGLE, TORCH_INDEX)
+    return _has(folder, SINGLE, INDEX, TORCH_SINGLE, TORCH_INDEX, gguf_read.WEIGHTS)
 
 
 def _has(folder: Path, *names: str) -> bool:
@@ -78,13 +80,16 @@ def holds_floats(folder: Path) -> bool:
 
 
 def stored_type(folder: Path) -> str | None:
-    """The type of the first tensor of a folder's safetensors files, from the header alone; None where there is none.
+    """The type of a folder's weights from the headers of safetensors and GGUF files; None where there are none.
+
+    Of safetensors files, it is the type of the first tensor.
 
     Raises:
       InputError: the header or the index file is damaged.
     """
     if not has_safetensors(folder):
-        return None
+        is_gguf = not _has(folder, TORCH_SINGLE, TORCH_INDEX) and _has(folder, gguf_read.WEIGHTS)
+        return gguf_tensors.stored_type(gguf_file.open_gguf(gguf_read.weights_of(folder))) if is_gguf else None
     files, _ = _files(folder, SINGLE, INDEX)
     if not (folder / files[0]).is_file():
         return None

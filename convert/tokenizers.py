@@ -40,6 +40,12 @@ HARD_TEXTS = (
     "aaaaaaaaaaaaaaaaaaaa",
 )
 
+# Names of tokenizer files, which a GGUF file replaces.
+FILES = (
+    *("tokenizer.json", TOKENIZER_CONFIG, "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "generation_config.json"),
+)
+
 # File names that `save_pretrained` of transformers 5 no longer writes; copies beside its files would override them.
 _FORMER_FILES = ("special_tokens_map.json", "added_tokens.json")
 

@@ -14,7 +14,7 @@ from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from convert import companions, formats, rules, tokenizers
+from convert import companions, formats, gguf_metadata, gguf_read, gguf_write, rules, tokenizers
 from convert.folders import check_new, check_space, new_folder, one_sentence
 from convert.reader import CONFIG, FLAX_WEIGHTS, RECORD
 from convert.sources import INDEX
@@ -57,19 +57,23 @@ def planned(model: Model, format_name: str | None = None) -> Written:
     Raises:
       InputError: the format is unknown, or cannot hold the model's shapes.
     """
-    if format_name == formats.FLAX:
-        return Written(formats.FLAX, parameter_count(model.decoder))
+    if format_name == formats.GGUF:
+        gguf_metadata.arch_for(model.decoder.config, sizes_of(model.decoder))
+    if format_name in (formats.FLAX, formats.GGUF):
+        return Written(format_name, parameter_count(model.decoder))
     described = _described(model, format_name)
     abstract = build(model.decoder.config, described.sizes, model.decoder.embedding.dtype)
     return Written(described.format, parameter_count(abstract))
 
 
-def weight_bytes(model: Model, format_name: str | None = None) -> int:
+def weight_bytes(model: Model, format_name: str | None = None, gguf_type: str | None = None) -> int:
     """The bytes of the weights that `write_model` would write, computed from the shapes.
 
     Raises:
       InputError: as for `planned`.
     """
+    if format_name == formats.GGUF:
+        return gguf_write.file_bytes(model.decoder, gguf_type)
     return planned(model, format_name).parameters * model.decoder.embedding.dtype.itemsize
 
 
@@ -83,15 +87,17 @@ def write_model(
     format_name: str | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
     extra: Mapping[str, str] | None = None,
+    gguf_type: str | None = None,
 ) -> Written:
-    """Write a model as a folder that `transformers` loads, or as a Flax checkpoint.
+    """Write a model as a folder that `transformers` loads, as a Flax checkpoint, or as a folder with a GGUF file.
 
     Args:
       model: the model.
       output: output folder, which must not exist.
-      format_name: `stock`, `per-layer`, `padded` or `flax`; by default `formats.describe` chooses.
+      format_name: `stock`, `per-layer`, `padded`, `flax` or `gguf`; by default `formats.describe` chooses.
       max_shard_size: largest size of a weight file, `5GB` for example.
       extra: file name → text of a file to write beside the weights; only process 0 uses it.
+      gguf_type: type of the matrices of a GGUF, `f32`, `f16`, `bf16` or `q8_0`; that of the weights by default.
 
     Raises:
       InputError: the output exists or cannot be written, the shard size has no unit, or the format is unknown or cannot
@@ -101,6 +107,9 @@ def write_model(
     if format_name == formats.FLAX:
         write_flax(model, output, extra)
         return Written(formats.FLAX, parameter_count(model.decoder))
+    if format_name == formats.GGUF:
+        write_gguf(model, output, gguf_type, extra)
+        return Written(formats.GGUF, parameter_count(model.decoder))
     described = _described(model, format_name)
     decoder = model.decoder
     path, needed = check_new(output, model.folder), weight_bytes(model, format_name)
@@ -161,6 +170,52 @@ def write_flax(model: Model, output: str | Path, extra: Mapping[str, str] | None
             _write_orbax(model.decoder, "")
     hosts.wait()
     return path
+
+
+def write_gguf(
+    model: Model, output: str | Path, gguf_type: str | None = None, extra: Mapping[str, str] | None = None
+) -> Path:
+    """Write a model as a folder with `model.gguf`, which holds the configuration and the tokenizer too.
+
+    Args:
+      model: the model.
+      output: output folder, which must not exist.
+      gguf_type: type of the matrices, `f32`, `f16`, `bf16` or `q8_0`; that of the weights by default.
+      extra: file name → text of a file to write beside the weights; only process 0 uses it.
+
+    Returns:
+      The output folder.
+
+    Raises:
+      InputError: the output exists, is named like a file or cannot be written, or GGUF cannot hold the model.
+    """
+    check_gguf_folder(output)
+    gguf_write.check(model.decoder.config, model.folder, model.decoder.embedding.shape[0])
+    path, needed = check_new(output, model.folder), weight_bytes(model, formats.GGUF, gguf_type)
+    check_space(path, needed)
+    if hosts.is_writer():
+        with new_folder(path, needed) as scratch:
+            gguf_write.write(model, scratch / gguf_read.WEIGHTS, gguf_type)
+            companions.copy(model.folder, scratch, reserved=(*(extra or ()), *tokenizers.FILES))
+            if model.record is not None:
+                _write_json(scratch / RECORD, model.record)
+            _write_extra(scratch, extra)
+    else:
+        gguf_write.take_part(model.decoder)
+    hosts.wait()
+    return path
+
+
+def check_gguf_folder(output: str | Path) -> None:
+    """Check that an output of the format gguf is not named like a file.
+
+    Raises:
+      InputError: its name ends in `.gguf`.
+    """
+    if str(output).lower().endswith(".gguf"):
+        raise InputError(
+            f"{output}: the output is a folder, in which the weights are {gguf_read.WEIGHTS}; name it without .gguf"
+        )
 
 
 def _write_orbax(decoder: Decoder, path: str) -> None:

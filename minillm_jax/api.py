@@ -258,16 +258,18 @@ def save(
     format: str | None = None,  # noqa: A002  the name of the option
     max_shard_size: str = writer.MAX_SHARD_SIZE,
     extra: Mapping[str, str] | None = None,
+    gguf_type: str | None = None,
 ) -> writer.Written:
-    """Write a folder that transformers loads, or a Flax checkpoint, with `pruning.json` beside the weights.
+    """Write a folder that transformers loads, a Flax checkpoint or a GGUF file, with `pruning.json` beside the weights.
 
     Args:
       model: the model.
       output: folder to write, which must not exist.
-      format: `stock`, `per-layer`, `padded` or `flax` (see `convert.formats`); by default `stock` where the family's
-        own class holds the shapes, else `per-layer`.
+      format: `stock`, `per-layer`, `padded`, `flax` or `gguf` (see `convert.formats`); by default `stock` where the
+        family's own class holds the shapes, else `per-layer`.
       max_shard_size: of the weight files.
       extra: texts to write beside the weights, by file name.
+      gguf_type: type of the matrices of a GGUF, `f32`, `f16`, `bf16` or `q8_0`; that of the weights by default.
 
     Returns:
       The format that was written, and how many parameters the files hold.
@@ -275,4 +277,4 @@ def save(
     Raises:
       InputError: the folder exists, or the format cannot hold the shapes.
     """
-    return writer.write_model(model, output, format, max_shard_size, extra)
+    return writer.write_model(model, output, format, max_shard_size, extra, gguf_type)

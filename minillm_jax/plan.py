@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import minillm_jax.hidden  # noqa: F401  before the first import of convert
-from convert import formats
+from convert import formats, gguf_metadata, gguf_write
 from convert.reader import Description
 from minillm_jax.budget import allocate, expected
 from minillm_jax.budget.inventory import kept_count
@@ -32,7 +32,7 @@ from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.recipes.sized import few_tokens, sized
 from minillm_jax.scoring.criteria import CRITERIA
 from minillm_jax.scoring.gradient.plan import direction_bytes
-from minillm_jax.settings import MEASURED
+from minillm_jax.settings import MEASURED, Output
 from minillm_jax.stages import biased_config
 
 FLOAT, DOUBLE = 4, 8
@@ -135,7 +135,7 @@ def plan(described: Description, name: str, recipe: Recipe, devices: str | None 
     after = pruned_sizes(config, described.sizes, recipe)
     window, dtype = recipe.budget.window, np.dtype(dense.embedding.dtype)
     small = None if after is None else build(config, after, dtype)
-    layout = None if after is None else output_format(config, after, described.raw_config, recipe.output.format)
+    layout = None if after is None else output_format(config, after, described, recipe.output)
     samples, length = _windows(recipe)
     per_channel = samples * length / widest_mlp(dense)
     return Plan(
@@ -148,7 +148,7 @@ def plan(described: Description, name: str, recipe: Recipe, devices: str | None 
         costs_before=costs.all_costs(dense, window),
         costs_after=None if small is None else costs.all_costs(small, window),
         format=None if layout is None else layout[0],
-        files=None if layout is None else layout[1] * dtype.itemsize,
+        files=None if layout is None else layout[1],
         tokens=samples * length,
         tokens_per_channel=per_channel,
         few_tokens=few_tokens(recipe, samples, length, per_channel),
@@ -206,16 +206,20 @@ def pruned_sizes(config: DecoderConfig, sizes: Sizes, recipe: Recipe) -> Sizes |
     return expected.pruned_sizes(config, sizes, recipe.budget, recipe.named_by("budget", "layers"))
 
 
-def output_format(config: DecoderConfig, sizes: Sizes, raw: dict[str, Any], wanted: str | None) -> tuple[str, int]:
-    """The format of the output folder, and the number of parameters in its files.
+def output_format(config: DecoderConfig, sizes: Sizes, described: Description, output: Output) -> tuple[str, int]:
+    """The format of the output folder, and the bytes of its weight files.
 
     Raises:
       InputError: the format cannot hold the shapes.
     """
-    if wanted == formats.FLAX:
-        return formats.FLAX, costs.cost(build(config, sizes), "parameters")
-    described = formats.describe(config, sizes, raw, wanted)
-    return described.format, costs.cost(build(config, described.sizes), "parameters")
+    dtype = np.dtype(described.abstract.embedding.dtype)
+    if output.format == formats.GGUF:
+        gguf_metadata.arch_for(config, sizes)
+        return formats.GGUF, gguf_write.file_bytes(build(config, sizes, dtype), output.gguf_type)
+    if output.format == formats.FLAX:
+        return formats.FLAX, costs.cost(build(config, sizes), "parameters") * dtype.itemsize
+    layout = formats.describe(config, sizes, described.raw_config, output.format)
+    return layout.format, costs.cost(build(config, layout.sizes), "parameters") * dtype.itemsize
 
 
 # --------------------------------------------------------------------------------------------------------- memory

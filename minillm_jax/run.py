@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import minillm_jax.hidden  # noqa: F401  before the first import of convert
-from convert import folders, formats, reader, writer
+from convert import folders, formats, gguf_write, reader, writer
 from minillm_jax import plan as plans
 from minillm_jax.api import calibrate, evaluate, held_out, load, save
 from minillm_jax.data.batches import Batches
@@ -59,6 +59,9 @@ class Job:
         settings = used(self.recipe, self.given)
         formats.check_format(settings.recipe.output.format)
         writer.check_shard_size(settings.recipe.output.max_shard_size)
+        gguf_write.check_type(settings.recipe.output.gguf_type)
+        if settings.recipe.output.format == formats.GGUF and self.output:
+            writer.check_gguf_folder(self.output)
         if settings.recipe.data.calibration is None:
             raise InputError("no calibration text is given; name a file or a Hub data set with --calibration")
         return settings
@@ -131,7 +134,8 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     del model  # the dense weights
     clock.lap("prune")
     repeats = {RECIPE_FILE: _written_recipe(job, replace(settings, recipe=recipe), pruned, calibration)}
-    written = save(pruned, job.output, recipe.output.format, recipe.output.max_shard_size, repeats)
+    output = recipe.output
+    written = save(pruned, job.output, output.format, output.max_shard_size, repeats, output.gguf_type)
     clock.lap("save")
     costs_after = costs.all_costs(pruned.decoder, recipe.budget.window)
     done = replace(job, recipe=recipe)
@@ -170,11 +174,10 @@ def check_model(described: reader.Description, recipe: Recipe) -> int | None:
         config = biased_config(config)
     if recipe.budget.kinds:
         resolve(recipe.refit, config)
+    if recipe.output.format == formats.GGUF:
+        gguf_write.check(config, described.folder, described.sizes.V, recipe.budget.allocation != "uniform")
     sizes = plans.pruned_sizes(config, described.sizes, recipe)
-    if sizes is None:
-        return None
-    _, parameters = plans.output_format(config, sizes, described.raw_config, recipe.output.format)
-    return parameters * described.abstract.embedding.dtype.itemsize
+    return None if sizes is None else plans.output_format(config, sizes, described, recipe.output)[1]
 
 
 def _texts(described: reader.Description, job: Job, recipe: Recipe) -> tuple[Calibration, Batches | None]:

@@ -57,7 +57,8 @@ DISTRIBUTIONS = ("gaussian", "rademacher", "sphere")
 RNGS = ("threefry2x32", "threefry4x32")
 METHODS = ("least-squares", "bias", "none")
 SOLVERS = ("host", "device")
-FORMATS = ("stock", "per-layer", "padded", "flax")
+FORMATS = ("stock", "per-layer", "padded", "flax", "gguf")
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 # Where the beginning-of-sequence token stands; in the text of an evaluation also once, before the whole text.
 BOS = ("auto", "yes", "no")
 EVALUATION_BOS = ("auto", "yes", "text", "no")
@@ -424,6 +425,7 @@ class Output:
       max_shard_size: of the weight files.
       dtype: type of the weights, in memory and in the files; None for the stored type.
       checkpoint: folder of the gradient estimate, from which an interrupted run continues.
+      gguf_type: type of the matrices in a GGUF file; None for that of the weights.
     """
 
     format: str | None = option(
@@ -444,6 +446,9 @@ class Output:
     )
     checkpoint: str | None = option(
         None, str, "Folder for the gradient estimate, to continue from after an interruption.", recorded=False
+    )
+    gguf_type: str | None = option(
+        None, str, "Type of the matrices in a GGUF file; that of the weights if unset.", choices=GGUF_TYPES
     )
 
 

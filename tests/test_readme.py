@@ -51,6 +51,7 @@ def test_every_figure_of_the_benchmarks_comes_from_a_committed_result(tables: Mo
         *tables.estimate_torch_rows(),
         *tables.estimate_memory_rows(),
         *tables.plan_rows(),
+        *tables.gguf_rows(),
     ]
     assert len(quoted) > 30
     for line in quoted:

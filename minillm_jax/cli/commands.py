@@ -30,11 +30,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 recipe_app = typer.Typer(help="List the recipes, or show what one sets.", no_args_is_help=True)
-convert_app = typer.Typer(help="Convert Hugging Face folders to Flax checkpoints, and back.", no_args_is_help=True)
+convert_app = typer.Typer(help="Convert Hugging Face folders, Flax checkpoints and GGUF files.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(convert_app, name="convert")
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local model folder or a Hub id.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local model folder, a GGUF file or a Hub id.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 HiddenJson = Annotated[
     bool,
@@ -51,7 +51,9 @@ HelpAllOption = Annotated[
 ]
 RecipeModelArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[MODEL]", help="A local model folder or a Hub id; by default the one that a recipe names."),
+    typer.Argument(
+        metavar="[MODEL]", help="A local model folder, a GGUF file or a Hub id; by default the one that a recipe names."
+    ),
 ]
 RecipeOption = Annotated[
     str,
@@ -363,7 +365,7 @@ DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or floa
 
 @convert_app.command("to-flax")
 def to_flax(model: ModelArgument, output: OutArgument, dtype: DtypeOption = None) -> None:
-    """Convert a Hugging Face folder or Hub id to an Orbax checkpoint of the Flax pytree."""
+    """Convert a Hugging Face folder, GGUF file or Hub id to an Orbax checkpoint of the Flax pytree."""
     from convert.__main__ import convert, use_cpu_alone
 
     use_cpu_alone()
@@ -372,7 +374,7 @@ def to_flax(model: ModelArgument, output: OutArgument, dtype: DtypeOption = None
 
 @convert_app.command("to-torch")
 def to_torch(
-    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A Flax checkpoint folder.")],
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A Flax checkpoint folder, or a GGUF file.")],
     output: OutArgument,
     dtype: DtypeOption = None,
     format: Annotated[  # noqa: A002  the name of the option
@@ -380,17 +382,33 @@ def to_torch(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Size of the largest weight file.")] = "5GB",
 ) -> None:
-    """Convert a Flax checkpoint to a Hugging Face folder."""
+    """Convert a Flax checkpoint or a GGUF file to a Hugging Face folder."""
     from convert.__main__ import convert, use_cpu_alone
 
     use_cpu_alone()
-    if format == "flax":
+    if format in ("flax", "gguf"):
         raise InputError("to-torch writes a Hugging Face folder; use one of the formats stock, per-layer and padded")
     try:
         largest = shard_size(max_shard_size)
     except ValueError as error:
         raise InputError(f"--max-shard-size {shortened(max_shard_size)!r} {error}") from None
     print(f"written to {output} ({convert('to-torch', checkpoint, output, dtype_name(dtype), format, largest)})")
+
+
+@convert_app.command("to-gguf")
+def to_gguf(
+    model: ModelArgument,
+    output: OutArgument,
+    dtype: DtypeOption = None,
+    gguf_type: Annotated[
+        str | None, typer.Option(help="Type of the matrices: f32, f16, bf16 or q8_0; the stored type by default.")
+    ] = None,
+) -> None:
+    """Convert a Hugging Face folder, Flax checkpoint or Hub id to a folder with model.gguf, for llama.cpp."""
+    from convert.__main__ import convert, use_cpu_alone
+
+    use_cpu_alone()
+    print(f"written to {output} ({convert('to-gguf', model, output, dtype_name(dtype), gguf_type=gguf_type)})")
 
 
 if __name__ == "__main__":

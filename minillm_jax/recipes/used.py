@@ -227,8 +227,9 @@ def _output(output: Output, budget: Budget, gradient: Estimation | None) -> Outp
             f"{budget.allocation} budgets keep unequal numbers in the layers, which no stock class can hold; use the "
             "format per-layer or padded, or --budget equal"
         )
-    size = Output.max_shard_size if output.format == "flax" else output.max_shard_size
-    return Output(output.format, size, output.dtype, checkpoint)
+    size = Output.max_shard_size if output.format in ("flax", "gguf") else output.max_shard_size
+    gguf_type = output.gguf_type if output.format == "gguf" else None
+    return Output(output.format, size, output.dtype, checkpoint, gguf_type)
 
 
 def _evaluation(evaluation: Evaluation) -> Evaluation:

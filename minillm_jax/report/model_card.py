@@ -52,8 +52,24 @@ model = AutoModelForCausalLM.from_pretrained("path/to/torch", trust_remote_code=
 ```
 """
 
+_GGUF = """\
+The weights, the configuration and the tokenizer are one GGUF file, which llama.cpp reads:
+
+```
+llama-cli --model path/to/this/folder/model.gguf --prompt "Once upon a time"
+```
+
+For transformers, first convert the file with `python -m convert to-torch path/to/this/folder path/to/torch`:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/torch", trust_remote_code=True)
+```
+"""
+
 # The code that loads each format. The last snippet defines `model`, which the recovery snippet uses.
-LOADING = {"stock": _STOCK, "padded": _STOCK, "per-layer": _PER_LAYER, "flax": _FLAX}
+LOADING = {"stock": _STOCK, "padded": _STOCK, "per-layer": _PER_LAYER, "flax": _FLAX, "gguf": _GGUF}
 
 # Recovery by LoRA with the settings of LLM-Pruner and MINI-LLM.
 RECOVERY = """\
@@ -84,7 +100,7 @@ def card(summary: Summary) -> str:
     """The model card of a finished job (`summary.result_json`), as Markdown."""
     name, form = short_name(summary["base_model"]), summary["format"]
     parts = [
-        _front_matter(name),
+        _front_matter(name, "gguf" if form == "gguf" else "transformers"),
         f"# {code(name)}, {removed(summary)}\n",
         f"minillm-jax made this model from {code(name)} by structured pruning: whole {structures(summary)} were "
         "removed from the weights, and the remaining weights are dense. The pruned model keeps the biases and "
@@ -107,8 +123,8 @@ def card(summary: Summary) -> str:
     return "\n".join(parts)
 
 
-def _front_matter(name: str) -> str:
-    return f"---\nbase_model: {quoted(name)}\nlibrary_name: transformers\ntags:\n- pruned\n- minillm-jax\n---\n"
+def _front_matter(name: str, library: str) -> str:
+    return f"---\nbase_model: {quoted(name)}\nlibrary_name: {library}\ntags:\n- pruned\n- minillm-jax\n---\n"
 
 
 def _table(summary: Summary) -> str:

@@ -25,6 +25,7 @@ FORMAT_WORDS = {
     "per-layer": "loads in transformers with trust_remote_code=True, or after convert.modeling_pruned.register()",
     "padded": "loads in transformers without remote code; zero-padded, which saves less",
     "flax": "an Orbax checkpoint, which loads in minillm_jax",
+    "gguf": "one file, model.gguf, which llama.cpp and minillm_jax read",
 }
 
 KIND_WORDS = {

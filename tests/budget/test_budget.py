@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import numpy as jnp
 
 from minillm_jax.budget import allocate
 from minillm_jax.budget import budget as budgets
@@ -23,8 +24,9 @@ from minillm_jax.errors import InputError
 from minillm_jax.evaluation.perplexity import perplexity
 from minillm_jax.model import axis_table, costs
 from minillm_jax.model.config import LayerSizes, Sizes
-from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.decoder import Decoder, final_hidden
 from minillm_jax.model.loaded import Model
+from minillm_jax.model.loss import token_divergences, top_tokens
 from minillm_jax.model.tree import group_counts
 from minillm_jax.pruning.refit import slice_and_refit
 from minillm_jax.pruning.slicing import slice_groups

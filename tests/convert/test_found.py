@@ -84,8 +84,10 @@ def test_folders_without_permission_and_files_are_named(
 ) -> None:
     sentence = refusal(folder / SINGLE)
     assert sentence.endswith(f"a file, expected a folder with a config.json; give the folder of the model, {folder}")
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    assert "GGUF weights (llama.cpp); give the Hugging Face folder" in refusal(tmp_path / "model.gguf")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\1\0\0\0")
+    assert "GGUF version 1, expected 2 or 3" in refusal(tmp_path / "model.gguf")
+    (tmp_path / "model.onnx").write_bytes(b"")
+    assert "an ONNX graph; give the Hugging Face folder" in refusal(tmp_path / "model.onnx")
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert refusal(folder) == f"{folder}: the folder cannot be read (Permission denied)"
 
@@ -94,7 +96,6 @@ def test_folders_without_permission_and_files_are_named(
 
 # File names of a folder -> words of the sentence. The first has no config.json, the second has.
 WITHOUT_CONFIG = {
-    "model-q4.gguf": "it holds model-q4.gguf: GGUF weights",
     "consolidated.00.pth": "format of Meta or Mistral (consolidated.00.pth); give the Hugging Face folder",
     "consolidated.safetensors": "format of Meta or Mistral",
 }

@@ -67,7 +67,8 @@ def test_the_chosen_ridge_has_nearly_the_least_error_on_held_out_tokens(
 
 def test_noise_and_few_tokens_ask_for_a_larger_ridge() -> None:
     few, many = (chosen(*noisy(tokens, 6.0), tokens // 4).held_out for tokens in (24, 2000))
-    assert few is not None and many is not None
+    assert few is not None
+    assert many is not None
     assert few.best(ROWS, "host") > many.best(ROWS, "host")
 
 
