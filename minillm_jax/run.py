@@ -12,6 +12,8 @@ import minillm_jax.hidden  # noqa: F401  before the first import of convert
 from convert import folders, formats, gguf_write, reader, writer
 from minillm_jax import plan as plans
 from minillm_jax.api import calibrate, evaluate, held_out, load, save
+from minillm_jax.budget import allocate
+from minillm_jax.budget.expected import sizes_with
 from minillm_jax.data.batches import Batches
 from minillm_jax.data.documents import check_source
 from minillm_jax.data.mixture import check_one_text, shares_of
@@ -20,6 +22,7 @@ from minillm_jax.devices import hosts, sharding
 from minillm_jax.errors import InputError, cause, shortened
 from minillm_jax.evaluation.perplexity import Perplexity
 from minillm_jax.model import costs
+from minillm_jax.model.build import build
 from minillm_jax.model.loaded import Model
 from minillm_jax.progress import StageProgress
 from minillm_jax.pruning.refit import resolve
@@ -27,7 +30,8 @@ from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.recipes.sized import filled, sized, warn_of_few_tokens
 from minillm_jax.recipes.used import Used, used
-from minillm_jax.stages import biased_config, prune_model, versions
+from minillm_jax.settings import SAME_IN_LAYERS
+from minillm_jax.stages import biased_config, output_holds, prune_model, versions
 
 RECIPE_FILE = "recipe.toml"
 
@@ -175,9 +179,15 @@ def check_model(described: reader.Description, recipe: Recipe) -> int | None:
     if recipe.budget.kinds:
         resolve(recipe.refit, config)
     if recipe.output.format == formats.GGUF:
-        gguf_write.check(config, described.folder, described.sizes.V, recipe.budget.allocation != "uniform")
+        gguf_write.check(config, described.folder, described.sizes.V, recipe.budget.allocation not in SAME_IN_LAYERS)
     sizes = plans.pruned_sizes(config, described.sizes, recipe)
-    return None if sizes is None else plans.output_format(config, sizes, described, recipe.output)[1]
+    if sizes is not None:
+        return plans.output_format(config, sizes, described, recipe.output)[1]
+    abstract = build(config, described.sizes)
+    choices = list(allocate.possible(abstract, recipe.budget.kinds, recipe.budget))
+    if not any(map(output_holds(abstract, described.raw_config, recipe.output.format), choices)):
+        plans.output_format(config, sizes_with(abstract, choices[0]), described, recipe.output)  # says why not
+    return None
 
 
 def _texts(described: reader.Description, job: Job, recipe: Recipe) -> tuple[Calibration, Batches | None]:

@@ -1,6 +1,6 @@
 """The stages of pruning a loaded model: whole layers, hidden dimensions, then heads and channels, with one record."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from convert import formats, gguf_metadata
 from minillm_jax.budget import allocate, expected
 from minillm_jax.budget.budget import Counts, by_ratio, choose, kept_count
 from minillm_jax.data.calibration_size import widest_mlp
@@ -71,8 +72,9 @@ def prune_model(
     expected.pruned_sizes(*shapes, budget, recipe.named_by("budget", "layers"))
     smaller, whole = _prune_whole_model(replace(model, record=None), calibration, recipe, progress)
     if budget.kinds:
+        fits = output_holds(smaller.decoder, smaller.raw_config, recipe.output.format)
         smaller = prune_in_rounds(
-            smaller, calibration, recipe.scoring, budget, recipe.refit, scores, progress, recipe.output.checkpoint
+            smaller, calibration, recipe.scoring, budget, recipe.refit, scores, progress, recipe.output.checkpoint, fits
         )
     else:
         nothing = Scores({}, asdict(recipe.scoring), calibration.record())
@@ -138,6 +140,7 @@ def prune_in_rounds(
     scores: Scores | ChosenWhilePruning | None = None,
     progress: StageProgress | None = None,
     checkpoint: str | Path | None = None,
+    fits: Callable[[Counts], bool] = lambda counts: True,
 ) -> Model:
     """Score and prune, in `budget.rounds` rounds with new scores of the smaller model in each.
 
@@ -152,6 +155,7 @@ def prune_in_rounds(
       scores: of the dense model, for the first round.
       progress: called with how far each stage is.
       checkpoint: see `scoring.score.score`; for a single round.
+      fits: whether the output format can hold counts of the allocation `equal`.
 
     Raises:
       InputError: see `prune_groups` and `score`; or the number of rounds does not suit the rest.
@@ -164,7 +168,7 @@ def prune_in_rounds(
     decoder, rounds = model.decoder, budget.rounds
     refit = resolve(refit or Refit("none"), decoder.config)
     scores = scores or score(model, calibration, scoring, progress, checkpoint)
-    allocated = _allocate(decoder, scores, budget, refit, calibration, progress)
+    allocated = _allocate(decoder, scores, budget, refit, calibration, progress, fits)
     more = {"rounds": rounds, "scores": summaries(scores), "losses": allocated.losses}
     before = {kind: group_counts(decoder, kind) for kind in scores.kinds}
     parts, kept = part_counts(decoder, scores.kinds), None
@@ -184,6 +188,7 @@ def _allocate(
     refit: Refit,
     calibration: Calibration | None,
     progress: StageProgress | None,
+    fits: Callable[[Counts], bool] = lambda counts: True,
 ) -> allocate.Allocated:
     before = {kind: group_counts(decoder, kind) for kind in scores.kinds}
     if isinstance(scores, ChosenWhilePruning):
@@ -195,9 +200,34 @@ def _allocate(
             if scored != before[kind]:
                 raise InputError(f"the scores are for {scored} groups of kind {kind}, the model has {before[kind]}")
         check_finite(groups)
-    allocated = allocate.counts_for(decoder, scores.kinds, groups, per_cost, budget, refit, calibration, progress)
+    allocated = allocate.counts_for(decoder, scores.kinds, groups, per_cost, budget, refit, calibration, progress, fits)
     expected.warn_of_idle_kinds(before, allocated.counts, budget)
     return allocated
+
+
+def output_holds(decoder: Decoder, raw_config: Mapping[str, Any], format_name: str | None) -> Callable[[Counts], bool]:
+    """Whether a format of the output folder can hold the shapes with given numbers of kept groups.
+
+    Args:
+      decoder: the dense model; only its shapes are read.
+      raw_config: its config.json.
+      format_name: of `FORMATS`; None, like `per-layer` and `flax`, holds all shapes.
+    """
+
+    def holds(counts: Counts) -> bool:
+        if format_name in (None, formats.PER_LAYER, formats.FLAX):
+            return True
+        sizes = expected.sizes_with(decoder, counts)
+        try:
+            if format_name == formats.GGUF:
+                gguf_metadata.arch_for(decoder.config, sizes)
+            else:
+                formats.describe(decoder.config, sizes, raw_config, format_name)
+        except InputError:
+            return False
+        return True
+
+    return holds
 
 
 def _remove(

@@ -54,7 +54,10 @@ def job(
             {"structures": ("heads", "channels", "hidden", "layers"), "refit": "least-squares"},
             {"num_hidden_layers": 2, "hidden_size": 32, "num_key_value_heads": 2, "intermediate_size": 20},
         ),
-        ({"rounds": 2, "criterion": "obs"}, {"num_key_value_heads": 2, "intermediate_size": 20}),
+        (
+            {"rounds": 2, "criterion": "obs", "allocation": "uniform"},
+            {"num_key_value_heads": 2, "intermediate_size": 20},
+        ),
     ],
     ids=lambda value: " ".join(map(str, value)),
 )
@@ -104,6 +107,28 @@ def test_unequal_budgets_become_per_layer_folders(folder: Path, tmp_path: Path, 
     assert result.written.format == "per-layer"
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_equal_layers_are_those_that_a_stock_class_holds(tmp_path: Path, family: str) -> None:
+    """OPT computes the size of a head from the number of heads, so that its heads all stay."""
+    np.save(tmp_path / "tokens.npy", random_tokens(97, 600))
+    hugging_face_folder(tmp_path / "model", family)
+    options = {"criterion": "obs", "refit": "least-squares", "format": "stock", "ratio_of": "blocks", "ratio": 0.2}
+    result = job(tmp_path, tmp_path / "out", **options)
+    assert result.written.format == "stock"
+    counts = (result.pruned.record or {})["kept"]
+    assert all(len({len(rows) for rows in layers}) == 1 for layers in counts.values())
+    if family == "opt":
+        assert [len(rows) for rows in counts["head"]] == (result.pruned.record or {})["groups_before"]["head"]
+
+
+def test_a_stock_class_that_holds_no_pruned_shape_is_an_error_before_the_weights_are_read(tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", random_tokens(97, 600))
+    hugging_face_folder(tmp_path / "model", "bloom")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="no stock class can hold this model"):
+        job(tmp_path, tmp_path / "out", criterion="obs", refit="least-squares", format="stock")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -116,6 +141,9 @@ def test_unequal_budgets_become_per_layer_folders(folder: Path, tmp_path: Path, 
         ({"structures": ("hidden",), "criterion": "obs"}, "obs has no scores for hidden dimensions"),
         ({"structures": ("heads", "layers"), "layers": "0:2"}, "--layers cannot be used where"),
         ({"allocation": "global", "format": "stock"}, "use the format per-layer or padded"),
+        ({"allocation": "curves", "criterion": "obs", "format": "stock"}, "or --budget equal"),
+        ({"allocation": "equal", "criterion": "obs", "format": "stock", "layers": "0:2"}, "unequal numbers"),
+        ({"allocation": "equal"}, "the allocation equal follows the errors of structured OBS, not wanda"),
         ({"allocation": "global", "criterion": "obs"}, "no scores to compare"),
         ({"rounds": 0}, "--rounds must be at least 1 round, found 0"),
         ({"target_params": 10.0}, "use a larger target, .* or prune more kinds"),

@@ -1,6 +1,6 @@
 """Allocation: the number of groups that every layer keeps, from the budget, the model, its scores and its losses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -67,6 +67,26 @@ def _uniform(inventory: Inventory, limit: float, budget: Budget) -> Counts | Non
     return budgets.uniform(inventory, limit, budget)
 
 
+def possible(decoder: Decoder, kinds: tuple[str, ...], budget: Budget) -> Iterator[Counts]:
+    """Counts that an allocation which is not uniform may choose: all of `equal`, and one example of the others.
+
+    Args:
+      decoder: the dense model; only its shapes are read.
+      kinds: the pruned kinds of groups.
+      budget: how much is removed, and its allocation.
+
+    Raises:
+      InputError: see `expected`.
+    """
+    inventory = inventory_of(decoder, kinds, budget)
+    choices = budgets.same_in_layers(inventory, _limit(decoder, inventory, budget), budget)
+    if budget.allocation == "equal":
+        yield from choices
+        return
+    counts, first = next(choices), inventory.layers[0]
+    yield {kind: [*row[:first], inventory.counts[kind][first], *row[first + 1 :]] for kind, row in counts.items()}
+
+
 def inventory_of(decoder: Decoder, kinds: tuple[str, ...], budget: Budget) -> Inventory:
     """The groups of a model and their costs in the measure of the budget.
 
@@ -98,6 +118,7 @@ def counts_for(
     refit: Refit,
     calibration: Calibration | None,
     progress: StageProgress | None = None,
+    fits: Callable[[Counts], bool] = lambda counts: True,
 ) -> Allocated:
     """The number of groups of every kind that each layer keeps.
 
@@ -110,6 +131,7 @@ def counts_for(
       refit: the refit of the pruned model; the allocation `measured` measures losses after this refit.
       calibration: the windows on which losses are measured; None for other allocations.
       progress: called with the number of losses measured, and of all.
+      fits: whether the output format can hold counts of the allocation `equal`.
 
     Raises:
       InputError: see `expected`; or the allocation needs scores or windows that are missing.
@@ -129,7 +151,7 @@ def counts_for(
     if budget.allocation in BY_CURVES:
         check_curves("obs" if scores is None else "a criterion with scores", budget.allocation)
         levels, losses = _by_curves(decoder, inventory, budget, refit, calibration, report)
-        return _cheapest(inventory, limit, levels, losses, budget)
+        return _cheapest(inventory, limit, levels, losses, budget, fits)
     levels = budgets.levels(inventory, budget, SHARES)
 
     def choose(kind: str, layer: int, keep: int) -> np.ndarray:
@@ -174,9 +196,17 @@ def _pairs(levels: Levels, losses: Losses) -> dict[str, list[list[tuple[int, flo
     }
 
 
-def _cheapest(inventory: Inventory, limit: float, levels: Levels, losses: Losses, budget: Budget) -> Allocated:
+def _cheapest(
+    inventory: Inventory,
+    limit: float,
+    levels: Levels,
+    losses: Losses,
+    budget: Budget,
+    fits: Callable[[Counts], bool] = lambda counts: True,
+) -> Allocated:
     """The counts with the least sum of losses, and the losses for the record."""
-    cheapest = budgets.cheapest_equal if budget.allocation == "equal" else budgets.cheapest
+    equal = budget.allocation == "equal"
+    cheapest = partial(budgets.cheapest_equal, fits=fits) if equal else budgets.cheapest
     counts = _decided(lambda: cheapest(inventory, limit, levels, losses, budget))
     return Allocated(counts, _pairs(levels, losses))
 

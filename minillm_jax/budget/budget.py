@@ -7,7 +7,7 @@ scores. The allocation `measured` is in `budget.cheapest`.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import isfinite
@@ -102,10 +102,17 @@ def uniform(inventory: Inventory, limit: float, budget: Budget) -> Counts:
       limit: the largest cost of the pruned model, at least that of the fewest groups (see `limit_of`).
       budget: its multiples round the counts, and `keep_at_least` bounds them from below.
     """
-    return next(_same_in_layers(inventory, limit, budget))
+    return next(same_in_layers(inventory, limit, budget))
 
 
-def cheapest_equal(inventory: Inventory, limit: float, tried: Levels, losses: Losses, budget: Budget) -> Counts:
+def cheapest_equal(
+    inventory: Inventory,
+    limit: float,
+    tried: Levels,
+    losses: Losses,
+    budget: Budget,
+    fits: Callable[[Counts], bool] = lambda counts: True,
+) -> Counts:
     """The counts of `uniform`, or with more of one kind and less of another, with the least sum of losses.
 
     The shares of a kind are the same in every layer, but those of two kinds may differ.
@@ -116,6 +123,7 @@ def cheapest_equal(inventory: Inventory, limit: float, tried: Levels, losses: Lo
       tried: kind -> for each layer, the counts with known losses.
       losses: the loss at each of these counts, nats; between two of them it is interpolated.
       budget: its multiples round the counts, and `keep_at_least` bounds them from below.
+      fits: whether the output format can hold the counts, which is true of some.
 
     Raises:
       InputError: no counts within the limit have finite losses.
@@ -128,14 +136,20 @@ def cheapest_equal(inventory: Inventory, limit: float, tried: Levels, losses: Lo
             for layer, count in enumerate(row)
         )
 
-    best = min(_same_in_layers(inventory, limit, budget), key=loss)
+    best = min(filter(fits, same_in_layers(inventory, limit, budget)), key=loss)
     if not isfinite(loss(best)):
         raise InputError(no_finite_loss(limit, losses))
     return best
 
 
-def _same_in_layers(inventory: Inventory, limit: float, budget: Budget) -> Iterator[Counts]:
-    """All counts within the limit with the same shares in every layer; those that share the budget equally first."""
+def same_in_layers(inventory: Inventory, limit: float, budget: Budget) -> Iterator[Counts]:
+    """All counts within the limit with the same shares in every layer; those that share the budget equally first.
+
+    Args:
+      inventory: the groups of the model.
+      limit: the largest cost of the pruned model, at least that of the fewest groups (see `limit_of`).
+      budget: its multiples round the counts, and `keep_at_least` bounds them from below.
+    """
     share = min((inventory.whole - limit) / inventory.prunable(), 0.999)
     *leading, filler = inventory.counts
     most = max(len(sizes) for kind in inventory.counts for sizes in inventory.sizes(kind, budget))

@@ -15,7 +15,8 @@ from minillm_jax.budget.inventory import Counts, Inventory, kept_count
 from minillm_jax.errors import InputError, warn
 from minillm_jax.model.build import build
 from minillm_jax.model.config import DecoderConfig, Sizes
-from minillm_jax.model.tree import group_counts, part_counts
+from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.tree import group_counts, part_counts, sizes_of
 from minillm_jax.pruning.slicing import slice_sizes
 from minillm_jax.settings import Budget
 
@@ -61,10 +62,18 @@ def pruned_sizes(config: DecoderConfig, sizes: Sizes, budget: Budget, named_by: 
     inventory = allocate.inventory_of(abstract, budget.kinds, budget)
     counts = allocate.expected(abstract, budget.kinds, budget)
     _check([*effects, *_effects(inventory, budget, counts)], budget, queries)
-    if counts is None:
-        return None
+    return None if counts is None else sizes_with(abstract, counts)
+
+
+def sizes_with(abstract: Decoder, counts: Counts) -> Sizes:
+    """The sizes of a decoder with these numbers of kept groups.
+
+    Args:
+      abstract: the dense decoder; only its shapes are read.
+      counts: kind -> for each layer, the number of kept groups.
+    """
     equal = {kind: [np.zeros(n) for n in group_counts(abstract, kind)] for kind in counts}
-    return slice_sizes(sizes, choose(equal, counts, part_counts(abstract, counts)))
+    return slice_sizes(sizes_of(abstract), choose(equal, counts, part_counts(abstract, counts)))
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,9 @@ def _allocation(budget: Budget, recipe: Recipe) -> str:
     whole = {"hidden", "layers"} & set(budget.structures)
     if recipe.scoring.criterion != "obs" or whole:
         return "uniform"
-    return "equal" if recipe.output.format == "stock" else "curves"
+    if recipe.output.format not in ("stock", "gguf"):
+        return "curves"
+    return "equal" if budget.layers is None else "uniform"  # which the shapes alone refuse where they must be equal
 
 
 def _scoring(recipe: Recipe, budget: Budget) -> tuple[Criterion | None, Scoring, Estimation | None]:
@@ -222,7 +224,8 @@ def _output(output: Output, budget: Budget, gradient: Estimation | None) -> Outp
             raise InputError(
                 "a checkpoint holds one estimate and cannot be used with several rounds; leave out one of the two"
             )
-    if budget.allocation not in SAME_IN_LAYERS and output.format == "stock":
+    some_layers = budget.allocation == "equal" and budget.layers is not None
+    if output.format == "stock" and (budget.allocation not in SAME_IN_LAYERS or some_layers):
         raise InputError(
             f"{budget.allocation} budgets keep unequal numbers in the layers, which no stock class can hold; use the "
             "format per-layer or padded, or --budget equal"

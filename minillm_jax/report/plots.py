@@ -191,11 +191,9 @@ def _losses(summary: Summary) -> _Drawing | None:
         kind: max(loss for pairs in rows for _, loss in pairs if loss is not None) for kind, rows in losses.items()
     }
     parts = [f"{KIND_WORDS[kind]}: at most {loss:.3f} nats" for kind, loss in largest.items()]
-    description = "Change of the loss when one sublayer alone is pruned by that share; pale lines are early layers"
+    description = "KL from the dense model when one sublayer alone is pruned by that share; pale lines are early layers"
     label = "% of a layer's groups removed"
-    return _panels(
-        "Measured losses of every layer", f"{description}. {'; '.join(parts)}", _titles(losses), panel, label
-    )
+    return _panels("Divergence of every layer", f"{description}. {'; '.join(parts)}", _titles(losses), panel, label)
 
 
 def _titles(kinds: Mapping[str, object], prefix: str = "") -> dict[str, str]:

@@ -211,7 +211,7 @@ def test_measured_levels_are_sizes_that_a_layer_may_keep(data: st.DataObject, sh
             assert (row[0], row[-1]) == (sizes[0], sizes[-1])
 
 
-@pytest.mark.filterwarnings("ignore:the allocation global removes no query heads")
+@pytest.mark.filterwarnings("ignore:the allocation (global|measured) removes no query heads")
 @pytest.mark.parametrize("allocation", ["uniform", "global", "measured"])
 @pytest.mark.parametrize(("amount", "rounds"), [({"ratio": 0.4}, 2), ({"target_params": 7000.0}, 1)], ids=str)
 def test_models_are_pruned_to_multiples_by_every_allocation(

@@ -522,7 +522,7 @@ def test_a_plan_is_printed_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "140")
     (tmp_path / "config.json").write_text((demo.FOLDER / "config.json").read_text())
-    assert call(monkeypatch, ["plan", tmp_path, "--ratio", 0.2, "--devices", "v5e-8"]) == 0
+    assert call(monkeypatch, ["plan", tmp_path, "--ratio", 0.2, "--budget", "uniform", "--devices", "v5e-8"]) == 0
     table = capsys.readouterr().out
     for words in ("964,000", "804,640", "calibration tokens for each MLP channel", "fits", "stock"):
         assert words in table
