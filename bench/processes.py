@@ -1,0 +1,45 @@
+"""Rows that are measured in a process of their own, so that seconds and peak memory are those of the whole process.
+
+This module imports no framework: the process of a peer holds nothing of ours but these functions.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# The flag with which a script measures one row, given as JSON, and prints the result as the last line.
+FLAG = "--row"
+
+
+def launch(script: str | Path, row: dict[str, Any]) -> dict[str, Any]:
+    """The result that a script prints for a row, with the `seconds` of its process where the result has none.
+
+    Raises:
+      RuntimeError: the process failed; the message is the last line of its errors.
+    """
+    start = time.perf_counter()
+    command = [sys.executable, str(script), FLAG, json.dumps(row)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = round(time.perf_counter() - start, 1)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise RuntimeError(f"{lines[-1]} (exit status {done.returncode})")
+    return {"seconds": seconds} | json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_resident_bytes() -> int:
+    """The peak resident memory of this process so far, in bytes.
+
+    On Linux it is VmHWM and not `ru_maxrss`, which begins with the value of the parent process.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

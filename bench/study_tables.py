@@ -1,0 +1,146 @@
+"""Tables of the studies of bench/study.py, as Markdown. `python bench/page.py` puts them into docs/quality.md."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+DENSE, DEFAULT = "dense", "ours"
+
+Row = dict[str, Any]
+Study = dict[str, Any]
+
+
+def load(model: str, results: Path = RESULTS) -> Study | None:
+    """The study of a model; None where there is none."""
+    path = results / f"study-{model}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def dense_row(study: Study) -> Row:
+    """The row of the dense model."""
+    return next(row for row in study["rows"] if row["recipe"] == DENSE)
+
+
+def by_target(study: Study) -> dict[int, dict[str, list[Row]]]:
+    """Target -> recipe -> its rows, one for each seed; the largest target first, the best recipe on the texts first."""
+    groups: dict[int, dict[str, list[Row]]] = {}
+    for row in study["rows"]:
+        if row["recipe"] != DENSE:
+            groups.setdefault(row["target"], {}).setdefault(row["recipe"], []).append(row)
+    first = next(iter(study["settings"]["texts"]))
+    return {
+        target: dict(sorted(groups[target].items(), key=lambda item: mean(perplexities(item[1], first))))
+        for target in sorted(groups, reverse=True)
+    }
+
+
+def perplexities(rows: Iterable[Row], text: str) -> list[float]:
+    """The perplexities of some rows on one text."""
+    return [row["perplexity"][text] for row in rows]
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
+
+
+def perplexity_table(study: Study, shown: Sequence[str] | None = None) -> list[str]:
+    """A row for the dense model, then for each target one for each recipe: parameters, perplexities, time, memory.
+
+    Args:
+      study: the study.
+      shown: the recipes to show; all by default.
+    """
+    texts = list(study["settings"]["texts"])
+    rows = [_cells([dense_row(study)], texts)]
+    for recipes in by_target(study).values():
+        rows += [_cells(of, texts) for name, of in recipes.items() if shown is None or name in shown]
+    return table(["recipe", "parameters", *texts, "seconds", "peak memory"], rows)
+
+
+def _cells(rows: list[Row], texts: Iterable[str]) -> list[str]:
+    seconds, peak = median(row["seconds"] for row in rows), max(row["peak_bytes"] for row in rows)
+    parameters = f"{mean(row['parameters'] for row in rows) / 1e6:.2f}M"
+    measured = [spread(perplexities(rows, text)) for text in texts]
+    return [f"`{rows[0]['recipe']}`", parameters, *measured, f"{seconds:,.0f}", f"{peak / 1e6:,.0f} MB"]
+
+
+def spread(values: list[float]) -> str:
+    """The mean; with several values, the smallest and the largest too."""
+    average = number(mean(values))
+    return average if len(values) == 1 else f"{average} ({number(min(values))} to {number(max(values))})"
+
+
+def number(value: float) -> str:
+    """A perplexity: two decimals up to 100, none above."""
+    return f"{value:.2f}" if value < 100 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
+
+
+def better_table(study: Study, default: str = DEFAULT) -> list[str]:
+    """A row for each recipe that is better than the default at some target: in perplexity, time or memory."""
+    measures: dict[str, tuple[Callable[[list[Row]], float], Callable[[float], str]]] = {
+        f"perplexity, {text}": (lambda rows, text=text: mean(perplexities(rows, text)), number)
+        for text in study["settings"]["texts"]
+    }
+    measures["seconds"] = (lambda rows: median(row["seconds"] for row in rows), "{:,.0f}".format)
+    measures["peak memory, MB"] = (lambda rows: max(row["peak_bytes"] for row in rows) / 1e6, "{:,.0f}".format)
+    lines = []
+    for target, recipes in by_target(study).items():
+        if default not in recipes:
+            continue
+        for name, (measure, written) in measures.items():
+            ours = measure(recipes[default])
+            lines += [
+                (f"{target / 1e6:.2f}M", name, f"`{recipe}`", written(measure(rows)), written(ours))
+                for recipe, rows in recipes.items()
+                if measure(rows) < ours
+            ]
+    return table(["at most", "measure", "recipe", "its value", f"`{default}`"], lines) if lines else []
+
+
+def calibration_table(study: Study) -> list[str]:
+    """A row for each recipe: the calibration tokens, and those for each channel of the widest MLP."""
+    rows: dict[str, Row] = {}
+    for row in study["rows"]:
+        rows.setdefault(row["recipe"], row)
+    cells = [
+        [f"`{name}`", f"{row['calibration_tokens']:,}", f"{row['tokens_per_channel']:.1f}"]
+        for name, row in rows.items()
+        if name != DENSE
+    ]
+    return table(["recipe", "calibration tokens", "for each channel"], cells)
+
+
+def section(model: str, results: Path = RESULTS) -> list[str]:
+    """The section of a model in docs/quality.md; nothing where it has no study."""
+    study = load(model, results)
+    if study is None:
+        return []
+    settings, seeds = study["settings"], 1 + max(row["seed"] for row in study["rows"])
+    texts = " and ".join(f"{name} (`{file}`)" for name, file in settings["texts"].items())
+    targets = " and ".join(f"{target:,}" for target in by_target(study))
+    place = study["environment"]
+    notes = list(dict.fromkeys(f"`{row['recipe']}`: {row['note']}." for row in study["rows"] if "note" in row))
+    lines = [
+        f"## {model}, {seeds} {'seed' if seeds == 1 else 'seeds'}",
+        "",
+        f"Every recipe keeps at most {targets} of the {dense_row(study)['parameters']:,} parameters. Perplexity is "
+        f"measured on {settings['windows']} windows of {settings['length']} tokens, evenly spaced over each text: "
+        f"{texts}. The calibration text is `{settings['calibration']}`. All weights are {settings['dtype']}. Seconds "
+        "(median over the seeds) and peak memory (highest) are those of the whole process: start of Python, "
+        "compilation, loading, pruning and evaluation, on "
+        f"{place['cores']} cores of {place['device']}. Made by `python bench/study.py`.",
+        "",
+        *perplexity_table(study),
+        "",
+        f"![perplexity of {model} against its parameters](study-{model}.svg)",
+    ]
+    if notes:
+        lines += ["", "Peers:", "", *(f"- {note}" for note in notes)]
+    better = better_table(study)
+    if better:
+        lines += ["", f"Where another recipe is better than `{DEFAULT}`:", "", *better]
+    return [*lines, "", "The calibration text of each recipe:", "", *calibration_table(study)]
