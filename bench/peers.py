@@ -25,7 +25,7 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
-from processes import FLAG, launch, peak_resident_bytes
+from processes import FLAG, cost, launch
 
 # Windows of one forward pass of the evaluation.
 BATCH = 4
@@ -141,11 +141,11 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
         "parameters": parameter_count(model),
         "perplexity": measured,
         "pruning_seconds": round(seconds, 1),
-        "peak_bytes": peak_resident_bytes(),
         "counts": counts(model),
         "calibration_tokens": 0,
         "tokens_per_channel": 0.0,
         "note": note,
+        **cost(),
     }
 
 

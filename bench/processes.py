@@ -4,6 +4,7 @@ This module imports no framework: the process of a peer holds nothing of ours bu
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,19 +16,24 @@ FLAG = "--row"
 
 
 def launch(script: str | Path, row: dict[str, Any]) -> dict[str, Any]:
-    """The result that a script prints for a row, with the `seconds` of its process where the result has none.
+    """The result that a script prints for a row; with the `seconds` of its process, and the load of the machine before.
 
     Raises:
       RuntimeError: the process failed; the message is the last line of its errors.
     """
-    start = time.perf_counter()
+    load, start = os.getloadavg()[0], time.perf_counter()
     command = [sys.executable, str(script), FLAG, json.dumps(row)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = round(time.perf_counter() - start, 1)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise RuntimeError(f"{lines[-1]} (exit status {done.returncode})")
-    return {"seconds": seconds} | json.loads(done.stdout.splitlines()[-1])
+    return {"seconds": seconds, "load": round(load, 1)} | json.loads(done.stdout.splitlines()[-1])
+
+
+def cost() -> dict[str, float]:
+    """The processor time of this process so far, in seconds over all threads, and its peak resident memory in bytes."""
+    return {"cpu_seconds": round(time.process_time(), 1), "peak_bytes": peak_resident_bytes()}
 
 
 def peak_resident_bytes() -> int:

@@ -12,7 +12,9 @@ rows of the same recipe, target, seed and commit are kept; with `--keep` those o
 
     perplexity          of the pruned model, for each text; the row `dense` holds those of the dense model
     parameters, counts  of the pruned model; the heads and channels of every layer
-    seconds, peak_bytes of the whole process, from the start of Python to the last perplexity; with compilation
+    seconds, cpu_seconds, peak_bytes    of the whole process, from the start of Python to the last perplexity, with
+                        compilation; the seconds of the processor are those of all threads
+    load                of the machine before the process began, as the number of processes that ran or waited
     pruning_seconds     from the calibration text to the pruned model
     calibration_tokens, tokens_per_channel    of the calibration windows, for each channel of the widest MLP
 
@@ -31,8 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from environment import commit, environment, peak_bytes
-from processes import FLAG, launch
+from environment import commit, environment
+from processes import FLAG, cost, launch
 from texts import documents
 
 from minillm_jax import api
@@ -141,10 +143,10 @@ def measure(row: Row) -> Row:
         "parameters": parameter_count(model.decoder),
         "perplexity": measured,
         "pruning_seconds": round(seconds, 1),
-        "peak_bytes": peak_bytes(),
         "counts": {kind: group_counts(model.decoder, kind) for kind in ("head", "channel")},
         "calibration_tokens": tokens,
         "tokens_per_channel": round(tokens / widest, 2),
+        **cost(),
     }
 
 

@@ -58,14 +58,15 @@ def perplexity_table(study: Study, shown: Sequence[str] | None = None) -> list[s
     rows = [_cells([dense_row(study)], texts)]
     for recipes in by_target(study).values():
         rows += [_cells(of, texts) for name, of in recipes.items() if shown is None or name in shown]
-    return table(["recipe", "parameters", *texts, "seconds", "peak memory"], rows)
+    return table(["recipe", "parameters", *texts, "seconds", "CPU seconds", "peak memory"], rows)
 
 
 def _cells(rows: list[Row], texts: Iterable[str]) -> list[str]:
-    seconds, peak = median(row["seconds"] for row in rows), max(row["peak_bytes"] for row in rows)
+    times = [f"{median(row[key] for row in rows):,.0f}" for key in ("seconds", "cpu_seconds")]
+    peak = f"{max(row['peak_bytes'] for row in rows) / 1e6:,.0f} MB"
     parameters = f"{mean(row['parameters'] for row in rows) / 1e6:.2f}M"
     measured = [spread(perplexities(rows, text)) for text in texts]
-    return [f"`{rows[0]['recipe']}`", parameters, *measured, f"{seconds:,.0f}", f"{peak / 1e6:,.0f} MB"]
+    return [f"`{rows[0]['recipe']}`", parameters, *measured, *times, peak]
 
 
 def spread(values: list[float]) -> str:
@@ -85,7 +86,7 @@ def better_table(study: Study, default: str = DEFAULT) -> list[str]:
         f"perplexity, {text}": (lambda rows, text=text: mean(perplexities(rows, text)), number)
         for text in study["settings"]["texts"]
     }
-    measures["seconds"] = (lambda rows: median(row["seconds"] for row in rows), "{:,.0f}".format)
+    measures["CPU seconds"] = (lambda rows: median(row["cpu_seconds"] for row in rows), "{:,.0f}".format)
     measures["peak memory, MB"] = (lambda rows: max(row["peak_bytes"] for row in rows) / 1e6, "{:,.0f}".format)
     lines = []
     for target, recipes in by_target(study).items():
@@ -130,9 +131,10 @@ def section(model: str, results: Path = RESULTS) -> list[str]:
         f"Every recipe keeps at most {targets} of the {dense_row(study)['parameters']:,} parameters. Perplexity is "
         f"measured on {settings['windows']} windows of {settings['length']} tokens, evenly spaced over each text: "
         f"{texts}. The calibration text is `{settings['calibration']}`. All weights are {settings['dtype']}. Seconds "
-        "(median over the seeds) and peak memory (highest) are those of the whole process: start of Python, "
-        "compilation, loading, pruning and evaluation, on "
-        f"{place['cores']} cores of {place['device']}. Made by `python bench/study.py`.",
+        "(median over the seeds) and peak resident memory (highest) are those of the whole process: start of Python, "
+        "compilation, loading, pruning and evaluation. CPU seconds are those of all threads; unlike the seconds they "
+        "hardly depend on other work, which ran on the machine at times. The machine has "
+        f"{place['cores']} cores ({place['device']}). Made by `python bench/study.py`.",
         "",
         *perplexity_table(study),
         "",

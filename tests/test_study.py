@@ -167,6 +167,7 @@ def test_a_process_that_fails_gives_its_last_line(bench: Bench, tmp_path: Path) 
     script.write_text("import sys\nprint('a warning')\nprint(sys.argv[2]) if 'ok' in sys.argv[2] else sys.exit('no')\n")
     result = bench("processes").launch(script, {"ok": 1})
     assert result.pop("seconds") >= 0
+    assert result.pop("load") >= 0
     assert result == {"ok": 1}
     with pytest.raises(RuntimeError, match=r"no \(exit status 1\)"):
         bench("processes").launch(script, {})
@@ -206,7 +207,7 @@ def test_a_killed_study_goes_on(tmp_path: Path) -> None:
     resumed = json.loads((tmp_path / "killed.json").read_text())["rows"]
     assert resumed[:2] == first
     assert [json.loads(line) for line in printed.splitlines()] == resumed[2:]
-    timed = ("seconds", "pruning_seconds", "peak_bytes")
+    timed = ("seconds", "cpu_seconds", "pruning_seconds", "peak_bytes", "load")
     untimed = [[{key: row[key] for key in row if key not in timed} for row in table] for table in (rows, resumed)]
     assert untimed[0] == untimed[1]
 
@@ -217,7 +218,13 @@ def test_a_killed_study_goes_on(tmp_path: Path) -> None:
 def row(recipe: str, target: int | None, seed: int, wiki: float, seconds: float, **more: Any) -> dict[str, Any]:
     parameters = 4_000_000 if target is None else target - 100
     measured = {"perplexity": {"wiki": wiki, "stories": 2 * wiki}, "parameters": parameters, "seconds": seconds}
-    measured |= {"peak_bytes": 5e8, "calibration_tokens": 8192, "tokens_per_channel": 5.33, "commit": "a"}
+    measured |= {
+        "cpu_seconds": seconds + 1,
+        "peak_bytes": 5e8,
+        "calibration_tokens": 8192,
+        "tokens_per_channel": 5.33,
+        "commit": "a",
+    }
     return {"recipe": recipe, "target": target, "seed": seed} | measured | more
 
 
@@ -235,13 +242,13 @@ def test_the_table_has_every_recipe_at_every_target(bench: Bench, results: Path)
     tables = bench("study_tables")
     table = tables.perplexity_table(tables.load("small", results))
     assert table == [
-        "| recipe | parameters | wiki | stories | seconds | peak memory |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| `dense` | 4.00M | 10.00 | 20.00 | 5 | 500 MB |",
-        "| `ours` | 3.00M | 12.50 (12.00 to 13.00) | 25.00 (24.00 to 26.00) | 60 | 500 MB |",
-        "| `torch-pruning` | 3.00M | 2.0e+06 | 4.0e+06 | 3 | 500 MB |",
-        "| `flap` | 2.00M | 15.00 | 30.00 | 70 | 500 MB |",
-        "| `ours` | 2.00M | 20.00 | 40.00 | 60 | 500 MB |",
+        "| recipe | parameters | wiki | stories | seconds | CPU seconds | peak memory |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| `dense` | 4.00M | 10.00 | 20.00 | 5 | 6 | 500 MB |",
+        "| `ours` | 3.00M | 12.50 (12.00 to 13.00) | 25.00 (24.00 to 26.00) | 60 | 61 | 500 MB |",
+        "| `torch-pruning` | 3.00M | 2.0e+06 | 4.0e+06 | 3 | 4 | 500 MB |",
+        "| `flap` | 2.00M | 15.00 | 30.00 | 70 | 71 | 500 MB |",
+        "| `ours` | 2.00M | 20.00 | 40.00 | 60 | 61 | 500 MB |",
     ]
     assert tables.perplexity_table(tables.load("small", results), ["flap"])[2:] == [table[2], table[5]]
 
@@ -249,7 +256,7 @@ def test_the_table_has_every_recipe_at_every_target(bench: Bench, results: Path)
 def test_what_others_do_better_is_said(bench: Bench, results: Path) -> None:
     tables = bench("study_tables")
     assert tables.better_table(tables.load("small", results))[2:] == [
-        "| 3.00M | seconds | `torch-pruning` | 3 | 60 |",
+        "| 3.00M | CPU seconds | `torch-pruning` | 4 | 61 |",
         "| 2.00M | perplexity, wiki | `flap` | 15.00 | 20.00 |",
         "| 2.00M | perplexity, stories | `flap` | 30.00 | 40.00 |",
     ]
