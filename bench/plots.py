@@ -178,7 +178,8 @@ STUDIED = {
 def study(model: str, results: Path = RESULTS, docs: Path = DOCS) -> None:
     """docs/study-MODEL.svg: for each text, perplexity as a multiple of the dense model's against the parameters.
 
-    A point is the mean over seeds. Variants of our recipe that `STUDIED` does not name are not drawn.
+    A point is the mean over seeds. Variants of our recipe that `STUDIED` does not name are not drawn; those of other
+    recipes have the style of the recipe.
     """
     found = study_tables.load(model, results)
     if found is None:
@@ -186,15 +187,18 @@ def study(model: str, results: Path = RESULTS, docs: Path = DOCS) -> None:
     dense, texts = study_tables.dense_row(found), list(found["settings"]["texts"])
     figure, grid = plt.subplots(1, len(texts), figsize=(6 * len(texts) + 2, 4.5), layout="constrained", squeeze=False)
     for text, axes in zip(texts, grid[0], strict=True):
-        for recipe, (colour, line) in STUDIED.items():
+        for recipe in dict.fromkeys(row["recipe"] for row in found["rows"]):
+            name = recipe.partition("+")[0]
+            colour, line = STUDIED.get(recipe if name == "ours" else name, ("", ""))
+            if not colour:
+                continue
             points = [(dense["parameters"] / 1e6, 1.0)]
             for recipes in study_tables.by_target(found).values():
                 if recipe in recipes:
                     rows = recipes[recipe]
                     multiple = np.mean(study_tables.perplexities(rows, text)) / dense["perplexity"][text]
                     points.append((float(np.mean([row["parameters"] for row in rows])) / 1e6, float(multiple)))
-            if len(points) > 1:
-                axes.plot(*zip(*points, strict=True), line, color=colour, marker=".", label=recipe)
+            axes.plot(*zip(*points, strict=True), line, color=colour, marker=".", label=recipe)
         axes.set(yscale="log", xlabel="parameters, millions", title=text)
         axes.invert_xaxis()
     grid[0, 0].set_ylabel("perplexity, × dense")

@@ -42,6 +42,7 @@ from minillm_jax.data.batches import Batches
 from minillm_jax.data.text import Tokens, tokenise
 from minillm_jax.data.windows import cut
 from minillm_jax.errors import InputError
+from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import group_counts, parameter_count
 from minillm_jax.options import COUNT
 from minillm_jax.recipes import recipe as recipes
@@ -254,6 +255,24 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check(jobs: Iterable[Job], outline: Model, calibration: Path) -> None:
+    """Check the recipes of our own, and that the calibration text has enough windows for each.
+
+    Raises:
+      InputError: see `settings_of` and `api.calibrate`.
+    """
+    needed = {}
+    for job in jobs:
+        if job.recipe not in (DENSE, *PEERS):
+            data = settings_of(job).data
+            needed[data.samples, data.seq_len] = job
+    for (samples, length), job in needed.items():
+        try:
+            api.calibrate(outline, calibration, samples, length)
+        except InputError as error:
+            raise InputError(f"recipe {job.recipe}: {error}") from None
+
+
 def study(arguments: argparse.Namespace) -> int:
     """Measure all rows, print and write each at once; the number of jobs that failed.
 
@@ -261,12 +280,11 @@ def study(arguments: argparse.Namespace) -> int:
       InputError: a recipe, an option or a text cannot be used; before the first row.
     """
     jobs = jobs_of(arguments.recipes, map(int, arguments.params), arguments.seeds)
-    for job in jobs:
-        if job.recipe not in (DENSE, *PEERS):
-            settings_of(job)
-    folder = api.describe(arguments.model).folder
+    outline = api.describe(arguments.model)
+    check(jobs, outline, arguments.calibration)
     texts = {
-        name: evaluation_windows(path, folder, arguments.windows, arguments.length) for name, path in arguments.text
+        name: evaluation_windows(path, outline.folder, arguments.windows, arguments.length)
+        for name, path in arguments.text
     }
     settings = {
         "model": Path(arguments.model).name,

@@ -162,6 +162,14 @@ def test_evaluation_windows_are_spread_over_the_text(bench: Bench, tmp_path: Pat
         study.evaluation_windows(path, demo.FOLDER, 100000, 64)
 
 
+def test_a_study_checks_recipes_and_calibration_text_before_the_first_row(bench: Bench, tmp_path: Path) -> None:
+    study, outline, text = bench("study"), api.describe(demo.FOLDER), tmp_path / "text.txt"
+    text.write_text(demo.held_out_text())
+    study.check(study.jobs_of(["ours", "torch-pruning"], [900_000], 1), outline, text)
+    with pytest.raises(InputError, match=r"recipe flap: .*1024 are asked for"):
+        study.check(study.jobs_of(["ours", "flap"], [900_000], 1), outline, text)
+
+
 def test_a_process_that_fails_gives_its_last_line(bench: Bench, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("import sys\nprint('a warning')\nprint(sys.argv[2]) if 'ok' in sys.argv[2] else sys.exit('no')\n")
