@@ -183,10 +183,11 @@ def read(output: Path, settings: Row) -> list[Row]:
 
 
 def write(output: Path, settings: Row, rows: list[Row]) -> None:
-    """Write the study whole or not at all."""
-    text = json.dumps({"environment": environment(), "settings": settings, "rows": rows}, indent=1)
+    """Write the study whole or not at all, a line for each row."""
+    head = json.dumps({"environment": environment(), "settings": settings}, indent=1).removesuffix("\n}")
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
     part = output.with_name(output.name + ".part")
-    part.write_text(text + "\n")
+    part.write_text(f'{head},\n "rows": [\n  {lines}\n ]\n}}\n')
     part.replace(output)
 
 
