@@ -18,12 +18,15 @@ FLAG = "--row"
 def launch(script: str | Path, row: dict[str, Any]) -> dict[str, Any]:
     """The result that a script prints for a row; with the `seconds` of its process, and the load of the machine before.
 
+    Threads of OpenMP wait passively: where other work runs, waiting ones would take most of PyTorch's processor time.
+
     Raises:
       RuntimeError: the process failed; the message is the last line of its errors.
     """
     load, start = os.getloadavg()[0], time.perf_counter()
     command = [sys.executable, str(script), FLAG, json.dumps(row)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    variables = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     seconds = round(time.perf_counter() - start, 1)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no message"]
