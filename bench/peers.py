@@ -25,7 +25,7 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
-from processes import FLAG, cost, launch
+from processes import FLAG, cost, end_with_parent, launch
 
 # Windows of one forward pass of the evaluation.
 BATCH = 4
@@ -154,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(FLAG, type=json.loads, required=True, help="the row, as JSON; bench/study.py writes it")
     row = parser.parse_args().row
+    end_with_parent()
     if "ratio" in row:
         result = measure(row)
     else:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,18 @@ def launch(script: str | Path, row: dict[str, Any]) -> dict[str, Any]:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise RuntimeError(f"{lines[-1]} (exit status {done.returncode})")
     return {"seconds": seconds, "load": round(load, 1)} | json.loads(done.stdout.splitlines()[-1])
+
+
+def end_with_parent() -> None:
+    """Let this process end soon after its parent, so that a study that is killed leaves no process behind."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def cost() -> dict[str, float]:

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 from environment import commit, environment
-from processes import FLAG, cost, launch
+from processes import FLAG, cost, end_with_parent, launch
 from texts import documents
 
 from minillm_jax import api
@@ -316,6 +316,7 @@ def study(arguments: argparse.Namespace) -> int:
 def main() -> None:
     """Measure one row for the flag `--row`, or all rows of a study."""
     if sys.argv[1:2] == [FLAG]:
+        end_with_parent()
         print(json.dumps(measure(json.loads(sys.argv[2]))))
         return
     try:

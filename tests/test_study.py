@@ -181,6 +181,17 @@ def test_a_process_that_fails_gives_its_last_line(bench: Bench, tmp_path: Path) 
         bench("processes").launch(script, {})
 
 
+def test_the_process_of_a_row_ends_with_its_parent() -> None:
+    """A child that would sleep for a minute holds the errors' pipe open, so `run` returns when it has ended."""
+    child = "import time, processes; processes.end_with_parent(); print('started', flush=True); time.sleep(60)"
+    start = f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE, text=True)"
+    parent = f"import os, subprocess, sys; {start}; print(child.stdout.readline(), end='', flush=True); os._exit(0)"
+    variables = os.environ | {"PYTHONPATH": str(ROOT / "bench")}
+    command = [sys.executable, "-c", parent]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True, timeout=40)
+    assert done.stdout == "started\n"
+
+
 @pytest.mark.slow
 def test_a_killed_study_goes_on(tmp_path: Path) -> None:
     """The command itself, killed after its second row, then run again: the same rows as those of one run."""
