@@ -150,12 +150,17 @@ def quality() -> None:
             means = [mean for mean, _, _ in ratios.values()]
             axes.plot([100 * r for r in ratios], means, line, color=colour, marker=".", label=recipe)
         axes.set(yscale="log", xlabel="% of heads and channels removed", title=model)
-        axes.yaxis.set_major_locator(ticker.FixedLocator([1, 1.2, 1.5, 2, 3, 5, 10, 20, 50]))
-        axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+        multiples_on(axes)
     grid[0].set_ylabel("perplexity, × dense")
     grid[-1].legend(fontsize=7, loc="upper left")
     figure.savefig(DOCS / "quality.svg", metadata={"Date": None})
+
+
+def multiples_on(axes: Any) -> None:
+    """Label the logarithmic axis of multiples of the dense perplexity with plain numbers."""
+    axes.yaxis.set_major_locator(ticker.FixedLocator([1, 1.2, 1.5, 2, 3, 5, 10, 20, 50]))
+    axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 # Colour and line style of the recipes of a study: ours, published methods and peers, and controls.
@@ -172,6 +177,7 @@ STUDIED = {
     "ours+criterion=random": ("black", ":"),
     "ours+criterion=noise+refit=none": ("tab:gray", "-."),
     "ours+criterion=random+refit=none": ("black", "-."),
+    "ours+criterion=magnitude+refit=none": ("tab:olive", "-."),
 }
 
 
@@ -199,7 +205,8 @@ def study(model: str, results: Path = RESULTS, docs: Path = DOCS) -> None:
                     multiple = np.mean(study_tables.perplexities(rows, text)) / dense["perplexity"][text]
                     points.append((float(np.mean([row["parameters"] for row in rows])) / 1e6, float(multiple)))
             axes.plot(*zip(*points, strict=True), line, color=colour, marker=".", label=recipe)
-        axes.set(yscale="log", xlabel="parameters, millions", title=text)
+        axes.set(yscale="log", ylim=(0.95, study_tables.MOST), xlabel="parameters, millions", title=text)
+        multiples_on(axes)
         axes.invert_xaxis()
     grid[0, 0].set_ylabel("perplexity, × dense")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right center")

@@ -64,6 +64,7 @@ RECIPES = (
     "ours+criterion=random",
     "ours+criterion=noise+refit=none",
     "ours+criterion=random+refit=none",
+    "ours+criterion=magnitude+refit=none",
 )
 
 Row = dict[str, Any]

@@ -1,6 +1,7 @@
 """Tables of the studies of bench/study.py, as Markdown. `python bench/page.py` puts them into docs/quality.md."""
 
 import json
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median
@@ -8,6 +9,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 DENSE, DEFAULT = "dense", "ours"
+# The largest multiple of the dense perplexity in the plot of a study.
+MOST = 50
 
 Row = dict[str, Any]
 Study = dict[str, Any]
@@ -115,8 +118,14 @@ def calibration_table(study: Study) -> list[str]:
     return table(["recipe", "calibration tokens", "for each channel"], cells)
 
 
+def _exceeds(study: Study) -> bool:
+    """Whether a row lies above the plot."""
+    dense = dense_row(study)["perplexity"]
+    return any(value > MOST * dense[text] for row in study["rows"] for text, value in row["perplexity"].items())
+
+
 def section(model: str, results: Path = RESULTS) -> list[str]:
-    """The section of a model in docs/quality.md; nothing where it has no study."""
+    """What docs/quality.md says of a model without its heading; nothing where it has no study."""
     study = load(model, results)
     if study is None:
         return []
@@ -124,24 +133,32 @@ def section(model: str, results: Path = RESULTS) -> list[str]:
     texts = " and ".join(f"{name} (`{file}`)" for name, file in settings["texts"].items())
     targets = " and ".join(f"{target:,}" for target in by_target(study))
     place = study["environment"]
-    notes = list(dict.fromkeys(f"`{row['recipe']}`: {row['note']}." for row in study["rows"] if "note" in row))
-    lines = [
-        f"## {model}, {seeds} {'seed' if seeds == 1 else 'seeds'}",
-        "",
-        f"Every recipe keeps at most {targets} of the {dense_row(study)['parameters']:,} parameters. Perplexity is "
+    paragraph = (
+        f"Every recipe keeps at most {targets} of the {dense_row(study)['parameters']:,} parameters; "
+        f"{'one seed' if seeds == 1 else f'{seeds} seeds, mean (smallest to largest)'}. Perplexity is "
         f"measured on {settings['windows']} windows of {settings['length']} tokens, evenly spaced over each text: "
         f"{texts}. The calibration text is `{settings['calibration']}`. All weights are {settings['dtype']}. Seconds "
         "(median over the seeds) and peak resident memory (highest) are those of the whole process: start of Python, "
         "compilation, loading, pruning and evaluation. CPU seconds are those of all threads; unlike the seconds they "
         "hardly depend on other work, which ran on the machine at times. The machine has "
-        f"{place['cores']} cores ({place['device']}). Made by `python bench/study.py`.",
+        f"{place['cores']} cores ({place['device']}). Made by `python bench/study.py`."
+    )
+    lines = [
+        *textwrap.wrap(paragraph, 128, break_long_words=False, break_on_hyphens=False),
         "",
         *perplexity_table(study),
         "",
         f"![perplexity of {model} against its parameters](study-{model}.svg)",
     ]
+    if _exceeds(study):
+        lines += ["", f"The plot ends at {MOST} times the dense perplexity; some lines leave it."]
+    notes = [
+        f"- `{row['recipe']}`, at most {row['target'] / 1e6:.2f}M: {row['note']}."
+        for row in study["rows"]
+        if "note" in row
+    ]
     if notes:
-        lines += ["", "Peers:", "", *(f"- {note}" for note in notes)]
+        lines += ["", "Peers:", "", *notes]
     better = better_table(study)
     if better:
         lines += ["", f"Where another recipe is better than `{DEFAULT}`:", "", *better]

@@ -285,9 +285,8 @@ def test_the_section_of_a_study_appears_with_its_results(bench: Bench, results: 
     section = bench("study_tables").section
     assert section("absent", results) == []
     text = "\n".join(section("small", results))
-    assert text.startswith("## small, 2 seeds\n")
-    assert "at most 3,000,000 and 2,000,000 of the 4,000,000 parameters" in text
-    assert "- `torch-pruning`: as published." in text
+    assert text.startswith("Every recipe keeps at most 3,000,000 and 2,000,000 of the 4,000,000 parameters; 2 seeds,")
+    assert "- `torch-pruning`, at most 3.00M: as published." in text
 
 
 def test_the_plot_of_a_study_is_drawn_from_its_results(bench: Bench, results: Path) -> None:
