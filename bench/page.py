@@ -14,7 +14,7 @@ import study_tables
 import tables
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("docs/quality.md",)
+PAGES = ("README.md", "docs/quality.md")
 
 _PART = re.compile(r"(<!-- made: (\w+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -36,6 +36,7 @@ def under(heads: Sequence[str], rows: Callable[[], list[str]]) -> Callable[[str]
 # Name of a part -> its lines, from the word behind the name.
 PARTS: dict[str, Callable[[str], list[str]]] = {
     "study": study_tables.section,
+    "peers": study_tables.peers_table,
     "quality": quality,
     "beaten": under(["model", "ratio", "recipe", "× dense", "the default"], tables.beaten_rows),
     "cost": under(["recipe", *tables.MODELS], tables.cost_rows),

@@ -137,7 +137,8 @@ def measure(row: Row) -> Row:
         settings = settings_of(job)
         model = api.prune(model, row["calibration"], recipe=settings)
         assert model.record is not None, "a pruned model has a record"
-        tokens = model.record["calibration"]["samples"] * model.record["calibration"]["length"]
+        drawn = model.record["calibration"]
+        tokens = drawn["samples"] * drawn["length"] if drawn["samples"] > 1 else 0  # one where the run reads no text
     seconds = time.perf_counter() - start
     with np.load(row["windows"]) as texts:
         measured = {name: api.evaluate(model, Batches(texts[name])).perplexity for name in texts.files}

@@ -9,6 +9,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 DENSE, DEFAULT = "dense", "ours"
+# The recipes of our own in the table of the README.
+OURS = ("ours", "ours+allocation=curves")
 # The largest multiple of the dense perplexity in the plot of a study.
 MOST = 50
 
@@ -84,7 +86,10 @@ def number(value: float) -> str:
 
 
 def better_table(study: Study, default: str = DEFAULT) -> list[str]:
-    """A row for each recipe that is better than the default at some target: in perplexity, time or memory."""
+    """A row for each recipe that is better than the default at some target, in perplexity, and for peers in cost too.
+
+    Variants of the default are compared by perplexity alone.
+    """
     measures: dict[str, tuple[Callable[[list[Row]], float], Callable[[float], str]]] = {
         f"perplexity, {text}": (lambda rows, text=text: mean(perplexities(rows, text)), number)
         for text in study["settings"]["texts"]
@@ -100,9 +105,18 @@ def better_table(study: Study, default: str = DEFAULT) -> list[str]:
             lines += [
                 (f"{target / 1e6:.2f}M", name, f"`{recipe}`", written(measure(rows)), written(ours))
                 for recipe, rows in recipes.items()
-                if measure(rows) < ours
+                if measure(rows) < ours and (written is number or recipe.partition("+")[0] != default)
             ]
     return table(["at most", "measure", "recipe", "its value", f"`{default}`"], lines) if lines else []
+
+
+def peers_table(model: str, results: Path = RESULTS) -> list[str]:
+    """The table of the README: dense, ours and the published methods, without controls; nothing without a study."""
+    study = load(model, results)
+    if study is None:
+        return []
+    names = dict.fromkeys(row["recipe"] for row in study["rows"])
+    return perplexity_table(study, [name for name in names if name.partition("+")[0] != DEFAULT or name in OURS])
 
 
 def calibration_table(study: Study) -> list[str]:

@@ -272,12 +272,27 @@ def test_the_table_has_every_recipe_at_every_target(bench: Bench, results: Path)
     assert tables.perplexity_table(tables.load("small", results), ["flap"])[2:] == [table[2], table[5]]
 
 
+def test_the_table_of_the_readme_has_no_controls(bench: Bench, results: Path) -> None:
+    path = results / "study-small.json"
+    study = json.loads(path.read_text())
+    study["rows"].append(row("ours+criterion=noise", 2_000_000, 0, 9.0, 9.0))
+    path.write_text(json.dumps(study))
+    tables = bench("study_tables")
+    whole, shown = tables.perplexity_table(study), tables.peers_table("small", results)
+    assert [line for line in whole if line not in shown] == [line for line in whole if "noise" in line]
+    assert tables.peers_table("absent", results) == []
+
+
 def test_what_others_do_better_is_said(bench: Bench, results: Path) -> None:
     tables = bench("study_tables")
-    assert tables.better_table(tables.load("small", results))[2:] == [
+    study = tables.load("small", results)
+    study["rows"].append(row("ours+refit=none", 2_000_000, 0, 19.0, 1.0))
+    assert tables.better_table(study)[2:] == [
         "| 3.00M | CPU seconds | `torch-pruning` | 4 | 61 |",
         "| 2.00M | perplexity, wiki | `flap` | 15.00 | 20.00 |",
+        "| 2.00M | perplexity, wiki | `ours+refit=none` | 19.00 | 20.00 |",
         "| 2.00M | perplexity, stories | `flap` | 30.00 | 40.00 |",
+        "| 2.00M | perplexity, stories | `ours+refit=none` | 38.00 | 40.00 |",
     ]
 
 
