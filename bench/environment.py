@@ -2,14 +2,13 @@
 
 import os
 import platform
-import resource
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+from processes import peak_resident_bytes
 
 
 def environment() -> dict[str, Any]:
@@ -21,7 +20,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy", "transformers")},
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -32,23 +31,16 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of this checkout; `-dirty` at its end where files have changed since."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def peak_bytes(of_torch: bool = False) -> int:
-    """The peak memory of this process so far, in bytes: on the device, or resident memory if the device is a CPU.
-
-    On Linux it is VmHWM and not `ru_maxrss`, which begins with the value of the parent process.
-    """
+    """The peak memory of this process so far, in bytes: on the device, or resident memory if the device is a CPU."""
     if jax.default_backend() == "cpu":
-        status = Path("/proc/self/status")
-        if status.exists():
-            (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-            return 1024 * int(line.split()[1])
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
+        return peak_resident_bytes()
     if of_torch:
         import torch
 

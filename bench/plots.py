@@ -2,7 +2,8 @@
 
     python bench/plots.py
 
-writes docs/fidelity.svg, docs/quality.svg and docs/perplexity.svg. The same results give the same bytes.
+writes docs/fidelity.svg, docs/quality.svg, docs/perplexity.svg and docs/study-MODEL.svg for each study. The same
+results give the same bytes.
 """
 
 import io
@@ -13,6 +14,7 @@ from typing import Any
 
 import matplotlib as mpl  # pyright: ignore[reportMissingImports]  # an extra
 import numpy as np
+import study_tables
 import tables
 from matplotlib import pyplot as plt  # pyright: ignore[reportMissingImports]
 from matplotlib import ticker  # pyright: ignore[reportMissingImports]
@@ -148,12 +150,68 @@ def quality() -> None:
             means = [mean for mean, _, _ in ratios.values()]
             axes.plot([100 * r for r in ratios], means, line, color=colour, marker=".", label=recipe)
         axes.set(yscale="log", xlabel="% of heads and channels removed", title=model)
-        axes.yaxis.set_major_locator(ticker.FixedLocator([1, 1.2, 1.5, 2, 3, 5, 10, 20, 50]))
-        axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+        multiples_on(axes)
     grid[0].set_ylabel("perplexity, × dense")
     grid[-1].legend(fontsize=7, loc="upper left")
     figure.savefig(DOCS / "quality.svg", metadata={"Date": None})
+
+
+def multiples_on(axes: Any) -> None:
+    """Label the logarithmic axis of multiples of the dense perplexity with plain numbers."""
+    axes.yaxis.set_major_locator(ticker.FixedLocator([1, 1.2, 1.5, 2, 3, 5, 10, 20, 50]))
+    axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+# Colour and line style of the recipes of a study: ours, published methods and peers, and controls.
+STUDIED = {
+    "ours": ("tab:blue", "-"),
+    "ours+allocation=curves": ("tab:green", "-"),
+    "ours+allocation=measured": ("tab:cyan", "-"),
+    "flap": ("tab:purple", "--"),
+    "wanda-sp": ("tab:orange", "--"),
+    "llm-pruner": ("tab:brown", "--"),
+    "mini-llm": ("tab:red", "--"),
+    "torch-pruning": ("tab:pink", "--"),
+    "ours+criterion=noise": ("tab:gray", ":"),
+    "ours+criterion=random": ("black", ":"),
+    "ours+criterion=noise+refit=none": ("tab:gray", "-."),
+    "ours+criterion=random+refit=none": ("black", "-."),
+    "ours+criterion=magnitude+refit=none": ("tab:olive", "-."),
+}
+
+
+def study(model: str, results: Path = RESULTS, docs: Path = DOCS) -> None:
+    """docs/study-MODEL.svg: for each text, perplexity as a multiple of the dense model's against the parameters.
+
+    A point is the mean over seeds. Variants of our recipe that `STUDIED` does not name are not drawn; those of other
+    recipes have the style of the recipe.
+    """
+    found = study_tables.load(model, results)
+    if found is None:
+        return
+    dense, texts = study_tables.dense_row(found), list(found["settings"]["texts"])
+    figure, grid = plt.subplots(1, len(texts), figsize=(6 * len(texts) + 2, 4.5), layout="constrained", squeeze=False)
+    for text, axes in zip(texts, grid[0], strict=True):
+        for recipe in dict.fromkeys(row["recipe"] for row in found["rows"]):
+            name = recipe.partition("+")[0]
+            colour, line = STUDIED.get(recipe if name == "ours" else name, ("", ""))
+            if not colour:
+                continue
+            points = [(dense["parameters"] / 1e6, 1.0)]
+            for recipes in study_tables.by_target(found).values():
+                if recipe in recipes:
+                    rows = recipes[recipe]
+                    multiple = np.mean(study_tables.perplexities(rows, text)) / dense["perplexity"][text]
+                    points.append((float(np.mean([row["parameters"] for row in rows])) / 1e6, float(multiple)))
+            axes.plot(*zip(*points, strict=True), line, color=colour, marker=".", label=recipe)
+        axes.set(yscale="log", ylim=(0.95, study_tables.MOST), xlabel="parameters, millions", title=text)
+        multiples_on(axes)
+        axes.invert_xaxis()
+    grid[0, 0].set_ylabel("perplexity, × dense")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
+    figure.savefig(docs / f"study-{model}.svg", metadata={"Date": None})
+    plt.close(figure)
 
 
 # Parameters of the dense stories260K. Its results hold the parameters of the pruned models only.
@@ -256,6 +314,8 @@ def main() -> None:
     mpl.rcParams["svg.hashsalt"] = "minillm-jax"
     fidelity()
     quality()
+    for path in sorted(RESULTS.glob("study-*.json")):
+        study(path.stem.removeprefix("study-"))
     readme()
 
 

@@ -1,7 +1,10 @@
 """Settings of all tests: strict JAX, fast compilation, checks of array types and shapes, no network."""
 
+import importlib
 import os
 from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -55,3 +58,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts the modules by the place of their folder in `LONG`; all others come last."""
     ranks = {folder: rank for rank, folder in enumerate(LONG)}
     items.sort(key=lambda item: ranks.get(item.path.parent.name, len(LONG)))
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Callable[[str], ModuleType]]:
+    """Modules of `bench` by name. They import each other as they do when a script runs."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "bench")
+        yield importlib.import_module
+    torch.set_num_threads(threads)

@@ -2,12 +2,11 @@
 
 import argparse
 import copy
-import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -30,16 +29,6 @@ from minillm_jax.pruning.refit import prune_by_obs
 
 ROOT = Path(__file__).parents[1]
 EPSILON = 1e-3
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Callable[[str], ModuleType]]:
-    """Modules of `bench` by name. They import each other as they do when a script runs."""
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "bench")
-        yield importlib.import_module
-    torch.set_num_threads(threads)
 
 
 def test_flops_equal_the_count_of_the_compiler(bench: Callable[[str], ModuleType]) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,12 +76,20 @@ def test_every_figure_of_the_quality_study_comes_from_a_committed_result(tables:
         assert " ".join(line.split()) in study, f"docs/quality.md does not say {line!r}; run python bench/tables.py"
 
 
+def test_the_made_parts_of_the_pages_are_up_to_date(bench: Callable[[str], ModuleType]) -> None:
+    page = bench("page")
+    for name in page.PAGES:
+        text = (ROOT / name).read_text()
+        assert page.filled(text) == text, f"{name} is not what the results give; run python bench/page.py"
+
+
 def test_results_name_hardware_versions_and_a_clean_commit() -> None:
     for path in (ROOT / "bench" / "results").glob("*.json"):
         text = path.read_text()
-        commit = re.search(r'"commit": "([^"]*)"', text)
-        assert commit is not None, path
-        assert re.fullmatch(r"[0-9a-f]{12}", commit[1]), f"{path.name} was measured on uncommitted changes"
+        commits = re.findall(r'"commit": "([^"]*)"', text)
+        assert commits, path
+        for commit in commits:
+            assert re.fullmatch(r"[0-9a-f]{12}", commit), f"{path.name} was measured on uncommitted changes"
         assert '"device"' in text
         assert '"jax"' in text
 

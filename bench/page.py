@@ -1,0 +1,69 @@
+"""Puts the tables of the committed results into the pages that quote them.
+
+    python bench/page.py
+
+A page marks each made part with two comments, `<!-- made: study SmolLM2-135M -->` and `<!-- end -->`. The lines between
+them are replaced; all others are written by hand. `tests/test_readme.py` checks that the pages are up to date.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import study_tables
+import tables
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/quality.md")
+
+_PART = re.compile(r"(<!-- made: (\w+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def quality(model: str) -> list[str]:
+    """The table of one of the small models."""
+    ratios = next(iter(tables.quality(model).values()))
+    return [
+        *study_tables.table(["recipe", *(f"{100 * ratio:.0f} %" for ratio in ratios)], []),
+        *tables.quality_rows(model),
+    ]
+
+
+def under(heads: Sequence[str], rows: Callable[[], list[str]]) -> Callable[[str], list[str]]:
+    """A table that takes no word: its heads, then the rows of a function."""
+    return lambda _: [*study_tables.table(heads, []), *rows()]
+
+
+# Name of a part -> its lines, from the word behind the name.
+PARTS: dict[str, Callable[[str], list[str]]] = {
+    "study": study_tables.section,
+    "peers": study_tables.peers_table,
+    "quality": quality,
+    "beaten": under(["model", "ratio", "recipe", "× dense", "the default"], tables.beaten_rows),
+    "cost": under(["recipe", *tables.MODELS], tables.cost_rows),
+    "refit": under(["part", "host", "device"], tables.refit_rows),
+}
+
+
+def filled(page: str) -> str:
+    """A page with all its made parts as the results give them.
+
+    Raises:
+      KeyError: a part has a name that is not in `PARTS`.
+    """
+
+    def part(match: re.Match[str]) -> str:
+        lines = "\n".join(PARTS[match[2]](match[3] or ""))
+        return f"{match[1]}\n{lines}\n\n{match[4]}" if lines else f"{match[1]}{match[4]}"
+
+    return _PART.sub(part, page)
+
+
+def main() -> None:
+    """Fill in all pages."""
+    for name in PAGES:
+        path = ROOT / name
+        path.write_text(filled(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()
