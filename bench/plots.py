@@ -166,7 +166,8 @@ def multiples_on(axes: Any) -> None:
 # Colour and line style of the recipes of a study: ours, published methods and peers, and controls.
 STUDIED = {
     "ours": ("tab:blue", "-"),
-    "ours+allocation=curves": ("tab:green", "-"),
+    "ours+allocation=equal": ("tab:green", "-"),
+    "ours+allocation=uniform": ("tab:olive", "-"),
     "ours+allocation=measured": ("tab:cyan", "-"),
     "flap": ("tab:purple", "--"),
     "wanda-sp": ("tab:orange", "--"),

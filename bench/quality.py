@@ -64,7 +64,7 @@ class Recipe:
 
 def recipes(model: Model, seed: int, quick: bool) -> dict[str, Recipe]:
     """All recipes by name: each criterion without and with least squares, then FLAP and structured OBS."""
-    none, squares = Refit("none"), Refit()
+    none, squares = Refit("none"), Refit(ridge=0.01)
     scorings = {name: Scoring(name, Estimation(seed=seed), seed=seed) for name in CRITERIA}
     scorings |= {f"{name}, exact": Scoring(name, Estimation("exact", seed=seed), seed=seed) for name in EXACT}
     presets = {"fms": "mini-llm", "wanda": "wanda-sp", "element-1, exact": "llm-pruner"}
@@ -80,7 +80,10 @@ def recipes(model: Model, seed: int, quick: bool) -> dict[str, Recipe]:
     obs = Scoring("obs")
     table["obs"] = Recipe(obs, none)
     table["obs + least squares, outputs only"] = Recipe(obs, replace(squares, inputs=0.0))
-    table["obs + least squares"] = Recipe(obs, squares, preset="ours")
+    table["obs + least squares"] = Recipe(obs, squares)
+    table["obs + least squares, held-out ridge"] = Recipe(obs, Refit())
+    table["obs + least squares, held-out ridge, equal"] = Recipe(obs, Refit(), "equal")
+    table["obs + least squares, held-out ridge, curves"] = Recipe(obs, Refit(), "curves", preset="ours")
     table["obs + least squares, measured"] = Recipe(obs, squares, "measured")
     return table
 

@@ -1,7 +1,7 @@
 """The study of one model: perplexity of recipes, controls and peers with equally many parameters, on several texts.
 
     python bench/study.py MODEL --calibration FILE --text NAME=FILE [--text NAME=FILE] --params 110M 80M
-        [--recipes ours ours+allocation=curves torch-pruning] [--seeds 3] --output bench/results/study-MODEL.json
+        [--recipes ours ours+allocation=equal torch-pruning] [--seeds 3] --output bench/results/study-MODEL.json
 
 A recipe is a name of `minillm-jax recipe list`, with options of `minillm-jax prune` behind it: `ours+criterion=noise`,
 `wanda-sp+samples=256`. `torch-pruning` is a peer (bench/peers.py). A recipe keeps its own number of calibration windows
@@ -54,7 +54,8 @@ PEERS = {"torch-pruning": Path(__file__).with_name("peers.py")}
 
 RECIPES = (
     "ours",
-    "ours+allocation=curves",
+    "ours+allocation=equal",
+    "ours+allocation=uniform",
     "flap",
     "wanda-sp",
     "llm-pruner",

@@ -10,7 +10,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 DENSE, DEFAULT = "dense", "ours"
 # The recipes of our own in the table of the README.
-OURS = ("ours", "ours+allocation=curves")
+OURS = ("ours", "ours+allocation=equal", "ours+allocation=uniform")
 # The largest multiple of the dense perplexity in the plot of a study.
 MOST = 50
 
