@@ -181,6 +181,6 @@ def same_words(words: Iterable[str]) -> tuple[str, ...]:
 COUNT = Spelling(_count, lambda count: count, "5.4B")
 BYTES = Spelling(read_bytes, lambda size: size, "2GB")
 LAYERS = Spelling(_layers, lambda layers: "all" if layers is None else f"{layers[0]}:{layers[1]}", "A:B")
-STEP = Spelling(_step, lambda step: "auto" if step is None else step, "STEP")
+STEP = Spelling(_step, lambda step: "auto" if step is None else step, "1e-3")
 WORDS = Spelling(_words, list, "A,B")
 SHARDS = Spelling(shard_size, lambda size: size, "5GB")

@@ -16,7 +16,7 @@ import numpy as np
 import minillm_jax.hidden  # noqa: F401  before the first import of convert
 from convert import formats, gguf_metadata, gguf_write
 from convert.reader import Description
-from minillm_jax.budget import allocate, expected
+from minillm_jax.budget import allocate, curves, expected
 from minillm_jax.budget.inventory import kept_count
 from minillm_jax.data.batches import TOKENS_PER_BATCH
 from minillm_jax.data.calibration_size import widest_mlp
@@ -32,7 +32,7 @@ from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.recipes.sized import few_tokens, sized
 from minillm_jax.scoring.criteria import CRITERIA
 from minillm_jax.scoring.gradient.plan import direction_bytes
-from minillm_jax.settings import MEASURED, Output
+from minillm_jax.settings import BY_CURVES, MEASURED, Output
 from minillm_jax.stages import biased_config
 
 FLOAT, DOUBLE = 4, 8
@@ -265,7 +265,8 @@ def walk_bytes(dense: Decoder, recipe: Recipe) -> int:
     letters, tokens = _letters(dense), prod(_windows(recipe))
     streams = (4 if dense.config.parallel else 2) * tokens * letters["D"]
     inputs = max(letters["N"] * letters["H"], letters["F"])
-    moments = 2 * (inputs**2 + inputs * letters["D"]) + 2 * letters["D"] ** 2
+    sums = 2 if recipe.refit.ridge is not None else 3  # with those of the held-out windows
+    moments = sums * (inputs**2 + inputs * letters["D"] + letters["D"] ** 2)
     layer = _layer_parameters(dense)
     return FLOAT * (streams + tokens * letters["D"] + moments + 2 * layer) + _activations(dense, recipe)
 
@@ -296,6 +297,7 @@ def host_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
     systems = 0
     if walks(recipe):
         matrices = 6 if recipe.scoring.criterion == "obs" else 3
+        matrices += 2 if recipe.refit.ridge is None else 0  # the systems of the fit and of the held-out windows
         systems = DOUBLE * (matrices * inputs**2 + 3 * inputs * letters["D"])
     layer = 0 if on_cpu else 2 * FLOAT * _layer_parameters(dense)
     return LIBRARIES + systems + layer
@@ -340,10 +342,20 @@ def run_flops(dense: Decoder, pruned: Decoder, recipe: Recipe) -> float:
     if "layers" in recipe.budget.structures:
         total += forward * layer_passes(recipe, layer_count(dense))
     if recipe.budget.allocation in MEASURED:
-        levels = len(allocate.SHARES) if recipe.budget.allocation == "measured" else 1
-        trials = levels * len(recipe.budget.kinds) * layer_count(dense)
-        total += forward * (1 + trials)
+        total += walk_flops(dense, dense, recipe) + forward * allocation_passes(recipe, layer_count(dense))
     return total
+
+
+def allocation_passes(recipe: Recipe, layers: int) -> float:
+    """Forward passes of an allocation that measures, in forward passes over all calibration windows.
+
+    Each begins at the pruned layer: half a pass by the mean. The allocations by curves measure one level on some tokens.
+    """
+    levels, share = len(allocate.SHARES), 1.0
+    if recipe.budget.allocation in BY_CURVES:
+        samples, length = _windows(recipe)
+        levels, share = 1, min(1.0, curves.MEASURED_TOKENS / (samples * length))
+    return share * (1 + levels * len(recipe.budget.kinds) * layers / 2)
 
 
 def layer_passes(recipe: Recipe, count: int) -> int:

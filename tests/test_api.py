@@ -20,7 +20,7 @@ from minillm_jax.data.batches import Batches
 from minillm_jax.data.windows import Calibration
 from minillm_jax.errors import InputError
 from minillm_jax.model.loaded import Model
-from minillm_jax.model.tree import group_counts, kernels
+from minillm_jax.model.tree import group_counts, kernels, parameter_count
 from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.run import Job, run
 from minillm_jax.scoring.activations import activation_norms
@@ -81,7 +81,7 @@ def test_one_call_prunes_a_model_with_a_text(tmp_path: Path) -> None:
     model = load(demo.FOLDER)
     options = {"ratio": 0.2, "samples": 3, "seq_len": 32, "seed": 5}
     pruned = prune(model, tmp_path / "text.txt", **options)
-    assert group_counts(pruned.decoder, "head") == [4] * 4
+    assert parameter_count(pruned.decoder) <= 804_640, "what a uniform share leaves"
     assert pruned.record is not None
     assert (pruned.record["scoring"]["criterion"], pruned.record["refit"]["method"]) == ("obs", "least-squares")
     calibration = calibrate(model, tmp_path / "text.txt", samples=3, length=32, seed=5)

@@ -18,7 +18,7 @@ from minillm_jax.model.config import DecoderConfig, Sizes
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.tree import group_counts, part_counts, sizes_of
 from minillm_jax.pruning.slicing import slice_sizes
-from minillm_jax.settings import Budget
+from minillm_jax.settings import BY_CURVES, Budget
 
 # Kind of group -> what a sentence calls it, and the structure that names it in the options.
 _WORDS = {
@@ -189,9 +189,13 @@ def _or(ways: list[str]) -> str:
 
 
 def warn_of_idle_kinds(before: Counts, after: Counts, budget: Budget) -> None:
-    """Warns about every kind of groups of which an unequal allocation removes none."""
+    """Warns about every kind of groups of which an unequal allocation removes none.
+
+    The allocations by curves are meant to choose between the kinds, so they are silent.
+    """
+    silent = budget.uniform or budget.allocation in BY_CURVES
     for kind, counts in after.items():
-        if not budget.uniform and list(counts) == list(before[kind]):
+        if not silent and list(counts) == list(before[kind]):
             warn(
                 f"the allocation {budget.allocation} removes no {_WORDS[kind][0]}: the other groups are cheaper to "
                 f"remove; leave out {_WORDS[kind][1]} in --structures, or use --budget uniform to remove some"

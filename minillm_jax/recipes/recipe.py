@@ -208,7 +208,7 @@ def _value(described: Option, value: Any, where: str) -> Any:
     if spelling is SHARDS and isinstance(value, int) and not isinstance(value, bool):
         return _value(described, f"{value}B", where)
     if spelling in (COUNT, BYTES, STEP) and isinstance(value, int | float) and not isinstance(value, bool):
-        return value
+        return float(value) if spelling is STEP else value
     if spelling is not None and value is not None:
         raise InputError(f"{where} must be written like {spelling.example}, found {_quoted(value)}")
     if described.kind in (int, float) and isinstance(value, str):

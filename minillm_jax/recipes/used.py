@@ -75,7 +75,7 @@ def used(recipe: Recipe, given: Mapping[tuple[str, str], str] | None = None) -> 
     """
     keys: dict[str, set[str]] = {section: set() for section in SECTIONS}
     scored = replace(recipe.scoring, kinds=recipe.budget.kinds or Scoring.kinds)
-    recipe = replace(recipe, scoring=scored)
+    recipe = replace(recipe, scoring=scored, budget=replace(recipe.budget, allocation=_allocation(recipe)))
     watch = replace(recipe, **{name: watched(getattr(recipe, name), keys[name]) for name in SECTIONS})
     budget = _budget(watch.budget, recipe)
     criterion, scoring, gradient = _scoring(watch, budget)
@@ -124,7 +124,7 @@ def _budget(budget: Budget, recipe: Recipe) -> Budget:
         target_params=budget.target_params,
         target_macs=budget.target_macs,
         target_memory=budget.target_memory,
-        allocation=_allocation(budget, recipe) if budget.kinds else "uniform",
+        allocation=budget.allocation if budget.kinds else "uniform",
         structures=budget.structures,
         heads=budget.heads if heads else "group",
         layers=budget.layers,
@@ -135,8 +135,9 @@ def _budget(budget: Budget, recipe: Recipe) -> Budget:
     )
 
 
-def _allocation(budget: Budget, recipe: Recipe) -> str:
+def _allocation(recipe: Recipe) -> str:
     """The allocation that a user chose, or the one that suits criterion, structures and format."""
+    budget = recipe.budget
     if budget.allocation is not None:
         return budget.allocation
     whole = {"hidden", "layers"} & set(budget.structures)

@@ -158,7 +158,7 @@ def test_prune_refuses_before_work_and_warns_about_a_part() -> None:
 
 def test_plan_warns_like_the_run() -> None:
     described = describe_model(demo.FOLDER)
-    recipe = used(*with_options(Recipe(), {"ratio": 0.05, "structures": "heads,channels"})).recipe
+    recipe = used(*with_options(Recipe(), {"ratio": 0.05, "structures": "heads,channels", "budget": "uniform"})).recipe
     with pytest.warns(InputWarning, match="no key/value heads are removed"):
         assert plans.plan(described, "demo", recipe).parameters_after is not None
     recipe = used(*with_options(Recipe(), {"ratio": 0.05, "structures": "heads"})).recipe

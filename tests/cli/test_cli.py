@@ -158,7 +158,7 @@ def test_recipes_are_printed_and_overridden(
     assert call(monkeypatch, ["recipe", "show", "mini-llm"]) == 0
     shown = tomllib.loads(capsys.readouterr().out)
     assert shown["scoring"]["criterion"] == "fms"
-    assert shown["refit"]["ridge"] == 0.01
+    assert shown["refit"]["method"] == "none"
     assert call(monkeypatch, ["recipe", "show", "mini-llm", "--changes"]) == 0
     assert "ridge" not in capsys.readouterr().out
     options = prune_options(text, tmp_path / "out", preset="wanda-sp", refit="least-squares", alpha=0.25)
@@ -169,7 +169,7 @@ def test_recipes_are_printed_and_overridden(
     assert settings["refit"] == {
         "method": "least-squares",
         "alpha": 0.25,
-        "ridge": 0.01,
+        "ridge": None,
         "solver": "host",
         "inputs": 0.5,
     }

@@ -378,7 +378,7 @@ def test_inverse_of_a_definite_matrix(solver: str) -> None:
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_update_of_obs_equals_the_least_squares_refit(alpha: float) -> None:
     """OBS starts from the least-squares weights before any removal, with the ridge in H."""
-    decoder, settings = small_decoder(**BIASED), Refit(alpha=alpha, inputs=0.0)
+    decoder, settings = small_decoder(**BIASED), Refit(alpha=alpha, ridge=0.01, inputs=0.0)
     counts = {kind: [len(rows)] * 3 for kind, rows in KEPT.items()}
     pruned, kept = prune_by_obs(decoder, counts, BATCHES, settings)
     assert group_counts(pruned, "head") == counts["head"]

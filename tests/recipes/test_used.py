@@ -21,7 +21,7 @@ def recipe_of(name: str, **changes: Any) -> tuple[Recipe, dict[tuple[str, str], 
 
 IDLE = [
     # A refit that is not there, or whose method does not read the option.
-    ("ours", {"criterion": "wanda", "refit": "bias", "ridge": 5}, "--ridge"),
+    ("ours", {"criterion": "wanda", "refit": "bias", "ridge": 5.0}, "--ridge"),
     ("ours", {"criterion": "wanda", "refit": "bias", "solver": "device"}, "--solver"),
     ("ours", {"criterion": "wanda", "refit": "bias", "refit_inputs": 0.5}, "--refit-inputs"),
     ("ours", {"refit": "none", "inner": 0.5}, "--inner"),
@@ -39,7 +39,7 @@ IDLE = [
     ("ours", {"structures": "layers", "heads": "group"}, "--heads"),
     ("ours", {"structures": "layers", "rounds": 2}, "--rounds"),
     ("wanda-sp", {"structures": "hidden", "rounds": 2}, "--rounds"),
-    ("ours", {"keep_at_least": 0.2}, "--keep-at-least"),
+    ("ours", {"keep_at_least": 0.2, "budget": "uniform"}, "--keep-at-least"),
     ("ours", {"target_params": "5M", "ratio_of": "blocks"}, "--ratio-of"),
     # A criterion that does not read the option.
     ("wanda-sp", {"across": "max"}, "--across"),
@@ -110,8 +110,8 @@ def default_of(section: str, key: str) -> Any:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("ours", {"criterion": "wanda", "ridge": 5, "alpha": 0.1, "refit_inputs": 0.3, "solver": "device"}),
-        ("ours", {"refit": "none", "ridge": 5, "alpha": 0.1, "solver": "device"}),
+        ("ours", {"criterion": "wanda", "ridge": 5.0, "alpha": 0.1, "refit_inputs": 0.3, "solver": "device"}),
+        ("ours", {"refit": "none", "ridge": 5.0, "alpha": 0.1, "solver": "device"}),
         ("flap", {"alpha": 0.3, "samples": 8, "keep_at_least": 0.3, "within": "sum"}),
         ("mini-llm", {"directions": 4, "epsilon": "auto", "memory": "1GB", "checkpoint": "saved", "across": "sum"}),
         ("mini-llm", {"space": "low-rank", "rank": 2, "distribution": "sphere", "estimator": "jvp"}),
@@ -162,7 +162,7 @@ VALUES: dict[str, list[Any]] = {
     "memory": [10**8],
     "factors": [("magnitude",), ("activation", "gradient")],
     "alpha": [0.25],
-    "ridge": [0.5],
+    "ridge": [0.5, None],
     "inputs": [0.25],
     "max_shard_size": ["1MB"],
     "checkpoint": ["saved"],

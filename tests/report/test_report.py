@@ -126,7 +126,8 @@ def test_few_calibration_tokens_are_named_in_every_document(tmp_path: Path) -> N
     printed = capture.get()
     for text in (page.text, Path(result.job.output, "README.md").read_text(), printed):
         assert words in " ".join(text.replace("\xa0", " ").split())
-        assert str(tmp_path) not in text.replace(result.job.output, "")
+        squeezed = "".join(text.split())  # the table wraps a long path
+        assert str(tmp_path) not in squeezed.replace(result.job.output, "")
     assert "3 windows of 20 tokens of tokens.npy (2) and tokens.npy (1)" in page.text
 
 
@@ -180,7 +181,7 @@ def test_the_same_summary_gives_the_same_bytes(wanda: tuple[Result, dict[str, An
 @pytest.mark.parametrize("form", ["stock", "padded", "flax"])
 def test_every_format_has_its_documents_and_its_loading_snippet(tmp_path: Path, form: str) -> None:
     """The criterion obs has no plot of scores, and a job without evaluation has no plot of perplexity."""
-    budget = Budget(0.3, structures=("channels",))
+    budget = Budget(0.3, structures=("channels",), allocation="uniform")
     job = job_of(tmp_path, False, budget=budget, scoring=Scoring("obs"), refit=Refit(), output=Output(form))
     result, written = finish(job)
     assert same_summary(result, written)
