@@ -349,7 +349,8 @@ def run_flops(dense: Decoder, pruned: Decoder, recipe: Recipe) -> float:
 def allocation_passes(recipe: Recipe, layers: int) -> float:
     """Forward passes of an allocation that measures, in forward passes over all calibration windows.
 
-    Each begins at the pruned layer: half a pass by the mean. The allocations by curves measure one level on some tokens.
+    Each begins at the pruned layer: half a pass by the mean. The allocations by curves measure one level, on fewer
+    tokens.
     """
     levels, share = len(allocate.SHARES), 1.0
     if recipe.budget.allocation in BY_CURVES:

@@ -126,7 +126,7 @@ def test_every_file_of_the_package_writes_no_default() -> None:
         ("[budget]\nstructures = 3", "budget.structures must be written like A,B, found '3'"),
         ("[budget]\nstructures = [1, 2]", "budget.structures must be written like A,B, found '[1, 2]'"),
         ("[budget]\nlayers = 4", "budget.layers must be written like A:B, found '4'"),
-        ("[gradient]\nepsilon = [1]", "gradient.epsilon must be written like STEP, found '[1]'"),
+        ("[gradient]\nepsilon = [1]", "gradient.epsilon must be written like 1e-3, found '[1]'"),
         ("[budget]\ntarget_params = true", "budget.target_params must be written like 5.4B, found 'True'"),
         ("[budget]\nlayers = 'one:two'", "budget.layers 'one:two' is not a range; expected A:B"),
         ("[budget]\ntarget_params = 'many'", "budget.target_params 'many' is not a number; expected 5.4B"),
