@@ -32,9 +32,15 @@ def _cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout; `-dirty` at its end where files have changed since."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    """The commit of this checkout; `-dirty` at its end where files have changed since, other than results."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
+
+    number = git("describe", "--always", "--abbrev=12")
+    # A study writes its rows while it runs: they change no other row.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results")
+    return f"{number}-dirty" if changed else number
 
 
 def peak_bytes(of_torch: bool = False) -> int:
