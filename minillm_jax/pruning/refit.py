@@ -248,8 +248,9 @@ def system_at(site: Site, settings: Refit, values: Gathered | None = None) -> Sy
 
 
 def held_out_windows(settings: Refit, batches: Batches) -> int:
-    """The number of windows that choose the ridge: none where a ridge is given, or where there are too few windows."""
-    return int(HELD_OUT * batches.count) if settings.ridge is None else 0
+    """The number of windows that choose the ridge: none where it is given, or without least squares, or of too few."""
+    chooses = settings.ridge is None and settings.method == "least-squares"
+    return int(HELD_OUT * batches.count) if chooses else 0
 
 
 def removal_order(system: System, count: int, keep: int, parts: int = 1, solver: str = "host") -> Removal:

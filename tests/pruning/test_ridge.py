@@ -82,6 +82,7 @@ def test_a_given_ridge_and_few_windows_hold_nothing_out() -> None:
     batches = Batches(random_tokens(61, 12, 16))
     assert held_out_windows(Refit(ridge=0.1), batches) == 0
     assert held_out_windows(Refit(), batches) == 3
+    assert held_out_windows(Refit("none"), batches) == held_out_windows(Refit("bias"), batches) == 0
     assert held_out_windows(Refit(), batches.first(3)) == 0
     counts = {"channel": [6] * 3}
     chosen_ridge, given = (
