@@ -125,7 +125,7 @@ def _stock_heads(config: DecoderConfig, sizes: Sizes) -> tuple[int, int]:
     Where no number is accepted, the numbers of the widest layers.
     """
     # Query heads may have been removed from some layers only.
-    widest, per_group = max(layer.K for layer in sizes.layers), max(layer.N // layer.K for layer in sizes.layers)
+    widest, per_group = max(layer.K for layer in sizes.layers), max(layer.N // max(layer.K, 1) for layer in sizes.layers)
     rule = TABLES[config.family].stock_heads
     if rule == "any" or _fits_mistral(config):
         return widest, per_group
@@ -161,7 +161,8 @@ def per_layer_config(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]
     layer to the keys whose values differ from those.
     """
     table, family = TABLES[config.family], FAMILIES[config.family]
-    widest = LayerSizes(*(max(getattr(layer, letter) for layer in sizes.layers) for letter in "NKF"))
+    # The classes of transformers are made with one head and one channel at least.
+    widest = LayerSizes(*(max(1, *(getattr(layer, letter) for layer in sizes.layers)) for letter in "NKF"))
     global_keys = _size_keys(family, widest)
     if config.alibi_heads is not None:
         global_keys[family.heads] = config.alibi_heads  # transformers computes the slopes from this head count

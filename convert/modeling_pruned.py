@@ -12,6 +12,7 @@ import sys
 from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,6 +27,9 @@ class _Family(NamedTuple):
     # Only for families whose attention computes the head size as hidden size / heads: the linear maps of a layer whose
     # output has the hidden size.
     outputs: tuple[str, ...] = ()
+    # The modules of the two sublayers, with the linear map to the hidden size in each.
+    attention: tuple[str, str] = ("self_attn", "o_proj")
+    mlp: tuple[str, str] = ("mlp", "down_proj")
 
 
 _FAMILIES = {
@@ -38,9 +42,28 @@ _FAMILIES = {
     "glm": _Family("Glm"),
     "glm4": _Family("Glm4"),
     "phi3": _Family("Phi3"),
-    "opt": _Family("OPT", layers="decoder.layers", outputs=("self_attn.out_proj", "fc2")),
-    "bloom": _Family("Bloom", "Block", "h", outputs=("self_attention.dense", "mlp.dense_4h_to_h")),
-    "gpt_neox": _Family("GPTNeoX", "Layer", outputs=("attention.dense", "mlp.dense_4h_to_h")),
+    "opt": _Family(
+        "OPT",
+        layers="decoder.layers",
+        outputs=("self_attn.out_proj", "fc2"),
+        attention=("self_attn", "out_proj"),
+        mlp=("", "fc2"),
+    ),
+    "bloom": _Family(
+        "Bloom",
+        "Block",
+        "h",
+        outputs=("self_attention.dense", "mlp.dense_4h_to_h"),
+        attention=("self_attention", "dense"),
+        mlp=("mlp", "dense_4h_to_h"),
+    ),
+    "gpt_neox": _Family(
+        "GPTNeoX",
+        "Layer",
+        outputs=("attention.dense", "mlp.dense_4h_to_h"),
+        attention=("attention", "dense"),
+        mlp=("mlp", "dense_4h_to_h"),
+    ),
 }
 
 # Suffix of a class name, and the Auto class that loads the class.
@@ -122,16 +145,66 @@ def _layer(family: _Family, config: Any, index: int) -> nn.Module:
     """A stock layer with the number of heads and channels that layer `index` keeps."""
     kept = config.per_layer_config[index]
     # `attribute_map` gives the attribute that the family's code reads: n_head for num_attention_heads in BLOOM.
-    sizes = {config.attribute_map.get(name, name): getattr(kept, name) for name in config.per_layer_attributes or ()}
+    # The constructor of a layer needs one head and one channel, even where the whole sublayer was removed.
+    sizes = {
+        config.attribute_map.get(name, name): getattr(kept, name) or 1 for name in config.per_layer_attributes or ()
+    }
     if family.outputs:
-        sizes["hidden_size"] = kept.num_attention_heads * kept.head_dim
+        sizes["hidden_size"] = (kept.num_attention_heads or 1) * kept.head_dim
     code = sys.modules[getattr(transformers, f"{family.stem}Model").__module__]
     layer = getattr(code, family.stem + family.layer)(_LayerConfig(config, sizes), index)
     if family.outputs:
         _set_hidden_size(layer, family.outputs, kept)
+    if not kept.num_attention_heads:
+        _remove_attention(layer, *family.attention)
+    if 0 in (getattr(kept, "intermediate_size", None), getattr(kept, "ffn_dim", None)):
+        name, output = family.mlp
+        _remove_features(layer.get_submodule(name), output)
     if getattr(kept, "alibi_heads", None) is not None:
         layer.register_forward_pre_hook(partial(_select_slopes, kept.alibi_heads), with_kwargs=True)
     return layer
+
+
+def _remove_attention(layer: nn.Module, name: str, output: str) -> None:
+    """Leave an attention sublayer without heads: its maps have no features, and its output is the bias."""
+    attention = layer.get_submodule(name)
+    _remove_features(attention, output)
+    attention.forward = partial(_attend_without_heads, attention, getattr(attention, output))
+
+
+def _attend_without_heads(attention: Any, output: nn.Linear, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """The forward pass of an attention sublayer without heads; the arguments are those of the stock class.
+
+    transformers reads the number of past tokens from the cache of one layer, the first in most models. A layer without
+    heads therefore caches one zero for each token.
+    """
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    zeros = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    if cache is not None:
+        zeros, _ = cache.update(zeros, zeros, attention.layer_idx)
+    weights = hidden.new_zeros(hidden.shape[0], 0, hidden.shape[1], zeros.shape[2])
+    update = output(hidden[..., :0])
+    # BLOOM alone passes the residual stream, as the second argument, and expects the sum.
+    return (update + args[1] if len(args) > 1 else update), weights
+
+
+def _remove_features(sublayer: nn.Module, output: str) -> None:
+    """Leave no features between the linear maps of a sublayer: `output` has no inputs, the others have no outputs."""
+    for name, module in list(sublayer.named_children()):
+        if isinstance(module, nn.Linear):
+            inner = (0, module.out_features) if name == output else (module.in_features, 0)
+            sublayer.set_submodule(name, _linear(*inner, module.bias is not None))
+
+
+def _linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
+    """A linear map, which may have no inputs or outputs. PyTorch's constructor would warn of those."""
+    linear = nn.Linear(max(inputs, 1), max(outputs, 1), bias)
+    linear.in_features, linear.out_features = inputs, outputs
+    linear.weight = nn.Parameter(linear.weight[:outputs, :inputs].detach())
+    if bias:
+        linear.bias = nn.Parameter(linear.bias[:outputs].detach())
+    return linear
 
 
 def _set_hidden_size(layer: nn.Module, outputs: tuple[str, ...], config: Any) -> None:
@@ -145,7 +218,7 @@ def _set_hidden_size(layer: nn.Module, outputs: tuple[str, ...], config: Any) ->
             if name.startswith("mlp."):  # BLOOM's constructor always builds 4 x hidden size channels
                 inner = getattr(config, "intermediate_size", 4 * hidden)
             shape = (inner, hidden) if name in outputs else (hidden, inner)
-            layer.set_submodule(name, nn.Linear(*shape, bias=module.bias is not None))
+            layer.set_submodule(name, _linear(*shape, module.bias is not None))
 
 
 def _select_slopes(heads: list[int], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

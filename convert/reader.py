@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from convert import companions, found, gguf_folder, gguf_read, memory, rules, sources
@@ -238,6 +239,8 @@ def _read_flax(abstract: Decoder, folder: Path, dtype: np.dtype | None, places: 
 
         targets = jax.tree_util.tree_map_with_path(target, stored)
         arrays = dict(named_arrays(ocp.load(where, targets)))
+        kind = next(iter(arrays.values())).dtype
+        arrays |= {path: jnp.zeros(leaf.shape, kind) for path, leaf in named_arrays(abstract) if not leaf.size}
     except InputError:
         raise
     except Exception as error:  # Orbax raises errors of many types for a damaged checkpoint
@@ -250,7 +253,9 @@ def _read_flax(abstract: Decoder, folder: Path, dtype: np.dtype | None, places: 
 
 def _check_stored(abstract: Decoder, stored: Any, where: str) -> None:
     """Check that a checkpoint holds exactly the arrays of the configuration, with their shapes."""
-    expected_shapes = {path: leaf.shape for path, leaf in named_arrays(abstract) if not axis_table.is_data(path)}
+    expected_shapes = {
+        path: leaf.shape for path, leaf in named_arrays(abstract) if leaf.size and not axis_table.is_data(path)
+    }
     stored_shapes = {path: leaf.shape for path, leaf in named_arrays(stored)}
     for path in sorted(expected_shapes.keys() | stored_shapes.keys()):
         if expected_shapes.get(path) != stored_shapes.get(path):

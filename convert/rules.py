@@ -83,7 +83,7 @@ class Binding:
         """The parts of a stored tensor in the decoder's layout, as views unless the rule is interleaved."""
         shapes = [self._part_shape(part) for part in self.rule.parts]
         heads = self._heads()
-        split = tensor.reshape(heads, -1, *tensor.shape[1:])
+        split = tensor.reshape(heads, len(tensor) // heads, *tensor.shape[1:])
         ends = np.cumsum([shape[0] // heads for shape in shapes])[:-1]
         pieces = np.split(split, ends, axis=1) if len(shapes) > 1 else [split]
         return [self._decoder_layout(piece, part) for piece, part in zip(pieces, self.rule.parts, strict=True)]
@@ -101,8 +101,8 @@ class Binding:
         return tuple(int(np.prod([self.sizes[letter] for letter in word])) for word in part.axes.split())
 
     def _heads(self) -> int:
-        """Number of repetitions of the sequence of parts: the head count when interleaved, else 1."""
-        return self.sizes[self.rule.parts[0].axes[0]] if self.rule.interleaved else 1
+        """Number of repetitions of the sequence of parts: the head count, if any, when interleaved, else 1."""
+        return max(self.sizes[self.rule.parts[0].axes[0]], 1) if self.rule.interleaved else 1
 
     def _decoder_layout(self, piece: np.ndarray, part: Part) -> np.ndarray:
         stored = axis_table.letters(part.axes)

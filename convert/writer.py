@@ -227,9 +227,15 @@ def _write_orbax(decoder: Decoder, path: str) -> None:
     from orbax.checkpoint import v1 as ocp
 
     try:
-        ocp.save(hosts.agree(path), nnx.to_pure_dict(nnx.state(decoder, nnx.Param)))
+        ocp.save(hosts.agree(path), _without_empty_arrays(nnx.to_pure_dict(nnx.state(decoder, nnx.Param))))
     except Exception as error:
         raise OSError(f"{FLAX_WEIGHTS}: {reason(error)}") from error
+
+
+def _without_empty_arrays(tree: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The arrays with elements: Orbax refuses those of a removed sublayer. The sizes tell a reader what is missing."""
+    branches = {key: _without_empty_arrays(part) if isinstance(part, Mapping) else part for key, part in tree.items()}
+    return {key: part for key, part in branches.items() if (part if isinstance(part, dict) else part.size)}
 
 
 def _places(model: Model, sizes: Sizes) -> Places:
@@ -241,9 +247,9 @@ def _places(model: Model, sizes: Sizes) -> Places:
     decoder, target = model.decoder, sizes.layers[0]
     layers, record = sizes_of(decoder).layers, model.record or {}
     places: Places = {kind: [np.arange(n) for n in group_counts(decoder, kind)] for kind in axis_table.KINDS}
-    places["query"] = [np.arange(layer.N) % (layer.N // layer.K) for layer in layers]
+    places["query"] = [np.arange(layer.N) % (layer.N // max(layer.K, 1)) for layer in layers]
     if decoder.config.alibi_heads is not None:
-        return places | {"head": [np.asarray(formats.kept_heads(decoder.config, layer)) for layer in layers]}
+        return places | {"head": [np.asarray(formats.kept_heads(decoder.config, layer), int) for layer in layers]}
     recorded = {
         "head": _recorded(record, "head", [layer.K for layer in layers], target.K),
         "query": _recorded_queries(record, layers, target.N // target.K),
@@ -257,7 +263,7 @@ def _recorded_queries(record: dict[str, Any], layers: Sequence[LayerSizes], per_
     if rows is None:
         return None
     for row, layer in zip(rows, layers, strict=True):
-        if not np.array_equal(row // per_group, np.arange(layer.N) // (layer.N // layer.K)):
+        if not np.array_equal(row // per_group, np.arange(layer.N) // (layer.N // max(layer.K, 1))):
             return None
     return [row % per_group for row in rows]
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.options import BYTES, COUNT, LAYERS, SHARDS, STEP, WORDS, option
 
-STRUCTURES = ("heads", "channels", "hidden", "layers")
+STRUCTURES = ("heads", "channels", "attention", "mlp", "hidden", "layers")
+# The structures that are whole sublayers.
+SUBLAYERS = ("attention", "mlp")
 # What other tools call these structures. The words are near, not equal: none of them is accepted.
 MEANT = {
-    **dict.fromkeys(("attention", "attn", "self-attention", "kv", "kv-heads", "head", "query", "queries"), "heads"),
+    **dict.fromkeys(("attn", "self-attention", "kv", "kv-heads", "head", "query", "queries"), "heads"),
     **dict.fromkeys(
-        ("mlp", "ffn", "feed-forward", "feedforward", "intermediate", "neurons", "width", "channel"), "channels"
+        ("ffn", "feed-forward", "feedforward", "intermediate", "neurons", "width", "channel"), "channels"
     ),
     **dict.fromkeys(("embedding", "embeddings", "hidden-size", "hidden_size", "dim", "dims", "residual"), "hidden"),
     **dict.fromkeys(("depth", "block", "blocks", "layer"), "layers"),
@@ -183,7 +185,8 @@ class Budget:
     structures: tuple[str, ...] = option(
         ("heads", "channels"),
         str,
-        "What to remove, joined by commas: heads, channels, hidden (dimensions), layers.",
+        "What to remove, joined by commas: heads, channels, attention or mlp (whole sublayers), hidden (dimensions), "
+        "layers.",
         spelling=WORDS,
         common=True,
     )
@@ -204,8 +207,16 @@ class Budget:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of groups that are removed inside each layer: `head` or `query`, and `channel`."""
-        heads = (_KINDS.get(self.heads, "head"),) if "heads" in self.structures else ()
-        return heads + (("channel",) if "channels" in self.structures else ())
+        heads = (_KINDS.get(self.heads, "head"),) if {"heads", "attention"} & set(self.structures) else ()
+        return heads + (("channel",) if {"channels", "mlp"} & set(self.structures) else ())
+
+    def single(self, kind: str) -> bool:
+        """Whether single groups of a kind inside the layers are removed, and not whole sublayers only."""
+        return ("channels" if kind == "channel" else "heads") in self.structures
+
+    def whole(self, kind: str) -> bool:
+        """Whether a layer may lose all its groups of a kind, a whole sublayer."""
+        return ("mlp" if kind == "channel" else "attention") in self.structures
 
     @property
     def target(self) -> tuple[str, float | int] | None:
@@ -269,8 +280,26 @@ class Budget:
             one_of("structure", structure, STRUCTURES)
         if not self.structures or len(set(self.structures)) < len(self.structures):
             raise InputError("--structures must name at least one structure, and each of them once")
+        self._check_sublayers()
         if "heads" in self.structures:
             one_of("way to count heads", self.heads, HEADS)
+
+    def _check_sublayers(self) -> None:
+        sublayers = " and ".join(structure for structure in SUBLAYERS if structure in self.structures)
+        if not sublayers:
+            return
+        if self.allocation in (None, *SAME_IN_LAYERS):
+            raise InputError(
+                f"--structures {sublayers} removes whole sublayers from some layers, but the allocation "
+                f"{self.allocation or 'uniform'} takes the same share from every layer; use --budget curves or measured"
+            )
+        if "attention" in self.structures and self.heads != "group":
+            raise InputError(
+                "--structures attention removes key/value heads with their query heads, which --heads query keeps; "
+                "leave out one of the two"
+            )
+        if self.rounds > 1:
+            raise InputError(f"--structures {sublayers} removes whole sublayers at once; leave out --rounds")
 
     def _check_amount(self) -> None:
         targets = [self.target_params, self.target_macs, self.target_memory]

@@ -83,7 +83,7 @@ def possible(decoder: Decoder, kinds: tuple[str, ...], budget: Budget) -> Iterat
     if budget.allocation == "equal":
         yield from choices
         return
-    counts, first = next(choices), inventory.layers[0]
+    counts, first = next(choices, inventory.fewest(budget)), inventory.layers[0]
     yield {kind: [*row[:first], inventory.counts[kind][first], *row[first + 1 :]] for kind, row in counts.items()}
 
 
@@ -173,10 +173,10 @@ def _by_curves(
     calibration: Calibration,
     report: Callable[[int, int], None],
 ) -> tuple[Levels, Losses]:
-    """All levels and their losses, from one measured level of every sublayer."""
+    """All levels and their losses, from one measured level of every sublayer, and from that without any groups."""
     levels = budgets.levels(inventory, budget, curves.SHARES)
     middle = budgets.levels(inventory, budget, (curves.MEASURED_SHARE,))
-    middle = {kind: [row[:2] for row in rows] for kind, rows in middle.items()}
+    middle = {kind: [[*row[:2], *(n for n in row[2:] if n == 0)] for row in rows] for kind, rows in middle.items()}
     fewest = {kind: [row[-1] for row in rows] for kind, rows in levels.items()}
     batches = calibration.batches
     windows = batches.first(max(1, curves.MEASURED_TOKENS // batches.length))

@@ -6,7 +6,8 @@ by orders of magnitude. One measured divergence from the dense model for each su
 
     loss(removed) ≈ divergence(measured) · error(removed) / error(measured)
 
-On a LLaMA of 30 layers the factor is the same within a fifth at a quarter, a half and three quarters of the channels.
+Where a whole sublayer may be removed, its loss is measured too, and losses between the two measured levels are linear
+in the error. On a LLaMA of 30 layers the factor is the same within a fifth at a quarter, a half and three quarters of the channels.
 The allocation `measured` takes nine forward passes over all windows for each sublayer, this one a single pass over a
 few windows. `curves` finds the counts with the least sum of losses, `equal` the same with equal counts in all layers.
 """
@@ -40,11 +41,11 @@ def curve_losses(
 
     Args:
       levels: kind -> for each layer, numbers of kept groups, descending; the first is that of the dense model.
-      measured: the same, with one measured level beside the first, or none for a layer that is not pruned.
+      measured: the same, with one or two measured levels beside the first, or none for a layer that is not pruned.
       losses: the divergence at each measured level, nats.
       errors: the sum of the errors of structured OBS by the number of removed groups, from none.
     """
-    found = np.asarray([row[-1] for rows in losses.values() for row in rows if len(row) > 1])
+    found = np.asarray([row[1] for rows in losses.values() for row in rows if len(row) > 1])
     finite = found[np.isfinite(found) & (found > 0)]
     least = LEAST * float(np.median(finite)) if finite.size else 0.0
     return {
@@ -65,8 +66,10 @@ def _of_layer(
 ) -> list[float]:
     if len(measured) < 2:
         return [0.0] * len(levels)
-    at_measured = errors[measured[0] - measured[1]]
-    if not at_measured > 0:  # groups of zeros, whose removal changes nothing
-        return [float(errors[levels[0] - count]) for count in levels]
-    factor = max(losses[1], least) / at_measured
-    return [float(factor * max(errors[levels[0] - count], 0.0)) for count in levels]
+    of_levels = np.maximum(errors[[levels[0] - count for count in levels]], 0.0)
+    known = np.asarray([errors[measured[0] - count] for count in measured])
+    if not known[1] > 0:  # groups of zeros, whose removal changes nothing
+        return of_levels.tolist()
+    factors = np.maximum([0.0, *losses[1:]], [0.0] + [least] * (len(losses) - 1))
+    beyond = np.maximum(of_levels / known[-1], 1.0)
+    return (np.interp(of_levels, known, factors) * beyond).tolist()

@@ -54,7 +54,7 @@ def pruned_sizes(config: DecoderConfig, sizes: Sizes, budget: Budget, named_by: 
         width = kept_count(sizes.D, ratio, budget.round_width_to)
         effects.append(_Effect("hidden", budget.round_width_to, [sizes.D], [width]))
         sizes = replace(sizes, D=width, E=sizes.E if config.embedding_projection else width)
-    queries = max(layer.N // layer.K for layer in dense.layers)
+    queries = max(layer.N // max(layer.K, 1) for layer in dense.layers)
     if not budget.kinds:
         _check(effects, budget, queries)
         return sizes

@@ -50,11 +50,15 @@ class Inventory:
         """For each layer, the numbers of groups that an allocation may keep, ascending; the last is all groups.
 
         A pruned layer keeps all groups; or in every part a multiple of `budget.multiple(kind)` groups, at least one
-        and at least the share `budget.keep_at_least`. The other layers keep all groups.
+        and at least the share `budget.keep_at_least`; or none, where whole sublayers may be removed. The other layers
+        keep all groups.
         """
         multiple, least = budget.multiple(kind), budget.keep_at_least
+        single, whole = budget.single(kind), budget.whole(kind)
         return [
-            _sizes(count // parts, parts, multiple, least) if layer in self.layers else (count,)
+            _sizes(count // parts, parts, multiple, least, single, whole)
+            if layer in self.layers and count
+            else (count,)
             for layer, (count, parts) in enumerate(zip(self.counts[kind], self.parts[kind], strict=True))
         ]
 
@@ -64,10 +68,10 @@ class Inventory:
 
 
 @cache
-def _sizes(steps: int, parts: int, multiple: int, least: float) -> tuple[int, ...]:
+def _sizes(steps: int, parts: int, multiple: int, least: float, single: bool, whole: bool) -> tuple[int, ...]:
     fewest = max(1, ceil(steps * Decimal(str(least))))
-    multiples = range(-(-fewest // multiple) * multiple, steps, multiple)
-    return (*(parts * size for size in multiples), parts * steps)
+    multiples = range(-(-fewest // multiple) * multiple, steps, multiple) if single else ()
+    return (*((0,) if whole else ()), *(parts * size for size in multiples), parts * steps)
 
 
 def kept_count(count: int, ratio: float, multiple: int = 1) -> int:

@@ -121,7 +121,7 @@ def split_groups(array: Shaped[Array, "..."], axes: str, kind: str, count: int) 
     """The structures of an array, one row per group: [count, all other axes]."""
     axis = group_axis(axes, kind)
     assert axis is not None, f"{axes} has no axis of kind {kind}"
-    return jnp.moveaxis(array, axis, 0).reshape(count, -1)
+    return jnp.moveaxis(array, axis, 0).reshape(count, array.size // max(count, 1))
 
 
 def take_groups(
@@ -133,7 +133,7 @@ def take_groups(
     zeros, and a sum of floats would lose the sign of a negative zero.
     """
     axis = group_axis(axes, kind)
-    if axis is None:
+    if axis is None or not count:
         return array
     width = array.shape[axis] // count
     bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))

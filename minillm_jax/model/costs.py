@@ -89,7 +89,7 @@ def group_costs(decoder: Decoder, kinds: Sequence[str], measure: str, window: in
 
 
 def _group_cost(run: Block, kind: str, measure: str, window: int) -> int:
-    layers, count = depth(run), group_count(run, kind)
+    layers, count = depth(run), max(group_count(run, kind), 1)
     arrays = [
         leaf
         for path, leaf in named_arrays(run)
@@ -106,5 +106,5 @@ def _group_cost(run: Block, kind: str, measure: str, window: int) -> int:
         if axis_table.group_axis(axis_table.matrices()[name], kind) is not None
     ]
     size = run_letters(run)
-    heads = {"head": size["N"] // size["K"], "query": 1}.get(kind, 0)
+    heads = {"head": size["N"] // count, "query": 1}.get(kind, 0)
     return window * sum(sliced) // (layers * count) + 2 * window**2 * heads * size["H"]

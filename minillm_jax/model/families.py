@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from minillm_jax.errors import InputError
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.ops import ROPE_KINDS, Rope, alibi_slopes, rotary_frequencies
@@ -134,24 +136,30 @@ def _layer_sizes(raw: Mapping[str, Any], config: DecoderConfig, window: int | No
     """The sizes of one layer, from the configuration updated with the values of that layer."""
     family = FAMILIES[config.family]
     # `per_layer_config` may use the usual key in families with another key for the number of heads.
-    heads = raw.get("num_attention_heads") or raw[family.heads]
-    kv_heads = (raw.get(family.kv_heads) or heads) if family.kv_heads else heads
-    width = raw.get(family.width) or 4 * raw["hidden_size"]
+    heads = _first_given(raw.get("num_attention_heads"), raw[family.heads])
+    kv_heads = _first_given(raw.get(family.kv_heads), heads) if family.kv_heads else heads
+    width = _first_given(raw.get(family.width), 4 * raw["hidden_size"])
+    fewest = 0 if _is_pruned(raw) else 1  # a pruned layer may have lost a whole sublayer
     for key, number in (("num_attention_heads", heads), ("num_key_value_heads", kv_heads), (family.width, width)):
-        _check_size(key, number, where)
-    if heads % kv_heads:
+        _check_size(key, number, where, fewest)
+    if bool(heads) != bool(kv_heads) or heads % (kv_heads or 1):
         raise InputError(f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     slopes = () if config.alibi_heads is None else _slopes(raw, config.alibi_heads, heads, where)
     return LayerSizes(heads, kv_heads, width, window, slopes)
+
+
+def _first_given(number: Any, default: Any) -> Any:
+    """The number, or the default where it is None."""
+    return default if number is None else number
 
 
 def _slopes(raw: Mapping[str, Any], dense_heads: int, heads: int, where: str) -> tuple[float, ...]:
     """The ALiBi slopes of the heads of a layer; `alibi_heads` lists the kept heads of a pruned layer."""
     kept = raw["alibi_heads"] if "alibi_heads" in raw and _is_pruned(raw) else list(range(dense_heads))
     integers = isinstance(kept, list) and all(isinstance(head, int) and not isinstance(head, bool) for head in kept)
-    if not integers or sorted(set(kept)) != kept or len(kept) != heads or not 0 <= kept[0] <= kept[-1] < dense_heads:
+    if not integers or sorted(set(kept)) != kept or len(kept) != heads or not set(kept) <= set(range(dense_heads)):
         raise InputError(f"{where}: alibi_heads must be {heads} ascending numbers below {dense_heads}, found {kept!r}")
-    return tuple(float(slope) for slope in alibi_slopes(dense_heads)[kept])
+    return tuple(float(slope) for slope in alibi_slopes(dense_heads)[np.asarray(kept, int)])
 
 
 def _is_pruned(raw: Mapping[str, Any]) -> bool:
@@ -382,9 +390,9 @@ def _cap(values: Mapping[str, Any], key: str, where: str) -> float | None:
     return None if values.get(key) is None else _positive(values, key, where)
 
 
-def _check_size(key: str, number: Any, where: str) -> None:
-    if not isinstance(number, int) or isinstance(number, bool) or not 0 < number <= LARGEST_SIZE:
-        raise InputError(f"{where}: {key} must be a whole number from 1 to {LARGEST_SIZE:,}, found {number!r}")
+def _check_size(key: str, number: Any, where: str, fewest: int = 1) -> None:
+    if not isinstance(number, int) or isinstance(number, bool) or not fewest <= number <= LARGEST_SIZE:
+        raise InputError(f"{where}: {key} must be a whole number from {fewest} to {LARGEST_SIZE:,}, found {number!r}")
 
 
 def _rope(parameters: Mapping[str, Any], where: str, partial: bool = False) -> Rope:

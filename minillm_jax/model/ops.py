@@ -174,6 +174,8 @@ def attend(
         ignores a constant, this is a penalty on the distance.
     """
     batch, length, heads, size = q.shape
+    if not heads:
+        return q
     grouped = q.reshape(batch, length, k.shape[2], -1, size)  # [B, T, K, G, H]
     scores = einsum("BTKGH,BSKH->BKGTS", grouped, k, out=jnp.float32) * (size**-0.5 if scale is None else scale)
     scores = soft_cap(scores, cap)

@@ -65,7 +65,7 @@ def group_count(block: Block, kind: str) -> int:
 
 def part_count(block: Block, kind: str) -> int:
     """Number of parts of a layer's groups that must keep equally many groups: for `query`, the key/value heads."""
-    return group_count(block, "head") if kind == "query" else 1
+    return max(group_count(block, "head"), 1) if kind == "query" else 1
 
 
 def group_counts(decoder: Decoder, kind: str) -> list[int]:

@@ -12,7 +12,7 @@ from minillm_jax.model.build import build, with_runs
 from minillm_jax.model.config import Sizes
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block, depth
-from minillm_jax.model.tree import group_count, named_arrays
+from minillm_jax.model.tree import group_count, named_arrays, run_letters
 
 # Kind of group -> for each layer, the indices of its groups in the padded layer. Key/value heads (`head`) and channels
 # are counted in the layer and ascend; query heads (`query`) are counted within their key/value head.
@@ -45,10 +45,13 @@ def pad_groups(decoder: Decoder, sizes: Sizes, places: Places) -> Decoder:
 @partial(jax.jit, static_argnames="counts")
 def _pad(run: Block, places: dict[str, Int[Array, "L _"]], counts: tuple[tuple[str, int], ...]) -> Block:
     """One run of equal layers, padded to `counts` groups of every kind; query heads per key/value head."""
-    kv_heads = group_count(run, "head")
+    kv_heads, (per_group, heads, width) = group_count(run, "head"), (after for _, after in counts)
+    letters = run_letters(run) | {"K": heads, "N": heads * per_group, "F": width}
 
     def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
         axes = axis_table.BLOCK_AXES[axis_table.array_path(path)]
+        if not array.size:  # the whole sublayer was removed
+            return jnp.zeros((len(array), *axis_table.shape(axes, letters)), array.dtype)
         for kind, after in counts:
             if axis_table.group_axis(axes, kind) is not None:
                 before, rows = group_count(run, kind), places[kind]

@@ -336,7 +336,7 @@ def refitted(
         return {}
     rows = np.arange(len(system.kernel)).reshape(count, -1)[kept].ravel()
     kernel = system.kernel[rows]
-    if settings.method == "least-squares":
+    if settings.method == "least-squares" and len(kept):
         kernel = solver.run(system, lambda system, name: system.rows(rows, name))
     shift = system.shift(rows, kernel)
     return {"kernel": kernel} | ({} if shift is None else {"shift": shift})

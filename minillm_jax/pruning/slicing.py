@@ -49,7 +49,7 @@ def slice_sizes(sizes: Sizes, kept: axis_table.Kept) -> Sizes:
     """
     layers = []
     for number, layer in enumerate(sizes.layers):
-        per_group = layer.N // layer.K
+        per_group = layer.N // max(layer.K, 1)
         if "query" in kept:
             groups_kept, heads = range(layer.K), [int(head) for head in kept["query"][number]]
         else:

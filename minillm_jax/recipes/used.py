@@ -118,6 +118,7 @@ def _budget(budget: Budget, recipe: Recipe) -> Budget:
             )
         raise InputError("--layers cannot be used where hidden dimensions are removed, or layers and another structure")
     heads, width = "heads" in budget.structures, bool({"channels", "hidden"} & set(budget.structures))
+    kept = not budget.by_share and (heads or "channels" in budget.structures)
     return Budget(
         budget.ratio,
         ratio_of="groups" if budget.ratio is None else budget.ratio_of,
@@ -126,12 +127,12 @@ def _budget(budget: Budget, recipe: Recipe) -> Budget:
         target_memory=budget.target_memory,
         allocation=budget.allocation if budget.kinds else "uniform",
         structures=budget.structures,
-        heads=budget.heads if heads else "group",
+        heads=budget.heads if heads or "attention" in budget.structures else "group",
         layers=budget.layers,
         rounds=budget.rounds if budget.kinds else 1,
         round_heads_to=budget.round_heads_to if heads else 1,
         round_width_to=budget.round_width_to if width else 1,
-        keep_at_least=Budget.keep_at_least if budget.by_share else budget.keep_at_least,
+        keep_at_least=budget.keep_at_least if kept else Budget.keep_at_least,
     )
 
 
