@@ -49,6 +49,10 @@ def check_family(config: DecoderConfig, unequal: bool = False) -> None:
 def refusal_of(config: DecoderConfig, sizes: Sizes) -> str | None:
     """Why llama.cpp cannot compute a decoder; None where it can."""
     check_family(config, _unequal(sizes))
+    for number, layer in enumerate(sizes.layers):
+        if not (layer.N and layer.F):
+            lost = "MLP" if layer.N else "attention sublayer"
+            return f"layer {number} has lost its {lost}, and llama.cpp does not compute every such layer"
     arch, first = OF_FAMILY[config.family], sizes.layers[0]
     return next(_refusals(config, sizes, arch, first.N * sizes.H), None)
 

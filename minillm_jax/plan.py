@@ -349,14 +349,16 @@ def run_flops(dense: Decoder, pruned: Decoder, recipe: Recipe) -> float:
 def allocation_passes(recipe: Recipe, layers: int) -> float:
     """Forward passes of an allocation that measures, in forward passes over all calibration windows.
 
-    Each begins at the pruned layer: half a pass by the mean. The allocations by curves measure one level, on fewer
-    tokens.
+    Each begins at the pruned layer: half a pass by the mean. The allocations by curves measure one level, and that
+    without any groups where whole sublayers may be removed, on fewer tokens.
     """
-    levels, share = len(allocate.SHARES), 1.0
-    if recipe.budget.allocation in BY_CURVES:
+    budget, share = recipe.budget, 1.0
+    levels = sum((len(allocate.SHARES) if budget.single(kind) else 0) + budget.whole(kind) for kind in budget.kinds)
+    if budget.allocation in BY_CURVES:
         samples, length = _windows(recipe)
-        levels, share = 1, min(1.0, curves.MEASURED_TOKENS / (samples * length))
-    return share * (1 + levels * len(recipe.budget.kinds) * layers / 2)
+        levels = sum(budget.single(kind) + budget.whole(kind) for kind in budget.kinds)
+        share = min(1.0, curves.MEASURED_TOKENS / (samples * length))
+    return share * (1 + levels * layers / 2)
 
 
 def layer_passes(recipe: Recipe, count: int) -> int:

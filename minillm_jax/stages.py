@@ -76,12 +76,14 @@ def prune_model(
         smaller = prune_in_rounds(
             smaller, calibration, recipe.scoring, budget, recipe.refit, scores, progress, recipe.output.checkpoint, fits
         )
+        smaller, whole = _without_empty_layers(smaller, whole)
     else:
         nothing = Scores({}, asdict(recipe.scoring), calibration.record())
         more = {"rounds": 1, "scores": None, "losses": None}
         smaller = record_pruning(smaller, smaller.decoder, {}, nothing, budget, recipe.refit, more)
     record = {"recipe": recipe.name, "structures": list(budget.structures), **(smaller.record or {}), "whole": whole}
-    record |= {"parameters_before": parameters, "tokens_per_channel": calibration.batches.tokens / widest}
+    record |= {"parameters_before": parameters, "parameters_after": parameter_count(smaller.decoder)}
+    record |= {"tokens_per_channel": calibration.batches.tokens / widest}
     record |= {} if model.record is None else {"pruned_before": model.record}
     return replace(smaller, record=record)
 
@@ -99,6 +101,18 @@ def _prune_whole_model(
         smaller, dimensions = narrow(smaller, calibration, recipe.scoring, ratio, budget.round_width_to, progress)
         whole["hidden"] = {"before": hidden_size(model.decoder), "kept": dimensions.tolist()}
     return smaller, whole
+
+
+def _without_empty_layers(model: Model, whole: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
+    """The model without the layers that have lost both sublayers and add nothing to the residual stream."""
+    decoder, config = model.decoder, model.decoder.config
+    heads, channels = (group_counts(decoder, kind) for kind in axis_table.KINDS)
+    kept = [layer for layer, groups in enumerate(zip(heads, channels, strict=True)) if any(groups)]
+    adds = config.output_bias or config.mlp_bias or config.norm_after or config.residual_from_norm
+    if adds or not kept or len(kept) == len(heads):
+        return model, whole
+    removed = {"layer": {"before": len(heads), "kept": kept}}
+    return replace(model, decoder=slice_layers(decoder, kept)), whole | removed
 
 
 def prune_groups(

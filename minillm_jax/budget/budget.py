@@ -66,8 +66,10 @@ def limit_of(inventory: Inventory, budget: Budget, blocks: int) -> float:
             )
     else:
         ratio, request = budget.ratio or 0.0, f"a ratio of {budget.ratio:g}"
-        if budget.ratio_of == "groups":
+        if budget.ratio_of == "groups" and all(map(budget.single, inventory.counts)):
             limit = inventory.left(by_ratio(inventory, ratio, budget))
+        elif budget.ratio_of == "groups":  # whole sublayers: no share of their groups has to be a whole number
+            limit = inventory.whole - ratio * inventory.prunable()
         else:
             limit = inventory.whole - ratio * (blocks if budget.ratio_of == "blocks" else inventory.whole)
     least = inventory.left(inventory.fewest(budget))

@@ -3,7 +3,7 @@
 Nothing here reads weights. A run checks its budget with `pruned_sizes` before it loads them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -92,7 +92,7 @@ class _Effect:
     multiple: int
     before: list[int]
     after: list[int]
-    layers: range | None = None
+    layers: Sequence[int] | None = None
 
     @property
     def unchanged(self) -> list[int]:
@@ -105,12 +105,15 @@ def _effects(inventory: Inventory, budget: Budget, counts: Counts | None) -> Ite
     if counts is None:
         # A share of the groups that rounds to none leaves unequal allocations nothing to share.
         shares = by_ratio(inventory, budget.ratio or 0.0, budget)
-        nothing = budget.target is None and budget.ratio_of == "groups" and shares == inventory.counts
+        rounded = budget.target is None and budget.ratio_of == "groups" and all(map(budget.single, inventory.counts))
+        nothing = rounded and shares == inventory.counts
         counts = shares if nothing else inventory.fewest(budget)
     for kind, after in counts.items():
         before, parts = inventory.counts[kind], inventory.parts[kind]
-        steps, kept = ([n[layer] // parts[layer] for layer in inventory.layers] for n in (before, after))
-        yield _Effect(kind, budget.multiple(kind), steps, kept, inventory.layers)
+        layers = [layer for layer in inventory.layers if before[layer]]
+        steps, kept = ([n[layer] // parts[layer] for layer in layers] for n in (before, after))
+        if layers:
+            yield _Effect(kind, budget.multiple(kind), steps, kept, layers)
 
 
 def _check(effects: list[_Effect], budget: Budget, queries: int) -> None:

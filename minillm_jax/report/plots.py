@@ -137,11 +137,12 @@ def _scores(summary: Summary) -> _Drawing | None:
 
     def panel(axes: "Axes", kind: str) -> None:
         names = ("whislo", "q1", "med", "q3", "whishi")
-        boxes = [dict(zip(names, five, strict=True)) | {"fliers": []} for five in scores[kind]]
+        layers = [layer for layer, five in enumerate(scores[kind]) if five]
+        boxes = [dict(zip(names, scores[kind][layer], strict=True)) | {"fliers": []} for layer in layers]
         line = {"color": KEPT}
         axes.bxp(
             boxes,
-            positions=range(len(boxes)),
+            positions=layers,
             widths=0.6,
             showfliers=False,
             patch_artist=True,
@@ -151,10 +152,10 @@ def _scores(summary: Summary) -> _Drawing | None:
             whiskerprops=line,
             capprops=line,
         )
-        if all(five[0] > 0 for five in scores[kind]):
+        if all(scores[kind][layer][0] > 0 for layer in layers):
             _logarithmic(axes)
 
-    medians = [f"{KIND_WORDS[kind]}: medians {_range([f[2] for f in rows])}" for kind, rows in scores.items()]
+    medians = [f"{KIND_WORDS[kind]}: medians {_range([f[2] for f in rows if f])}" for kind, rows in scores.items()]
     description = f"Smallest score, quartiles, largest score. {'; '.join(medians)}"
     return _panels("Scores in every layer before pruning", description, _titles(scores, "scores of "), panel)
 
@@ -175,7 +176,7 @@ def _losses(summary: Summary) -> _Drawing | None:
 
     def panel(axes: "Axes", kind: str) -> None:
         for layer, pairs in enumerate(losses[kind]):
-            shares = [100 * (1 - kept / pairs[0][0]) for kept, _ in pairs]
+            shares = [100 * (1 - kept / max(pairs[0][0], 1)) for kept, _ in pairs]
             strength = 0.25 + 0.75 * (layer + 1) / len(losses[kind])
             axes.plot(
                 shares,

@@ -39,10 +39,13 @@ KIND_WORDS = {
 STRUCTURE_WORDS = {
     "heads": "attention heads",
     "channels": "MLP channels",
+    "attention": "attention sublayers",
+    "mlp": "MLP sublayers",
     "hidden": "hidden dimensions",
     "layers": "layers",
 }
 
+SUBLAYER_OF_KIND = {"head": "attention", "channel": "mlp"}
 KIND_STRUCTURES = {"head": "heads", "query": "heads", "channel": "channels", "hidden": "hidden", "layer": "layers"}
 
 MEASURE_WORDS = {"parameters": "parameters", "macs": "MACs", "memory": "memory"}
@@ -183,7 +186,8 @@ def structures(summary: Summary) -> str:
     """The structures in words of which some were removed; the asked ones where none was."""
     whole = [kind for kind, row in summary["whole"].items() if row["after"] < row["before"]]
     groups = [kind for kind, counts in summary["groups"].items() if counts["after"] != counts["before"]]
-    removed_ones = {KIND_STRUCTURES[kind] for kind in (*whole, *groups)}
+    sublayers = {SUBLAYER_OF_KIND.get(kind) for kind in groups if 0 in summary["groups"][kind]["after"]}
+    removed_ones = {KIND_STRUCTURES[kind] for kind in (*whole, *groups)} | sublayers
     asked = summary["settings"]["structures"]
     return in_words([structure for structure in asked if structure in removed_ones] or asked)
 

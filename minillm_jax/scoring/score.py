@@ -78,11 +78,14 @@ QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def summaries(scores: Scores | ChosenWhilePruning) -> dict[str, list[list[float]]] | None:
-    """Five numbers for the scores of every layer, by kind: `QUANTILES`. None where there are no scores."""
+    """Five numbers for the scores of every layer, by kind: `QUANTILES`; none for a layer without groups.
+
+    None where there are no scores.
+    """
     if isinstance(scores, ChosenWhilePruning):
         return None
     return {
-        kind: [np.quantile(np.asarray(values, np.float64), QUANTILES).tolist() for values in rows]
+        kind: [np.quantile(np.asarray(values, np.float64), QUANTILES).tolist() if len(values) else [] for values in rows]
         for kind, rows in scores.groups.items()
     }
 
