@@ -125,7 +125,10 @@ def _stock_heads(config: DecoderConfig, sizes: Sizes) -> tuple[int, int]:
     Where no number is accepted, the numbers of the widest layers.
     """
     # Query heads may have been removed from some layers only.
-    widest, per_group = max(layer.K for layer in sizes.layers), max(layer.N // max(layer.K, 1) for layer in sizes.layers)
+    widest, per_group = (
+        max(layer.K for layer in sizes.layers),
+        max(layer.N // max(layer.K, 1) for layer in sizes.layers),
+    )
     rule = TABLES[config.family].stock_heads
     if rule == "any" or _fits_mistral(config):
         return widest, per_group

@@ -12,7 +12,6 @@ import sys
 from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
-import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel

@@ -16,9 +16,7 @@ SUBLAYERS = ("attention", "mlp")
 # What other tools call these structures. The words are near, not equal: none of them is accepted.
 MEANT = {
     **dict.fromkeys(("attn", "self-attention", "kv", "kv-heads", "head", "query", "queries"), "heads"),
-    **dict.fromkeys(
-        ("ffn", "feed-forward", "feedforward", "intermediate", "neurons", "width", "channel"), "channels"
-    ),
+    **dict.fromkeys(("ffn", "feed-forward", "feedforward", "intermediate", "neurons", "width", "channel"), "channels"),
     **dict.fromkeys(("embedding", "embeddings", "hidden-size", "hidden_size", "dim", "dims", "residual"), "hidden"),
     **dict.fromkeys(("depth", "block", "blocks", "layer"), "layers"),
 }

@@ -7,9 +7,10 @@ by orders of magnitude. One measured divergence from the dense model for each su
     loss(removed) ≈ divergence(measured) · error(removed) / error(measured)
 
 Where a whole sublayer may be removed, its loss is measured too, and losses between the two measured levels are linear
-in the error. On a LLaMA of 30 layers the factor is the same within a fifth at a quarter, a half and three quarters of the channels.
-The allocation `measured` takes nine forward passes over all windows for each sublayer, this one a single pass over a
-few windows. `curves` finds the counts with the least sum of losses, `equal` the same with equal counts in all layers.
+in the error. On a LLaMA of 30 layers the factor is the same within a fifth at a quarter, a half and three quarters of
+the channels. The allocation `measured` takes nine forward passes over all windows for each sublayer, this one a single
+pass over a few windows. `curves` finds the counts with the least sum of losses, `equal` the same with equal counts in
+all layers.
 """
 
 from collections.abc import Sequence

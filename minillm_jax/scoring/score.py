@@ -85,7 +85,9 @@ def summaries(scores: Scores | ChosenWhilePruning) -> dict[str, list[list[float]
     if isinstance(scores, ChosenWhilePruning):
         return None
     return {
-        kind: [np.quantile(np.asarray(values, np.float64), QUANTILES).tolist() if len(values) else [] for values in rows]
+        kind: [
+            np.quantile(np.asarray(values, np.float64), QUANTILES).tolist() if len(values) else [] for values in rows
+        ]
         for kind, rows in scores.groups.items()
     }
 

@@ -1,22 +1,27 @@
 """Models that have lost whole sublayers: every format that holds them keeps their outputs."""
 
 import dataclasses
-import itertools
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from convert import formats, gguf_metadata
 from convert.reader import read_model
 from convert.writer import write_model
-from minillm_jax.errors import InputError
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import group_counts, sizes_of
 from minillm_jax.pruning.slicing import slice_groups, slice_sizes
-from tests.helpers import SMALL, arrays_equal, hugging_face_folder, load_stock, load_torch, logits_of, quickly
-from tests.helpers import random_tokens, torch_logits
+from tests.helpers import (
+    SMALL,
+    arrays_equal,
+    hugging_face_folder,
+    load_stock,
+    load_torch,
+    logits_of,
+    quickly,
+    random_tokens,
+    torch_logits,
+)
 
 TOKENS = random_tokens(97, 2, 40)
 

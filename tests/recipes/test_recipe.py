@@ -342,7 +342,7 @@ def test_structures_may_be_singular_and_separated_otherwise(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("word", "meant"),
-    [("mlp", "channels"), ("attention", "heads"), ("depth", "layers"), ("embedding", "hidden"), ("hiden", "hidden")],
+    [("ffn", "channels"), ("attn", "heads"), ("depth", "layers"), ("embedding", "hidden"), ("hiden", "hidden")],
 )
 def test_other_words_for_structures_are_answered_by_meaning(word: str, meant: str) -> None:
     recipe, given = with_options(Recipe(), {"structures": word, "ratio": 0.2})

@@ -265,7 +265,7 @@ def test_the_settings_that_a_run_reads_are_complete(name: str, changes: dict[str
         ({"budget": Budget(0.2, ratio_of="model", keep_at_least=1.0)}, r"--keep-at-least must lie in [0, 1), found 1"),
         ({"budget": Budget(0.2, round_width_to=0)}, "multiples of at least 1, not 0"),
         ({"budget": Budget(0.2, allocation="measured", round_heads_to=0)}, "multiples of at least 1, not 0"),
-        ({"budget": Budget(0.2, structures=("mlp",))}, "unknown structure 'mlp'; expected one of heads, channels"),
+        ({"budget": Budget(0.2, structures=("ffn",))}, "unknown structure 'ffn'; expected one of heads, channels"),
         (
             {"budget": Budget(0.2, allocation="measured"), "output": Output("stock")},
             "measured budgets keep unequal numbers in the layers, which no stock class can hold",
