@@ -349,14 +349,15 @@ def run_flops(dense: Decoder, pruned: Decoder, recipe: Recipe) -> float:
 def allocation_passes(recipe: Recipe, layers: int) -> float:
     """Forward passes of an allocation that measures, in forward passes over all calibration windows.
 
-    Each begins at the pruned layer: half a pass by the mean. The allocations by curves measure one level, and that
-    without any groups where whole sublayers may be removed, on fewer tokens.
+    Each begins at the pruned layer: half a pass by the mean. The allocations by curves measure fewer levels, on fewer
+    tokens; all measure the level without any groups where whole sublayers may be removed.
     """
     budget, share = recipe.budget, 1.0
     levels = sum((len(allocate.SHARES) if budget.single(kind) else 0) + budget.whole(kind) for kind in budget.kinds)
     if budget.allocation in BY_CURVES:
         samples, length = _windows(recipe)
-        levels = sum(budget.single(kind) + budget.whole(kind) for kind in budget.kinds)
+        few = len(curves.MEASURED_SHARES)
+        levels = sum((few if budget.single(kind) else 0) + budget.whole(kind) for kind in budget.kinds)
         share = min(1.0, curves.MEASURED_TOKENS / (samples * length))
     return share * (1 + levels * layers / 2)
 

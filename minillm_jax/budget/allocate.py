@@ -173,16 +173,16 @@ def _by_curves(
     calibration: Calibration,
     report: Callable[[int, int], None],
 ) -> tuple[Levels, Losses]:
-    """All levels and their losses, from one measured level of every sublayer, and from that without any groups."""
+    """All levels and their losses, from a few measured levels of every sublayer, and from that without any groups."""
     levels = budgets.levels(inventory, budget, curves.SHARES)
-    middle = budgets.levels(inventory, budget, (curves.MEASURED_SHARE,))
-    middle = {kind: [[*row[:2], *(n for n in row[2:] if n == 0)] for row in rows] for kind, rows in middle.items()}
+    tried, most = budgets.levels(inventory, budget, curves.MEASURED_SHARES), len(curves.MEASURED_SHARES) + 1
+    tried = {kind: [row[:most] + [0] * (0 in row[most:]) for row in rows] for kind, rows in tried.items()}
     fewest = {kind: [row[-1] for row in rows] for kind, rows in levels.items()}
     batches = calibration.batches
     windows = batches.first(max(1, curves.MEASURED_TOKENS // batches.length))
-    found = level_losses(decoder, batches, middle, None, refit, report, fewest, windows)
+    found = level_losses(decoder, batches, tried, None, refit, report, fewest, windows)
     assert found.errors is not None, "structured OBS has errors"
-    return levels, curves.curve_losses(levels, middle, found.divergences, found.errors)
+    return levels, curves.curve_losses(levels, tried, found.divergences, found.errors)
 
 
 def _pairs(levels: Levels, losses: Losses) -> dict[str, list[list[tuple[int, float | None]]]]:

@@ -29,6 +29,28 @@ def test_losses_follow_the_errors_through_the_measured_level() -> None:
     assert found["channel"][1] == [0.0]
 
 
+def test_a_power_of_the_error_connects_the_measured_levels() -> None:
+    errors = {"channel": [np.array([0.0, 1.0, 4.0, 9.0, 16.0])]}
+    levels, two, three = {"channel": [[5, 4, 3, 2, 1]]}, {"channel": [[5, 4, 2]]}, {"channel": [[5, 4, 3, 1]]}
+    squared = curves.curve_losses(levels, two, {"channel": [[0.0, 0.1, 8.1]]}, errors)
+    np.testing.assert_allclose(squared["channel"][0], [0.0, 0.1, 1.6, 8.1, 25.6])
+    bent = curves.curve_losses(levels, three, {"channel": [[0.0, 0.1, 0.2, 0.8]]}, errors)
+    np.testing.assert_allclose(bent["channel"][0], [0.0, 0.1, 0.2, 0.45, 0.8])
+    # Noise neither turns a curve downwards nor makes it steeper than the third power.
+    for noisy, last in ((0.05, 0.1 * 16**0.5), (1e9, 0.1 * 16**3)):
+        found = curves.curve_losses(levels, two, {"channel": [[0.0, 0.1, noisy]]}, errors)
+        assert found["channel"][0][-1] == pytest.approx(last)
+
+
+def test_no_level_beyond_the_last_finite_one_is_chosen() -> None:
+    errors, levels = {"channel": [np.array([0.0, 1.0, 4.0, 9.0])]}, {"channel": [[4, 3, 2, 1]]}
+    measured = {"channel": [[4, 3, 1]]}
+    found = curves.curve_losses(levels, measured, {"channel": [[0.0, 0.1, np.inf]]}, errors)
+    assert found["channel"][0] == [0.0, pytest.approx(0.1), np.inf, np.inf]
+    found = curves.curve_losses(levels, measured, {"channel": [[0.0, np.inf, np.inf]]}, errors)
+    assert found["channel"][0] == [0.0, np.inf, np.inf, np.inf]
+
+
 def test_a_loss_that_falls_makes_no_removal_free() -> None:
     levels = middle = {"channel": [[2, 1]] * 3}
     errors = {"channel": [np.array([0.0, 1.0])] * 3}
@@ -47,7 +69,7 @@ def test_errors_grow_with_every_removal_and_order_the_losses() -> None:
         assert (np.diff(errors) >= -1e-9 * errors[-1]).all()
 
 
-def test_a_budget_by_curves_is_met_and_takes_a_pass_for_each_sublayer() -> None:
+def test_a_budget_by_curves_is_met_and_takes_two_passes_for_each_sublayer() -> None:
     model, steps = small_model(), []
     budget = Budget(0.4, ratio_of="model", allocation="curves")
     calibration = Calibration(BATCHES, "random", 0)
@@ -59,7 +81,7 @@ def test_a_budget_by_curves_is_met_and_takes_a_pass_for_each_sublayer() -> None:
     pruned = prune_in_rounds(model, calibration, Scoring(), budget, Refit(), progress=told)
     limit = 0.6 * parameter_count(model.decoder)
     assert 0.9 * limit < parameter_count(pruned.decoder) <= limit
-    assert steps == [(n, 6) for n in range(1, 7)]
+    assert steps == [(n, 12) for n in range(1, 13)]
     assert len((pruned.record or {})["losses"]["channel"]) == 3
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from convert import gguf_metadata
-from minillm_jax.budget import allocate, curves
+from minillm_jax.budget import allocate
 from minillm_jax.data.batches import Batches
 from minillm_jax.data.windows import Calibration
 from minillm_jax.errors import InputError
@@ -47,13 +47,6 @@ def test_a_layer_may_lose_all_groups_of_a_sublayer() -> None:
     assert allocate.inventory_of(decoder, both.kinds, both).sizes("head", both)[0] == (0, 1, 2, 3, 4)
     whole = recipe_of(ratio=0.3, structures=("attention",)).budget
     assert allocate.inventory_of(decoder, whole.kinds, whole).sizes("head", whole)[0] == (0, 4)
-
-
-def test_losses_between_two_measured_levels_are_linear_in_the_error() -> None:
-    levels, measured = {"head": [[4, 3, 2, 1, 0]]}, {"head": [[4, 2, 0]]}
-    errors = {"head": [np.array([0.0, 1.0, 4.0, 6.0, 10.0])]}
-    found = curves.curve_losses(levels, measured, {"head": [[0.0, 0.2, 0.8]]}, errors)
-    np.testing.assert_allclose(found["head"][0], [0.0, 0.05, 0.2, 0.4, 0.8])
 
 
 @pytest.mark.parametrize("allocation", ["curves", "measured"])
