@@ -105,7 +105,7 @@ class Data:
     samples: int | None = option(
         None,
         int,
-        "Number of calibration windows. If unset, they have 8 tokens for each channel of the widest MLP, and 8192 at "
+        "Number of calibration windows. If unset, they have 16 tokens for each channel of the widest MLP, and 8192 at "
         "least.",
     )
     seq_len: int | None = option(

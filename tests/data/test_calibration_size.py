@@ -20,7 +20,7 @@ from tests.helpers import SMALL, hugging_face_folder, random_tokens, shared
     [
         (256, 512, 64, 128),  # the demo model
         (172, 512, 64, 128),  # stories260K
-        (1024, None, 64, 128),
+        (512, None, 64, 128),
         (1536, 8192, FACTOR * 12, 128),  # SmolLM2-135M
         (4096, 2048, FACTOR * 8, 512),
         (11008, 4096, FACTOR * 11008 / 2048, 2048),  # LLaMA-7B
@@ -45,7 +45,7 @@ def test_a_number_of_the_user_is_kept_and_the_other_follows() -> None:
 @pytest.mark.parametrize(
     ("samples", "length", "text", "expected"),
     [
-        (None, None, 10**6, (43, 2048)),
+        (None, None, 10**6, (86, 2048)),
         (None, None, 33_000, (16, 2048)),  # every window of the text
         (None, None, 20_000, (19, 1024)),
         (None, None, 3000, (23, 128)),
@@ -87,8 +87,8 @@ def test_a_wide_model_gets_more_and_longer_windows(tmp_path: Path) -> None:
     config = SMALL["llama"] | {"intermediate_size": 4096, "max_position_embeddings": 300}
     transformers.AutoConfig.for_model("llama", **config).save_pretrained(tmp_path)
     wide = describe(tmp_path)
-    ids = random_tokens(97, 60_000)
-    assert calibrate(wide, ids).batches.windows.shape == (110, 300)
+    ids = random_tokens(97, 100_000)
+    assert calibrate(wide, ids).batches.windows.shape == (219, 300)
     assert calibrate(wide, ids[:1000]).batches.windows.shape == (6, 150)
     assert calibrate(wide, ids, length=64).batches.windows.shape == (512, 64)
     assert calibrate(wide, ids, samples=5).batches.windows.shape == (5, 300)
