@@ -90,7 +90,7 @@ def test_a_wide_model_gets_more_and_longer_windows(tmp_path: Path) -> None:
     ids = random_tokens(97, 100_000)
     assert calibrate(wide, ids).batches.windows.shape == (219, 300)
     assert calibrate(wide, ids[:1000]).batches.windows.shape == (6, 150)
-    assert calibrate(wide, ids, length=64).batches.windows.shape == (512, 64)
+    assert calibrate(wide, ids, length=64).batches.windows.shape == (1024, 64)
     assert calibrate(wide, ids, samples=5).batches.windows.shape == (5, 300)
     with pytest.raises(InputError, match="1000 tokens make 15 windows of 64, but 20 are asked for"):
         calibrate(wide, ids[:1000], 20, 64)
