@@ -1,15 +1,19 @@
 """Allocation: the number of groups that every layer keeps, from the budget, the model, its scores and its losses."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from minillm_jax.budget import budget as budgets
 from minillm_jax.budget import curves
+from minillm_jax.budget import search as searches
 from minillm_jax.budget.budget import Counts, Inventory
-from minillm_jax.budget.cheapest import Levels, Losses
+from minillm_jax.budget.cheapest import Levels, Losses, correct
+from minillm_jax.budget.library import Composed, Dense, composed, dense_on
 from minillm_jax.budget.measured_losses import level_losses
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts
@@ -17,7 +21,8 @@ from minillm_jax.errors import InputError, shortened
 from minillm_jax.model import costs
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.tree import group_counts, layer_count, part_counts
-from minillm_jax.progress import StageProgress, tell
+from minillm_jax.progress import StageProgress, in_turn, tell
+from minillm_jax.pruning.walk import PROJECTIONS
 from minillm_jax.settings import BY_CURVES, Budget, Refit
 
 # Removed shares of the groups of a layer at which the allocation `measured` measures the loss.
@@ -33,10 +38,13 @@ class Allocated:
       losses: with an allocation of `MEASURED`: kind -> for each layer, pairs of a number of kept groups and the mean
         divergence from the dense model (nats) when only this kind of groups of this layer is pruned to that number;
         None where the divergence is not finite. The first pair is for all groups.
+      searched: with the allocation `search`: for each of its searches, the divergence of the whole model at the start
+        and after each generation, nats; None where it is not finite.
     """
 
     counts: Counts
     losses: dict[str, list[list[tuple[int, float | None]]]] | None = None
+    searched: list[list[float | None]] | None = None
 
 
 def expected(decoder: Decoder, kinds: tuple[str, ...], budget: Budget) -> Counts | None:
@@ -150,6 +158,8 @@ def counts_for(
     report = partial(tell, progress, "budget")
     if budget.allocation in BY_CURVES:
         check_curves("obs" if scores is None else "a criterion with scores", budget.allocation)
+        if budget.allocation == "search":
+            return _search(decoder, inventory, limit, budget, refit, calibration, report)
         levels, losses = _by_curves(decoder, inventory, budget, refit, calibration, report)
         return _cheapest(inventory, limit, levels, losses, budget, fits)
     levels = budgets.levels(inventory, budget, SHARES)
@@ -175,14 +185,62 @@ def _by_curves(
 ) -> tuple[Levels, Losses]:
     """All levels and their losses, from one measured level of every sublayer."""
     levels = budgets.levels(inventory, budget, curves.SHARES)
-    middle = budgets.levels(inventory, budget, (curves.MEASURED_SHARE,))
-    middle = {kind: [row[:2] for row in rows] for kind, rows in middle.items()}
+    middle = _middle(inventory, budget)
     fewest = {kind: [row[-1] for row in rows] for kind, rows in levels.items()}
     batches = calibration.batches
     windows = batches.first(max(1, curves.MEASURED_TOKENS // batches.length))
     found = level_losses(decoder, batches, middle, None, refit, report, fewest, windows)
     assert found.errors is not None, "structured OBS has errors"
     return levels, curves.curve_losses(levels, middle, found.divergences, found.errors)
+
+
+def _middle(inventory: Inventory, budget: Budget) -> dict[str, list[list[int]]]:
+    """The level of every sublayer at which the allocations by curves measure, after that of the dense model."""
+    levels = budgets.levels(inventory, budget, (curves.MEASURED_SHARE,))
+    return {kind: [row[:2] for row in rows] for kind, rows in levels.items()}
+
+
+def _search(
+    decoder: Decoder,
+    inventory: Inventory,
+    limit: float,
+    budget: Budget,
+    refit: Refit,
+    calibration: Calibration,
+    report: Callable[[int, int], None],
+) -> Allocated:
+    """The counts of `curves` after a search of steps between sublayers, and the record of both."""
+    batches, walked = calibration.batches, len(PROJECTIONS) * layer_count(decoder)
+    sizes = [sum(len(row) - 1 for rows in _middle(inventory, budget).values() for row in rows)]
+    told = in_turn(report, sizes + [walked, searches.GENERATIONS] * searches.SEARCHES)
+    tried, losses = _by_curves(decoder, inventory, budget, refit, calibration, next(told))
+    found, records = _cheapest(inventory, limit, tried, losses, budget), []
+    counts, dense = found.counts, [dense_on(decoder, part) for part in searches.windows(batches)]
+    for number in range(searches.SEARCHES):
+        levels = searches.levels_around(inventory, budget, counts)
+        with tempfile.TemporaryDirectory(prefix="minillm-jax-") as folder:
+            model = composed(decoder, batches, levels, counts, refit, Path(folder), next(told))
+            divergence = partial(_divergence, model, dense)
+            seed = [calibration.seed, number]
+            result = searches.search(inventory, limit, levels, counts, divergence, seed, progress=next(told))
+        records.append([value if np.isfinite(value) else None for value in result.divergences])
+        counts = _decided(partial(_filled, inventory, limit, result.counts, tried, losses, budget))
+    return replace(found, counts=counts, searched=records)
+
+
+def _divergence(model: Composed, dense: Sequence[Dense], counts: Counts, number: int) -> float:
+    """The divergence of process 0 in every process: all compare the same numbers and take the same steps."""
+    value = model.divergence(counts, dense[number])
+    return float(hosts.of_first(lambda: {"divergence": np.float64(value)})["divergence"])
+
+
+def _filled(
+    inventory: Inventory, limit: float, counts: Counts, tried: Levels, losses: Losses, budget: Budget
+) -> Counts:
+    """The counts with single groups added by their losses: the levels of a search leave room below the limit."""
+    filled = {kind: list(row) for kind, row in counts.items()}
+    correct(inventory, limit, filled, tried, losses, budget)
+    return filled
 
 
 def _pairs(levels: Levels, losses: Losses) -> dict[str, list[list[tuple[int, float | None]]]]:

@@ -8,13 +8,16 @@ the tokens of the last round is lower. Sources: EvoPress, arXiv 2410.14649; Týr
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
 
 from minillm_jax.budget.cheapest import Levels
 from minillm_jax.budget.inventory import Counts, Inventory
+from minillm_jax.data.batches import Batches
 from minillm_jax.settings import Budget
 
 # Levels on each side of the starting count, and the step between them as a share of the sizes of a sublayer.
@@ -26,8 +29,9 @@ OFFSPRING = 16
 SURVIVORS = (4, 2, 1)
 # Tokens on which each round measures.
 TOKENS = (512, 1024, 2048)
-# Generations of one search.
+# Generations of one search, and the number of searches, each with a new library around the counts found so far.
 GENERATIONS = 24
+SEARCHES = 2
 # Sublayers that lose a step in one offspring, at most.
 MOST_LOSERS = 3
 # Drawn offspring for each one that is measured: near the end of a search most are known already.
@@ -68,13 +72,20 @@ def _around(sizes: tuple[int, ...], count: int) -> list[int]:
     return [sizes[place] for place in sorted(places, reverse=True)]
 
 
+def windows(batches: Batches) -> list[Batches]:
+    """The windows of each round: the first of the calibration windows, cut to the tokens of the first round at most."""
+    length = min(batches.length, TOKENS[0])
+    short = replace(batches, windows=batches.windows[:, :length])
+    return [short.first(max(1, tokens // length)) for tokens in TOKENS]
+
+
 def search(
     inventory: Inventory,
     limit: float,
     levels: Levels,
     start: Counts,
     divergence: Callable[[Counts, int], float],
-    seed: int,
+    seed: int | Sequence[int],
     generations: int = GENERATIONS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Found:
@@ -91,20 +102,26 @@ def search(
       progress: called with the number of generations done, and of all.
     """
     generator, parent, seen = np.random.default_rng(seed), start, {_key(start)}
-    last = len(SURVIVORS) - 1
-    values = [divergence(parent, last)]
+    values = [divergence(parent, len(TOKENS) - 1)]
     for done in range(generations):
         children = _new_children(inventory, limit, levels, parent, generator, seen)
-        for number, survivors in enumerate(SURVIVORS):
-            measured = [(divergence(child, number), place) for place, child in enumerate(children)]
-            best = sorted(measured)[:survivors]
-            children = [children[place] for _, place in best]
-        if best and best[0][0] < values[-1]:
-            parent = children[0]
-        values.append(min([values[-1], *(value for value, _ in best)]))
+        value, best = _best(children, divergence) if children else (values[-1], parent)
+        if value < values[-1]:
+            parent = best
+        values.append(min(value, values[-1]))
         if progress is not None:
             progress(done + 1, generations)
     return Found(parent, values)
+
+
+def _best(children: Sequence[Counts], divergence: Callable[[Counts, int], float]) -> tuple[float, Counts]:
+    """The best of the offspring after all rounds, and its divergence in the last round."""
+    value = inf
+    for number, survivors in enumerate(SURVIVORS):
+        measured = [divergence(child, number) for child in children]
+        order = np.argsort(measured, kind="stable")[:survivors]
+        children, value = [children[place] for place in order], measured[order[0]]
+    return value, children[0]
 
 
 def _key(counts: Counts) -> tuple[int, ...]:
