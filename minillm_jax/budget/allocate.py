@@ -1,7 +1,7 @@
 """Allocation: the number of groups that every layer keeps, from the budget, the model, its scores and its losses."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from minillm_jax.budget import curves
 from minillm_jax.budget import search as searches
 from minillm_jax.budget.budget import Counts, Inventory
 from minillm_jax.budget.cheapest import Levels, Losses, correct
-from minillm_jax.budget.library import Composed, Dense, composed, dense_on
+from minillm_jax.budget.library import composed, dense_on
 from minillm_jax.budget.measured_losses import level_losses
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts
@@ -38,13 +38,13 @@ class Allocated:
       losses: with an allocation of `MEASURED`: kind -> for each layer, pairs of a number of kept groups and the mean
         divergence from the dense model (nats) when only this kind of groups of this layer is pruned to that number;
         None where the divergence is not finite. The first pair is for all groups.
-      searched: with the allocation `search`: for each of its searches, the divergence of the whole model at the start
-        and after each generation, nats; None where it is not finite.
+      searched: with the allocation `search`: the divergence of the whole model at the start and after each generation,
+        nats; None where it is not finite.
     """
 
     counts: Counts
     losses: dict[str, list[list[tuple[int, float | None]]]] | None = None
-    searched: list[list[float | None]] | None = None
+    searched: list[float | None] | None = None
 
 
 def expected(decoder: Decoder, kinds: tuple[str, ...], budget: Budget) -> Counts | None:
@@ -210,28 +210,23 @@ def _search(
     report: Callable[[int, int], None],
 ) -> Allocated:
     """The counts of `curves` after a search of steps between sublayers, and the record of both."""
-    batches, walked = calibration.batches, len(PROJECTIONS) * layer_count(decoder)
-    sizes = [sum(len(row) - 1 for rows in _middle(inventory, budget).values() for row in rows)]
-    told = in_turn(report, sizes + [walked, searches.GENERATIONS] * searches.SEARCHES)
+    batches, generations = calibration.batches, searches.generations_of(inventory)
+    measured = sum(len(row) - 1 for rows in _middle(inventory, budget).values() for row in rows)
+    told = in_turn(report, (measured, len(PROJECTIONS) * layer_count(decoder), generations))
     tried, losses = _by_curves(decoder, inventory, budget, refit, calibration, next(told))
-    found, records = _cheapest(inventory, limit, tried, losses, budget), []
-    counts, dense = found.counts, [dense_on(decoder, part) for part in searches.windows(batches)]
-    for number in range(searches.SEARCHES):
-        levels = searches.levels_around(inventory, budget, counts)
-        with tempfile.TemporaryDirectory(prefix="minillm-jax-") as folder:
-            model = composed(decoder, batches, levels, counts, refit, Path(folder), next(told))
-            divergence = partial(_divergence, model, dense)
-            seed = [calibration.seed, number]
-            result = searches.search(inventory, limit, levels, counts, divergence, seed, progress=next(told))
-        records.append([value if np.isfinite(value) else None for value in result.divergences])
-        counts = _decided(partial(_filled, inventory, limit, result.counts, tried, losses, budget))
-    return replace(found, counts=counts, searched=records)
+    start = _cheapest(inventory, limit, tried, losses, budget)
+    levels = searches.levels_around(inventory, budget, start.counts)
+    dense = [dense_on(decoder, part) for part in searches.windows(batches)]
+    with tempfile.TemporaryDirectory(prefix="minillm-jax-") as folder:
+        model = composed(decoder, batches, levels, start.counts, refit, Path(folder), next(told))
 
+        def divergence(counts: Counts, number: int) -> float:
+            return model.divergence(counts, dense[number])
 
-def _divergence(model: Composed, dense: Sequence[Dense], counts: Counts, number: int) -> float:
-    """The divergence of process 0 in every process: all compare the same numbers and take the same steps."""
-    value = model.divergence(counts, dense[number])
-    return float(hosts.of_first(lambda: {"divergence": np.float64(value)})["divergence"])
+        seed = calibration.seed
+        found = searches.search(inventory, limit, levels, start.counts, divergence, seed, generations, next(told))
+    counts = _decided(lambda: _filled(inventory, limit, found.counts, tried, losses, budget))
+    return replace(start, counts=counts, searched=[x if np.isfinite(x) else None for x in found.divergences])
 
 
 def _filled(

@@ -18,6 +18,7 @@ import numpy as np
 from minillm_jax.budget.cheapest import Levels
 from minillm_jax.budget.inventory import Counts, Inventory
 from minillm_jax.data.batches import Batches
+from minillm_jax.devices import hosts
 from minillm_jax.settings import Budget
 
 # Levels on each side of the starting count, and the step between them as a share of the sizes of a sublayer.
@@ -29,9 +30,10 @@ OFFSPRING = 16
 SURVIVORS = (4, 2, 1)
 # Tokens on which each round measures.
 TOKENS = (512, 1024, 2048)
-# Generations of one search, and the number of searches, each with a new library around the counts found so far.
-GENERATIONS = 24
-SEARCHES = 2
+# Generations for each pruned layer, and the most of all. On stories260K, of five layers, the last better offspring came
+# in generation 12 of 72, and a second search with a new library gave no better perplexity (docs/LOG.md).
+GENERATIONS = 3
+MOST_GENERATIONS = 32
 # Sublayers that lose a step in one offspring, at most.
 MOST_LOSERS = 3
 # Drawn offspring for each one that is measured: near the end of a search most are known already.
@@ -72,6 +74,11 @@ def _around(sizes: tuple[int, ...], count: int) -> list[int]:
     return [sizes[place] for place in sorted(places, reverse=True)]
 
 
+def generations_of(inventory: Inventory) -> int:
+    """The number of generations for a model."""
+    return min(GENERATIONS * len(inventory.layers), MOST_GENERATIONS)
+
+
 def windows(batches: Batches) -> list[Batches]:
     """The windows of each round: the first of the calibration windows, cut to the tokens of the first round at most."""
     length = min(batches.length, TOKENS[0])
@@ -86,7 +93,7 @@ def search(
     start: Counts,
     divergence: Callable[[Counts, int], float],
     seed: int | Sequence[int],
-    generations: int = GENERATIONS,
+    generations: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Found:
     """Counts within the limit with a lower divergence than those at the start, if any was found.
@@ -102,7 +109,7 @@ def search(
       progress: called with the number of generations done, and of all.
     """
     generator, parent, seen = np.random.default_rng(seed), start, {_key(start)}
-    values = [divergence(parent, len(TOKENS) - 1)]
+    _, values = _ranked([divergence(parent, len(TOKENS) - 1)])
     for done in range(generations):
         children = _new_children(inventory, limit, levels, parent, generator, seen)
         value, best = _best(children, divergence) if children else (values[-1], parent)
@@ -118,10 +125,15 @@ def _best(children: Sequence[Counts], divergence: Callable[[Counts, int], float]
     """The best of the offspring after all rounds, and its divergence in the last round."""
     value = inf
     for number, survivors in enumerate(SURVIVORS):
-        measured = [divergence(child, number) for child in children]
-        order = np.argsort(measured, kind="stable")[:survivors]
-        children, value = [children[place] for place in order], measured[order[0]]
+        order, values = _ranked([divergence(child, number) for child in children])
+        children, value = [children[place] for place in order[:survivors]], values[order[0]]
     return value, children[0]
+
+
+def _ranked(values: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Indices of the values, ascending, and the values, both of process 0: all processes must take the same steps."""
+    found = hosts.of_first(lambda: {"order": np.argsort(values, kind="stable"), "values": np.asarray(values)})
+    return found["order"].tolist(), found["values"].tolist()
 
 
 def _key(counts: Counts) -> tuple[int, ...]:
