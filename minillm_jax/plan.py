@@ -16,7 +16,7 @@ import numpy as np
 import minillm_jax.hidden  # noqa: F401  before the first import of convert
 from convert import formats, gguf_metadata, gguf_write
 from convert.reader import Description
-from minillm_jax.budget import allocate, curves, expected
+from minillm_jax.budget import allocate, curves, expected, search
 from minillm_jax.budget.inventory import kept_count
 from minillm_jax.data.batches import TOKENS_PER_BATCH
 from minillm_jax.data.calibration_size import widest_mlp
@@ -235,7 +235,8 @@ def device_bytes(dense: Decoder, pruned: Decoder, recipe: Recipe, count: int = 1
     weights, smaller = (costs.cost(decoder, "parameters") * width for decoder in (dense, pruned))
     scores = score_bytes(dense, recipe, on_cpu)
     walked = smaller // count + walk_bytes(dense, recipe) if walks(recipe) else 0
-    return weights // count + max(scores, walked, 2 * smaller // count)
+    composed = smaller // count + scores if recipe.budget.allocation == "search" else 0
+    return weights // count + max(scores, walked, composed, 2 * smaller // count)
 
 
 def score_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
@@ -342,7 +343,10 @@ def run_flops(dense: Decoder, pruned: Decoder, recipe: Recipe) -> float:
     if "layers" in recipe.budget.structures:
         total += forward * layer_passes(recipe, layer_count(dense))
     if recipe.budget.allocation in MEASURED:
-        total += walk_flops(dense, dense, recipe) + forward * allocation_passes(recipe, layer_count(dense))
+        walks_there = 2 if recipe.budget.allocation == "search" else 1  # the second makes the library
+        total += walks_there * walk_flops(dense, dense, recipe) + forward * allocation_passes(
+            recipe, layer_count(dense)
+        )
     return total
 
 
@@ -350,13 +354,14 @@ def allocation_passes(recipe: Recipe, layers: int) -> float:
     """Forward passes of an allocation that measures, in forward passes over all calibration windows.
 
     Each begins at the pruned layer: half a pass by the mean. The allocations by curves measure one level, on fewer
-    tokens.
+    tokens. Those of a search are whole passes.
     """
-    levels, share = len(allocate.SHARES), 1.0
+    levels, share, searched, tokens = len(allocate.SHARES), 1.0, 0.0, prod(_windows(recipe))
     if recipe.budget.allocation in BY_CURVES:
-        samples, length = _windows(recipe)
-        levels, share = 1, min(1.0, curves.MEASURED_TOKENS / (samples * length))
-    return share * (1 + levels * len(recipe.budget.kinds) * layers / 2)
+        levels, share = 1, min(1.0, curves.MEASURED_TOKENS / tokens)
+    if recipe.budget.allocation == "search":
+        searched = search.measured_tokens(len(allocate.layers_of(recipe.budget, layers))) / tokens
+    return share * (1 + levels * len(recipe.budget.kinds) * layers / 2) + searched
 
 
 def layer_passes(recipe: Recipe, count: int) -> int:

@@ -210,7 +210,7 @@ def _search(
     report: Callable[[int, int], None],
 ) -> Allocated:
     """The counts of `curves` after a search of steps between sublayers, and the record of both."""
-    batches, generations = calibration.batches, searches.generations_of(inventory)
+    batches, generations = calibration.batches, searches.generations_of(len(inventory.layers))
     measured = sum(len(row) - 1 for rows in _middle(inventory, budget).values() for row in rows)
     told = in_turn(report, (measured, len(PROJECTIONS) * layer_count(decoder), generations))
     tried, losses = _by_curves(decoder, inventory, budget, refit, calibration, next(told))

@@ -74,9 +74,19 @@ def _around(sizes: tuple[int, ...], count: int) -> list[int]:
     return [sizes[place] for place in sorted(places, reverse=True)]
 
 
-def generations_of(inventory: Inventory) -> int:
-    """The number of generations for a model."""
-    return min(GENERATIONS * len(inventory.layers), MOST_GENERATIONS)
+def generations_of(layers: int) -> int:
+    """The number of generations for a number of pruned layers."""
+    return min(GENERATIONS * layers, MOST_GENERATIONS)
+
+
+def measured_tokens(layers: int) -> int:
+    """Tokens of all forward passes of a search, at most, with those of the dense model.
+
+    Args:
+      layers: number of pruned layers.
+    """
+    a_generation = sum(count * tokens for count, tokens in zip((OFFSPRING, *SURVIVORS), TOKENS, strict=False))
+    return generations_of(layers) * a_generation + TOKENS[-1] + sum(TOKENS)
 
 
 def windows(batches: Batches) -> list[Batches]:

@@ -133,7 +133,7 @@ def kept_of(model: Decoder, counts: Counts) -> axis_table.Kept:
 
 
 @pytest.mark.parametrize(
-    "family", [{}, {"norm": "layer", "attention_bias": True, "output_bias": True, "mlp_bias": True}], ids=str
+    "family", [{}, {"norm": "layer", "qkv_bias": True, "output_bias": True, "mlp_bias": True}], ids=str
 )
 @pytest.mark.parametrize("refit", [Refit(), Refit("none")], ids=str)
 def test_a_composed_model_is_the_sliced_one(tmp_path: Path, family: dict[str, Any], refit: Refit) -> None:
