@@ -27,7 +27,7 @@ from minillm_jax.budget.cheapest import Levels
 from minillm_jax.budget.inventory import Counts
 from minillm_jax.budget.measured_losses import projections
 from minillm_jax.data.batches import Batches
-from minillm_jax.devices import sharding
+from minillm_jax.devices import hosts, sharding
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.model.build import with_runs
@@ -199,7 +199,7 @@ def composed(
     """
     settings = resolve(refit, decoder.config)
     solver, library = Solver(settings.solver), Library(folder)
-    _check_room(folder, library_bytes(decoder, levels))
+    hosts.decide(partial(_check_room, folder, library_bytes(decoder, levels)))
 
     def replace(site: Site) -> Block:
         kind = pruned_kind(site.kind, levels)

@@ -133,9 +133,10 @@ def kept_of(model: Decoder, counts: Counts) -> axis_table.Kept:
 
 
 @pytest.mark.parametrize(
-    "family", [{}, {"norm": "layer", "qkv_bias": True, "output_bias": True, "mlp_bias": True}], ids=str
+    ("family", "refit"),
+    [({}, Refit("none")), ({"norm": "layer", "qkv_bias": True, "output_bias": True, "mlp_bias": True}, Refit())],
+    ids=["llama without refit", "biases"],
 )
-@pytest.mark.parametrize("refit", [Refit(), Refit("none")], ids=str)
 def test_a_composed_model_is_the_sliced_one(tmp_path: Path, family: dict[str, Any], refit: Refit) -> None:
     decoder = small_decoder(**family)
     start = {"head": [2, 3, 4], "channel": [6, 12, 5]}
