@@ -31,7 +31,7 @@ SURVIVORS = (4, 2, 1)
 # Tokens on which each round measures.
 TOKENS = (512, 1024, 2048)
 # Generations for each pruned layer, and the most of all. On stories260K, of five layers, the last better offspring came
-# in generation 12 of 72, and a second search with a new library gave no better perplexity (docs/LOG.md).
+# in generation 12 of 72, and more searches with new libraries were no clear gain (docs/LOG.md).
 GENERATIONS = 3
 MOST_GENERATIONS = 32
 # Sublayers that lose a step in one offspring, at most.
