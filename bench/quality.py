@@ -84,6 +84,7 @@ def recipes(model: Model, seed: int, quick: bool) -> dict[str, Recipe]:
     table["obs + least squares, held-out ridge"] = Recipe(obs, Refit())
     table["obs + least squares, held-out ridge, equal"] = Recipe(obs, Refit(), "equal")
     table["obs + least squares, held-out ridge, curves"] = Recipe(obs, Refit(), "curves", preset="ours")
+    table["obs + least squares, held-out ridge, search"] = Recipe(obs, Refit(), "search")
     table["obs + least squares, measured"] = Recipe(obs, squares, "measured")
     return table
 

@@ -16,7 +16,7 @@ import numpy as np
 import minillm_jax.hidden  # noqa: F401  before the first import of convert
 from convert import formats, gguf_metadata, gguf_write
 from convert.reader import Description
-from minillm_jax.budget import allocate, curves, expected
+from minillm_jax.budget import allocate, curves, expected, search
 from minillm_jax.budget.inventory import kept_count
 from minillm_jax.data.batches import TOKENS_PER_BATCH
 from minillm_jax.data.calibration_size import widest_mlp
@@ -235,7 +235,8 @@ def device_bytes(dense: Decoder, pruned: Decoder, recipe: Recipe, count: int = 1
     weights, smaller = (costs.cost(decoder, "parameters") * width for decoder in (dense, pruned))
     scores = score_bytes(dense, recipe, on_cpu)
     walked = smaller // count + walk_bytes(dense, recipe) if walks(recipe) else 0
-    return weights // count + max(scores, walked, 2 * smaller // count)
+    composed = smaller // count + scores if recipe.budget.allocation == "search" else 0
+    return weights // count + max(scores, walked, composed, 2 * smaller // count)
 
 
 def score_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
@@ -342,7 +343,10 @@ def run_flops(dense: Decoder, pruned: Decoder, recipe: Recipe) -> float:
     if "layers" in recipe.budget.structures:
         total += forward * layer_passes(recipe, layer_count(dense))
     if recipe.budget.allocation in MEASURED:
-        total += walk_flops(dense, dense, recipe) + forward * allocation_passes(recipe, layer_count(dense))
+        walks_there = 2 if recipe.budget.allocation == "search" else 1  # the second makes the library
+        total += walks_there * walk_flops(dense, dense, recipe) + forward * allocation_passes(
+            recipe, layer_count(dense)
+        )
     return total
 
 
@@ -350,16 +354,18 @@ def allocation_passes(recipe: Recipe, layers: int) -> float:
     """Forward passes of an allocation that measures, in forward passes over all calibration windows.
 
     Each begins at the pruned layer: half a pass by the mean. The allocations by curves measure fewer levels, on fewer
-    tokens; all measure the level without any groups where whole sublayers may be removed.
+    tokens; all measure the level without any groups where whole sublayers may be removed. Those of a search are whole
+    passes.
     """
-    budget, share = recipe.budget, 1.0
-    levels = sum((len(allocate.SHARES) if budget.single(kind) else 0) + budget.whole(kind) for kind in budget.kinds)
-    if budget.allocation in BY_CURVES:
-        samples, length = _windows(recipe)
-        few = len(curves.MEASURED_SHARES)
-        levels = sum((few if budget.single(kind) else 0) + budget.whole(kind) for kind in budget.kinds)
-        share = min(1.0, curves.MEASURED_TOKENS / (samples * length))
-    return share * (1 + levels * layers / 2)
+    budget, tokens = recipe.budget, prod(_windows(recipe))
+    by_curves = budget.allocation in BY_CURVES
+    each = len(curves.MEASURED_SHARES if by_curves else allocate.SHARES)
+    levels = sum((each if budget.single(kind) else 0) + budget.whole(kind) for kind in budget.kinds)
+    share = min(1.0, curves.MEASURED_TOKENS / tokens) if by_curves else 1.0
+    searched = 0.0
+    if budget.allocation == "search":
+        searched = search.measured_tokens(len(allocate.layers_of(budget, layers))) / tokens
+    return share * (1 + levels * layers / 2) + searched
 
 
 def layer_passes(recipe: Recipe, count: int) -> int:

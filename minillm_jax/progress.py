@@ -1,6 +1,7 @@
 """Progress of a job, reported to a callback."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
 # Called with the name of a stage, the number of its finished steps and the number of all its steps.
 StageProgress = Callable[[str, int, int], None]
@@ -10,3 +11,14 @@ def tell(progress: StageProgress | None, stage: str, done: int, total: int) -> N
     """Calls `progress`, if it is given, with the stage and its finished and total steps."""
     if progress is not None:
         progress(stage, done, total)
+
+
+def in_turn(progress: Callable[[int, int], None], sizes: Sequence[int]) -> Iterator[Callable[[int, int], None]]:
+    """Callbacks for the parts of one stage, in their order: each reports its steps as steps of the whole stage.
+
+    Args:
+      progress: called with the number of finished steps, and of all.
+      sizes: number of steps of each part.
+    """
+    for start in accumulate(sizes[:-1], initial=0):
+        yield lambda done, _total, start=start: progress(start + done, sum(sizes))

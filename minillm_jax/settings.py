@@ -22,11 +22,11 @@ MEANT = {
 }
 HEADS = ("group", "query")
 COUNTED = ("groups", "blocks", "model")
-ALLOCATIONS = ("uniform", "equal", "global", "measured", "curves")
+ALLOCATIONS = ("uniform", "equal", "global", "measured", "curves", "search")
 # The allocations that measure losses on the calibration windows.
-MEASURED = ("equal", "measured", "curves")
+MEASURED = ("equal", "measured", "curves", "search")
 # The allocations that follow the error curves of structured OBS.
-BY_CURVES = ("equal", "curves")
+BY_CURVES = ("equal", "curves", "search")
 # The allocations that give every layer as many groups as the others.
 SAME_IN_LAYERS = ("uniform", "equal")
 CRITERIA = (
@@ -140,8 +140,10 @@ class Budget:
       allocation: how the budget is shared between layers: `uniform`, the same share of every kind in every layer;
         `equal`, as many heads and as many channels in every layer, of which kind more is removed being chosen by
         losses; `global`, the lowest scores per cost of the whole model; `measured`, the least sum of measured losses;
-        `curves`, the same with losses from two measured levels and the errors of structured OBS. None for `curves`
-        where structured OBS chooses the groups, `equal` if the format `stock` is asked for too, and else `uniform`.
+        `curves`, the same with losses from two measured levels and the errors of structured OBS; `search`, the counts
+        of `curves` after steps between sublayers that lower the measured divergence of the whole model. None for
+        `curves` where structured OBS chooses the groups, `equal` if the format `stock` is asked for too, and else
+        `uniform`.
       structures: what is removed, some of `STRUCTURES`; layers first, then hidden dimensions, then heads and channels.
       heads: what a head is: a key/value head with all its query heads (`group`), or a query head (`query`).
       layers: the first pruned layer and the one after the last, counted from the end where negative; None for all.

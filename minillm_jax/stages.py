@@ -79,7 +79,7 @@ def prune_model(
         smaller, whole = _without_empty_layers(smaller, whole)
     else:
         nothing = Scores({}, asdict(recipe.scoring), calibration.record())
-        more = {"rounds": 1, "scores": None, "losses": None}
+        more = {"rounds": 1, "scores": None, "losses": None, "searched": None}
         smaller = record_pruning(smaller, smaller.decoder, {}, nothing, budget, recipe.refit, more)
     record = {"recipe": recipe.name, "structures": list(budget.structures), **(smaller.record or {}), "whole": whole}
     record |= {"parameters_before": parameters, "parameters_after": parameter_count(smaller.decoder)}
@@ -141,7 +141,7 @@ def prune_groups(
     refit = resolve(refit or Refit("none"), decoder.config)
     allocated = _allocate(decoder, scores, budget, refit, calibration, progress)
     pruned, kept = _remove(decoder, scores, allocated.counts, refit, calibration, progress)
-    more = {"scores": summaries(scores), "losses": allocated.losses}
+    more = {"scores": summaries(scores), "losses": allocated.losses, "searched": allocated.searched}
     return record_pruning(model, pruned, kept, scores, budget, refit, more)
 
 
@@ -183,7 +183,8 @@ def prune_in_rounds(
     refit = resolve(refit or Refit("none"), decoder.config)
     scores = scores or score(model, calibration, scoring, progress, checkpoint)
     allocated = _allocate(decoder, scores, budget, refit, calibration, progress, fits)
-    more = {"rounds": rounds, "scores": summaries(scores), "losses": allocated.losses}
+    more = {"scores": summaries(scores), "losses": allocated.losses, "searched": allocated.searched}
+    more |= {"rounds": rounds}
     before = {kind: group_counts(decoder, kind) for kind in scores.kinds}
     parts, kept = part_counts(decoder, scores.kinds), None
     for number, counts in enumerate(allocate.steps_between(before, allocated.counts, parts, rounds)):

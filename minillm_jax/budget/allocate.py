@@ -1,15 +1,19 @@
 """Allocation: the number of groups that every layer keeps, from the budget, the model, its scores and its losses."""
 
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from minillm_jax.budget import budget as budgets
 from minillm_jax.budget import curves
+from minillm_jax.budget import search as searches
 from minillm_jax.budget.budget import Counts, Inventory
-from minillm_jax.budget.cheapest import Levels, Losses
+from minillm_jax.budget.cheapest import Levels, Losses, correct
+from minillm_jax.budget.library import composed, dense_on
 from minillm_jax.budget.measured_losses import level_losses
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts
@@ -17,7 +21,8 @@ from minillm_jax.errors import InputError, shortened
 from minillm_jax.model import costs
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.tree import group_counts, layer_count, part_counts
-from minillm_jax.progress import StageProgress, tell
+from minillm_jax.progress import StageProgress, in_turn, tell
+from minillm_jax.pruning.walk import PROJECTIONS
 from minillm_jax.settings import BY_CURVES, Budget, Refit
 
 # Removed shares of the groups of a layer at which the allocation `measured` measures the loss.
@@ -33,10 +38,13 @@ class Allocated:
       losses: with an allocation of `MEASURED`: kind -> for each layer, pairs of a number of kept groups and the mean
         divergence from the dense model (nats) when only this kind of groups of this layer is pruned to that number;
         None where the divergence is not finite. The first pair is for all groups.
+      searched: with the allocation `search`: the divergence of the whole model at the start and after each generation,
+        nats; None where it is not finite.
     """
 
     counts: Counts
     losses: dict[str, list[list[tuple[int, float | None]]]] | None = None
+    searched: list[float | None] | None = None
 
 
 def expected(decoder: Decoder, kinds: tuple[str, ...], budget: Budget) -> Counts | None:
@@ -150,6 +158,8 @@ def counts_for(
     report = partial(tell, progress, "budget")
     if budget.allocation in BY_CURVES:
         check_curves("obs" if scores is None else "a criterion with scores", budget.allocation)
+        if budget.allocation == "search":
+            return _search(decoder, inventory, limit, budget, refit, calibration, report)
         levels, losses = _by_curves(decoder, inventory, budget, refit, calibration, report)
         return _cheapest(inventory, limit, levels, losses, budget, fits)
     levels = budgets.levels(inventory, budget, SHARES)
@@ -175,14 +185,57 @@ def _by_curves(
 ) -> tuple[Levels, Losses]:
     """All levels and their losses, from a few measured levels of every sublayer, and from that without any groups."""
     levels = budgets.levels(inventory, budget, curves.SHARES)
-    tried, most = budgets.levels(inventory, budget, curves.MEASURED_SHARES), len(curves.MEASURED_SHARES) + 1
-    tried = {kind: [row[:most] + [0] * (0 in row[most:]) for row in rows] for kind, rows in tried.items()}
+    tried = _measured_levels(inventory, budget)
     fewest = {kind: [row[-1] for row in rows] for kind, rows in levels.items()}
     batches = calibration.batches
     windows = batches.first(max(1, curves.MEASURED_TOKENS // batches.length))
     found = level_losses(decoder, batches, tried, None, refit, report, fewest, windows)
     assert found.errors is not None, "structured OBS has errors"
     return levels, curves.curve_losses(levels, tried, found.divergences, found.errors)
+
+
+def _measured_levels(inventory: Inventory, budget: Budget) -> dict[str, list[list[int]]]:
+    """The levels of every sublayer at which the allocations by curves measure, after that of the dense model."""
+    levels, most = budgets.levels(inventory, budget, curves.MEASURED_SHARES), len(curves.MEASURED_SHARES) + 1
+    return {kind: [row[:most] + [0] * (0 in row[most:]) for row in rows] for kind, rows in levels.items()}
+
+
+def _search(
+    decoder: Decoder,
+    inventory: Inventory,
+    limit: float,
+    budget: Budget,
+    refit: Refit,
+    calibration: Calibration,
+    report: Callable[[int, int], None],
+) -> Allocated:
+    """The counts of `curves` after a search of steps between sublayers, and the record of both."""
+    batches, generations = calibration.batches, searches.generations_of(len(inventory.layers))
+    measured = sum(len(row) - 1 for rows in _measured_levels(inventory, budget).values() for row in rows)
+    told = in_turn(report, (measured, len(PROJECTIONS) * layer_count(decoder), generations))
+    tried, losses = _by_curves(decoder, inventory, budget, refit, calibration, next(told))
+    start = _cheapest(inventory, limit, tried, losses, budget)
+    levels = searches.levels_around(inventory, budget, start.counts)
+    dense = [dense_on(decoder, part) for part in searches.windows(batches)]
+    with tempfile.TemporaryDirectory(prefix="minillm-jax-") as folder:
+        model = composed(decoder, batches, levels, start.counts, refit, Path(folder), next(told))
+
+        def divergence(counts: Counts, number: int) -> float:
+            return model.divergence(counts, dense[number])
+
+        seed = calibration.seed
+        found = searches.search(inventory, limit, levels, start.counts, divergence, seed, generations, next(told))
+    counts = _decided(lambda: _filled(inventory, limit, found.counts, tried, losses, budget))
+    return replace(start, counts=counts, searched=[x if np.isfinite(x) else None for x in found.divergences])
+
+
+def _filled(
+    inventory: Inventory, limit: float, counts: Counts, tried: Levels, losses: Losses, budget: Budget
+) -> Counts:
+    """The counts with single groups added by their losses: the levels of a search leave room below the limit."""
+    filled = {kind: list(row) for kind, row in counts.items()}
+    correct(inventory, limit, filled, tried, losses, budget)
+    return filled
 
 
 def _pairs(levels: Levels, losses: Losses) -> dict[str, list[list[tuple[int, float | None]]]]:

@@ -65,7 +65,7 @@ def cheapest(inventory: Inventory, limit: float, tried: Levels, losses: Losses, 
         )
     ordered = {kind: [[x if isfinite(x) else inf for x in row] for row in rows] for kind, rows in losses.items()}
     kept = _best_levels(inventory, limit, tried, ordered)
-    if kept is None or not _correct(inventory, limit, kept, tried, ordered, budget or Budget(keep_at_least=0.0)):
+    if kept is None or not correct(inventory, limit, kept, tried, ordered, budget or Budget(keep_at_least=0.0)):
         raise InputError(no_finite_loss(limit, losses))
     return kept
 
@@ -136,11 +136,19 @@ def _with_site(
     return sums[choice, entries], choice, before[choice, entries]
 
 
-def _correct(inventory: Inventory, limit: float, kept: Counts, tried: Levels, losses: Losses, budget: Budget) -> bool:
+def correct(inventory: Inventory, limit: float, kept: Counts, tried: Levels, losses: Losses, budget: Budget) -> bool:
     """Changes the counts by steps: removals until the limit holds, then additions as long as one fits.
 
     Each step leads to the next allowed size of one layer. It is the step with the least change of the loss for its
     cost. Returns whether the limit holds.
+
+    Args:
+      inventory: the groups of the model.
+      limit: the largest cost of the pruned model.
+      kept: the counts, changed in place.
+      tried: the counts with known losses, from `levels`.
+      losses: the loss at each of these counts, infinite where it must not be chosen.
+      budget: its multiples round the counts.
     """
     sizes = {
         kind: [[size for size in row if size >= tried[kind][layer][-1]] for layer, row in enumerate(rows)]

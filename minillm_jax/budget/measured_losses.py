@@ -100,7 +100,7 @@ def level_losses(
         if kind is not None:
             counts, changes, of_site = levels[kind][site.layer], [(0.0, 0.0)], np.zeros(1)
             least = min(counts) if fewest is None else fewest[kind][site.layer]
-            for kernel, shift, now in _projections(site, kind, counts[1:], least, choose, settings, solver):
+            for kernel, shift, now in projections(site, kind, counts[1:], least, choose, settings, solver):
                 run = with_projection(site.run, PROJECTIONS[site.kind], kernel, shift, site.mesh)
                 changes.append(streams.after(site.layer, run))
                 of_site, done = now, done + 1
@@ -166,12 +166,24 @@ class Streams:
         self.streams = [_advance(self.decoder, run, x, mesh=mesh) for x in self.streams]
 
 
-def _projections(
+def projections(
     site: Site, kind: str, counts: Sequence[int], fewest: int, choose: Choose | None, settings: Refit, solver: Solver
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """For each count, the refitted kernel at full width, with rows of zeros, and the change of the bias.
 
     With groups chosen by structured OBS, also the sums of the errors of its removals.
+
+    Args:
+      site: an output projection, as the walk shows it.
+      kind: kind of the groups: that of the site, or `query`.
+      counts: numbers of kept groups.
+      fewest: number of kept groups that the order of structured OBS reaches, at most the least of `counts`.
+      choose: the kept groups of a kind and layer; None for groups chosen by structured OBS.
+      settings: from `resolve`.
+      solver: solves the systems.
+
+    Raises:
+      InputError: the activations are not finite, or a system has no solution.
     """
     if not counts:
         return

@@ -118,7 +118,7 @@ def slice_and_refit(
         kind = pruned_kind(site.kind, kept)
         return site.run if kind is None else slice_site(site, kind, kept[kind][site.layer], settings, solver)
 
-    refit_inputs = _input_refit(settings, kept, batches, solver)
+    refit_inputs = input_refit(settings, kept, batches, solver)
     layers = walk(decoder, batches, replace_layer, progress, refit_inputs, held_out_windows(settings, batches))
     return shard(with_runs(decoder, slicing.merge(layers)), mesh_of(decoder))
 
@@ -161,15 +161,22 @@ def prune_by_obs(
         return layer
 
     kept_ranges = {kind: [range(count) for count in rows] for kind, rows in counts.items()}  # only their lengths matter
-    refit_inputs = _input_refit(settings, kept_ranges, batches, solver)
+    refit_inputs = input_refit(settings, kept_ranges, batches, solver)
     layers = walk(decoder, batches, replace_layer, progress, refit_inputs, held_out_windows(settings, batches))
     return shard(with_runs(decoder, slicing.merge(layers)), mesh_of(decoder)), kept
 
 
-def _input_refit(
+def input_refit(
     settings: Refit, kept: Mapping[str, Sequence[Sized]], batches: Batches, solver: Solver
 ) -> RefitInputs | None:
-    """The input refit of the sublayers that lose groups; None where β is 0."""
+    """The input refit of the sublayers that lose groups; None where β is 0.
+
+    Args:
+      settings: from `resolve`.
+      kept: kind of group -> for each layer, the kept groups, of which only the number matters.
+      batches: calibration windows of the walk.
+      solver: solves the systems.
+    """
     if not settings.inputs:
         return None
 

@@ -82,6 +82,7 @@ def result_json(result: Result) -> dict[str, Any]:
         "few_tokens": few_tokens(result.job.recipe, samples, length, record["tokens_per_channel"]),
         "scores": record["scores"],
         "losses": record["losses"],
+        "searched": record["searched"],
         "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
         "settings": {key: record[key] for key in SETTINGS} | {"rounds": record["rounds"]},
         "step": (record["estimate"] or {}).get("step"),
@@ -167,6 +168,11 @@ def recipe(summary: Summary) -> list[tuple[str, str]]:
         ("calibration", f"{windows}, seed {calibration['seed']}"),
         ("calibration tokens for each MLP channel", f"{summary['tokens_per_channel']:.2f}"),
     ]
+    if summary["searched"]:
+        first, last = (
+            "not finite" if x is None else f"{x:.4f}" for x in (summary["searched"][0], summary["searched"][-1])
+        )
+        pairs.append(("divergence before and after the search", f"{first} and {last} nats"))
     after = summary["perplexity_after"]
     if after:
         evaluation = f"{after['windows']:,} windows of {after['window']} tokens of {short_name(summary['evaluation'])}"

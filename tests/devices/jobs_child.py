@@ -50,6 +50,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "fms": {"criterion": "fms", "directions": 4, "epsilon": "auto", "refit": "none"},
     "flap": RIDGE | {"criterion": "flap", "allocation": "global"},
     "measured": RIDGE | {"allocation": "measured"},
+    "search": RIDGE | {"allocation": "search"},
     "layers": {"structures": "hidden,layers", "criterion": "wanda"},
 }
 
