@@ -1,8 +1,9 @@
 """The quality study: perplexity of every recipe and criterion, with and without a refit, on real models.
 
-    python bench/quality.py [MODEL TEXT] [--output bench/results/quality-NAME.json]
+    python bench/quality.py [MODEL TEXT] [--only RECIPE ...] [--output bench/results/quality-NAME.json]
 
-Without MODEL and TEXT, the study takes the bundled demo model and its held-out text.
+With `--only`, the rows of these recipes take the place of those in the output file, and its other rows stay. Without
+MODEL and TEXT, the study takes the bundled demo model and its held-out text.
 
 Every seed draws other windows: the first 64 (`--samples`) calibrate, the next 96 (`--evaluation`) evaluate. All recipes
 use the same windows. A row holds
@@ -12,6 +13,7 @@ use the same windows. A row holds
     seconds             the time of scoring, budget, refit and slicing; the first row of a shape also compiles
     peak_bytes          the peak resident memory of the process since the recipe began, with the model, the text and
                         earlier compiled programs
+    commit              of the code that made the row
 
 A ratio counts groups. Unequal allocations keep at most as many parameters as the uniform budget of the same ratio.
 The recipes of the package use the windows of the study instead of their own number of samples, and prune all layers,
@@ -26,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from environment import environment, peak_bytes, restart_peak
+from environment import commit, environment, peak_bytes, restart_peak
 from texts import add_arguments, load
 
 from minillm_jax.data.batches import Batches
@@ -81,11 +83,10 @@ def recipes(model: Model, seed: int, quick: bool) -> dict[str, Recipe]:
     table["obs"] = Recipe(obs, none)
     table["obs + least squares, outputs only"] = Recipe(obs, replace(squares, inputs=0.0))
     table["obs + least squares"] = Recipe(obs, squares)
-    table["obs + least squares, held-out ridge"] = Recipe(obs, Refit())
-    table["obs + least squares, held-out ridge, equal"] = Recipe(obs, Refit(), "equal")
-    table["obs + least squares, held-out ridge, curves"] = Recipe(obs, Refit(), "curves", preset="ours")
-    table["obs + least squares, held-out ridge, search"] = Recipe(obs, Refit(), "search")
     table["obs + least squares, measured"] = Recipe(obs, squares, "measured")
+    table["ours"] = Recipe(obs, Refit(), "curves", preset="ours")
+    for allocation in ("uniform", "equal", "search", "measured"):
+        table[f"ours, {allocation}"] = Recipe(obs, Refit(), allocation)
     return table
 
 
@@ -96,6 +97,8 @@ def measure(model: Model, tokens: Tokens, seed: int, arguments: argparse.Namespa
     held_out = Batches(windows[arguments.samples :])
     dense = perplexity(model.decoder, held_out).perplexity
     for name, recipe in recipes(model, seed, arguments.quick).items():
+        if arguments.only and name not in arguments.only:
+            continue
         restart_peak()
         start = time.perf_counter()
         scores = score(model, calibration, recipe.scoring)
@@ -115,7 +118,16 @@ def measure(model: Model, tokens: Tokens, seed: int, arguments: argparse.Namespa
                 "parameters": parameter_count(pruned.decoder),
                 "seconds": round(seconds, 3),
                 "peak_bytes": peak_bytes(),
+                "commit": arguments.commit,
             }
+
+
+def kept_rows(output: Path | None, names: list[str]) -> list[dict[str, Any]]:
+    """The rows of the output file that a study of some recipes leaves, each with its commit; none without names."""
+    if not names or output is None or not output.exists():
+        return []
+    stored = json.loads(output.read_text())
+    return [{"commit": stored["environment"]["commit"]} | row for row in stored["rows"] if row["recipe"] not in names]
 
 
 def main() -> None:
@@ -128,16 +140,19 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5])
     parser.add_argument("--quick", action="store_true", help="least squares with obs only")
+    parser.add_argument("--only", nargs="+", default=[], help="recipes whose rows are measured")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     model, tokens = load(parser, arguments)
-    rows = []
+    arguments.commit = commit()
+    rows = kept_rows(arguments.output, arguments.only)
     for seed in range(arguments.seeds):
         for row in measure(model, tokens, seed, arguments):
             rows.append(row)
             print(json.dumps(row), flush=True)
         if arguments.output is not None:  # after every seed, so that an interrupted run keeps the finished seeds
             settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+            settings = {key: value for key, value in settings.items() if key not in ("commit", "only")}
             settings |= {"model": model.folder.name, "text": tokens.source, "seeds": seed + 1}
             result = {"environment": environment(), "settings": settings, "rows": rows}
             arguments.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -78,6 +78,15 @@ def test_the_peak_depends_on_device_and_type(bench: Callable[[str], ModuleType])
     assert flops.known_peak(jax.devices("cpu")[0], jnp.float32) is None
 
 
+def test_a_study_of_some_recipes_leaves_the_other_rows(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    quality, output = bench("quality"), tmp_path / "quality.json"
+    rows = [{"recipe": "fms", "ratio": 0.2}, {"recipe": "ours", "commit": "b"}, {"recipe": "obs", "commit": "b"}]
+    output.write_text(json.dumps({"environment": {"commit": "a"}, "rows": rows}))
+    kept = quality.kept_rows(output, ["ours"])
+    assert kept == [{"commit": "a", "recipe": "fms", "ratio": 0.2}, {"commit": "b", "recipe": "obs"}]
+    assert quality.kept_rows(output, []) == quality.kept_rows(tmp_path / "none", ["ours"]) == []
+
+
 def test_programs_take_turns(bench: Callable[[str], ModuleType]) -> None:
     calls: list[str] = []
     timing = bench("timing")
