@@ -15,6 +15,7 @@ from minillm_jax.budget.budget import Counts, Inventory
 from minillm_jax.budget.cheapest import Levels, Losses, correct
 from minillm_jax.budget.library import composed, dense_on
 from minillm_jax.budget.measured_losses import level_losses
+from minillm_jax.data.calibration_size import widest_mlp
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts
 from minillm_jax.errors import InputError, shortened
@@ -187,7 +188,7 @@ def _by_curves(
     levels = budgets.levels(inventory, budget, curves.SHARES)
     tried = _measured_levels(inventory, budget)
     fewest = {kind: [row[-1] for row in rows] for kind, rows in levels.items()}
-    batches = calibration.batches
+    batches = curves.windows_of_curves(calibration.batches, widest_mlp(decoder))
     windows = batches.first(max(1, curves.MEASURED_TOKENS // batches.length))
     found = level_losses(decoder, batches, tried, None, refit, report, fewest, windows)
     assert found.errors is not None, "structured OBS has errors"

@@ -19,8 +19,10 @@ import numpy as np
 from jaxtyping import Float
 
 from minillm_jax.budget.cheapest import Levels
+from minillm_jax.data import calibration_size
+from minillm_jax.data.batches import Batches
 
-# The removed shares of the groups of a sublayer at which its loss is measured. One level of a half gives 4 to 7 % more
+# The removed shares of the groups of a sublayer at which its loss is measured. One level of a half gives up to 7 % more
 # perplexity on a small model that loses half of its groups, and three levels give no less than two (docs/LOG.md).
 MEASURED_SHARES = (0.3, 0.7)
 
@@ -28,8 +30,13 @@ MEASURED_SHARES = (0.3, 0.7)
 POWERS = (0.5, 3.0)
 
 # Tokens on which they are measured. On 1,024 tokens the divergence grows with every level of every sublayer of a
-# 30-layer model (docs/LOG.md), but that of the same level on 1,536 tokens differed by up to 40 %.
-MEASURED_TOKENS = 2048
+# 30-layer model, but that of the same level on 1,536 tokens differed by up to 40 %. Twice as many tokens give about 2 %
+# less perplexity on a small model at a half of its groups (docs/LOG.md), and take as much more time.
+MEASURED_TOKENS = 1024
+
+# Calibration tokens for each channel of the widest MLP from which the curves are taken, if there are more: the order
+# of structured OBS and its errors are known from fewer tokens than the refit needs.
+CURVE_FACTOR = 8
 
 # Removed shares at which losses are computed from the curve.
 SHARES = tuple(n / 40 for n in range(1, 40))
@@ -38,9 +45,18 @@ SHARES = tuple(n / 40 for n in range(1, 40))
 # all removals of its sublayer free.
 LEAST = 0.02
 
-
 # The least measured divergence in nats where all are zero: the logarithm of zero is not finite.
 TINY = 1e-30
+
+
+def windows_of_curves(batches: Batches, width: int) -> Batches:
+    """The calibration windows from which the curves are taken.
+
+    Args:
+      batches: all calibration windows.
+      width: channels of the widest MLP.
+    """
+    return batches.first(-(-max(calibration_size.LEAST, CURVE_FACTOR * width) // batches.length))
 
 
 def curve_losses(

@@ -184,13 +184,17 @@ def walk(
                 inputs = list(zip(pruned, dense, strict=True))
                 layer = refit_inputs(index, kind, layer, partial(collected, InputMoments, pairs, inputs))
                 del inputs
+            same = all(left is right for left, right in zip(pruned, dense, strict=True))
             dense_totals = _advance_all(dense_layer, dense, settings)
             pairs = partial(inputs_and_gaps, layer, **settings)
             moments = cache(partial(collected, Moments, pairs, list(zip(pruned, dense_totals, strict=True))))
             held_tokens = held_out * batches.length
             layer = replace(Site(index, kind, layer, batches.tokens, batches.mesh, moments, held_tokens))
             del dense_totals, moments  # they would live on through the next sublayer
-            _advance_all(layer, pruned, settings)
+            if same and layer is dense_layer:  # both streams are still one
+                pruned = list(dense)
+            else:
+                _advance_all(layer, pruned, settings)
             done += 1
             if progress is not None:
                 progress(done, len(PROJECTIONS) * layer_count(decoder))

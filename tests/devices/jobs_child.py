@@ -51,6 +51,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "flap": RIDGE | {"criterion": "flap", "allocation": "global"},
     "measured": RIDGE | {"allocation": "measured"},
     "search": RIDGE | {"allocation": "search"},
+    "held-out ridge": {},
     "layers": {"structures": "hidden,layers", "criterion": "wanda"},
 }
 
