@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
+from itertools import accumulate, takewhile
 from math import floor, isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,11 @@ from minillm_jax.errors import InputError, shortened
 Seed = int | tuple[int, int]
 
 _WEIGHTED = re.compile(r"(.+):\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[+-]?(?:nan|inf))\s*", re.DOTALL)
+
+
+# Characters of the longest name of a file with its weight: more than any system allows. A text that was given in the
+# place of its file's name has too many commas to try all ends.
+LONGEST = 5000
 
 
 class Share(NamedTuple):
@@ -66,8 +72,9 @@ def _parts(text: str) -> list[str]:
     """The text between commas, but for the commas in the name of a file that exists."""
     pieces, parts = text.split(","), []
     while pieces:
-        ends = range(len(pieces), 1, -1)
-        named = (end for end in ends if _exists(_source(",".join(pieces[:end]))))
+        lengths = accumulate(len(piece) + 1 for piece in pieces)
+        most = sum(1 for _ in takewhile(lambda length: length <= LONGEST, lengths))
+        named = (end for end in range(most, 1, -1) if _exists(_source(",".join(pieces[:end]))))
         end = next(named, 1)
         parts.append(",".join(pieces[:end]).strip())
         pieces = pieces[end:]
