@@ -19,12 +19,12 @@ PAGES = ("README.md", "docs/quality.md")
 _PART = re.compile(r"(<!-- made: (\w+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def quality(model: str) -> list[str]:
-    """The table of one of the small models."""
+def quality(model: str, shown: Sequence[str] | None = None) -> list[str]:
+    """The table of one of the small models, with all its recipes or with some."""
     ratios = next(iter(tables.quality(model).values()))
     return [
         *study_tables.table(["recipe", *(f"{100 * ratio:.0f} %" for ratio in ratios)], []),
-        *tables.quality_rows(model),
+        *tables.quality_rows(model, shown),
     ]
 
 
@@ -38,6 +38,7 @@ PARTS: dict[str, Callable[[str], list[str]]] = {
     "study": study_tables.section,
     "peers": study_tables.peers_table,
     "quality": quality,
+    "shown": lambda model: quality(model, tables.SHOWN),
     "beaten": under(["model", "ratio", "recipe", "× dense", "the default"], tables.beaten_rows),
     "cost": under(["recipe", *tables.MODELS], tables.cost_rows),
     "refit": under(["part", "host", "device"], tables.refit_rows),

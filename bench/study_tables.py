@@ -9,8 +9,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 DENSE, DEFAULT = "dense", "ours"
-# The recipes of our own in the table of the README.
-OURS = ("ours", "ours+allocation=equal", "ours+allocation=uniform")
+# The recipes of our own in the table of the README beside the default, with any options behind them.
+OURS = ("ours+allocation=equal", "ours+allocation=uniform")
 # The largest multiple of the dense perplexity in the plot of a study.
 MOST = 50
 
@@ -116,7 +116,8 @@ def peers_table(model: str, results: Path = RESULTS) -> list[str]:
     if study is None:
         return []
     names = dict.fromkeys(row["recipe"] for row in study["rows"])
-    return perplexity_table(study, [name for name in names if name.partition("+")[0] != DEFAULT or name in OURS])
+    others = [name for name in names if name.partition("+")[0] != DEFAULT or name.startswith(OURS)]
+    return perplexity_table(study, [DEFAULT, *others])
 
 
 def calibration_table(study: Study) -> list[str]:

@@ -24,8 +24,6 @@ MODELS = ("stories260K", "opt-3m", "bloom-3m", "demo_model")
 # The recipes of the README's quality table: those of the package and the controls.
 SHOWN = (
     "ours",
-    "obs + least squares",
-    "wanda + least squares",
     "noise + least squares",
     "wanda",
     "flap",
