@@ -165,7 +165,8 @@ def per_layer_config(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]
     """
     table, family = TABLES[config.family], FAMILIES[config.family]
     # The classes of transformers are made with one head and one channel at least.
-    widest = LayerSizes(*(max(1, *(getattr(layer, letter) for layer in sizes.layers)) for letter in "NKF"))
+    heads, kv_heads, width = (max(1, *(getattr(layer, letter) for layer in sizes.layers)) for letter in "NKF")
+    widest = LayerSizes(heads, kv_heads, width)
     global_keys = _size_keys(family, widest)
     if config.alibi_heads is not None:
         global_keys[family.heads] = config.alibi_heads  # transformers computes the slopes from this head count

@@ -192,7 +192,8 @@ def structures(summary: Summary) -> str:
     """The structures in words of which some were removed; the asked ones where none was."""
     whole = [kind for kind, row in summary["whole"].items() if row["after"] < row["before"]]
     groups = [kind for kind, counts in summary["groups"].items() if counts["after"] != counts["before"]]
-    sublayers = {SUBLAYER_OF_KIND.get(kind) for kind in groups if 0 in summary["groups"][kind]["after"]}
+    lost = [kind for kind in groups if kind in SUBLAYER_OF_KIND and 0 in summary["groups"][kind]["after"]]
+    sublayers = {SUBLAYER_OF_KIND[kind] for kind in lost}
     removed_ones = {KIND_STRUCTURES[kind] for kind in (*whole, *groups)} | sublayers
     asked = summary["settings"]["structures"]
     return in_words([structure for structure in asked if structure in removed_ones] or asked)
