@@ -16,6 +16,7 @@ from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import group_counts, layer_count, parameter_count, sizes_of
 from minillm_jax.recipes.recipe import Recipe, with_options
 from minillm_jax.recipes.used import used
+from minillm_jax.report.summary import structures
 from minillm_jax.stages import prune_model
 from tests.budget.test_budget import small_model
 from tests.helpers import logits_of, random_tokens
@@ -99,3 +100,9 @@ def test_gguf_refuses_a_layer_without_a_sublayer() -> None:
     decoder = prune_model(model, CALIBRATION, recipe_of(ratio=0.33, structures=("attention",))).decoder
     with pytest.raises(InputError, match=r"layer 1 has lost its attention sublayer"):
         gguf_metadata.arch_for(decoder.config, sizes_of(decoder))
+
+
+def test_the_report_names_removed_sublayers() -> None:
+    groups = {"head": {"before": [4, 4], "after": [4, 0]}, "channel": {"before": [8, 8], "after": [8, 8]}}
+    summary = {"whole": {}, "groups": groups, "settings": {"structures": list(SUBLAYERS)}}
+    assert structures(summary) == "attention heads and attention sublayers"
