@@ -343,10 +343,11 @@ def run_flops(dense: Decoder, pruned: Decoder, recipe: Recipe) -> float:
     if "layers" in recipe.budget.structures:
         total += forward * layer_passes(recipe, layer_count(dense))
     if recipe.budget.allocation in MEASURED:
-        walks_there = 2 if recipe.budget.allocation == "search" else 1  # the second makes the library
-        total += walks_there * walk_flops(dense, dense, recipe) + forward * allocation_passes(
-            recipe, layer_count(dense)
-        )
+        few = min(1.0, curves.tokens_of_curves(widest_mlp(dense)) / (samples * length))
+        walks_there = few if recipe.budget.allocation in BY_CURVES else 1.0
+        walks_there += recipe.budget.allocation == "search"  # the walk that makes the library
+        passes = allocation_passes(recipe, layer_count(dense))
+        total += walks_there * walk_flops(dense, dense, recipe) + forward * passes
     return total
 
 

@@ -56,7 +56,12 @@ def windows_of_curves(batches: Batches, width: int) -> Batches:
       batches: all calibration windows.
       width: channels of the widest MLP.
     """
-    return batches.first(-(-max(calibration_size.LEAST, CURVE_FACTOR * width) // batches.length))
+    return batches.first(-(-tokens_of_curves(width) // batches.length))
+
+
+def tokens_of_curves(width: int) -> int:
+    """The calibration tokens from which the curves are taken, at most, for a model with so many channels."""
+    return max(calibration_size.LEAST, CURVE_FACTOR * width)
 
 
 def curve_losses(
