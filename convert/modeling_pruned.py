@@ -23,12 +23,15 @@ class _Family(NamedTuple):
     stem: str  # prefix of the class names
     layer: str = "DecoderLayer"  # class name of a layer, without the stem
     layers: str = "layers"  # path of the list of layers in the base model
-    # Only for families whose attention computes the head size as hidden size / heads: the linear maps of a layer whose
-    # output has the hidden size.
-    outputs: tuple[str, ...] = ()
     # The modules of the two sublayers, with the linear map to the hidden size in each.
     attention: tuple[str, str] = ("self_attn", "o_proj")
     mlp: tuple[str, str] = ("mlp", "down_proj")
+    divides: bool = False  # whether the attention computes the head size as hidden size / heads
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The linear maps of a layer whose output has the hidden size."""
+        return tuple(".".join(filter(None, names)) for names in (self.attention, self.mlp))
 
 
 _FAMILIES = {
@@ -41,28 +44,9 @@ _FAMILIES = {
     "glm": _Family("Glm"),
     "glm4": _Family("Glm4"),
     "phi3": _Family("Phi3"),
-    "opt": _Family(
-        "OPT",
-        layers="decoder.layers",
-        outputs=("self_attn.out_proj", "fc2"),
-        attention=("self_attn", "out_proj"),
-        mlp=("", "fc2"),
-    ),
-    "bloom": _Family(
-        "Bloom",
-        "Block",
-        "h",
-        outputs=("self_attention.dense", "mlp.dense_4h_to_h"),
-        attention=("self_attention", "dense"),
-        mlp=("mlp", "dense_4h_to_h"),
-    ),
-    "gpt_neox": _Family(
-        "GPTNeoX",
-        "Layer",
-        outputs=("attention.dense", "mlp.dense_4h_to_h"),
-        attention=("attention", "dense"),
-        mlp=("mlp", "dense_4h_to_h"),
-    ),
+    "opt": _Family("OPT", "DecoderLayer", "decoder.layers", ("self_attn", "out_proj"), ("", "fc2"), True),
+    "bloom": _Family("Bloom", "Block", "h", ("self_attention", "dense"), ("mlp", "dense_4h_to_h"), True),
+    "gpt_neox": _Family("GPTNeoX", "Layer", "layers", ("attention", "dense"), ("mlp", "dense_4h_to_h"), True),
 }
 
 # Suffix of a class name, and the Auto class that loads the class.
@@ -148,11 +132,11 @@ def _layer(family: _Family, config: Any, index: int) -> nn.Module:
     sizes = {
         config.attribute_map.get(name, name): getattr(kept, name) or 1 for name in config.per_layer_attributes or ()
     }
-    if family.outputs:
+    if family.divides:
         sizes["hidden_size"] = (kept.num_attention_heads or 1) * kept.head_dim
     code = sys.modules[getattr(transformers, f"{family.stem}Model").__module__]
     layer = getattr(code, family.stem + family.layer)(_LayerConfig(config, sizes), index)
-    if family.outputs:
+    if family.divides:
         _set_hidden_size(layer, family.outputs, kept)
     if not kept.num_attention_heads:
         _remove_attention(layer, *family.attention)
