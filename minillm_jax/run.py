@@ -4,7 +4,6 @@ The pruned weights are saved before anything else is done with them. A failure o
 costs nothing but the figures.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -24,7 +23,7 @@ from minillm_jax.evaluation.perplexity import Perplexity
 from minillm_jax.model import costs
 from minillm_jax.model.build import build
 from minillm_jax.model.loaded import Model
-from minillm_jax.progress import StageProgress
+from minillm_jax.progress import Clock, StageProgress
 from minillm_jax.pruning.refit import resolve
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes.recipe import Recipe
@@ -118,7 +117,7 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     if recipe.devices.hosts is not None:
         hosts.initialise_hosts(hosts.parse_hosts(recipe.devices.hosts))
     writer.check_new(job.output, job.model)
-    clock = _Clock()
+    clock = Clock()
     described = reader.describe_model(job.model, recipe.output.dtype, job.revision)
     recipe = sized(settings.recipe, described.abstract)
     needed = check_model(described, recipe)
@@ -239,15 +238,3 @@ def _written_recipe(job: Job, settings: Used, pruned: Model, calibration: Calibr
     recipe = replace(settings.recipe, origin=origin)
     return recipes.to_toml(recipe, settings.keys)
 
-
-class _Clock:
-    """Seconds of each stage, by name; the seconds of a stage that occurs twice add up."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now

@@ -73,8 +73,8 @@ def sums(
     tokens, counted = sequences
     targets = tokens[:, 1:]
     if teacher is None:
-        cross_entropy = map_logits(decoder, hidden[:, :-1], cross_entropy, targets)
-        return Sums(_total(cross_entropy, counted), jnp.float32(0))
+        losses = map_logits(decoder, hidden[:, :-1], cross_entropy, targets)
+        return Sums(_total(losses, counted), jnp.float32(0))
     if isinstance(teacher, Top):
 
         def both(logits: Array, target: Array, top: Top) -> tuple[Array, Array]:

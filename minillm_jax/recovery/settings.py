@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from math import isfinite
 
 from minillm_jax.errors import InputError, one_of
-from minillm_jax.options import WORDS, Spelling, option
+from minillm_jax.options import SHARDS, WORDS, Spelling, option
+from minillm_jax.settings import DTYPE_SYNONYMS, DTYPES, FORMATS, GGUF_TYPES
 
-METHODS = ("lora", "full", "forward", "refit")
+METHODS = ("lora", "full", "forward")
 LOSSES = ("ce", "kd", "both")
 SCHEDULES = ("linear", "cosine", "constant")
 TEMPLATES = ("auto", "alpaca")
 COUNTED = ("auto", "all", "response")
 PACKINGS = ("auto", "padded", "packed")
-# What `--method forward` trains: low-rank adapters, norms, norms and biases, or every weight in place (MeZO).
-FORWARD_TRAINS = ("lora", "norms", "all-small", "all")
+# What `--method forward` trains: low-rank adapters, norms, or norms and biases.
+FORWARD_TRAINS = ("lora", "norms", "all-small")
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -52,7 +53,7 @@ class TrainingData:
       template: how conversations are written: by the tokenizer's chat template where it has one (`auto`), or by the
         prompts of Stanford Alpaca.
       loss_on: which tokens the loss counts: those of the responses, or all; `auto` counts responses in conversations.
-      held_out: number of sequences that are not trained on, for the validation loss.
+      held_out: number of sequences that are not trained on, for the validation loss; None for a tenth, at most 64.
       field: name of the field that holds the text of a row.
       bos: where the beginning-of-sequence token stands (`data.first_token`).
       seed: of the order, the validation sequences, the adapter's first values, and dropout.
@@ -81,7 +82,9 @@ class TrainingData:
     loss_on: str = option(
         "auto", str, "Tokens that the loss counts: of the responses, or all.", choices=COUNTED, common=True
     )
-    held_out: int = option(64, int, "Sequences that are not trained on, for the validation loss.")
+    held_out: int | None = option(
+        None, int, "Sequences that are not trained on, for the validation loss; a tenth, and at most 64, if unset."
+    )
     field: str = option("text", str, "Field that holds the text, in files of rows and Hub data sets.")
     bos: str = option(
         "auto", str, "Beginning-of-sequence token of training sequences, as in prune.", choices=("auto", "yes", "no")
@@ -95,7 +98,7 @@ class Training:
 
     Attributes:
       method: what is trained, and how: `lora`, low-rank adapters; `full`, every weight; `forward`, without
-        back-propagation; `refit`, output projections by least squares.
+        back-propagation.
       loss: `ce`, the cross entropy of the text; `kd`, the divergence from the teacher; `both`. None for `both` with a
         teacher, and `ce` without.
       epochs: passes over the training sequences.
@@ -228,7 +231,7 @@ class ForwardOnly:
     """`--method forward`: updates from paired losses, without back-propagation (MeZO, arXiv 2305.17333).
 
     Attributes:
-      train: what moves: `lora`, `norms`, `all-small` (norms and biases), or `all` weights in place.
+      train: what moves: `lora`, `norms`, or `all-small` (norms and biases).
       directions: random directions of an update, whose estimates are averaged.
       epsilon: the step ε of a paired loss.
     """
@@ -236,3 +239,74 @@ class ForwardOnly:
     train: str = option("lora", str, "What --method forward trains.", choices=FORWARD_TRAINS)
     directions: int = option(8, int, "Random directions of an update of --method forward.", flag="forward_directions")
     epsilon: float = option(1e-3, float, "Step of the paired losses of --method forward.", flag="forward_epsilon")
+
+    def check(self) -> None:
+        """Check the ranges.
+
+        Raises:
+          InputError: a setting is out of its range.
+        """
+        one_of("part of the model that --method forward trains", self.train, FORWARD_TRAINS)
+        if self.directions < 1:
+            raise InputError(f"--forward-directions must be at least 1, found {self.directions}")
+        if not (isfinite(self.epsilon) and self.epsilon > 0):
+            raise InputError(f"--forward-epsilon must be above 0, found {self.epsilon:g}")
+
+
+@dataclass(frozen=True)
+class RecoveryOutput:
+    """What is written.
+
+    Attributes:
+      format: of the folder; None for the format of the pruned model.
+      max_shard_size: of the weight files.
+      dtype: type of the weights, in memory and in the files; None for the stored type.
+      checkpoint: folder of the training state, from which an interrupted run continues; None for one beside the output,
+        which is removed when the output is written.
+      gguf_type: type of the matrices in a GGUF file; None for that of the weights.
+    """
+
+    format: str | None = option(
+        None, str, "Format of the output folder; that of the model if unset.", choices=FORMATS, common=True
+    )
+    max_shard_size: str = option("5GB", str, "Size of the largest weight file, 5GB or 500MB.", spelling=SHARDS)
+    dtype: str | None = option(
+        None,
+        str,
+        "Type of the weights; the stored type if unset.",
+        choices=DTYPES,
+        synonyms=DTYPE_SYNONYMS,
+        common=True,
+    )
+    checkpoint: str | None = option(
+        None, str, "Folder of the training state; one beside the output if unset.", recorded=False
+    )
+    gguf_type: str | None = option(
+        None, str, "Type of the matrices in a GGUF file; that of the weights if unset.", choices=GGUF_TYPES
+    )
+
+
+@dataclass(frozen=True)
+class RecoveryEvaluation:
+    """The texts that are measured and not trained on.
+
+    Attributes:
+      text: perplexity on it is measured before and after the recovery, and of the teacher.
+      window: tokens of a window.
+      watch: a second kind of text; its loss is measured with every validation, because training on one narrow text can
+        make a model worse on others.
+      watch_windows: number of its windows, evenly spaced.
+    """
+
+    text: str | None = option(
+        None,
+        str,
+        "Text to measure the perplexity on, before and after the recovery.",
+        flag="evaluate",
+        common=True,
+    )
+    window: int = option(128, int, "Tokens of an evaluation window.")
+    watch: str | None = option(
+        None, str, "Another kind of text, whose loss is measured with every validation.", common=True
+    )
+    watch_windows: int = option(32, int, "Number of windows of the text of --watch.")

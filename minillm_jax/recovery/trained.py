@@ -5,7 +5,7 @@ itself is an argument without a gradient.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
@@ -52,13 +52,17 @@ class TrainedAdapter:
     Attributes:
       lora: its shape.
       remat: whether the activations of a layer are computed again in the backward pass.
+      start: the adapter before the first update; None for a new one.
     """
 
     lora: Lora
     remat: bool = True
+    start: adapters.Adapter | None = field(default=None, compare=False)
 
     def initial(self, decoder: Decoder, seed: int) -> adapters.Adapter:
         """See `Trained`."""
+        if self.start is not None:
+            return jax.tree.map(jnp.copy, self.start)
         return adapters.initial(decoder, self.lora, seed)
 
     def computing(self, parameters: adapters.Adapter, decoder: Decoder) -> Decoder:
@@ -101,7 +105,11 @@ class TrainedArrays:
 
     def initial(self, decoder: Decoder, seed: int) -> dict[str, Array]:
         """See `Trained`."""
-        return {path: array.astype(jnp.float32) for path, array in named_arrays(decoder) if self.trains(path)}
+        return {
+            path: jnp.array(array, jnp.float32)  # a copy in any type, because the loop gives its memory away
+            for path, array in named_arrays(decoder)
+            if self.trains(path)
+        }
 
     def computing(self, parameters: dict[str, Array], decoder: Decoder) -> Decoder:
         """See `Trained`."""

@@ -1,0 +1,367 @@
+"""One recovery from folder to folder: checked early, then load, evaluate, train, save, evaluate, document.
+
+The recovered weights are saved before anything else is done with them. The state of the training lies in a folder
+beside the output until then, so that the same command continues an interrupted run.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import minillm_jax.hidden  # noqa: F401  before the first import of convert
+from convert import adapter as adapters
+from convert import folders, formats, gguf_write, reader, writer
+from minillm_jax.api import describe, evaluate, held_out, load, save
+from minillm_jax.data import text
+from minillm_jax.data.batches import Batches
+from minillm_jax.data.documents import check_source
+from minillm_jax.data.examples import Examples, read_examples
+from minillm_jax.data.mixture import check_one_text
+from minillm_jax.data.tokenizer import has_vocabulary
+from minillm_jax.data.windows import check_positions
+from minillm_jax.devices import hosts, sharding
+from minillm_jax.devices.store import Store
+from minillm_jax.errors import InputError, cause, shortened
+from minillm_jax.evaluation.perplexity import Perplexity
+from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.digest import model_digest
+from minillm_jax.model.loaded import Model
+from minillm_jax.progress import Clock, StageProgress, tell
+from minillm_jax.recipes import recipe as recipes
+from minillm_jax.recipes.recovery import Recovery
+from minillm_jax.recovery import teacher as teachers
+from minillm_jax.recovery.recover import Recovered, Texts, recover_decoder
+from minillm_jax.recovery.train import Teacher
+from minillm_jax.run import RECIPE_FILE
+from minillm_jax.stages import versions
+
+ADAPTER = "adapter"
+
+# Most sequences of the validation, where their number is not given.
+MOST_HELD_OUT = 64
+
+
+@dataclass(frozen=True)
+class RecoveryJob:
+    """Everything `run` needs.
+
+    Attributes:
+      model: a pruned folder, a GGUF file or a Hub id.
+      output: folder to write, which must not exist.
+      recipe: all settings, the text to train on among them.
+      given: section and key -> flag, of the settings that a user gave beside the recipe.
+      revision: branch, tag or commit of the model on the Hub.
+    """
+
+    model: str
+    output: str
+    recipe: Recovery = field(default_factory=Recovery)
+    given: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    revision: str | None = None
+
+    def check(self) -> None:
+        """Check the settings as far as that is possible without the model.
+
+        Raises:
+          InputError: a setting is out of its range, two do not suit each other, or a given one would do nothing.
+        """
+        self.recipe.check(self.given)
+        output = self.recipe.output
+        formats.check_format(output.format)
+        writer.check_shard_size(output.max_shard_size)
+        gguf_write.check_type(output.gguf_type)
+        if output.format == formats.GGUF:
+            writer.check_gguf_folder(self.output)
+        if self.recipe.data.data is None:
+            raise InputError("no text to train on is given; name a file or a Hub data set with --data")
+
+
+@dataclass(frozen=True)
+class RecoveryResult:
+    """What a recovery came to.
+
+    Attributes:
+      job: the job.
+      recovered: the decoder, the adapter and the curves.
+      model: the model that was written.
+      written: format of the folder, and how many parameters its files hold.
+      seconds: of each stage.
+      teacher: perplexity of the teacher, None where none was measured.
+      before: perplexity of the pruned model.
+      after: perplexity of the recovered model.
+    """
+
+    job: RecoveryJob
+    recovered: Recovered
+    model: Model
+    written: writer.Written
+    seconds: dict[str, float]
+    teacher: Perplexity | None = None
+    before: Perplexity | None = None
+    after: Perplexity | None = None
+
+
+# Texts to write beside the weights, by file name.
+Documents = Callable[[RecoveryResult], Mapping[str, str]]
+
+
+def run(job: RecoveryJob, progress: StageProgress | None = None, documents: Documents | None = None) -> RecoveryResult:
+    """Recover one model from folder to folder.
+
+    Args:
+      job: model, output folder, settings.
+      progress: called with how far each stage is.
+      documents: called by process 0 after the last measurement; its texts are added to the folder.
+
+    Raises:
+      InputError: see `RecoveryJob.check`; or the model, the teacher or a text cannot be used. No folder has been written
+        then. Or the training stopped, or a later measurement or document failed; the message says what is saved.
+    """
+    job.check()
+    devices = job.recipe.devices
+    if devices.hosts is not None:
+        hosts.initialise_hosts(hosts.parse_hosts(devices.hosts))
+    mesh = sharding.make_mesh(sharding.parse_mesh(devices.mesh))
+    writer.check_new(job.output, job.model)
+    clock, dtype = Clock(), job.recipe.output.dtype
+    outline = describe(job.model, dtype, job.revision)
+    job = _with_format(job, outline)
+    texts, measured_on = _checked_texts(job, outline)
+    model = load(job.model, dtype, mesh, job.revision)
+    named = job.recipe.distillation.teacher
+    teacher = None if named is None else load(named, dtype, mesh)
+    clock.lap("load")
+    measure = partial(_measured, windows=measured_on, progress=progress)
+    dense, before = None if teacher is None else measure(teacher), measure(model)
+    clock.lap("evaluate")
+    recovered = _trained(job, model, teacher, texts, progress)
+    del teacher
+    clock.lap("train")
+    better = replace(model, decoder=recovered.decoder, record=_record(job, model, recovered, texts))
+    written = _save(job, model, better, recovered)
+    clock.lap("save")
+    result = RecoveryResult(job, recovered, better, written, clock.seconds, dense, before)
+    return _documented(result, measure, clock, documents)
+
+
+def _with_format(job: RecoveryJob, outline: Model) -> RecoveryJob:
+    """The job with the format of the model where no other one is asked for."""
+    output = job.recipe.output
+    format_name = output.format or reader.kept_format(outline.folder)
+    if format_name == formats.GGUF:
+        writer.check_gguf_folder(job.output)
+    return replace(job, recipe=replace(job.recipe, output=replace(output, format=format_name)))
+
+
+# -------------------------------------------------------------------------------------------------------------- texts
+
+
+def _checked_texts(job: RecoveryJob, outline: Model) -> tuple[Texts, Batches | None]:
+    """The sequences to train on, and the windows of the evaluation, before any weight is read.
+
+    Raises:
+      InputError: a text or the teacher cannot be used, or there is no room for the output.
+    """
+    recipe, output = job.recipe, job.recipe.output
+    if recipe.distillation.teacher is not None:
+        _check_teacher(outline, describe(recipe.distillation.teacher, output.dtype), recipe.distillation.teacher)
+    writer.check_space(job.output, writer.weight_bytes(outline, output.format, output.gguf_type))
+    field_name, evaluation = recipe.data.field, recipe.evaluation
+    for source in (recipe.data.data, evaluation.text, evaluation.watch):
+        check_one_text(source)
+    for source in (evaluation.text, evaluation.watch):
+        if source is not None:
+            check_source(source, field_name, most=1)  # both, before the training text is read as a whole
+    texts = _texts(recipe, outline)
+    hosts.check_same("settings", (job.model, recipes.to_toml(recipe), versions()))
+    hosts.check_same("training sequences", texts.training.fingerprint())
+    if evaluation.text is None:
+        return texts, None
+    windows = held_out(outline, evaluation.text, evaluation.window, field=field_name)
+    hosts.check_same("evaluation windows", windows.fingerprint())
+    return texts, windows
+
+
+def _check_teacher(outline: Model, teacher: Model, name: str) -> None:
+    """Check that teacher and student have the same tokens.
+
+    Raises:
+      InputError: they have not.
+    """
+    sizes = [model.decoder.embedding.shape[0] for model in (teacher, outline)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"{name}: the teacher has a vocabulary of {sizes[0]} tokens, the pruned model {sizes[1]}; give the dense "
+            "model that it was pruned from"
+        )
+    if not all(has_vocabulary(model.folder) for model in (teacher, outline)):
+        return
+    words = [getattr(text.tokenizer_of(model.folder)().call, "get_vocab")() for model in (teacher, outline)]  # noqa: B009
+    if words[0] != words[1]:
+        raise InputError(
+            f"{name}: the teacher has another tokenizer than the pruned model; give the dense model that it was pruned "
+            "from"
+        )
+
+
+def _texts(recipe: Recovery, outline: Model) -> Texts:
+    """The sequences of a recovery.
+
+    Raises:
+      InputError: a text cannot be used, or is too short.
+    """
+    data, decoder = recipe.data, outline.decoder
+    check_positions(decoder, data.seq_len, "--seq-len")
+    examples = read_examples(
+        data.data,
+        text.tokenizer_of(outline.folder),
+        decoder.embedding.shape[0],
+        data.seq_len,
+        template=data.template,
+        loss_on=data.loss_on,
+        packing=data.packing,
+        bos=data.bos,
+        family=decoder.config.family,
+        field=data.field,
+    )
+    held = min(MOST_HELD_OUT, examples.count // 10) if data.held_out is None else data.held_out
+    training, validation = examples.split(held, data.seed)
+    return Texts(training, validation if held else None, _watched(recipe, outline))
+
+
+def _watched(recipe: Recovery, outline: Model) -> Examples | None:
+    """Evenly spaced windows of the second text."""
+    source = recipe.evaluation.watch
+    if source is None:
+        return None
+    windows = held_out(outline, source, recipe.data.seq_len, field=recipe.data.field).windows
+    places = np.linspace(0, len(windows) - 1, min(recipe.evaluation.watch_windows, len(windows))).round().astype(int)
+    counted = np.ones(windows[places].shape, bool)
+    counted[:, 0] = False
+    return Examples(windows[places], counted, source)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def _trained(
+    job: RecoveryJob, model: Model, teacher: Model | None, texts: Texts, progress: StageProgress | None
+) -> Recovered:
+    """The recovered decoder; an interrupted training continues."""
+    recipe, decoder = job.recipe, model.decoder
+    start = None if recipe.adapter.start is None else adapters.read_adapter(recipe.adapter.start, decoder)
+    known = None if teacher is None else _teacher(recipe, teacher.decoder, texts.training, progress)
+    with Store(_checkpoint(job), _identity(job, model, teacher, texts), "a recovery") as store:
+        return recover_decoder(
+            decoder, texts, recipe.computed, recipe.data.seed, known, start, store, partial(tell, progress, "train")
+        )
+
+
+def _checkpoint(job: RecoveryJob) -> str:
+    """The folder of the training state."""
+    return job.recipe.output.checkpoint or f"{job.output.rstrip('/')}.checkpoint"
+
+
+def _identity(job: RecoveryJob, model: Model, teacher: Model | None, texts: Texts) -> dict[str, Any]:
+    """Whatever decides the training, as JSON holds it: settings, and hashes of text and models."""
+    recipe = job.recipe
+    table = recipes.as_table(recipe, recipes.all_keys(Recovery))
+    sections = {name: table.get(name) for name in ("training", "adapter", "distillation", "forward")}
+    return sections | {
+        "seed": recipe.data.seed,
+        "text": texts.training.fingerprint()[:16],
+        "model": model_digest(model.decoder)[:16],
+        "teacher": None if teacher is None else model_digest(teacher.decoder)[:16],
+    }
+
+
+def _teacher(recipe: Recovery, decoder: Decoder, examples: Examples, progress: StageProgress | None) -> Teacher:
+    """The teacher in memory; or its most probable tokens, which are written where they are missing."""
+    settings = recipe.distillation
+    if settings.teacher_logits is None:
+        return teachers.in_memory(decoder)
+    if not Path(settings.teacher_logits).exists():
+        told = partial(tell, progress, "teacher")
+        with folders.new_folder(settings.teacher_logits) as scratch:
+            teachers.write(scratch, decoder, examples, settings.top, recipe.training.micro_batch, told)
+    return teachers.read(settings.teacher_logits, teachers.identity_of(decoder, examples, settings.top))
+
+
+# ------------------------------------------------------------------------------------------------------------- output
+
+
+def _record(job: RecoveryJob, model: Model, recovered: Recovered, texts: Texts) -> dict[str, Any]:
+    """The pruning record with the recovery in it."""
+    outcome = recovered.outcome
+    recovery = {
+        "recipe": job.recipe.name,
+        "settings": recipes.as_table(job.recipe, recipes.all_keys(Recovery)),
+        "sequences": texts.training.count,
+        "tokens_sha256": texts.training.fingerprint(),
+        "updates": outcome.update,
+        "tokens": outcome.tokens,
+        "points": [point._asdict() for point in outcome.points],
+        "versions": versions(),
+    }
+    return {"base_model": model.name, **(model.record or {}), "recovery": recovery}
+
+
+def _save(job: RecoveryJob, model: Model, better: Model, recovered: Recovered) -> writer.Written:
+    """Writes the folder, and removes the training state.
+
+    Raises:
+      InputError: nothing was trained, or the folder cannot be written.
+    """
+    stopped, updates = recovered.outcome.stopped, recovered.outcome.update
+    if stopped is not None and not updates:
+        raise InputError(stopped)
+    extra: dict[str, Any] = {RECIPE_FILE: recipes.to_toml(job.recipe, recipes.all_keys(Recovery))}
+    if recovered.adapter is not None:
+        extra[ADAPTER] = partial(_write_adapter, recovered, model)
+    output = job.recipe.output
+    written = save(better, job.output, output.format, output.max_shard_size, extra, output.gguf_type)
+    if output.checkpoint is None and hosts.is_writer():
+        shutil.rmtree(_checkpoint(job), ignore_errors=True)
+    if stopped is not None:
+        raise InputError(f"{stopped}; the model after update {updates} is saved in {job.output}")
+    return written
+
+
+def _write_adapter(recovered: Recovered, model: Model, folder: Path) -> None:
+    assert recovered.adapter is not None
+    folder.mkdir()
+    adapters.write_adapter(recovered.adapter, recovered.lora, model.decoder, folder, model.name)
+
+
+def _measured(model: Model, windows: Batches | None, progress: StageProgress | None) -> Perplexity | None:
+    return None if windows is None else evaluate(model, windows, progress=progress)
+
+
+def _documented(
+    result: RecoveryResult, measure: Callable[[Model], Perplexity | None], clock: Clock, documents: Documents | None
+) -> RecoveryResult:
+    """The result with the last measurement, and with the documents in the folder.
+
+    Raises:
+      InputError: one of both failed.
+    """
+    missing: list[tuple[str, Exception]] = []
+    try:
+        result = replace(result, after=measure(result.model))
+    except Exception as error:
+        missing.append(("its perplexity was not measured", error))
+    clock.lap("evaluate")
+    if documents is not None and hosts.is_writer():
+        try:
+            folders.add_texts(result.job.output, documents(result))
+        except Exception as error:
+            missing.append(("its report was not written", error))
+    if missing:
+        reasons = ", ".join(f"{what} ({shortened(cause(error), 300)})" for what, error in missing)
+        raise InputError(f"the recovered model is saved in {result.job.output}, but {reasons}") from missing[0][1]
+    return result
