@@ -247,7 +247,7 @@ def _rendered(tokenizer: Tokenizer, messages: list[dict[str, str]], where: str, 
     try:
         return str(
             getattr(tokenizer.call, "apply_chat_template")(  # noqa: B009  of transformers
-                messages, tokenize=False, add_generation_prompt=prompt, strftime_now=_TODAY.strftime
+                messages, tokenize=False, add_generation_prompt=prompt, strftime_now=_today
             )
         )
     except ImportError as error:
@@ -257,6 +257,11 @@ def _rendered(tokenizer: Tokenizer, messages: list[dict[str, str]], where: str, 
             f"{where}: the chat template of {tokenizer.folder} refuses the conversation "
             f"({shortened(cause(error), 200)})"
         ) from error
+
+
+def _today(form: str) -> str:
+    """`_TODAY` for a template that asks for the date. transformers passes Python functions only on to templates."""
+    return _TODAY.strftime(form)
 
 
 def _responses(tokenizer: Tokenizer, messages: list[dict[str, str]], text: str, where: str) -> Iterator[Span]:
