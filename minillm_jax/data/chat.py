@@ -6,7 +6,6 @@ and `instruction`, `input` and `output`, the fields of Stanford Alpaca.
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from datetime import date
 from typing import Any, NamedTuple
 
 from minillm_jax.data.rows import kind_of_value, named, text_of
@@ -21,9 +20,9 @@ _MESSAGES, _PAIR, _ALPACA = "messages", "pair", "alpaca"
 # The role whose messages are responses.
 ASSISTANT = "assistant"
 
-# The date that chat templates are told, so that the text of a conversation does not depend on the day; the date that
-# the template of Llama 3.1 writes where it is told none.
-_TODAY = date(2024, 7, 26)
+# The date that the templates of Llama 3 write, so that the text of a conversation does not depend on the day. It is the
+# one that Llama 3.1 writes where it is told none.
+TODAY = "26 Jul 2024"
 
 # The prompts of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), as LLM-Pruner's recovery writes them too.
 _WITH_INPUT = (
@@ -247,7 +246,7 @@ def _rendered(tokenizer: Tokenizer, messages: list[dict[str, str]], where: str, 
     try:
         return str(
             getattr(tokenizer.call, "apply_chat_template")(  # noqa: B009  of transformers
-                messages, tokenize=False, add_generation_prompt=prompt, strftime_now=_today
+                messages, tokenize=False, add_generation_prompt=prompt, date_string=TODAY
             )
         )
     except ImportError as error:
@@ -257,11 +256,6 @@ def _rendered(tokenizer: Tokenizer, messages: list[dict[str, str]], where: str, 
             f"{where}: the chat template of {tokenizer.folder} refuses the conversation "
             f"({shortened(cause(error), 200)})"
         ) from error
-
-
-def _today(form: str) -> str:
-    """`_TODAY` for a template that asks for the date. transformers passes Python functions only on to templates."""
-    return _TODAY.strftime(form)
 
 
 def _responses(tokenizer: Tokenizer, messages: list[dict[str, str]], text: str, where: str) -> Iterator[Span]:
