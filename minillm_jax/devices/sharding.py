@@ -191,6 +191,18 @@ def replicated(array: Shaped[np.ndarray, "..."], mesh: Mesh | None) -> Array:
     return place(array, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
+def with_mesh(array: Shaped[Array, "..."], mesh: Mesh | None) -> Array:
+    """An array that lies on the devices of a mesh: as it is if it does already, else whole on every device."""
+    if mesh is None or (isinstance(array.sharding, NamedSharding) and array.sharding.mesh == mesh):
+        return array
+    return replicated(np.asarray(array), mesh)
+
+
+def like(array: Shaped[np.ndarray, "..."] | Shaped[Array, "..."], other: Shaped[Array, "..."]) -> Array:
+    """An array on the devices of another one, in its shards."""
+    return place(array, other.sharding if isinstance(other.sharding, NamedSharding) else None)
+
+
 def shard(decoder: Decoder, mesh: Mesh | None) -> Decoder:
     """A decoder with its weights cut over `model` and replicated over `data`; unchanged without a mesh."""
     if mesh is None:
