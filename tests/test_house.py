@@ -27,6 +27,7 @@ LAYERS = (
     "scoring",
     "pruning",
     "budget",
+    "recovery",
     "recipes",
     "convert",
     "stages",

@@ -174,7 +174,7 @@ def merge(decoder: Decoder, adapter: Adapter, lora: Lora) -> Decoder:
 
 
 @jax.jit
-def _product(kernel: Float[Array, "L ..."], factors: Factors, scale: float) -> Float[Array, "L ..."]:
+def _product(kernel: Float[Array, "L ..."], factors: Factors, scale: float | Float[Array, ""]) -> Float[Array, "L ..."]:
     count, rank = kernel.shape[0], factors.a.shape[-1]
     a, b = factors.a.reshape(count, -1, rank), factors.b.reshape(count, rank, -1)
     change = ops.einsum("LIR,LRO->LIO", a, b).reshape(kernel.shape)
