@@ -175,9 +175,7 @@ def write_flax(model: Model, output: str | Path, extra: Extra | None = None) -> 
     return path
 
 
-def write_gguf(
-    model: Model, output: str | Path, gguf_type: str | None = None, extra: Extra | None = None
-) -> Path:
+def write_gguf(model: Model, output: str | Path, gguf_type: str | None = None, extra: Extra | None = None) -> Path:
     """Write a model as a folder with `model.gguf`, which holds the configuration and the tokenizer too.
 
     Args:

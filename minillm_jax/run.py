@@ -6,6 +6,7 @@ costs nothing but the figures.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import minillm_jax.hidden  # noqa: F401  before the first import of convert
 from convert import folders, formats, gguf_write, reader, writer
@@ -18,7 +19,7 @@ from minillm_jax.data.documents import check_source
 from minillm_jax.data.mixture import check_one_text, shares_of
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts, sharding
-from minillm_jax.errors import InputError, cause, shortened
+from minillm_jax.errors import InputError, LastSteps
 from minillm_jax.evaluation.perplexity import Perplexity
 from minillm_jax.model import costs
 from minillm_jax.model.build import build
@@ -131,7 +132,7 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     costs_before = costs.all_costs(model.decoder, recipe.budget.window)
     warn_of_few_tokens(recipe, calibration.batches, model.decoder)
     clock.lap("load")
-    before = None if measured_on is None else evaluate(model, measured_on, progress=progress)
+    before = _measured(model, measured_on, progress)
     clock.lap("evaluate")
     pruned = prune_model(model, calibration, recipe, progress=progress)
     del model  # the dense weights
@@ -143,22 +144,18 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     costs_after = costs.all_costs(pruned.decoder, recipe.budget.window)
     done = replace(job, recipe=recipe)
     result = Result(done, pruned, written, clock.seconds, before, None, costs_before, costs_after)
-    missing: list[tuple[str, Exception]] = []
-    try:
-        after = None if measured_on is None else evaluate(pruned, measured_on, progress=progress)
-        result = replace(result, after=after)
-    except Exception as error:
-        missing.append(("its perplexity was not measured", error))
+    last = LastSteps(f"the pruned model is saved in {job.output}")
+    after = last.attempt("its perplexity was not measured", partial(_measured, pruned, measured_on, progress))
     clock.lap("evaluate")
+    result = replace(result, after=after)
     if documents is not None and hosts.is_writer():
-        try:
-            folders.add_texts(job.output, documents(result))
-        except Exception as error:
-            missing.append(("its report was not written", error))
-    if missing:
-        reasons = ", ".join(f"{what} ({shortened(cause(error), 300)})" for what, error in missing)
-        raise InputError(f"the pruned model is saved in {job.output}, but {reasons}") from missing[0][1]
+        last.attempt("its report was not written", lambda: folders.add_texts(job.output, documents(result)))
+    last.check()
     return result
+
+
+def _measured(model: Model, windows: Batches | None, progress: StageProgress | None) -> Perplexity | None:
+    return None if windows is None else evaluate(model, windows, progress=progress)
 
 
 def check_model(described: reader.Description, recipe: Recipe) -> int | None:
@@ -237,4 +234,3 @@ def _written_recipe(job: Job, settings: Used, pruned: Model, calibration: Calibr
         origin["revision"] = pruned.revision
     recipe = replace(settings.recipe, origin=origin)
     return recipes.to_toml(recipe, settings.keys)
-

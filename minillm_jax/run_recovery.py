@@ -24,15 +24,16 @@ from minillm_jax.data.examples import Examples, read_examples
 from minillm_jax.data.mixture import check_one_text
 from minillm_jax.data.tokenizer import has_vocabulary
 from minillm_jax.data.windows import check_positions
-from minillm_jax.devices import hosts, sharding
+from minillm_jax.devices import hosts, memory, sharding
 from minillm_jax.devices.store import Store
-from minillm_jax.errors import InputError, cause, shortened
+from minillm_jax.errors import InputError, LastSteps
 from minillm_jax.evaluation.perplexity import Perplexity
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.digest import model_digest
 from minillm_jax.model.loaded import Model
 from minillm_jax.progress import Clock, StageProgress, tell
 from minillm_jax.recipes import recipe as recipes
+from minillm_jax.recipes import used_recovery
 from minillm_jax.recipes.recovery import Recovery
 from minillm_jax.recovery import teacher as teachers
 from minillm_jax.recovery.recover import Recovered, Texts, recover_decoder
@@ -70,7 +71,7 @@ class RecoveryJob:
         Raises:
           InputError: a setting is out of its range, two do not suit each other, or a given one would do nothing.
         """
-        self.recipe.check(self.given)
+        used_recovery.check(self.recipe, self.given)
         output = self.recipe.output
         formats.check_format(output.format)
         writer.check_shard_size(output.max_shard_size)
@@ -94,6 +95,7 @@ class RecoveryResult:
       teacher: perplexity of the teacher, None where none was measured.
       before: perplexity of the pruned model.
       after: perplexity of the recovered model.
+      peak_bytes: most memory of the accelerator, or of the process on a CPU, until the weights were saved.
     """
 
     job: RecoveryJob
@@ -104,6 +106,7 @@ class RecoveryResult:
     teacher: Perplexity | None = None
     before: Perplexity | None = None
     after: Perplexity | None = None
+    peak_bytes: int = 0
 
 
 # Texts to write beside the weights, by file name.
@@ -119,8 +122,9 @@ def run(job: RecoveryJob, progress: StageProgress | None = None, documents: Docu
       documents: called by process 0 after the last measurement; its texts are added to the folder.
 
     Raises:
-      InputError: see `RecoveryJob.check`; or the model, the teacher or a text cannot be used. No folder has been written
-        then. Or the training stopped, or a later measurement or document failed; the message says what is saved.
+      InputError: see `RecoveryJob.check`; or the model, the teacher or a text cannot be used. No folder has been
+        written then. Or the training stopped, or a later measurement or document failed; the message says what is
+        saved.
     """
     job.check()
     devices = job.recipe.devices
@@ -136,17 +140,27 @@ def run(job: RecoveryJob, progress: StageProgress | None = None, documents: Docu
     named = job.recipe.distillation.teacher
     teacher = None if named is None else load(named, dtype, mesh)
     clock.lap("load")
-    measure = partial(_measured, windows=measured_on, progress=progress)
+
+    def measure(model: Model) -> Perplexity | None:
+        return None if measured_on is None else evaluate(model, measured_on, progress=progress)
+
     dense, before = None if teacher is None else measure(teacher), measure(model)
     clock.lap("evaluate")
     recovered = _trained(job, model, teacher, texts, progress)
     del teacher
     clock.lap("train")
     better = replace(model, decoder=recovered.decoder, record=_record(job, model, recovered, texts))
+    peak = memory.peak_bytes()
     written = _save(job, model, better, recovered)
     clock.lap("save")
-    result = RecoveryResult(job, recovered, better, written, clock.seconds, dense, before)
-    return _documented(result, measure, clock, documents)
+    last = LastSteps(f"the recovered model is saved in {job.output}")
+    after = last.attempt("its perplexity was not measured", lambda: measure(better))
+    clock.lap("evaluate")
+    result = RecoveryResult(job, recovered, better, written, clock.seconds, dense, before, after, peak)
+    if documents is not None and hosts.is_writer():
+        last.attempt("its report was not written", lambda: folders.add_texts(job.output, documents(result)))
+    last.check()
+    return result
 
 
 def _with_format(job: RecoveryJob, outline: Model) -> RecoveryJob:
@@ -336,32 +350,3 @@ def _write_adapter(recovered: Recovered, model: Model, folder: Path) -> None:
     assert recovered.adapter is not None
     folder.mkdir()
     adapters.write_adapter(recovered.adapter, recovered.lora, model.decoder, folder, model.name)
-
-
-def _measured(model: Model, windows: Batches | None, progress: StageProgress | None) -> Perplexity | None:
-    return None if windows is None else evaluate(model, windows, progress=progress)
-
-
-def _documented(
-    result: RecoveryResult, measure: Callable[[Model], Perplexity | None], clock: Clock, documents: Documents | None
-) -> RecoveryResult:
-    """The result with the last measurement, and with the documents in the folder.
-
-    Raises:
-      InputError: one of both failed.
-    """
-    missing: list[tuple[str, Exception]] = []
-    try:
-        result = replace(result, after=measure(result.model))
-    except Exception as error:
-        missing.append(("its perplexity was not measured", error))
-    clock.lap("evaluate")
-    if documents is not None and hosts.is_writer():
-        try:
-            folders.add_texts(result.job.output, documents(result))
-        except Exception as error:
-            missing.append(("its report was not written", error))
-    if missing:
-        reasons = ", ".join(f"{what} ({shortened(cause(error), 300)})" for what, error in missing)
-        raise InputError(f"the recovered model is saved in {result.job.output}, but {reasons}") from missing[0][1]
-    return result

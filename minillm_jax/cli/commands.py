@@ -17,6 +17,7 @@ from minillm_jax.cli.show import progress, show, show_warnings
 from minillm_jax.errors import InputError, shortened
 from minillm_jax.options import shard_size
 from minillm_jax.recipes import recipe as recipes
+from minillm_jax.recipes.recovery import Recovery
 from minillm_jax.recipes.synonyms import suggestion
 from minillm_jax.settings import dtype_name
 from minillm_jax.version import __version__
@@ -217,8 +218,47 @@ def plan(
     show(as_json, planned.as_json, lambda: tables.plan_table(planned))
 
 
+def recover(
+    model: ModelArgument,
+    output: Annotated[
+        str,
+        typer.Option("--output", metavar="FOLDER", help="Folder to write; it must not exist.", rich_help_panel=COMMON),
+    ] = "",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            "--recipe",
+            "--preset",
+            metavar="NAME|FILE",
+            help="Settings for all options that are not given: distil, llm-pruner, forward, or a TOML file.",
+            rich_help_panel=COMMON,
+        ),
+    ] = Recovery.DEFAULT,
+    assignments: SetOption = None,
+    revision: RevisionOption = None,
+    as_json: HiddenJson = False,
+    quiet: QuietOption = False,
+    help_all: HelpAllOption = False,
+    **given: Any,
+) -> None:
+    """Train a pruned model until it is better, and write an adapter of PEFT and the merged folder."""
+    from minillm_jax import run_recovery as runs
+    from minillm_jax.devices import hosts
+    from minillm_jax.report import recovery as reports
+
+    if not output:
+        raise InputError("no output folder is given; name one that does not exist with --output")
+    chosen, set_flags = recipes.with_assignments(recipes.load_as(Recovery, recipe), assignments or [])
+    chosen, flags = recipes.with_options(chosen, given)
+    with progress(quiet or as_json) as told:
+        result = runs.run(runs.RecoveryJob(model, output, chosen, set_flags | flags, revision), told, reports.documents)
+    if hosts.is_writer():
+        show(as_json, lambda: reports.summary(result), lambda: reports.table(result))
+
+
 app.command("prune")(with_settings(prune))
 app.command("plan")(with_settings(plan))
+app.command("recover")(with_settings(recover, Recovery))
 
 
 def _job(

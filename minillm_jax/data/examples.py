@@ -14,13 +14,7 @@ from minillm_jax.data.documents import FIELD, Opened, no_text, open_data
 from minillm_jax.data.text import Joined, Tokens, all_tokens, check_bos, in_vocabulary
 from minillm_jax.data.tokenizing import Tokenizer, encode, token_ids
 from minillm_jax.errors import InputError, one_of, warn
-from minillm_jax.settings import BOS
-
-# How a conversation is written: by the tokenizer's chat template where it has one, or by Alpaca's prompt.
-TEMPLATES = ("auto", "alpaca")
-# Tokens whose prediction the loss counts.
-LOSS_ON = ("auto", "response", "all")
-PACKINGS = ("auto", "padded", "packed")
+from minillm_jax.settings import BOS, LOSS_ON, PACKINGS, TEMPLATES
 
 # The padded length is a multiple of this, as long as that is not above the given length.
 MULTIPLE = 8

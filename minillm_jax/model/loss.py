@@ -130,5 +130,5 @@ def token_divergences(
 
 
 def rest_of(logs: Float[Array, " X"]) -> Float[Array, ""]:
-    """From logarithms of probabilities: the probability of all tokens but those given; at least the rounding error of a sum of probabilities."""
+    """The probability of all tokens but those whose logarithms are given; at least the rounding error of a sum."""
     return jnp.maximum(1 - jnp.sum(jnp.exp(logs)), 1e-6)

@@ -313,9 +313,7 @@ def with_options(recipe: AnyRecipe, given: Mapping[str, Any]) -> tuple[AnyRecipe
     return replace(recipe, own=recipe.own.difference(flags)), flags
 
 
-def with_assignments(
-    recipe: AnyRecipe, assignments: list[str]
-) -> tuple[AnyRecipe, dict[tuple[str, str], str]]:
+def with_assignments(recipe: AnyRecipe, assignments: list[str]) -> tuple[AnyRecipe, dict[tuple[str, str], str]]:
     """A recipe with settings written as `section.key=value`, as `--set` takes them.
 
     Raises:

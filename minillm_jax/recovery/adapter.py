@@ -5,7 +5,6 @@ and it gets no gradient. `merge` adds (α / r) · A · B to every W in the end.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -13,48 +12,13 @@ from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table, ops
 from minillm_jax.model.build import with_runs
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block, Linear, depth
 from minillm_jax.model.tree import kernels, replace_kernels, replace_linears
+from minillm_jax.recovery.settings import Lora
 from minillm_jax.scoring.gradient import directions
-
-
-@dataclass(frozen=True)
-class Lora:
-    """The shape of an adapter, and how it computes.
-
-    Attributes:
-      rank: rank r of the factors.
-      alpha: numerator α of the scale α / r.
-      dropout: share of the inputs of A that are set to zero in training, in [0, 1); the others are scaled up.
-      targets: names of the matrices with an adapter (`axis_table.matrices`).
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = tuple(axis_table.matrices())
-
-    @property
-    def scale(self) -> float:
-        """The factor α / r of A · B."""
-        return self.alpha / self.rank
-
-    def check(self) -> None:
-        """Check the ranges.
-
-        Raises:
-          InputError: a number is out of its range, or a target is no matrix.
-        """
-        if self.rank < 1:
-            raise InputError(f"--rank must be at least 1, found {self.rank}")
-        if not self.alpha > 0:
-            raise InputError(f"--lora-alpha must be above 0, found {self.alpha:g}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"--dropout must lie in [0, 1), found {self.dropout:g}")
 
 
 class Factors(NamedTuple):

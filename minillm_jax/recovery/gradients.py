@@ -97,9 +97,7 @@ def _sums(
     key: Key[Array, ""] | None,
 ) -> Sums:
     hidden = trained.hidden(parameters, decoder, sequences.tokens, key)
-    return objective.sums(
-        trained.computing(parameters, decoder), hidden, sequences, teacher, weights.temperature
-    )
+    return objective.sums(trained.computing(parameters, decoder), hidden, sequences, teacher, weights.temperature)
 
 
 def _normal(parameters: Parameters, key: Key[Array, ""]) -> Parameters:

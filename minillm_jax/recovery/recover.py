@@ -1,74 +1,19 @@
 """Recovery of a pruned model: one of the methods, from examples to a better decoder."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+
+import jax
 
 from minillm_jax.data.examples import Examples
 from minillm_jax.devices.store import Store
-from minillm_jax.errors import InputError
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.recovery import gradients
-from minillm_jax.recovery.adapter import Adapter, Lora
-from minillm_jax.recovery.settings import MATRICES, AdapterShape, Distillation, ForwardOnly, Training
+from minillm_jax.recovery.adapter import Adapter
+from minillm_jax.recovery.settings import Lora, Sections
 from minillm_jax.recovery.train import Outcome, Task, Teacher, train
 from minillm_jax.recovery.trained import Trained, TrainedAdapter, TrainedArrays
-
-# Name in the settings -> name in the table of axes.
-TARGETS: Mapping[str, str] = {
-    name: f"{'attention' if name in 'qkvo' else 'mlp'}.{name}" for name in MATRICES
-}
-
-
-@dataclass(frozen=True)
-class Sections:
-    """The settings of a recovery that decide what is computed."""
-
-    training: Training = field(default_factory=Training)
-    adapter: AdapterShape = field(default_factory=AdapterShape)
-    distillation: Distillation = field(default_factory=Distillation)
-    forward: ForwardOnly = field(default_factory=ForwardOnly)
-
-    def check(self) -> None:
-        """Check all ranges.
-
-        Raises:
-          InputError: a setting is out of its range.
-        """
-        self.training.check()
-        self.distillation.check()
-        self.forward.check()
-        self.lora().check()
-
-    def lora(self) -> Lora:
-        """The shape of the adapters.
-
-        Raises:
-          InputError: a target is no matrix.
-        """
-        shape = self.adapter
-        unknown = [name for name in shape.targets if name not in TARGETS]
-        if unknown or not shape.targets:
-            found = unknown[0] if unknown else "none"
-            raise InputError(f"--targets must name some of {', '.join(TARGETS)}, found {found!r}")
-        return Lora(shape.rank, shape.alpha, shape.dropout, tuple(TARGETS[name] for name in shape.targets))
-
-    @property
-    def trains_adapter(self) -> bool:
-        """Whether the result is an adapter."""
-        method = self.training.method
-        return method == "lora" or (method == "forward" and self.forward.train == "lora")
-
-    def share(self, teacher: bool) -> float | None:
-        """The share of the divergence in the loss; None for the course of `distillation.weight`.
-
-        Raises:
-          InputError: the loss needs a teacher, and there is none.
-        """
-        loss = self.training.loss or ("both" if teacher else "ce")
-        if loss != "ce" and not teacher:
-            raise InputError(f"--loss {loss} measures the divergence from a teacher; give the dense model with --teacher")
-        return {"ce": 0.0, "kd": 1.0, "both": None}[loss]
 
 
 @dataclass(frozen=True)
@@ -101,6 +46,11 @@ class Recovered:
     adapter: Adapter | None
     lora: Lora
     outcome: Outcome
+
+    @property
+    def trained_parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.outcome.parameters))
 
 
 def recover_decoder(

@@ -5,22 +5,23 @@ recipe of `minillm-jax prune`. This module imports neither JAX nor transformers,
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.options import SHARDS, WORDS, Spelling, option
-from minillm_jax.settings import DTYPE_SYNONYMS, DTYPES, FORMATS, GGUF_TYPES
+from minillm_jax.settings import BOS, DTYPE_SYNONYMS, DTYPES, FORMATS, GGUF_TYPES, LOSS_ON, PACKINGS, TEMPLATES
 
 METHODS = ("lora", "full", "forward")
 LOSSES = ("ce", "kd", "both")
 SCHEDULES = ("linear", "cosine", "constant")
-TEMPLATES = ("auto", "alpaca")
-COUNTED = ("auto", "all", "response")
-PACKINGS = ("auto", "padded", "packed")
 # What `--method forward` trains: low-rank adapters, norms, or norms and biases.
 FORWARD_TRAINS = ("lora", "norms", "all-small")
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+# Name of a matrix in the settings -> its name in the table of axes (`model.axis_table`).
+TARGETS = {
+    **{name: f"attention.{name}" for name in ("q", "k", "v", "o")},
+    **{name: f"mlp.{name}" for name in ("gate", "up", "down")},
+}
 
 
 def _read_course(text: str) -> tuple[float, float]:
@@ -80,15 +81,13 @@ class TrainingData:
         choices=TEMPLATES,
     )
     loss_on: str = option(
-        "auto", str, "Tokens that the loss counts: of the responses, or all.", choices=COUNTED, common=True
+        "auto", str, "Tokens that the loss counts: of the responses, or all.", choices=LOSS_ON, common=True
     )
     held_out: int | None = option(
         None, int, "Sequences that are not trained on, for the validation loss; a tenth, and at most 64, if unset."
     )
     field: str = option("text", str, "Field that holds the text, in files of rows and Hub data sets.")
-    bos: str = option(
-        "auto", str, "Beginning-of-sequence token of training sequences, as in prune.", choices=("auto", "yes", "no")
-    )
+    bos: str = option("auto", str, "Beginning-of-sequence token of training sequences, as in prune.", choices=BOS)
     seed: int = option(0, int, "Seed of the order, the validation sequences, the adapter and dropout.")
 
 
@@ -147,9 +146,7 @@ class Training:
         if self.loss is not None:
             one_of("loss", self.loss, LOSSES)
         if self.batch < 1 or self.micro_batch < 1 or self.batch % self.micro_batch:
-            raise InputError(
-                f"--micro-batch must divide --batch, found {self.micro_batch} and {self.batch} sequences"
-            )
+            raise InputError(f"--micro-batch must divide --batch, found {self.micro_batch} and {self.batch} sequences")
         for flag, value in (("--epochs", self.epochs), ("--learning-rate", self.learning_rate)):
             if not (isfinite(value) and value > 0):
                 raise InputError(f"{flag} must be above 0, found {value:g}")
@@ -162,6 +159,41 @@ class Training:
             raise InputError(f"--warmup must be at least 0, found {self.warmup}")
         if self.validate_every < 1:
             raise InputError(f"--validate-every must be at least 1, found {self.validate_every}")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The shape of an adapter, and how it computes.
+
+    Attributes:
+      rank: rank r of the factors.
+      alpha: numerator α of the scale α / r.
+      dropout: share of the inputs of A that are set to zero in training, in [0, 1); the others are scaled up.
+      targets: names of the matrices with an adapter (`model.axis_table`).
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = tuple(TARGETS.values())
+
+    @property
+    def scale(self) -> float:
+        """The factor α / r of A · B."""
+        return self.alpha / self.rank
+
+    def check(self) -> None:
+        """Check the ranges.
+
+        Raises:
+          InputError: a number is out of its range, or a target is no matrix.
+        """
+        if self.rank < 1:
+            raise InputError(f"--rank must be at least 1, found {self.rank}")
+        if not self.alpha > 0:
+            raise InputError(f"--lora-alpha must be above 0, found {self.alpha:g}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"--dropout must lie in [0, 1), found {self.dropout:g}")
 
 
 @dataclass(frozen=True)
@@ -180,7 +212,7 @@ class AdapterShape:
     alpha: float = option(16.0, float, "Numerator α of the scale α / r of the adapters.", flag="lora_alpha")
     dropout: float = option(0.0, float, "Share of an adapter's inputs that are set to zero in training.")
     targets: tuple[str, ...] = option(
-        MATRICES, str, "Matrices with an adapter: q, k, v, o, gate, up, down.", spelling=WORDS
+        tuple(TARGETS), str, "Matrices with an adapter: q, k, v, o, gate, up, down.", spelling=WORDS
     )
     start: str | None = option(None, str, "Folder of a PEFT adapter to start from.", flag="adapter")
 
@@ -191,7 +223,8 @@ class Distillation:
 
     Attributes:
       teacher: a folder or a Hub id; None for none.
-      weight: share a of the divergence in the loss `both`, from the first update to the last: a · T² · KL + (1 - a) · CE.
+      weight: share a of the divergence in the loss `both`, from the first update to the last:
+        a · T² · KL + (1 - a) · CE.
       temperature: T, by which the logits of teacher and student are divided.
       teacher_logits: folder with the most probable tokens of the teacher, which is written once; the teacher is then
         not in memory while the student is trained.
@@ -310,3 +343,56 @@ class RecoveryEvaluation:
         None, str, "Another kind of text, whose loss is measured with every validation.", common=True
     )
     watch_windows: int = option(32, int, "Number of windows of the text of --watch.")
+
+
+@dataclass(frozen=True)
+class Sections:
+    """The settings of a recovery that decide what is computed."""
+
+    training: Training = field(default_factory=Training)
+    adapter: AdapterShape = field(default_factory=AdapterShape)
+    distillation: Distillation = field(default_factory=Distillation)
+    forward: ForwardOnly = field(default_factory=ForwardOnly)
+
+    def check(self) -> None:
+        """Check all ranges.
+
+        Raises:
+          InputError: a setting is out of its range.
+        """
+        self.training.check()
+        self.distillation.check()
+        self.forward.check()
+        self.lora().check()
+
+    def lora(self) -> Lora:
+        """The shape of the adapters.
+
+        Raises:
+          InputError: a target is no matrix.
+        """
+        shape = self.adapter
+        unknown = [name for name in shape.targets if name not in TARGETS]
+        if unknown or not shape.targets:
+            found = unknown[0] if unknown else "none"
+            raise InputError(f"--targets must name some of {', '.join(TARGETS)}, found {found!r}")
+        return Lora(shape.rank, shape.alpha, shape.dropout, tuple(TARGETS[name] for name in shape.targets))
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether the result is an adapter."""
+        method = self.training.method
+        return method == "lora" or (method == "forward" and self.forward.train == "lora")
+
+    def share(self, teacher: bool) -> float | None:
+        """The share of the divergence in the loss; None for the course of `distillation.weight`.
+
+        Raises:
+          InputError: the loss needs a teacher, and there is none.
+        """
+        loss = self.training.loss or ("both" if teacher else "ce")
+        if loss != "ce" and not teacher:
+            raise InputError(
+                f"--loss {loss} measures the divergence from a teacher; name the dense model with --teacher"
+            )
+        return {"ce": 0.0, "kd": 1.0, "both": None}[loss]

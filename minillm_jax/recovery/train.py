@@ -35,14 +35,14 @@ class Point(NamedTuple):
       tokens: number of counted tokens before it.
       loss: mean loss of the updates since the last validation; None before the first update.
       validation: mean cross entropy of the validation sequences, nats; None without such sequences.
-      other: mean cross entropy of the second text, nats; None without one.
+      watched: mean cross entropy of the second text, nats; None without one.
     """
 
     update: int
     tokens: int
     loss: float | None
     validation: float | None
-    other: float | None
+    watched: float | None
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Task:
       distillation: the settings of the divergence.
       examples: the sequences to train on.
       validation: other sequences of the same text; None for none.
-      other: sequences of a second text, measured with every validation; None for none.
+      watched: sequences of a second text, measured with every validation; None for none.
       seed: of the order of the sequences, the first values and dropout.
       share: whether the loss has a divergence: 1 for it alone, 0 for cross entropy alone, None for the course of
         `distillation.weight`.
@@ -66,7 +66,7 @@ class Task:
     distillation: Distillation
     examples: Examples
     validation: Examples | None = None
-    other: Examples | None = None
+    watched: Examples | None = None
     seed: int = 0
     share: float | None = None
 
@@ -87,7 +87,8 @@ class Outcome:
       points: the validations, in order; the first is before any update.
       update: number of updates before the state.
       tokens: number of counted tokens of all updates.
-      seconds: of this process, without those of an interrupted one.
+      tokens_here: those of this process, without those of an interrupted one.
+      seconds: of the updates and validations of this process.
       stopped: why the run ended early, a sentence; None for a whole run.
     """
 
@@ -95,6 +96,7 @@ class Outcome:
     points: list[Point]
     update: int
     tokens: int
+    tokens_here: int
     seconds: float
     stopped: str | None = None
 
@@ -150,7 +152,7 @@ def train(
     """
     began, loop = time.perf_counter(), _Loop(decoder, task, gradient, teacher)
     state = loop.begun(store)
-    stopped = None
+    stopped, before = None, state.tokens
     while state.update < task.updates and stopped is None:
         state, stopped = loop.updated(state)
         last = state.update == task.updates or stopped is not None
@@ -161,7 +163,8 @@ def train(
         if progress is not None:
             progress(state.update, task.updates)
     chosen, update = (state.parameters, state.update) if state.best is None else (state.best, _best(state.points))
-    return Outcome(chosen, list(state.points), update, state.tokens, time.perf_counter() - began, stopped)
+    seconds = time.perf_counter() - began
+    return Outcome(chosen, list(state.points), update, state.tokens, state.tokens - before, seconds, stopped)
 
 
 def rows_of(update: int, count: int, batch: int, seed: int) -> Int[np.ndarray, " batch"]:
@@ -278,12 +281,14 @@ class _Loop:
         """The state with one more point, and its parameters as the best if they are."""
         before = state.points[-1].update if state.points else 0
         loss = state.loss / (state.update - before) if state.update > before else None
-        validation, other = (self._mean_loss(state, examples) for examples in (self._task.validation, self._task.other))
+        validation, watched = (
+            self._mean_loss(state, examples) for examples in (self._task.validation, self._task.watched)
+        )
         best = state.best
         least = min((point.validation for point in state.points if point.validation is not None), default=None)
         if best is not None and validation is not None and least is not None and validation < least:
             best = jax.tree.map(jnp.copy, state.parameters)
-        point = Point(state.update, state.tokens, loss, validation, other)
+        point = Point(state.update, state.tokens, loss, validation, watched)
         return state._replace(points=(*state.points, point), best=best, loss=0.0)
 
     def _mean_loss(self, state: Progress, examples: Examples | None) -> float | None:
@@ -302,9 +307,7 @@ class _Loop:
 def _restored(state: Progress, stored: State) -> Progress:
     """A state with the arrays and numbers of a stored one."""
     leaves, structure = jax.tree.flatten(state[:3])
-    arrays = [
-        sharding.like(stored.arrays[str(place)], leaf) for place, leaf in enumerate(leaves)
-    ]
+    arrays = [sharding.like(stored.arrays[str(place)], leaf) for place, leaf in enumerate(leaves)]
     numbers = stored.metadata
     points = tuple(Point(*point) for point in numbers["points"])
     return Progress(
