@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from minillm_jax.paths import absolute_path
 
 # Least time between two saved states, in seconds: the work that an interruption may lose beyond the unfinished step.
 SAVE_EVERY = 15.0
+# A large state is saved more rarely, so that saving takes at most one part in so many of the time.
+WORK_PER_SAVE = 20.0
 
 
 class State(NamedTuple):
@@ -38,7 +40,7 @@ class Store:
       folder: the folder; created if it does not exist.
       identity: whatever decides the job's results. A folder with another identity is refused.
       job: the noun for the job in messages, `an estimate`.
-      save_every: least time between two saved states, seconds.
+      save_every: least time between two saved states, seconds; 0 saves after every step.
 
     Raises:
       InputError: the folder cannot be created or opened.
@@ -48,7 +50,7 @@ class Store:
         from orbax.checkpoint import v1 as ocp
 
         self.folder, self.identity, self._job = absolute_path(folder, "checkpoint folder"), dict(identity), job
-        self.save_every, self._last = save_every, time.monotonic()
+        self.save_every, self._last, self._took = save_every, time.monotonic(), 0.0
         try:
             self.folder = self.folder.resolve()
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +59,7 @@ class Store:
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"{self.folder}: cannot hold a checkpoint ({reason(error)})") from error
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Store":
         return self
 
     def __exit__(
@@ -94,8 +96,9 @@ class Store:
         return InputError(f"{self.folder}: not a whole checkpoint of {self._job} ({reason(error)})")
 
     def due(self) -> bool:
-        """Whether `save_every` seconds have passed since the last saved state, by the clock of process 0."""
-        passed = hosts.of_first(lambda: {"due": np.bool_(time.monotonic() - self._last >= self.save_every)})
+        """Whether it is time for the next state, by the clock of process 0."""
+        pause = max(self.save_every, WORK_PER_SAVE * self._took) if self.save_every else 0.0
+        passed = hosts.of_first(lambda: {"due": np.bool_(time.monotonic() - self._last >= pause)})
         return bool(passed["due"])
 
     def save(self, step: int, state: State) -> None:
@@ -109,8 +112,10 @@ class Store:
           InputError: the state cannot be written, for example on a full disk.
         """
         metadata: Any = {"identity": self.identity, "metadata": state.metadata}
+        began = time.monotonic()
         try:
             self._store.save(step, state.arrays, custom_metadata=metadata, overwrite=True)
         except Exception as error:  # Orbax raises errors of many types
             raise InputError(f"{self.folder}: the checkpoint cannot be written ({reason(error)})") from error
         self._last = time.monotonic()
+        self._took = self._last - began

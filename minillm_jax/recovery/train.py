@@ -299,7 +299,9 @@ class _Loop:
 
     def save(self, store: Store, state: Progress) -> None:
         """Saves a state."""
-        arrays = {str(place): leaf for place, leaf in enumerate(jax.tree.leaves(state[:3]))}
+        arrays = {
+            str(place): sharding.gather(leaf) for place, leaf in enumerate(jax.tree.leaves(state[:3]))
+        }
         numbers = {"points": [list(point) for point in state.points], "loss": state.loss}
         store.save(state.update, State(arrays, numbers | {"update": state.update, "tokens": state.tokens}))
 

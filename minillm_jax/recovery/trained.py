@@ -6,7 +6,7 @@ itself is an argument without a gradient.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax import numpy as jnp
@@ -23,6 +23,7 @@ from minillm_jax.recovery.adapter import Lora
 Parameters = Any
 
 
+@runtime_checkable
 class Trained(Protocol):
     """The methods that the training loop calls."""
 
