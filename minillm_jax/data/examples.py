@@ -118,8 +118,9 @@ def read_examples(
 
     Padded examples have a row each, and are cut off behind `length` tokens. One without a counted token is left out,
     with a warning. Packed examples follow one another and are cut into windows of `length` tokens, without the last
-    partial window. A window without a counted token is left out. Attention may reach earlier examples of the same
-    window, as LLaMA and its like were trained. Documents that are packed make the windows that calibration draws from.
+    partial window. The first token of a window never counts, and a window without a counted token is left out.
+    Attention may reach earlier examples of the same window, as is usual in pre-training. Packed documents make the
+    windows from which calibration draws.
 
     Args:
       data: as in `documents.open_data`.
@@ -342,7 +343,7 @@ def _packed(
     places = windows.places(tokens, length, first)
     counted = np.concatenate([example.counted for example in examples])[places]
     counted[:, 0] = False
-    # A window that begins where an example does repeats no token; the one behind it has one token twice.
+    # Where windows begin with a token and one begins with an example, the next window repeats its last token.
     counted[1:] &= places[1:] > places[:-1, -1:]
     some = counted.any(axis=1)
     if not some.any():
