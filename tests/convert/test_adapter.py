@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import peft
 import pytest
@@ -25,7 +26,7 @@ from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import group_counts, named_arrays
 from minillm_jax.pruning.slicing import slice_groups
-from minillm_jax.recovery.adapter import Adapter, Factors, Lora, initial, merge
+from minillm_jax.recovery.adapter import Adapter, Lora, initial, merge
 from tests.helpers import (
     SMALL,
     arrays_equal,
@@ -47,6 +48,8 @@ STORED = ("llama", "phi3", "gpt_neox")
 A, B = "lora_A.weight", "lora_B.weight"
 
 Folders = Callable[[str, str], Path]
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # PEFT calls it
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,7 +87,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return folder
 
 
+@cache
 def decoder_of(folder: Path) -> Decoder:
+    """The decoder of a folder that no test changes."""
     return read_model(folder).decoder
 
 
@@ -92,11 +97,8 @@ def random_adapter(decoder: Decoder, lora: Lora = LORA, seed: int = 0) -> Adapte
     """An adapter of which both factors are random."""
     rng = np.random.default_rng(seed)
 
-    def draw(factors: Factors) -> Factors:
-        first, second = (jnp.asarray(rng.normal(0, 0.2, array.shape), jnp.float32) for array in factors)
-        return Factors(first, second)
-
-    return [{name: draw(factors) for name, factors in run.items()} for run in initial(decoder, lora, seed)]
+    shapes = jax.eval_shape(lambda: initial(decoder, lora, seed))
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32), shapes)
 
 
 def written(folder: Path, adapter: Adapter, lora: Lora, decoder: Decoder, base: Path | str = "base") -> Path:
