@@ -84,7 +84,7 @@ class Settings:
         return any(module == name or module.endswith(f".{name}") for name in names)
 
     def _divisor(self, rank: int) -> float:
-        return rank**0.5 if self.raw.get("use_rslora") else rank
+        return rank**0.5 if self.raw.get("use_rslora") else float(rank)
 
     def _pattern(self, key: str, module: str, default: Any) -> Any:
         patterns = self.raw.get(key) or {}
