@@ -11,19 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import minillm_jax.hidden  # noqa: F401  before the first import of convert
 from convert import adapter as adapters
 from convert import folders, formats, gguf_write, reader, writer
 from minillm_jax.api import describe, evaluate, held_out, load, save
-from minillm_jax.data import text
 from minillm_jax.data.batches import Batches
 from minillm_jax.data.documents import check_source
-from minillm_jax.data.examples import Examples, read_examples
+from minillm_jax.data.examples import Examples
 from minillm_jax.data.mixture import check_one_text
-from minillm_jax.data.tokenizer import has_vocabulary
-from minillm_jax.data.windows import check_positions
 from minillm_jax.devices import hosts, memory, sharding
 from minillm_jax.devices.store import Store
 from minillm_jax.errors import InputError, LastSteps
@@ -35,16 +30,14 @@ from minillm_jax.progress import Clock, StageProgress, tell
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes import used_recovery
 from minillm_jax.recipes.recovery import Recovery
+from minillm_jax.recovering import check_teacher, record_of, recover_model, texts_of
 from minillm_jax.recovery import teacher as teachers
-from minillm_jax.recovery.recover import Recovered, Texts, recover_decoder
+from minillm_jax.recovery.recover import Recovered, Texts
 from minillm_jax.recovery.train import Teacher
 from minillm_jax.run import RECIPE_FILE
 from minillm_jax.stages import versions
 
 ADAPTER = "adapter"
-
-# Most sequences of the validation, where their number is not given.
-MOST_HELD_OUT = 64
 
 
 @dataclass(frozen=True)
@@ -149,7 +142,7 @@ def run(job: RecoveryJob, progress: StageProgress | None = None, documents: Docu
     recovered = _trained(job, model, teacher, texts, progress)
     del teacher
     clock.lap("train")
-    better = replace(model, decoder=recovered.decoder, record=_record(job, model, recovered, texts))
+    better = replace(model, decoder=recovered.decoder, record=record_of(job.recipe, model, recovered, texts))
     peak = memory.peak_bytes()
     written = _save(job, model, better, recovered)
     clock.lap("save")
@@ -183,7 +176,7 @@ def _checked_texts(job: RecoveryJob, outline: Model) -> tuple[Texts, Batches | N
     """
     recipe, output = job.recipe, job.recipe.output
     if recipe.distillation.teacher is not None:
-        _check_teacher(outline, describe(recipe.distillation.teacher, output.dtype), recipe.distillation.teacher)
+        check_teacher(outline, describe(recipe.distillation.teacher, output.dtype))
     writer.check_space(job.output, writer.weight_bytes(outline, output.format, output.gguf_type))
     field_name, evaluation = recipe.data.field, recipe.evaluation
     for source in (recipe.data.data, evaluation.text, evaluation.watch):
@@ -191,7 +184,8 @@ def _checked_texts(job: RecoveryJob, outline: Model) -> tuple[Texts, Batches | N
     for source in (evaluation.text, evaluation.watch):
         if source is not None:
             check_source(source, field_name, most=1)  # both, before the training text is read as a whole
-    texts = _texts(recipe, outline)
+    assert recipe.data.data is not None, "checked before"
+    texts = texts_of(recipe, outline, recipe.data.data)
     hosts.check_same("settings", (job.model, recipes.to_toml(recipe), versions()))
     hosts.check_same("training sequences", texts.training.fingerprint())
     if evaluation.text is None:
@@ -201,65 +195,6 @@ def _checked_texts(job: RecoveryJob, outline: Model) -> tuple[Texts, Batches | N
     return texts, windows
 
 
-def _check_teacher(outline: Model, teacher: Model, name: str) -> None:
-    """Check that teacher and student have the same tokens.
-
-    Raises:
-      InputError: they have not.
-    """
-    sizes = [model.decoder.embedding.shape[0] for model in (teacher, outline)]
-    if sizes[0] != sizes[1]:
-        raise InputError(
-            f"{name}: the teacher has a vocabulary of {sizes[0]} tokens, the pruned model {sizes[1]}; give the dense "
-            "model that it was pruned from"
-        )
-    if not all(has_vocabulary(model.folder) for model in (teacher, outline)):
-        return
-    words = [getattr(text.tokenizer_of(model.folder)().call, "get_vocab")() for model in (teacher, outline)]  # noqa: B009
-    if words[0] != words[1]:
-        raise InputError(
-            f"{name}: the teacher has another tokenizer than the pruned model; give the dense model that it was pruned "
-            "from"
-        )
-
-
-def _texts(recipe: Recovery, outline: Model) -> Texts:
-    """The sequences of a recovery.
-
-    Raises:
-      InputError: a text cannot be used, or is too short.
-    """
-    data, decoder = recipe.data, outline.decoder
-    check_positions(decoder, data.seq_len, "--seq-len")
-    examples = read_examples(
-        data.data,
-        text.tokenizer_of(outline.folder),
-        decoder.embedding.shape[0],
-        data.seq_len,
-        template=data.template,
-        loss_on=data.loss_on,
-        packing=data.packing,
-        bos=data.bos,
-        family=decoder.config.family,
-        field=data.field,
-    )
-    held = min(MOST_HELD_OUT, examples.count // 10) if data.held_out is None else data.held_out
-    training, validation = examples.split(held, data.seed)
-    return Texts(training, validation if held else None, _watched(recipe, outline))
-
-
-def _watched(recipe: Recovery, outline: Model) -> Examples | None:
-    """Evenly spaced windows of the second text."""
-    source = recipe.evaluation.watch
-    if source is None:
-        return None
-    windows = held_out(outline, source, recipe.data.seq_len, field=recipe.data.field).windows
-    places = np.linspace(0, len(windows) - 1, min(recipe.evaluation.watch_windows, len(windows))).round().astype(int)
-    counted = np.ones(windows[places].shape, bool)
-    counted[:, 0] = False
-    return Examples(windows[places], counted, source)
-
-
 # ----------------------------------------------------------------------------------------------------------- training
 
 
@@ -267,13 +202,9 @@ def _trained(
     job: RecoveryJob, model: Model, teacher: Model | None, texts: Texts, progress: StageProgress | None
 ) -> Recovered:
     """The recovered decoder; an interrupted training continues."""
-    recipe, decoder = job.recipe, model.decoder
-    start = None if recipe.adapter.start is None else adapters.read_adapter(recipe.adapter.start, decoder)
-    known = None if teacher is None else _teacher(recipe, teacher.decoder, texts.training, progress)
+    known = None if teacher is None else _teacher(job.recipe, teacher.decoder, texts.training, progress)
     with Store(_checkpoint(job), _identity(job, model, teacher, texts), "a recovery") as store:
-        return recover_decoder(
-            decoder, texts, recipe.computed, recipe.data.seed, known, start, store, partial(tell, progress, "train")
-        )
+        return recover_model(model, texts, job.recipe, known, store, progress)
 
 
 def _checkpoint(job: RecoveryJob) -> str:
@@ -307,22 +238,6 @@ def _teacher(recipe: Recovery, decoder: Decoder, examples: Examples, progress: S
 
 
 # ------------------------------------------------------------------------------------------------------------- output
-
-
-def _record(job: RecoveryJob, model: Model, recovered: Recovered, texts: Texts) -> dict[str, Any]:
-    """The pruning record with the recovery in it."""
-    outcome = recovered.outcome
-    recovery = {
-        "recipe": job.recipe.name,
-        "settings": recipes.as_table(job.recipe, recipes.all_keys(Recovery)),
-        "sequences": texts.training.count,
-        "tokens_sha256": texts.training.fingerprint(),
-        "updates": outcome.update,
-        "tokens": outcome.tokens,
-        "points": [point._asdict() for point in outcome.points],
-        "versions": versions(),
-    }
-    return {"base_model": model.name, **(model.record or {}), "recovery": recovery}
 
 
 def _save(job: RecoveryJob, model: Model, better: Model, recovered: Recovered) -> writer.Written:

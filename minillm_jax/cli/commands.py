@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minillm_jax.cli.flags import COMMON, SHOW, show_all, with_settings
+from minillm_jax.cli.arguments import (
+    HelpAllOption,
+    HiddenJson,
+    JsonOption,
+    ModelArgument,
+    OutputOption,
+    QuietOption,
+    RecipeModelArgument,
+    RecipeOption,
+    RevisionOption,
+    SetOption,
+)
+from minillm_jax.cli.flags import COMMON, with_settings
+from minillm_jax.cli.recover import recover
 from minillm_jax.cli.show import progress, show, show_warnings
 from minillm_jax.errors import InputError, shortened
 from minillm_jax.options import shard_size
@@ -34,51 +47,6 @@ recipe_app = typer.Typer(help="List the recipes, or show what one sets.", no_arg
 convert_app = typer.Typer(help="Convert Hugging Face folders, Flax checkpoints and GGUF files.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(convert_app, name="convert")
-
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local model folder, a GGUF file or a Hub id.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-HiddenJson = Annotated[
-    bool,
-    typer.Option("--json", help="Print one JSON object instead of a table.", rich_help_panel=SHOW, hidden=True),
-]
-QuietOption = Annotated[
-    bool, typer.Option("--quiet", help="Print no progress on standard error.", rich_help_panel=SHOW, hidden=True)
-]
-HelpAllOption = Annotated[
-    bool,
-    typer.Option(
-        "--help-all", help="Show every option, by panel.", rich_help_panel=COMMON, is_eager=True, callback=show_all
-    ),
-]
-RecipeModelArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="[MODEL]", help="A local model folder, a GGUF file or a Hub id; by default the one that a recipe names."
-    ),
-]
-RecipeOption = Annotated[
-    str,
-    typer.Option(
-        "--recipe",
-        "--preset",
-        metavar="NAME|FILE",
-        help="Settings for all options that are not given: a recipe of `minillm-jax recipe list`, or a TOML file.",
-        rich_help_panel=COMMON,
-        autocompletion=lambda incomplete: [name for name in recipes.names() if name.startswith(incomplete)],
-    ),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="One setting of the recipe, refit.ridge=0.1.", rich_help_panel=COMMON
-    ),
-]
-RevisionOption = Annotated[
-    str | None,
-    typer.Option(
-        "--revision", metavar="TEXT", help="Branch, tag or commit on the Hub.", rich_help_panel="Data", hidden=True
-    ),
-]
 
 
 def main() -> None:
@@ -169,10 +137,7 @@ def _options(
 
 def prune(
     model: RecipeModelArgument = None,
-    output: Annotated[
-        str,
-        typer.Option("--output", metavar="FOLDER", help="Folder to write; it must not exist.", rich_help_panel=COMMON),
-    ] = "",
+    output: OutputOption = "",
     recipe: RecipeOption = recipes.DEFAULT,
     assignments: SetOption = None,
     revision: RevisionOption = None,
@@ -216,44 +181,6 @@ def plan(
     described = describe_model(job.model, settings.output.dtype, job.revision)
     planned = plans.plan(described, job.model, settings, devices)
     show(as_json, planned.as_json, lambda: tables.plan_table(planned))
-
-
-def recover(
-    model: ModelArgument,
-    output: Annotated[
-        str,
-        typer.Option("--output", metavar="FOLDER", help="Folder to write; it must not exist.", rich_help_panel=COMMON),
-    ] = "",
-    recipe: Annotated[
-        str,
-        typer.Option(
-            "--recipe",
-            "--preset",
-            metavar="NAME|FILE",
-            help="Settings for all options that are not given: distil, llm-pruner, forward, or a TOML file.",
-            rich_help_panel=COMMON,
-        ),
-    ] = Recovery.DEFAULT,
-    assignments: SetOption = None,
-    revision: RevisionOption = None,
-    as_json: HiddenJson = False,
-    quiet: QuietOption = False,
-    help_all: HelpAllOption = False,
-    **given: Any,
-) -> None:
-    """Train a pruned model until it is better, and write an adapter of PEFT and the merged folder."""
-    from minillm_jax import run_recovery as runs
-    from minillm_jax.devices import hosts
-    from minillm_jax.report import recovery as reports
-
-    if not output:
-        raise InputError("no output folder is given; name one that does not exist with --output")
-    chosen, set_flags = recipes.with_assignments(recipes.load_as(Recovery, recipe), assignments or [])
-    chosen, flags = recipes.with_options(chosen, given)
-    with progress(quiet or as_json) as told:
-        result = runs.run(runs.RecoveryJob(model, output, chosen, set_flags | flags, revision), told, reports.documents)
-    if hosts.is_writer():
-        show(as_json, lambda: reports.summary(result), lambda: reports.table(result))
 
 
 app.command("prune")(with_settings(prune))

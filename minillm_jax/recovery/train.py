@@ -299,9 +299,7 @@ class _Loop:
 
     def save(self, store: Store, state: Progress) -> None:
         """Saves a state."""
-        arrays = {
-            str(place): sharding.gather(leaf) for place, leaf in enumerate(jax.tree.leaves(state[:3]))
-        }
+        arrays = {str(place): sharding.gather(leaf) for place, leaf in enumerate(jax.tree.leaves(state[:3]))}
         numbers = {"points": [list(point) for point in state.points], "loss": state.loss}
         store.save(state.update, State(arrays, numbers | {"update": state.update, "tokens": state.tokens}))
 
@@ -310,8 +308,7 @@ def _restored(state: Progress, stored: State) -> Progress:
     """A state with the arrays and numbers of a stored one."""
     leaves, structure = jax.tree.flatten(state[:3])
     arrays = [sharding.like(stored.arrays[str(place)], leaf) for place, leaf in enumerate(leaves)]
+    parameters, optimizer_state, best = jax.tree.unflatten(structure, arrays)
     numbers = stored.metadata
     points = tuple(Point(*point) for point in numbers["points"])
-    return Progress(
-        *jax.tree.unflatten(structure, arrays), points, numbers["update"], numbers["tokens"], numbers["loss"]
-    )
+    return Progress(parameters, optimizer_state, best, points, numbers["update"], numbers["tokens"], numbers["loss"])
