@@ -70,7 +70,8 @@ def read(data: Any, tokenizer: Any = TOKENIZER, length: int = 512, **options: An
 
 
 def text_of(ids: np.ndarray) -> str:
-    return TOKENIZER().call.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+    call: Any = TOKENIZER().call
+    return call.decode(ids.tolist(), clean_up_tokenization_spaces=False)
 
 
 def counted_texts(examples: Examples) -> list[str]:
@@ -543,7 +544,7 @@ def test_real_tokenizers_mark_the_responses_of_alpaca(name: str, tmp_path: Path)
     rows = json.loads(shared("data/alpaca/alpaca_5000.json").read_text())[:20]
     tokenizer = tokenizer_of(folder)
     examples = read_examples(rows, tokenizer, 60_000, 2048)
-    call = tokenizer().call
+    call: Any = tokenizer().call
     for row, tokens, counted in zip(rows, examples.tokens, examples.counted, strict=True):
         assert call.decode(tokens[counted].tolist()).strip() == f"{row['output']}{call.eos_token}"
     assert (examples.tokens[:, 0] == call.bos_token_id).all() == (name == "stories260K")
