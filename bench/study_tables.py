@@ -9,8 +9,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 DENSE, DEFAULT = "dense", "ours"
-# The recipes of our own in the table of the README beside the default, with any options behind them.
-OURS = ("ours+allocation=equal", "ours+allocation=uniform")
+# The recipes of our own in the table of the README: the default, and layers of equal size.
+OURS = (DEFAULT, "ours+allocation=equal")
 # The largest multiple of the dense perplexity in the plot of a study.
 MOST = 50
 
@@ -52,17 +52,12 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 
-def perplexity_table(study: Study, shown: Sequence[str] | None = None) -> list[str]:
-    """A row for the dense model, then for each target one for each recipe: parameters, perplexities, time, memory.
-
-    Args:
-      study: the study.
-      shown: the recipes to show; all by default.
-    """
+def perplexity_table(study: Study) -> list[str]:
+    """A row for the dense model, then for each target one for each recipe: parameters, perplexities, time, memory."""
     texts = list(study["settings"]["texts"])
     rows = [_cells([dense_row(study)], texts)]
     for recipes in by_target(study).values():
-        rows += [_cells(of, texts) for name, of in recipes.items() if shown is None or name in shown]
+        rows += [_cells(of, texts) for of in recipes.values()]
     return table(["recipe", "parameters", *texts, "seconds", "CPU seconds", "peak memory"], rows)
 
 
@@ -111,13 +106,28 @@ def better_table(study: Study, default: str = DEFAULT) -> list[str]:
 
 
 def peers_table(model: str, results: Path = RESULTS) -> list[str]:
-    """The table of the README: dense, ours and the published methods, without controls; nothing without a study."""
+    """The table of the README: dense, ours and the published methods, without controls; nothing without a study.
+
+    A row holds all targets of a recipe: perplexities, seconds of the process and its peak memory, the largest of all.
+    """
     study = load(model, results)
     if study is None:
         return []
-    names = dict.fromkeys(row["recipe"] for row in study["rows"])
-    others = [name for name in names if name.partition("+")[0] != DEFAULT or name.startswith(OURS)]
-    return perplexity_table(study, [DEFAULT, *others])
+    texts, targets, dense = list(study["settings"]["texts"]), by_target(study), dense_row(study)
+    shown = [name for recipes in targets.values() for name in recipes if name in OURS or not name.startswith(DEFAULT)]
+    heads = [f"{target / 1e6:.2f}M: {text}" for target in targets for text in texts]
+    rows = [[f"`{DENSE}`", *[number(dense["perplexity"][text]) for _ in targets for text in texts], *_costs([dense])]]
+    for name in dict.fromkeys(shown):
+        found = {target: recipes.get(name, []) for target, recipes in targets.items()}
+        cells = [spread(perplexities(of, text)) if of else "" for of in found.values() for text in texts]
+        rows.append([f"`{name}`", *cells, *_costs([row for of in found.values() for row in of])])
+    return table(["recipe", *heads, "seconds", "peak memory"], rows)
+
+
+def _costs(rows: list[Row]) -> tuple[str, str]:
+    """Seconds and peak memory of the processes, the largest of several."""
+    seconds, peak = (max(row[key] for row in rows) for key in ("seconds", "peak_bytes"))
+    return f"{seconds:,.0f}", f"{peak / 1e9:.1f} GB"
 
 
 def calibration_table(study: Study) -> list[str]:
