@@ -56,8 +56,8 @@ def recover(
       **options: any option of `minillm-jax recover` by its name: `steps=200`, `method="full"`, `rank=16`.
 
     Raises:
-      InputError: an option is unknown, out of its range, or would do nothing; the text or the teacher cannot be used; or
-        the loss is not finite.
+      InputError: an option is unknown, out of its range, or would do nothing; the text or the teacher cannot be used;
+        or the loss is not finite.
     """
     loaded = recipe if isinstance(recipe, Recovery) else recipes.load_as(Recovery, recipe)
     settings, flags = recipes.with_options(loaded, options)
@@ -91,8 +91,8 @@ def check_teacher(model: Model, teacher: Model) -> None:
     words = [getattr(text.tokenizer_of(one.folder)().call, "get_vocab")() for one in (teacher, model)]  # noqa: B009
     if words[0] != words[1]:
         raise InputError(
-            f"{teacher.name}: the teacher has another tokenizer than the pruned model; give the dense model that it was "
-            "pruned from"
+            f"{teacher.name}: the teacher has another tokenizer than the pruned model; give the dense model that it "
+            "was pruned from"
         )
 
 

@@ -110,8 +110,9 @@ class Training:
       weight_decay: of AdamW.
       clip: largest norm of a gradient; 0 for any.
       validate_every: updates between two validations; the last update is always validated.
-      remat: whether a layer's activations are computed again in the backward pass, which saves their memory.
-      best: whether the result is the state of the least validation loss, and not the last.
+      keep_activations: whether the activations of all layers are kept for the backward pass, and not computed again; it
+        is faster and takes more memory.
+      last: whether the result is the last state, and not that of the least validation loss.
     """
 
     method: str = option("lora", str, "What is trained, and how.", choices=METHODS, common=True)
@@ -132,8 +133,10 @@ class Training:
     weight_decay: float = option(0.0, float, "Weight decay of AdamW.")
     clip: float = option(1.0, float, "Largest norm of a gradient; 0 for any.")
     validate_every: int = option(25, int, "Updates between two validations.")
-    remat: bool = option(True, bool, "Compute the activations of a layer again in the backward pass, to save memory.")
-    best: bool = option(True, bool, "Keep the state of the least validation loss, and not the last.")
+    keep_activations: bool = option(
+        False, bool, "Keep the activations of all layers for the backward pass: faster, with more memory."
+    )
+    last: bool = option(False, bool, "Write the last state, and not that of the least validation loss.")
 
     def check(self) -> None:
         """Check the ranges.

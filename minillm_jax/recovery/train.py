@@ -152,19 +152,20 @@ def train(
     """
     began, loop = time.perf_counter(), _Loop(decoder, task, gradient, teacher)
     state = loop.begun(store)
-    stopped, before = None, state.tokens
+    stopped, before = None, state
     while state.update < task.updates and stopped is None:
         state, stopped = loop.updated(state)
         last = state.update == task.updates or stopped is not None
         if last or state.update % task.training.validate_every == 0:
             state = loop.validated(state)
-        if store is not None and (store.due() or last):
+        # The first state is saved at once, so that a folder that cannot be written is found early.
+        if store is not None and (store.due() or last or state.update == before.update + 1):
             loop.save(store, state)
         if progress is not None:
             progress(state.update, task.updates)
     chosen, update = (state.parameters, state.update) if state.best is None else (state.best, _best(state.points))
     seconds = time.perf_counter() - began
-    return Outcome(chosen, list(state.points), update, state.tokens, state.tokens - before, seconds, stopped)
+    return Outcome(chosen, list(state.points), update, state.tokens, state.tokens - before.tokens, seconds, stopped)
 
 
 def rows_of(update: int, count: int, batch: int, seed: int) -> Int[np.ndarray, " batch"]:
@@ -242,7 +243,7 @@ class _Loop:
 
     @property
     def _keeps_best(self) -> bool:
-        return self._task.training.best and self._task.validation is not None
+        return not self._task.training.last and self._task.validation is not None
 
     def updated(self, state: Progress) -> tuple[Progress, str | None]:
         """The state after one more update; and why the run must stop, if it must."""

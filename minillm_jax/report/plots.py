@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import nan
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minillm_jax.report.summary import KIND_WORDS, MEASURE_WORDS, Summary, short, size, span
 
@@ -82,7 +82,7 @@ def _drawn(draw: "Callable[[], list[_Drawing | None]]") -> list[Plot] | None:
         return [_plot(drawing, number) for number, drawing in enumerate(filter(None, draw()))]
 
 
-def curves(points: Sequence[Mapping[str, float | None]], names: Mapping[str, str]) -> list[Plot] | None:
+def curves(points: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[Plot] | None:
     """Losses of a training run against the tokens, each in a panel of its own; None if matplotlib is not installed.
 
     Args:

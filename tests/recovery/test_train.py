@@ -126,7 +126,7 @@ def test_gradients_are_those_of_peft(family: str, tmp_path: Path) -> None:
 
 @PEFT
 def test_losses_of_twenty_updates_are_those_of_peft(folder: Path, decoder: Decoder, tmp_path: Path) -> None:
-    data, training = examples(), replace(TRAINING, steps=20, validate_every=1, warmup=5, best=False)
+    data, training = examples(), replace(TRAINING, steps=20, validate_every=1, warmup=5, last=True)
     recovered = recover_decoder(decoder, Texts(data), sections(training), seed=3)
     model = peft_model(folder, initial(decoder, LORA, 3), tmp_path / "adapter")
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0.0)
@@ -223,7 +223,7 @@ def test_the_base_is_unchanged_and_the_merged_model_has_the_loss_of_the_adapter(
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_lowers_the_training_loss(decoder: Decoder, method: str) -> None:
     made = METHODS[method]
-    training = replace(made.training, steps=12, validate_every=4, best=False, warmup=0, schedule="constant")
+    training = replace(made.training, steps=12, validate_every=4, last=True, warmup=0, schedule="constant")
     recovered = run(decoder, replace(made, training=training))
     assert loss_of(recovered, -1) < loss_of(recovered, 1)
 
