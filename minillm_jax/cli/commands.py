@@ -25,7 +25,8 @@ from minillm_jax.cli.arguments import (
     SetOption,
 )
 from minillm_jax.cli.flags import COMMON, with_settings
-from minillm_jax.cli.recover import recover
+from minillm_jax.cli.recover import after_pruning, recover
+from minillm_jax.cli.recover import run as run_recovery
 from minillm_jax.cli.show import progress, show, show_warnings
 from minillm_jax.errors import InputError, shortened
 from minillm_jax.options import shard_size
@@ -36,7 +37,8 @@ from minillm_jax.settings import dtype_name
 from minillm_jax.version import __version__
 
 if TYPE_CHECKING:
-    from minillm_jax.run import Job
+    from minillm_jax.run import Job, Result
+    from minillm_jax.run_recovery import RecoveryJob
 
 app = typer.Typer(
     help="Make a language model physically smaller with forward passes alone.",
@@ -139,6 +141,15 @@ def prune(
     model: RecipeModelArgument = None,
     output: OutputOption = "",
     recipe: RecipeOption = recipes.DEFAULT,
+    recovery: Annotated[
+        str | None,
+        typer.Option(
+            "--recover",
+            metavar="NAME|FILE",
+            help="Recover the pruned model by a recipe of recover, into OUTPUT-recovered: distil, llm-pruner, forward.",
+            rich_help_panel=COMMON,
+        ),
+    ] = None,
     assignments: SetOption = None,
     revision: RevisionOption = None,
     as_json: HiddenJson = False,
@@ -149,7 +160,11 @@ def prune(
     """Prune a model and write it as a folder that transformers loads."""
     if not output:
         raise InputError("no output folder is given; name one that does not exist with --output")
-    _run(_job(model, output, recipe, assignments, revision, given), as_json, quiet)
+    job = _job(model, output, recipe, assignments, revision, given)
+    if recovery is None:
+        _run(job, as_json, quiet)
+        return
+    _run_both(job, after_pruning(job, recovery), as_json, quiet)
 
 
 def plan(
@@ -211,14 +226,35 @@ def _job(
 
 
 def _run(job: "Job", as_json: bool, quiet: bool) -> None:
-    from minillm_jax import run as runs
     from minillm_jax.devices import hosts
     from minillm_jax.report import tables
 
-    with progress(quiet or as_json) as told:
-        result = runs.run(job, told, tables.documents)
+    result = _pruned(job, quiet or as_json)
     if hosts.is_writer():
         show(as_json, lambda: tables.result_json(result), lambda: tables.result_table(result))
+
+
+def _pruned(job: "Job", quiet: bool) -> "Result":
+    from minillm_jax import run as runs
+    from minillm_jax.report import tables
+
+    with progress(quiet) as told:
+        return runs.run(job, told, tables.documents)
+
+
+def _run_both(job: "Job", recovery: "RecoveryJob", as_json: bool, quiet: bool) -> None:
+    """A pruning, then the recovery of its output; one JSON object, or a table of each and one of all three models."""
+    from minillm_jax.devices import hosts
+    from minillm_jax.report import recovery as reports
+    from minillm_jax.report import tables
+
+    result = _pruned(job, quiet or as_json)
+    if hosts.is_writer() and not as_json:
+        show(False, dict, lambda: tables.result_table(result))
+    recovered = run_recovery(recovery, quiet or as_json)
+    if hosts.is_writer():
+        both = {**tables.result_json(result), "recovery": reports.summary(recovered)}
+        show(as_json, lambda: both, lambda: reports.three_rows(result, recovered))
 
 
 @app.command()
@@ -230,7 +266,7 @@ def demo(
     recipe: Annotated[str, typer.Option("--recipe", "--preset", help="As in prune.")] = recipes.DEFAULT,
     as_json: JsonOption = False,
 ) -> None:
-    """Prune the bundled demo model and measure it on text it has never seen."""
+    """Prune and recover the bundled demo model, and measure it on text it has never seen."""
     from minillm_jax import demo as bundled
 
     with tempfile.TemporaryDirectory() as folder:
@@ -238,7 +274,8 @@ def demo(
         training.write_text(bundled.training_text(), encoding="utf-8")
         held_out.write_text(bundled.held_out_text(), encoding="utf-8")
         given = {"ratio": ratio, "calibration": str(training), "evaluate": str(held_out)}
-        _run(_job(str(bundled.FOLDER), output, recipe, None, None, given), as_json, quiet=False)
+        job = _job(str(bundled.FOLDER), output, recipe, None, None, given)
+        _run_both(job, after_pruning(job, Recovery.DEFAULT, bundled.RECOVERY), as_json, quiet=False)
 
 
 # ------------------------------------------------------------------------------------------------------ the others

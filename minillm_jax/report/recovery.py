@@ -11,6 +11,7 @@ from rich.text import Text
 from minillm_jax.report import html, plots
 from minillm_jax.report.model_card import LOADING, code, quoted
 from minillm_jax.report.summary import FORMAT_WORDS, short_name
+from minillm_jax.run import Result
 from minillm_jax.run_recovery import ADAPTER, RecoveryResult
 
 _CURVES = {
@@ -129,6 +130,22 @@ def table(result: RecoveryResult) -> Table:
         shown.add_row(name, "", value)
     adapter = f"; the adapter of PEFT is in {ADAPTER}/" if found["adapter"] else ""
     shown.caption = Text(f"written to {found['output']}: {FORMAT_WORDS[found['format']]}{adapter}")
+    return shown
+
+
+def three_rows(pruned: Result, result: RecoveryResult) -> Table:
+    """Dense, pruned and recovered model, with parameters and perplexity."""
+    found = [
+        ("dense", pruned.costs_before["parameters"], pruned.before),
+        ("pruned", pruned.costs_after["parameters"], pruned.after),
+        ("recovered", pruned.costs_after["parameters"], result.after),
+    ]
+    shown = Table(title=Text(f"{short_name(pruned.job.model)}, pruned and recovered"))
+    for heading in ("", "parameters", "perplexity"):
+        shown.add_column(heading, justify="left" if not heading else "right", overflow="fold")
+    for name, parameters, measured in found:
+        shown.add_row(name, f"{parameters:,}", "" if measured is None else f"{measured.perplexity:.3f}")
+    shown.caption = Text(f"written to {pruned.job.output} and {result.job.output}")
     return shown
 
 
