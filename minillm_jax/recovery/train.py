@@ -168,6 +168,21 @@ def train(
     return Outcome(chosen, list(state.points), update, state.tokens, state.tokens - before.tokens, seconds, stopped)
 
 
+def compiled_update(gradient: gradients.Gradient, optimizer: optax.MultiSteps) -> Callable[..., tuple[Any, Any, Sums]]:
+    """A compiled program: parameters, optimiser's state, arguments of the gradient -> both after it, sums of the loss.
+
+    The memory of parameters and state is used again.
+    """
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def program(parameters: Parameters, state: Any, *rest: Any) -> tuple[Any, Any, Sums]:
+        found, sums = gradient(parameters, *rest)
+        updates, state = optimizer.update(found, state, parameters)
+        return optax.apply_updates(parameters, updates), state, sums
+
+    return program
+
+
 def rows_of(update: int, count: int, batch: int, seed: int) -> Int[np.ndarray, " batch"]:
     """The numbers of the sequences of an update: epoch after epoch, each in an order of its own.
 
@@ -221,16 +236,10 @@ class _Loop:
     def __init__(self, decoder: Decoder, task: Task, gradient: gradients.Gradient, teacher: Teacher) -> None:
         self._decoder, self._task, self._teacher = decoder, task, teacher
         self._mesh = sharding.mesh_of(decoder)
-        self._optimizer = steps = optimizer(task.training, task.updates)
+        self._optimizer = optimizer(task.training, task.updates)
         self._key = directions.stream_key(task.seed, "dropout")
 
-        @partial(jax.jit, donate_argnums=(0, 1))
-        def program(parameters: Any, state: Any, *rest: Any) -> tuple[Any, Any, Sums]:
-            found, sums = gradient(parameters, *rest)
-            updates, state = steps.update(found, state, parameters)
-            return optax.apply_updates(parameters, updates), state, sums
-
-        self._program = program
+        self._program = compiled_update(gradient, self._optimizer)
 
     def begun(self, store: Store | None) -> Progress:
         """The state before the first update, or that of an interrupted run."""
