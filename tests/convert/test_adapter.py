@@ -29,7 +29,6 @@ from minillm_jax.pruning.slicing import slice_groups
 from minillm_jax.recovery.adapter import Adapter, Lora, initial, merge
 from tests.helpers import (
     SMALL,
-    arrays_equal,
     edit_json,
     hugging_face_folder,
     load_torch,
@@ -45,6 +44,11 @@ LORA = Lora(rank=3, alpha=5.0, dropout=0.1)
 SOME = ("attention.q", "attention.v", "mlp.up", "mlp.down")
 # One family of each way to store the projections: apart, one below the other, interleaved by head.
 STORED = ("llama", "phi3", "gpt_neox")
+# Every family in both formats that may hold a pruned model. Most tests of unequal layers run with `make test-all` only.
+EVERY = [(family, "stock") for family in SMALL] + [
+    pytest.param(family, "per-layer", marks=[] if family in ("llama", "phi3", "bloom") else pytest.mark.slow)
+    for family in SMALL
+]
 A, B = "lora_A.weight", "lora_B.weight"
 
 Folders = Callable[[str, str], Path]
@@ -107,6 +111,12 @@ def written(folder: Path, adapter: Adapter, lora: Lora, decoder: Decoder, base: 
     return folder
 
 
+def equal(left: Any, right: Any) -> bool:
+    """Whether two trees hold the same numbers in the same types; unlike `arrays_equal`, it compiles nothing."""
+    same = jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), left, right)
+    return all(jax.tree.leaves(same))
+
+
 def merged_logits(decoder: Decoder, adapter: Adapter, lora: Lora) -> np.ndarray:
     return logits_of(merge(decoder, adapter, lora), TOKENS)
 
@@ -122,8 +132,7 @@ def with_peft(model_folder: Path, adapter_folder: Path) -> Any:
 # ------------------------------------------------------------------------------------------------------- to PEFT
 
 
-@pytest.mark.parametrize("format_name", ["stock", "per-layer"])
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize(("family", "format_name"), EVERY)
 def test_peft_computes_what_we_compute(folders: Folders, tmp_path: Path, family: str, format_name: str) -> None:
     folder = folders(family, format_name)
     decoder = decoder_of(folder)
@@ -136,7 +145,7 @@ def test_peft_computes_what_we_compute(folders: Folders, tmp_path: Path, family:
     assert (adapter_folder / WEIGHTS).stat().st_mode == (adapter_folder / CONFIG).stat().st_mode
 
 
-@pytest.mark.parametrize("family", quickly(SMALL, ("llama", "phi3")))
+@pytest.mark.parametrize("family", quickly(SMALL, ("phi3",)))
 def test_peft_computes_what_we_compute_on_padded_models(folders: Folders, tmp_path: Path, family: str) -> None:
     folder = folders(family, "padded")
     decoder = decoder_of(folder)
@@ -157,7 +166,7 @@ def test_peft_computes_what_we_compute_where_some_matrices_are_adapted(
     np.testing.assert_allclose(torch_logits(with_peft(folder, adapter_folder), TOKENS), expected, atol=1e-4)
     again, read = read_adapter(adapter_folder, decoder)
     assert read == dataclasses.replace(lora, targets=tuple(name for name in SOME if name in adapter[0]))
-    assert arrays_equal(again, adapter)
+    assert equal(again, adapter)
 
 
 @pytest.mark.parametrize(("family", "format_name"), [("phi3", "stock"), ("bloom", "per-layer")])
@@ -181,18 +190,17 @@ def test_a_bfloat16_model_has_a_float32_adapter(folders: Folders, tmp_path: Path
     assert decoder.embedding.dtype == jnp.bfloat16
     adapter = random_adapter(decoder)
     model = with_peft(folder, written(tmp_path / "adapter", adapter, LORA, decoder, folder))
-    assert arrays_equal(read_adapter(tmp_path / "adapter", decoder)[0], adapter)
+    assert equal(read_adapter(tmp_path / "adapter", decoder)[0], adapter)
     wide = read_model(folder, dtype="float32").decoder
     np.testing.assert_allclose(torch_logits(model, TOKENS), merged_logits(wide, adapter, LORA), atol=1e-4)
 
 
-@pytest.mark.parametrize("format_name", ["stock", "per-layer"])
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize(("family", "format_name"), EVERY)
 def test_what_is_written_is_read_again(folders: Folders, tmp_path: Path, family: str, format_name: str) -> None:
     decoder = decoder_of(folders(family, format_name))
     adapter = random_adapter(decoder)
     again, lora = read_adapter(written(tmp_path / "adapter", adapter, LORA, decoder), decoder)
-    assert arrays_equal(again, adapter)
+    assert equal(again, adapter)
     present = tuple(name for name in axis_table.matrices() if any(name in run for run in adapter))
     assert lora == dataclasses.replace(LORA, targets=present)
 
@@ -202,7 +210,7 @@ def test_an_adapter_without_effect_keeps_its_first_values(folders: Folders, tmp_
     decoder = decoder_of(folders(family, "stock"))
     adapter = initial(decoder, LORA, 0)
     again, _ = read_adapter(written(tmp_path / "adapter", adapter, LORA, decoder), decoder)
-    assert arrays_equal(again, adapter)
+    assert equal(again, adapter)
 
 
 def test_settings_are_those_of_peft(folders: Folders, tmp_path: Path) -> None:
@@ -286,7 +294,7 @@ def test_an_adapter_of_peft_before_training_has_no_effect(folders: Folders, tmp_
     peft.get_peft_model(load_torch(base, remote_code=True), options).save_pretrained(tmp_path / "adapter")
     decoder = decoder_of(base)
     adapter, lora = read_adapter(tmp_path / "adapter", decoder)
-    assert arrays_equal(merge(decoder, adapter, lora), decoder)
+    assert equal(merge(decoder, adapter, lora), decoder)
     assert lora.targets == tuple(axis_table.matrices())
     assert all(bool(factors.a.any()) for factors in adapter[0].values())
 
@@ -351,7 +359,7 @@ PREFIX = "base_model.model.model.layers"
 
 def changed(folder: Path, tensors: Mapping[str, np.ndarray | None]) -> None:
     """Replaces tensors of an adapter's file; None removes one."""
-    whole = load_file(folder / WEIGHTS) | tensors
+    whole = {**load_file(folder / WEIGHTS), **tensors}
     save_file({name: tensor for name, tensor in whole.items() if tensor is not None}, folder / WEIGHTS)
 
 
