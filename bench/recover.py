@@ -77,7 +77,7 @@ def measure(row: Row) -> Row:
     """The result of one row: load, prune, recover, evaluate. The process does nothing else."""
     recipe, way = row["method"].split(":")
     dense = api.load(row["model"])
-    options = {"layers": "all"} if recipe == "llm-pruner" else {}
+    options: dict[str, Any] = {"layers": "all"} if recipe == "llm-pruner" else {}
     pruned = api.prune(dense, row["train"], row["ratio"], recipe, seed=row["seed"], **options)
     with np.load(row["windows"]) as texts:
         windows = {name: Batches(texts[name]) for name in texts.files}

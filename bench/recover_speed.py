@@ -52,7 +52,7 @@ def our_step(shape: str, batch: int, length: int, remat: bool) -> Callable[[], A
         Weights(jnp.float32(0), jnp.float32(1)),
         jnp.float32(1 / (batch * (length - 1))),
     )
-    state = [trained.initial(decoder, 0)]
+    state: list[Any] = [trained.initial(decoder, 0)]
     state.append(steps.init(state[0]))
 
     def step() -> Any:

@@ -15,7 +15,7 @@ from convert.writer import check_shard_size
 from minillm_jax.errors import InputError
 from minillm_jax.options import COUNT, LAYERS, SHARDS, STEP, WORDS, Option, read_bytes
 from minillm_jax.recipes.recipe import (
-    FOLDER,
+
     PANELS,
     SECTIONS,
     Recipe,
@@ -84,7 +84,7 @@ def test_the_default_recipe_is_structured_obs_with_least_squares() -> None:
 
 
 def test_every_file_of_the_package_writes_no_default() -> None:
-    for path in FOLDER.glob("*.toml"):
+    for path in Recipe.FOLDER.glob("*.toml"):
         table = tomllib.loads(path.read_text())
         assert {section: values for section, values in table.items() if section != "summary"} == as_table(load(path))
 
