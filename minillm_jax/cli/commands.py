@@ -337,12 +337,16 @@ def evaluate_model(
         )
 
 
+OfRecoverOption = Annotated[bool, typer.Option("--recover", help="Recipes of recover, not of prune.")]
+
+
 @recipe_app.command("list")
-def list_recipes(as_json: JsonOption = False) -> None:
+def list_recipes(of_recover: OfRecoverOption = False, as_json: JsonOption = False) -> None:
     """List the recipes of the package, and what each sets."""
     from minillm_jax.report import tables
 
-    show(as_json, tables.recipes_json, tables.recipes_table)
+    kind = Recovery if of_recover else recipes.Recipe
+    show(as_json, lambda: tables.recipes_json(kind), lambda: tables.recipes_table(kind))
 
 
 @recipe_app.command("show")
@@ -351,16 +355,17 @@ def show_recipe(
     changes: Annotated[
         bool, typer.Option("--changes", help="Show only the settings that differ from the defaults.")
     ] = False,
+    of_recover: OfRecoverOption = False,
 ) -> None:
     """Show a recipe as TOML."""
-    loaded = recipes.load(name)
-    print(recipes.to_toml(loaded, None if changes else recipes.all_keys()), end="")
+    kind = Recovery if of_recover else recipes.Recipe
+    print(recipes.to_toml(recipes.load_as(kind, name), None if changes else recipes.all_keys(kind)), end="")
 
 
 @app.command("presets", hidden=True)
 def show_presets(as_json: JsonOption = False) -> None:
     """List the recipes: the former name of `recipe list`."""
-    list_recipes(as_json)
+    list_recipes(False, as_json)
 
 
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")]

@@ -67,7 +67,7 @@ class TrainingData:
         "on: plain text, or rows of Alpaca, messages, prompt and response.",
         common=True,
     )
-    seq_len: int = option(256, int, "Tokens of a training sequence at most.", common=True)
+    seq_len: int = option(256, int, "Tokens of a training sequence at most.")
     packing: str = option(
         "auto",
         str,
@@ -80,9 +80,7 @@ class TrainingData:
         "Write conversations by the chat template of the tokenizer, or by the prompts of Alpaca.",
         choices=TEMPLATES,
     )
-    loss_on: str = option(
-        "auto", str, "Tokens that the loss counts: of the responses, or all.", choices=LOSS_ON, common=True
-    )
+    loss_on: str = option("auto", str, "Tokens that the loss counts: of the responses, or all.", choices=LOSS_ON)
     held_out: int | None = option(
         None, int, "Sequences that are not trained on, for the validation loss; a tenth, and at most 64, if unset."
     )
@@ -123,7 +121,7 @@ class Training:
         choices=LOSSES,
         common=True,
     )
-    epochs: float = option(1.0, float, "Passes over the training sequences.", common=True)
+    epochs: float = option(1.0, float, "Passes over the training sequences.")
     steps: int | None = option(None, int, "Number of updates, in the place of epochs.", common=True)
     batch: int = option(16, int, "Sequences of an update.")
     micro_batch: int = option(4, int, "Sequences of a forward and backward pass; a divisor of the batch.")
@@ -211,7 +209,7 @@ class AdapterShape:
       start: folder of an adapter to start from, whose shape replaces this one.
     """
 
-    rank: int = option(8, int, "Rank r of the adapters.", common=True)
+    rank: int = option(8, int, "Rank r of the adapters.")
     alpha: float = option(16.0, float, "Numerator α of the scale α / r of the adapters.", flag="lora_alpha")
     dropout: float = option(0.0, float, "Share of an adapter's inputs that are set to zero in training.")
     targets: tuple[str, ...] = option(
@@ -312,7 +310,6 @@ class RecoveryOutput:
         "Type of the weights; the stored type if unset.",
         choices=DTYPES,
         synonyms=DTYPE_SYNONYMS,
-        common=True,
     )
     checkpoint: str | None = option(
         None, str, "Folder of the training state; one beside the output if unset.", recorded=False
