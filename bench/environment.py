@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from processes import peak_resident_bytes
+
+from minillm_jax.devices.memory import process_peak
 
 
 def environment() -> dict[str, Any]:
@@ -46,7 +47,7 @@ def commit() -> str:
 def peak_bytes(of_torch: bool = False) -> int:
     """The peak memory of this process so far, in bytes: on the device, or resident memory if the device is a CPU."""
     if jax.default_backend() == "cpu":
-        return peak_resident_bytes()
+        return process_peak()
     if of_torch:
         import torch
 

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from minillm_jax.devices.memory import process_peak
+
 # The flag with which a script measures one row, given as JSON, and prints the result as the last line.
 FLAG = "--row"
 
@@ -49,19 +51,4 @@ def end_with_parent() -> None:
 
 def cost() -> dict[str, float]:
     """The processor time of this process so far, in seconds over all threads, and its peak resident memory in bytes."""
-    return {"cpu_seconds": round(time.process_time(), 1), "peak_bytes": peak_resident_bytes()}
-
-
-def peak_resident_bytes() -> int:
-    """The peak resident memory of this process so far, in bytes.
-
-    On Linux it is VmHWM and not `ru_maxrss`, which begins with the value of the parent process.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return {"cpu_seconds": round(time.process_time(), 1), "peak_bytes": process_peak()}

@@ -12,7 +12,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from convert import companions, found, gguf_folder, gguf_read, memory, rules, sources
+from convert import companions, formats, found, gguf_folder, gguf_read, memory, rules, sources
 from convert.sources import FLOATS, read_json
 from minillm_jax.data.tokenizer import quiet
 from minillm_jax.devices.sharding import parts, shardings
@@ -74,6 +74,13 @@ def describe_model(
     if stored not in FLOATS.values():
         stored = "float32"
     return Description(build(config, sizes, np.dtype(stored)), sizes, raw, folder, commit)
+
+
+def kept_format(folder: Path) -> str | None:
+    """The format in which a model that was read from a folder is written again; None where its shapes decide."""
+    if (folder / gguf_read.WEIGHTS).is_file():
+        return formats.GGUF
+    return formats.FLAX if (folder / FLAX_WEIGHTS).is_dir() else None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

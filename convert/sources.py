@@ -199,11 +199,11 @@ class _Entry:
 
 
 class SafetensorsFolder:
-    """A tensor source: `model.safetensors`, or an index file and shards. Tensors are read one at a time."""
+    """A tensor source: one safetensors file, or an index file and shards. Tensors are read one at a time."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, single: str = SINGLE):
         self.where = str(folder)
-        files, weight_map = _files(folder, SINGLE, INDEX)
+        files, weight_map = _files(folder, single, INDEX)
         entries = {file: _safetensors_entries(folder / file) for file in files}
         file_of = _file_of_tensor(entries, weight_map, folder / INDEX)
         self._entries = {name: entries[file][name] for name, file in file_of.items()}

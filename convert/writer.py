@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from minillm_jax.model.tree import group_counts, named_arrays, parameter_count, 
 from minillm_jax.pruning.padding import Places, pad_groups
 
 MAX_SHARD_SIZE = "5GB"
+
+# File name → text of a file to write beside the weights, or a function that writes a file or folder at a path.
+Extra = Mapping[str, str | Callable[[Path], None]]
 
 
 def check_shard_size(size: str) -> None:
@@ -86,7 +89,7 @@ def write_model(
     output: str | Path,
     format_name: str | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
-    extra: Mapping[str, str] | None = None,
+    extra: Extra | None = None,
     gguf_type: str | None = None,
 ) -> Written:
     """Write a model as a folder that `transformers` loads, as a Flax checkpoint, or as a folder with a GGUF file.
@@ -96,7 +99,7 @@ def write_model(
       output: output folder, which must not exist.
       format_name: `stock`, `per-layer`, `padded`, `flax` or `gguf`; by default `formats.describe` chooses.
       max_shard_size: largest size of a weight file, `5GB` for example.
-      extra: file name → text of a file to write beside the weights; only process 0 uses it.
+      extra: files to write beside the weights; only process 0 uses it.
       gguf_type: type of the matrices of a GGUF, `f32`, `f16`, `bf16` or `q8_0`; that of the weights by default.
 
     Raises:
@@ -126,7 +129,7 @@ def write_model(
 
 
 def _write_folder(
-    model: Model, scratch: Path, described: formats.Described, max_shard_size: str, extra: Mapping[str, str] | None
+    model: Model, scratch: Path, described: formats.Described, max_shard_size: str, extra: Extra | None
 ) -> None:
     decoder = model.decoder
     _write_json(scratch / CONFIG, described.config | _dtype_keys(decoder))
@@ -138,7 +141,7 @@ def _write_folder(
     _write_extra(scratch, extra)
 
 
-def write_flax(model: Model, output: str | Path, extra: Mapping[str, str] | None = None) -> Path:
+def write_flax(model: Model, output: str | Path, extra: Extra | None = None) -> Path:
     """Write a model as a Flax checkpoint: config.json, tokenizer files, and the pytree in `flax_weights` (Orbax).
 
     With several processes, each writes its own shards, so the output must be on a file system that all of them share.
@@ -146,7 +149,7 @@ def write_flax(model: Model, output: str | Path, extra: Mapping[str, str] | None
     Args:
       model: the model.
       output: output folder, which must not exist.
-      extra: file name → text of a file to write beside the weights; only process 0 uses it.
+      extra: files to write beside the weights; only process 0 uses it.
 
     Returns:
       The output folder.
@@ -172,16 +175,14 @@ def write_flax(model: Model, output: str | Path, extra: Mapping[str, str] | None
     return path
 
 
-def write_gguf(
-    model: Model, output: str | Path, gguf_type: str | None = None, extra: Mapping[str, str] | None = None
-) -> Path:
+def write_gguf(model: Model, output: str | Path, gguf_type: str | None = None, extra: Extra | None = None) -> Path:
     """Write a model as a folder with `model.gguf`, which holds the configuration and the tokenizer too.
 
     Args:
       model: the model.
       output: output folder, which must not exist.
       gguf_type: type of the matrices, `f32`, `f16`, `bf16` or `q8_0`; that of the weights by default.
-      extra: file name → text of a file to write beside the weights; only process 0 uses it.
+      extra: files to write beside the weights; only process 0 uses it.
 
     Returns:
       The output folder.
@@ -338,17 +339,20 @@ def _write_shards(decoder: Decoder, folder: Path, max_shard_size: str, renamed: 
         _write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": weight_map})
 
 
-def _write_companions(model: Model, folder: Path, extra: Mapping[str, str] | None) -> None:
+def _write_companions(model: Model, folder: Path, extra: Extra | None) -> None:
     companions.copy(model.folder, folder, reserved=extra or ())
     if model.record is not None:
         _write_json(folder / RECORD, model.record)
     tokenizers.settle(model.folder, folder)
 
 
-def _write_extra(folder: Path, extra: Mapping[str, str] | None) -> None:
-    for name, text in (extra or {}).items():
+def _write_extra(folder: Path, extra: Extra | None) -> None:
+    for name, content in (extra or {}).items():
+        if not isinstance(content, str):
+            content(folder / name)
+            continue
         with (folder / name).open("x", encoding="utf-8") as file:  # "x" never overwrites a model file
-            file.write(text)
+            file.write(content)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from minillm_jax.errors import InputError as InputError
     from minillm_jax.model.loaded import Model as Model
     from minillm_jax.recipes.recipe import Recipe as Recipe
+    from minillm_jax.recipes.recovery import Recovery as Recovery
+    from minillm_jax.recovering import recover as recover
     from minillm_jax.scoring.score import ChosenWhilePruning as ChosenWhilePruning
     from minillm_jax.scoring.score import Scores as Scores
     from minillm_jax.settings import Budget as Budget
@@ -39,6 +41,7 @@ _HOME = {
     "InputError": "errors",
     "Model": "model.loaded",
     "Recipe": "recipes.recipe",
+    "Recovery": "recipes.recovery",
     "Refit": "settings",
     "Scores": "scoring.score",
     "Scoring": "settings",
@@ -46,6 +49,7 @@ _HOME = {
     "evaluate": "api",
     "load": "api",
     "prune": "api",
+    "recover": "recovering",
     "save": "api",
     "score": "api",
 }
@@ -58,6 +62,7 @@ __all__ = [
     "InputError",
     "Model",
     "Recipe",
+    "Recovery",
     "Refit",
     "Scores",
     "Scoring",
@@ -65,6 +70,7 @@ __all__ = [
     "evaluate",
     "load",
     "prune",
+    "recover",
     "save",
     "score",
 ]

@@ -257,7 +257,7 @@ def save(
     output: str | Path,
     format: str | None = None,  # noqa: A002  the name of the option
     max_shard_size: str = writer.MAX_SHARD_SIZE,
-    extra: Mapping[str, str] | None = None,
+    extra: writer.Extra | None = None,
     gguf_type: str | None = None,
 ) -> writer.Written:
     """Write a folder that transformers loads, a Flax checkpoint or a GGUF file, with `pruning.json` beside the weights.
@@ -268,7 +268,7 @@ def save(
       format: `stock`, `per-layer`, `padded`, `flax` or `gguf` (see `convert.formats`); by default `stock` where the
         family's own class holds the shapes, else `per-layer`.
       max_shard_size: of the weight files.
-      extra: texts to write beside the weights, by file name.
+      extra: files to write beside the weights, by file name (`convert.writer.Extra`).
       gguf_type: type of the matrices of a GGUF, `f32`, `f16`, `bf16` or `q8_0`; that of the weights by default.
 
     Returns:

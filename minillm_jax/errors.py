@@ -2,8 +2,11 @@
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 class InputError(ValueError):
@@ -74,3 +77,37 @@ def size_text(size: int) -> str:
         if size >= factor:
             return f"{size / factor:.3g} {unit}"
     return f"{size / 1e3:.3g} kB"
+
+
+class LastSteps:
+    """The steps after the expensive result is saved: a failure of one does not keep the others from running.
+
+    Args:
+      saved: the clause that says what is saved.
+    """
+
+    def __init__(self, saved: str) -> None:
+        self._saved, self._missing = saved, list[tuple[str, Exception]]()
+
+    def attempt(self, missing: str, step: Callable[[], Result]) -> Result | None:
+        """The result of a step; None if it fails.
+
+        Args:
+          missing: the clause that says what is missing then.
+          step: the step.
+        """
+        try:
+            return step()
+        except Exception as error:
+            self._missing.append((missing, error))
+            return None
+
+    def check(self) -> None:
+        """Checks that no step has failed.
+
+        Raises:
+          InputError: one has; the message says what is saved and what is missing.
+        """
+        if self._missing:
+            reasons = ", ".join(f"{what} ({shortened(cause(error), 300)})" for what, error in self._missing)
+            raise InputError(f"{self._saved}, but {reasons}") from self._missing[0][1]

@@ -1,5 +1,6 @@
-"""Progress of a job, reported to a callback."""
+"""Progress of a job, reported to a callback; and the seconds of its stages."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
@@ -22,3 +23,17 @@ def in_turn(progress: Callable[[int, int], None], sizes: Sequence[int]) -> Itera
     """
     for start in accumulate(sizes[:-1], initial=0):
         yield lambda done, _total, start=start: progress(start + done, sum(sizes))
+
+
+class Clock:
+    """Seconds of each stage, by name; the seconds of a stage that occurs twice add up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Ends a stage that began with the clock or with the last lap."""
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now

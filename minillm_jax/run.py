@@ -4,9 +4,9 @@ The pruned weights are saved before anything else is done with them. A failure o
 costs nothing but the figures.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import minillm_jax.hidden  # noqa: F401  before the first import of convert
 from convert import folders, formats, gguf_write, reader, writer
@@ -19,12 +19,12 @@ from minillm_jax.data.documents import check_source
 from minillm_jax.data.mixture import check_one_text, shares_of
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts, sharding
-from minillm_jax.errors import InputError, cause, shortened
+from minillm_jax.errors import InputError, LastSteps
 from minillm_jax.evaluation.perplexity import Perplexity
 from minillm_jax.model import costs
 from minillm_jax.model.build import build
 from minillm_jax.model.loaded import Model
-from minillm_jax.progress import StageProgress
+from minillm_jax.progress import Clock, StageProgress
 from minillm_jax.pruning.refit import resolve
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes.recipe import Recipe
@@ -118,7 +118,7 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     if recipe.devices.hosts is not None:
         hosts.initialise_hosts(hosts.parse_hosts(recipe.devices.hosts))
     writer.check_new(job.output, job.model)
-    clock = _Clock()
+    clock = Clock()
     described = reader.describe_model(job.model, recipe.output.dtype, job.revision)
     recipe = sized(settings.recipe, described.abstract)
     needed = check_model(described, recipe)
@@ -132,7 +132,7 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     costs_before = costs.all_costs(model.decoder, recipe.budget.window)
     warn_of_few_tokens(recipe, calibration.batches, model.decoder)
     clock.lap("load")
-    before = None if measured_on is None else evaluate(model, measured_on, progress=progress)
+    before = _measured(model, measured_on, progress)
     clock.lap("evaluate")
     pruned = prune_model(model, calibration, recipe, progress=progress)
     del model  # the dense weights
@@ -144,22 +144,18 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     costs_after = costs.all_costs(pruned.decoder, recipe.budget.window)
     done = replace(job, recipe=recipe)
     result = Result(done, pruned, written, clock.seconds, before, None, costs_before, costs_after)
-    missing: list[tuple[str, Exception]] = []
-    try:
-        after = None if measured_on is None else evaluate(pruned, measured_on, progress=progress)
-        result = replace(result, after=after)
-    except Exception as error:
-        missing.append(("its perplexity was not measured", error))
+    last = LastSteps(f"the pruned model is saved in {job.output}")
+    after = last.attempt("its perplexity was not measured", partial(_measured, pruned, measured_on, progress))
     clock.lap("evaluate")
+    result = replace(result, after=after)
     if documents is not None and hosts.is_writer():
-        try:
-            folders.add_texts(job.output, documents(result))
-        except Exception as error:
-            missing.append(("its report was not written", error))
-    if missing:
-        reasons = ", ".join(f"{what} ({shortened(cause(error), 300)})" for what, error in missing)
-        raise InputError(f"the pruned model is saved in {job.output}, but {reasons}") from missing[0][1]
+        last.attempt("its report was not written", lambda: folders.add_texts(job.output, documents(result)))
+    last.check()
     return result
+
+
+def _measured(model: Model, windows: Batches | None, progress: StageProgress | None) -> Perplexity | None:
+    return None if windows is None else evaluate(model, windows, progress=progress)
 
 
 def check_model(described: reader.Description, recipe: Recipe) -> int | None:
@@ -238,16 +234,3 @@ def _written_recipe(job: Job, settings: Used, pruned: Model, calibration: Calibr
         origin["revision"] = pruned.revision
     recipe = replace(settings.recipe, origin=origin)
     return recipes.to_toml(recipe, settings.keys)
-
-
-class _Clock:
-    """Seconds of each stage, by name; the seconds of a stage that occurs twice add up."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now

@@ -62,6 +62,12 @@ GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 # Where the beginning-of-sequence token stands; in the text of an evaluation also once, before the whole text.
 BOS = ("auto", "yes", "no")
 EVALUATION_BOS = ("auto", "yes", "text", "no")
+# How a conversation is written for training: by the tokenizer's chat template where it has one, or by Alpaca's prompt.
+TEMPLATES = ("auto", "alpaca")
+# Tokens of a training sequence whose prediction the loss counts.
+LOSS_ON = ("auto", "response", "all")
+# One example a training sequence, or examples one after the other; conversations are padded and texts packed by `auto`.
+PACKINGS = ("auto", "padded", "packed")
 DTYPES = ("float32", "bfloat16", "float16")
 # What other tools call these types.
 DTYPE_SYNONYMS = {

@@ -274,7 +274,10 @@ def test_the_table_has_every_recipe_at_every_target(bench: Bench, results: Path)
 def test_the_table_of_the_readme_has_a_row_for_every_recipe_and_no_controls(bench: Bench, results: Path) -> None:
     path = results / "study-small.json"
     study = json.loads(path.read_text())
-    study["rows"] += [row("ours+criterion=noise", 2_000_000, 0, 9.0, 9.0), row("ours+samples=9", 3_000_000, 0, 9.0, 9.0)]
+    study["rows"] += [
+        row("ours+criterion=noise", 2_000_000, 0, 9.0, 9.0),
+        row("ours+samples=9", 3_000_000, 0, 9.0, 9.0),
+    ]
     path.write_text(json.dumps(study))
     tables = bench("study_tables")
     assert tables.peers_table("small", results) == [

@@ -12,17 +12,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minillm_jax.cli.flags import COMMON, SHOW, show_all, with_settings
+from minillm_jax.cli.arguments import (
+    HelpAllOption,
+    HiddenJson,
+    JsonOption,
+    ModelArgument,
+    OutputOption,
+    QuietOption,
+    RecipeModelArgument,
+    RecipeOption,
+    RevisionOption,
+    SetOption,
+)
+from minillm_jax.cli.flags import COMMON, with_settings
+from minillm_jax.cli.recover import after_pruning, recover
+from minillm_jax.cli.recover import run as run_recovery
 from minillm_jax.cli.show import progress, show, show_warnings
 from minillm_jax.errors import InputError, shortened
 from minillm_jax.options import shard_size
 from minillm_jax.recipes import recipe as recipes
+from minillm_jax.recipes.recovery import Recovery
 from minillm_jax.recipes.synonyms import suggestion
 from minillm_jax.settings import dtype_name
 from minillm_jax.version import __version__
 
 if TYPE_CHECKING:
-    from minillm_jax.run import Job
+    from minillm_jax.run import Job, Result
+    from minillm_jax.run_recovery import RecoveryJob
 
 app = typer.Typer(
     help="Make a language model physically smaller with forward passes alone.",
@@ -33,51 +49,6 @@ recipe_app = typer.Typer(help="List the recipes, or show what one sets.", no_arg
 convert_app = typer.Typer(help="Convert Hugging Face folders, Flax checkpoints and GGUF files.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(convert_app, name="convert")
-
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local model folder, a GGUF file or a Hub id.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-HiddenJson = Annotated[
-    bool,
-    typer.Option("--json", help="Print one JSON object instead of a table.", rich_help_panel=SHOW, hidden=True),
-]
-QuietOption = Annotated[
-    bool, typer.Option("--quiet", help="Print no progress on standard error.", rich_help_panel=SHOW, hidden=True)
-]
-HelpAllOption = Annotated[
-    bool,
-    typer.Option(
-        "--help-all", help="Show every option, by panel.", rich_help_panel=COMMON, is_eager=True, callback=show_all
-    ),
-]
-RecipeModelArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="[MODEL]", help="A local model folder, a GGUF file or a Hub id; by default the one that a recipe names."
-    ),
-]
-RecipeOption = Annotated[
-    str,
-    typer.Option(
-        "--recipe",
-        "--preset",
-        metavar="NAME|FILE",
-        help="Settings for all options that are not given: a recipe of `minillm-jax recipe list`, or a TOML file.",
-        rich_help_panel=COMMON,
-        autocompletion=lambda incomplete: [name for name in recipes.names() if name.startswith(incomplete)],
-    ),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="One setting of the recipe, refit.ridge=0.1.", rich_help_panel=COMMON
-    ),
-]
-RevisionOption = Annotated[
-    str | None,
-    typer.Option(
-        "--revision", metavar="TEXT", help="Branch, tag or commit on the Hub.", rich_help_panel="Data", hidden=True
-    ),
-]
 
 
 def main() -> None:
@@ -168,11 +139,17 @@ def _options(
 
 def prune(
     model: RecipeModelArgument = None,
-    output: Annotated[
-        str,
-        typer.Option("--output", metavar="FOLDER", help="Folder to write; it must not exist.", rich_help_panel=COMMON),
-    ] = "",
+    output: OutputOption = "",
     recipe: RecipeOption = recipes.DEFAULT,
+    recovery: Annotated[
+        str | None,
+        typer.Option(
+            "--recover",
+            metavar="NAME|FILE",
+            help="Recover the pruned model by a recipe of recover, into OUTPUT-recovered: distil, llm-pruner, forward.",
+            rich_help_panel=COMMON,
+        ),
+    ] = None,
     assignments: SetOption = None,
     revision: RevisionOption = None,
     as_json: HiddenJson = False,
@@ -183,7 +160,11 @@ def prune(
     """Prune a model and write it as a folder that transformers loads."""
     if not output:
         raise InputError("no output folder is given; name one that does not exist with --output")
-    _run(_job(model, output, recipe, assignments, revision, given), as_json, quiet)
+    job = _job(model, output, recipe, assignments, revision, given)
+    if recovery is None:
+        _run(job, as_json, quiet)
+        return
+    _run_both(job, after_pruning(job, recovery), as_json, quiet)
 
 
 def plan(
@@ -219,6 +200,7 @@ def plan(
 
 app.command("prune")(with_settings(prune))
 app.command("plan")(with_settings(plan))
+app.command("recover")(with_settings(recover, Recovery))
 
 
 def _job(
@@ -244,14 +226,35 @@ def _job(
 
 
 def _run(job: "Job", as_json: bool, quiet: bool) -> None:
-    from minillm_jax import run as runs
     from minillm_jax.devices import hosts
     from minillm_jax.report import tables
 
-    with progress(quiet or as_json) as told:
-        result = runs.run(job, told, tables.documents)
+    result = _pruned(job, quiet or as_json)
     if hosts.is_writer():
         show(as_json, lambda: tables.result_json(result), lambda: tables.result_table(result))
+
+
+def _pruned(job: "Job", quiet: bool) -> "Result":
+    from minillm_jax import run as runs
+    from minillm_jax.report import tables
+
+    with progress(quiet) as told:
+        return runs.run(job, told, tables.documents)
+
+
+def _run_both(job: "Job", recovery: "RecoveryJob", as_json: bool, quiet: bool) -> None:
+    """A pruning, then the recovery of its output; one JSON object, or a table of each and one of all three models."""
+    from minillm_jax.devices import hosts
+    from minillm_jax.report import recovery as reports
+    from minillm_jax.report import tables
+
+    result = _pruned(job, quiet or as_json)
+    if hosts.is_writer() and not as_json:
+        show(False, dict, lambda: tables.result_table(result))
+    recovered = run_recovery(recovery, quiet or as_json)
+    if hosts.is_writer():
+        both = {**tables.result_json(result), "recovery": reports.summary(recovered)}
+        show(as_json, lambda: both, lambda: reports.three_rows(result, recovered))
 
 
 @app.command()
@@ -263,7 +266,7 @@ def demo(
     recipe: Annotated[str, typer.Option("--recipe", "--preset", help="As in prune.")] = recipes.DEFAULT,
     as_json: JsonOption = False,
 ) -> None:
-    """Prune the bundled demo model and measure it on text it has never seen."""
+    """Prune and recover the bundled demo model, and measure it on text it has never seen."""
     from minillm_jax import demo as bundled
 
     with tempfile.TemporaryDirectory() as folder:
@@ -271,7 +274,8 @@ def demo(
         training.write_text(bundled.training_text(), encoding="utf-8")
         held_out.write_text(bundled.held_out_text(), encoding="utf-8")
         given = {"ratio": ratio, "calibration": str(training), "evaluate": str(held_out)}
-        _run(_job(str(bundled.FOLDER), output, recipe, None, None, given), as_json, quiet=False)
+        job = _job(str(bundled.FOLDER), output, recipe, None, None, given)
+        _run_both(job, after_pruning(job, Recovery.DEFAULT, bundled.RECOVERY), as_json, quiet=False)
 
 
 # ------------------------------------------------------------------------------------------------------ the others
@@ -333,12 +337,16 @@ def evaluate_model(
         )
 
 
+OfRecoverOption = Annotated[bool, typer.Option("--recover", help="Recipes of recover, not of prune.")]
+
+
 @recipe_app.command("list")
-def list_recipes(as_json: JsonOption = False) -> None:
+def list_recipes(of_recover: OfRecoverOption = False, as_json: JsonOption = False) -> None:
     """List the recipes of the package, and what each sets."""
     from minillm_jax.report import tables
 
-    show(as_json, tables.recipes_json, tables.recipes_table)
+    kind = Recovery if of_recover else recipes.Recipe
+    show(as_json, lambda: tables.recipes_json(kind), lambda: tables.recipes_table(kind))
 
 
 @recipe_app.command("show")
@@ -347,16 +355,17 @@ def show_recipe(
     changes: Annotated[
         bool, typer.Option("--changes", help="Show only the settings that differ from the defaults.")
     ] = False,
+    of_recover: OfRecoverOption = False,
 ) -> None:
     """Show a recipe as TOML."""
-    loaded = recipes.load(name)
-    print(recipes.to_toml(loaded, None if changes else recipes.all_keys()), end="")
+    kind = Recovery if of_recover else recipes.Recipe
+    print(recipes.to_toml(recipes.load_as(kind, name), None if changes else recipes.all_keys(kind)), end="")
 
 
 @app.command("presets", hidden=True)
 def show_presets(as_json: JsonOption = False) -> None:
     """List the recipes: the former name of `recipe list`."""
-    list_recipes(as_json)
+    list_recipes(False, as_json)
 
 
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")]

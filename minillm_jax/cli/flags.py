@@ -8,7 +8,7 @@ from typing import Annotated, Any, no_type_check
 import typer
 
 from minillm_jax.options import Option
-from minillm_jax.recipes.recipe import PANELS, Recipe, options
+from minillm_jax.recipes.recipe import PANELS, Recipe, Settings, options
 from minillm_jax.recipes.synonyms import SYNONYMS as SYNONYMS
 
 COMMON = "Common options"
@@ -18,19 +18,26 @@ SHOW = "Output and help"
 COMMON_ORDER = (
     "ratio",
     "calibration",
+    "data",
+    "teacher",
     "output",
     "recipe",
     "assignments",
     "structures",
     "allocation",
+    "method",
+    "loss",
+    "steps",
+    "learning_rate",
     "text",
+    "watch",
     "format",
     "dtype",
 )
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose `**given` are the options of all settings, by the names of their flags.
+def with_settings(command: Callable[..., None], kind: type[Settings] = Recipe) -> Callable[..., None]:
+    """A command whose `**given` are the options of all settings of a kind of recipe, by the names of their flags.
 
     Its own parameters come first. Those that are not common are shown by `--help-all` only.
     """
@@ -38,7 +45,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     arguments = [p for p in own if p.default is p.empty or isinstance(_info(p), typer.models.ArgumentInfo)]
     keyword = inspect.Parameter.KEYWORD_ONLY
     rest = [p.replace(kind=keyword) for p in own if p not in arguments]
-    rest += [_parameter(*place) for place in options()]
+    rest += [_parameter(kind, *place) for place in options(kind)]
     rank = {name: number for number, name in enumerate(COMMON_ORDER)}
     parameters = [*arguments, *sorted(rest, key=lambda p: rank.get(_field_name(p), len(rank)))]
 
@@ -60,13 +67,13 @@ def _field_name(parameter: inspect.Parameter) -> str:
     return getattr(_info(parameter), "field_name", parameter.name)
 
 
-def _parameter(section: str, one: "Field[Any]", described: Option) -> inspect.Parameter:
+def _parameter(kind: type[Settings], section: str, one: "Field[Any]", described: Option) -> inspect.Parameter:
     """The parameter of one setting, None where the user does not give it."""
     name = described.flag or one.name
     flags = ["--" + flag.replace("_", "-") for flag in (name, *described.aliases)]
     info = typer.Option(
         *flags,
-        help=f"{described.help} {_default(section, one, described)}".strip(),
+        help=f"{described.help} {_default(kind, section, one, described)}".strip(),
         rich_help_panel=COMMON if described.common else PANELS[section],
         hidden=not described.common,
         metavar=None if described.kind is bool else _metavar(described),
@@ -74,21 +81,21 @@ def _parameter(section: str, one: "Field[Any]", described: Option) -> inspect.Pa
         show_default=False,
     )
     info.field_name = one.name  # pyright: ignore[reportAttributeAccessIssue]
-    kind = bool if described.kind is bool else str  # numbers are read by the recipe, which says what it expected
+    read = bool if described.kind is bool else str  # numbers are read by the recipe, which says what it expected
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[read | None, info]
     )
 
 
-def _default(section: str, one: "Field[Any]", described: Option) -> str:
-    value = getattr(getattr(Recipe(), section), one.name)
+def _default(kind: type[Settings], section: str, one: "Field[Any]", described: Option) -> str:
+    value = getattr(getattr(kind(), section), one.name)
     if described.kind is bool or (value is None and (described.spelling is None or one.name.startswith("target"))):
         return ""
     spelled = value if described.spelling is None else described.spelling.write(value) if value is not None else None
     if spelled is None:
         return ""
     text = ",".join(spelled) if isinstance(spelled, list) else f"{spelled:g}" if isinstance(spelled, float) else spelled
-    return f"Default: {text} (recipe ours)."
+    return f"Default: {text} (recipe {kind.DEFAULT})."
 
 
 def _metavar(described: Option) -> str:

@@ -36,11 +36,13 @@ class Block(NamedTuple):
       document: number of the document; blocks of one number follow each other.
       text: its next characters.
       by_template: whether a chat template wrote the document, so that it marks its beginning and its end itself.
+      responses: the responses in the text of a conversation, see `chat.Written`; None for another text.
     """
 
     document: int
     text: str
     by_template: bool = False
+    responses: tuple[chat.Span, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def _blocks(found: Iterable[rows.Row], field: str, write: chat.Writer) -> Iterat
             conversation = chat.read(row, form, where)
             written = None if conversation is None else write(conversation, where)
         if written is not None and written.text.strip():
-            yield Block(number, written.text, written.by_template)
+            yield Block(number, *written)
             number += 1
 
 

@@ -28,12 +28,14 @@ class Tokenizer(NamedTuple):
       call: the tokenizer of transformers.
       bos: its beginning-of-sequence token; None where it has none.
       offsets: whether it says which characters a token stands for.
+      eos: its end-of-sequence token; None where it has none.
     """
 
     folder: Path
     call: Callable[..., Any]
     bos: int | None
     offsets: bool
+    eos: int | None = None
 
 
 class Encoded(NamedTuple):
@@ -41,13 +43,13 @@ class Encoded(NamedTuple):
 
     Attributes:
       ids: the token ids.
-      starts: first character of each token.
-      ends: the character after the last of each token.
+      starts: first character of each token; empty where the tokenizer has no offsets.
+      ends: the character after the last of each token; likewise.
     """
 
     ids: Int[np.ndarray, " n"]
-    starts: Int[np.ndarray, " n"]
-    ends: Int[np.ndarray, " n"]
+    starts: Int[np.ndarray, " m"]
+    ends: Int[np.ndarray, " m"]
 
 
 def load(folder: Path) -> Tokenizer:
@@ -57,7 +59,8 @@ def load(folder: Path) -> Tokenizer:
       InputError: the folder has no tokenizer that works without remote code.
     """
     tokenizer = load_tokenizer(folder)
-    return Tokenizer(folder, tokenizer, tokenizer.bos_token_id, bool(getattr(tokenizer, "is_fast", False)))
+    offsets = bool(getattr(tokenizer, "is_fast", False))
+    return Tokenizer(folder, tokenizer, tokenizer.bos_token_id, offsets, tokenizer.eos_token_id)
 
 
 def token_ids(tokenizer: Tokenizer, texts: Iterable[str], piece: int = PIECE) -> Int[np.ndarray, " tokens"]:
@@ -72,7 +75,7 @@ def token_ids(tokenizer: Tokenizer, texts: Iterable[str], piece: int = PIECE) ->
       InputError: the text cannot be tokenised.
     """
     if not tokenizer.offsets:
-        return _encode(tokenizer, "".join(texts)).ids
+        return encode(tokenizer, "".join(texts)).ids
     parts = list(_pieces(tokenizer, _Reader(texts), piece))
     return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
@@ -85,15 +88,15 @@ def _pieces(tokenizer: Tokenizer, reader: "_Reader", size: int) -> Iterator[Int[
     in a word of many thousand characters for example, the piece is made twice as long.
     """
     text, first = reader.read(size), 0
-    encoded = _encode(tokenizer, text)
+    encoded = encode(tokenizer, text)
     while not reader.at_end():
         shared = min(OVERLAP, len(text) // 2)
         following = text[-shared:] + reader.read(size)
-        after = _encode(tokenizer, following)
+        after = encode(tokenizer, following)
         border = _border(encoded, after, len(text) - shared, shared)
         if border is None or border[0] < first:
             text += following[shared:] + reader.read(len(text))
-            encoded = _encode(tokenizer, text)
+            encoded = encode(tokenizer, text)
             continue
         yield encoded.ids[first : border[0]]
         text, encoded, first = following, after, border[1]
@@ -154,7 +157,12 @@ class _Reader:
         return False
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> Encoded:
+def encode(tokenizer: Tokenizer, text: str) -> Encoded:
+    """The tokens of a text in one call, without special tokens, int32.
+
+    Raises:
+      InputError: the text cannot be tokenised.
+    """
     with quiet():  # transformers warns of text that is longer than the context, as it is meant to be here
         try:
             result = tokenizer.call(text, add_special_tokens=False, return_offsets_mapping=tokenizer.offsets)

@@ -89,7 +89,7 @@ def draw(
     """
     check_seed(seed)
     _check_samples(size.samples)
-    _check_length(size.length)
+    check_length(size.length)
     source = opened.source
     check_bos(opened, bos == "yes")
     if isinstance(opened.content, np.ndarray):
@@ -153,6 +153,18 @@ def cut(tokens: Tokens, length: int, first: int | None = None) -> Int[np.ndarray
     return _begun(tokens.ids, (length - 1) * np.arange(count), length, first).astype(np.int32, copy=False)
 
 
+def places(tokens: Tokens, length: int, first: int | None = None) -> Int[np.ndarray, "B T"]:
+    """The number of the token in the text at each place of the windows of `cut`, int64 [B, T].
+
+    With a first token, the number in the first column says nothing.
+
+    Raises:
+      InputError: see `cut`.
+    """
+    starts = _step(length, first) * np.arange(_count(tokens, length, first))
+    return _places(tokens.ids, starts, length, first)
+
+
 def _step(length: int, first: int | None) -> int:
     """Tokens of the text from one window to the next."""
     return length if first is None else length - 1
@@ -160,7 +172,7 @@ def _step(length: int, first: int | None) -> int:
 
 def _count(tokens: Tokens, length: int, first: int | None) -> int:
     """Number of windows of a text, at least 1."""
-    _check_length(length)
+    check_length(length)
     count = _windows_of(tokens, length, first)
     if count == 0:
         raise InputError(f"{tokens.source}: {len(tokens.ids)} tokens are less than one window of {length}")
@@ -180,12 +192,17 @@ def _begun(
     With a first token, `length` - 1 tokens of the text follow it. A window whose text begins with that token already,
     because a document begins there, does not get a second one.
     """
-    if first is None:
-        return ids[starts[:, None] + np.arange(length)]
-    before = ids[starts] != first
-    windows = ids[np.maximum(starts[:, None] - before[:, None] + np.arange(length), 0)]
-    windows[:, 0] = first
+    windows = ids[_places(ids, starts, length, first)]
+    if first is not None:
+        windows[:, 0] = first
     return windows
+
+
+def _places(
+    ids: Integer[np.ndarray, " tokens"], starts: Int[np.ndarray, " B"], length: int, first: int | None
+) -> Int[np.ndarray, "B T"]:
+    begins = starts if first is None else starts - (ids[starts] != first)
+    return np.maximum(begins[:, None] + np.arange(length), 0)
 
 
 def sample(tokens: Tokens, samples: int, length: int, seed: Seed) -> Int[np.ndarray, "B T"]:
@@ -220,7 +237,12 @@ def _check_samples(samples: int) -> None:
         raise InputError(f"--samples must be at least 1, found {samples}")
 
 
-def _check_length(length: int) -> None:
+def check_length(length: int) -> None:
+    """Checks the number of tokens of a window.
+
+    Raises:
+      InputError: it is below 2.
+    """
     if length < 2:
         raise InputError(f"a window of {length} tokens has nothing to predict; use at least 2")
 
@@ -280,7 +302,7 @@ def check_windows(batches: Batches, vocabulary: int, source: str) -> None:
     if getattr(windows, "ndim", None) != 2:
         raise InputError(f"{source}: expected windows of token ids, [windows, tokens], found {type(windows).__name__}")
     check_ids(np.asarray(windows), source)
-    _check_length(windows.shape[1])
+    check_length(windows.shape[1])
     in_vocabulary(np.asarray(windows), vocabulary, source)
 
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Shaped
 
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
@@ -191,6 +191,18 @@ def replicated(array: Shaped[np.ndarray, "..."], mesh: Mesh | None) -> Array:
     return place(array, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
+def with_mesh(array: Shaped[Array, "..."], mesh: Mesh | None) -> Array:
+    """An array that lies on the devices of a mesh: as it is if it does already, else whole on every device."""
+    if mesh is None or (isinstance(array.sharding, NamedSharding) and array.sharding.mesh == mesh):
+        return array
+    return replicated(np.asarray(array), mesh)
+
+
+def like(array: Shaped[np.ndarray, "..."] | Shaped[Array, "..."], other: Shaped[Array, "..."]) -> Array:
+    """An array on the devices of another one, in its shards."""
+    return place(array, other.sharding if isinstance(other.sharding, NamedSharding) else None)
+
+
 def shard(decoder: Decoder, mesh: Mesh | None) -> Decoder:
     """A decoder with its weights cut over `model` and replicated over `data`; unchanged without a mesh."""
     if mesh is None:
@@ -199,9 +211,9 @@ def shard(decoder: Decoder, mesh: Mesh | None) -> Decoder:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: place(leaf, rules[axis_table.array_path(path)]), decoder)
 
 
-def shard_batch(tokens: Int[np.ndarray, "B T"], mesh: Mesh | None) -> Int[Array, "B T"]:
+def shard_batch(rows: Shaped[np.ndarray, "B ..."], mesh: Mesh | None) -> Shaped[Array, "B ..."]:
     """Windows spread over `data`; replicated if their number does not divide by the devices of `data`."""
-    return jnp.asarray(tokens) if mesh is None else place(tokens, over_data(len(tokens), mesh))
+    return jnp.asarray(rows) if mesh is None else place(rows, over_data(len(rows), mesh))
 
 
 def data_size(mesh: Mesh | None) -> int:

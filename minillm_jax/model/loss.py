@@ -61,10 +61,11 @@ def token_losses(
       tokens: token ids.
       logits_at_once: see `map_logits`.
     """
-    return map_logits(decoder, hidden[:, :-1], _cross_entropy, tokens[:, 1:], logits_at_once=logits_at_once)
+    return map_logits(decoder, hidden[:, :-1], cross_entropy, tokens[:, 1:], logits_at_once=logits_at_once)
 
 
-def _cross_entropy(logits: Float[Array, " V"], target: Int[Array, ""]) -> Float[Array, ""]:
+def cross_entropy(logits: Float[Array, " V"], target: Int[Array, ""]) -> Float[Array, ""]:
+    """Cross entropy of one token, nats."""
     return jax.nn.logsumexp(logits) - jnp.take(logits, target)
 
 
@@ -121,13 +122,13 @@ def token_divergences(
 
     def both(logits: Float[Array, " V"], target: Int[Array, ""], top: Top) -> tuple[Array, Array]:
         log_q = jnp.take(logits, top.ids) - jax.nn.logsumexp(logits)
-        p, rest = jnp.exp(top.logs), _rest(top.logs)
-        divergence = jnp.sum(p * (top.logs - log_q)) + rest * (jnp.log(rest) - jnp.log(_rest(log_q)))
-        return _cross_entropy(logits, target), divergence
+        p, rest = jnp.exp(top.logs), rest_of(top.logs)
+        divergence = jnp.sum(p * (top.logs - log_q)) + rest * (jnp.log(rest) - jnp.log(rest_of(log_q)))
+        return cross_entropy(logits, target), divergence
 
     return map_logits(decoder, hidden[:, :-1], both, tokens[:, 1:], dense)
 
 
-def _rest(logs: Float[Array, " X"]) -> Float[Array, ""]:
-    """The probability of all tokens but those given; at least the rounding error of a sum of probabilities."""
+def rest_of(logs: Float[Array, " X"]) -> Float[Array, ""]:
+    """The probability of all tokens but those whose logarithms are given; at least the rounding error of a sum."""
     return jnp.maximum(1 - jnp.sum(jnp.exp(logs)), 1e-6)

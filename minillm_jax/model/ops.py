@@ -60,6 +60,26 @@ def einsum(
     return product.astype(dtype if out is None else out)
 
 
+def factored_einsum(
+    equation: str, x: Float[Array, "..."], u: Float[Array, "*inputs R"], v: Float[Array, "R *outputs"]
+) -> Float[Array, "..."]:
+    """The product of x and a kernel u · v of rank R along an equation, computed without the kernel.
+
+    Args:
+      equation: of `einsum`, for x and the whole kernel, whose axes are inputs, then outputs.
+      x: the input.
+      u: the first factor; its last axis is the rank, for which the equation must not use the letter R.
+      v: the second factor.
+    """
+    operands, outputs = equation.split("->")
+    letters, kernel = operands.split(",")
+    contracted = "".join(letter for letter in kernel if letter in letters and letter not in outputs)
+    narrow = "".join(letter for letter in letters if letter not in contracted) + "R"
+    return einsum(
+        f"{narrow},R{kernel[len(contracted) :]}->{outputs}", einsum(f"{letters},{contracted}R->{narrow}", x, u), v
+    )
+
+
 def norm(
     x: Float[Array, "... D"],
     scale: Float[Array, " D"] | None,

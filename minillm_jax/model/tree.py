@@ -11,7 +11,7 @@ from minillm_jax.model import axis_table
 from minillm_jax.model.build import NO_WINDOW
 from minillm_jax.model.config import LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.modules import Block, depth
+from minillm_jax.model.modules import MLP, Attention, Block, Linear, depth
 
 
 def layer_count(decoder: Decoder) -> int:
@@ -97,6 +97,22 @@ def replace_kernels(block: Block, new: Callable[[str, Array], Array]) -> Block:
         return new(name.removesuffix(".kernel"), array) if name.endswith(".kernel") else array
 
     return jax.tree_util.tree_map_with_path(leaf, block)
+
+
+def replace_linears(block: Block, new: Callable[[str, Linear], Linear]) -> Block:
+    """A layer with every linear map replaced by `new(name, linear)`; all other modules are shared with the original."""
+    attention, mlp = block.attention, block.mlp
+    q, k, v, o = (new(f"attention.{name}", getattr(attention, name)) for name in "qkvo")
+    window, slopes = (None if data is None else data[...] for data in (attention.window, attention.slopes))
+    gate = None if mlp.gate is None else new("mlp.gate", mlp.gate)
+    return Block(
+        block.attention_norm,
+        Attention(q, k, v, o, attention.q_norm, attention.k_norm, window, slopes),
+        block.mlp_norm,
+        MLP(gate, new("mlp.up", mlp.up), new("mlp.down", mlp.down)),
+        block.attention_post_norm,
+        block.mlp_post_norm,
+    )
 
 
 def named_arrays(tree: Any) -> Iterator[tuple[str, Any]]:

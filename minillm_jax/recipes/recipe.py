@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from minillm_jax.errors import InputError, cause, reason, shortened
 from minillm_jax.options import (
@@ -26,7 +26,6 @@ from minillm_jax.paths import local_path
 from minillm_jax.recipes.synonyms import suggestion
 from minillm_jax.settings import Budget, Data, Devices, Estimation, Evaluation, Output, Refit, Scoring
 
-FOLDER = Path(__file__).parent
 DEFAULT = "ours"
 
 # Keys of a written recipe beside its sections: how the run was made, to repeat it and to check it.
@@ -34,19 +33,43 @@ ORIGIN = "origin"
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """The settings of a run by section, and where they come from.
+class Settings:
+    """The settings of a command, and where they come from. A subclass adds the sections of its command.
 
     Attributes:
       name: of a recipe of the package, or the path of a file.
       summary: a sentence.
-      data, budget, scoring, gradient, refit, output, devices, evaluation: the sections.
       origin: of a recipe that a run wrote: model, revision, hash of the calibration tokens, versions.
       own: section and key of the settings that the recipe itself names, and no option replaces.
     """
 
     name: str = DEFAULT
     summary: str = ""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    own: frozenset[tuple[str, str]] = field(default=frozenset(), compare=False)
+
+    # The folder with the recipes of the package for this command, and the default among them.
+    FOLDER: ClassVar[Path] = Path(__file__).parent
+    DEFAULT: ClassVar[str] = DEFAULT
+
+    @classmethod
+    def sections(cls) -> tuple[str, ...]:
+        """The names of the sections, in their order."""
+        return tuple(one.name for one in fields(cls) if one.name not in ("name", "summary", ORIGIN, "own"))
+
+    def named_by(self, section: str, key: str) -> str | None:
+        """The name of the recipe where it names a setting itself; None where the user does, or nobody."""
+        return self.name if (section, key) in self.own else None
+
+
+@dataclass(frozen=True)
+class Recipe(Settings):
+    """The settings of a pruning run by section.
+
+    Attributes:
+      data, budget, scoring, gradient, refit, output, devices, evaluation: the sections.
+    """
+
     data: Data = field(default_factory=Data)
     budget: Budget = field(default_factory=Budget)
     scoring: Scoring = field(default_factory=Scoring)
@@ -55,15 +78,11 @@ class Recipe:
     output: Output = field(default_factory=Output)
     devices: Devices = field(default_factory=Devices)
     evaluation: Evaluation = field(default_factory=Evaluation)
-    origin: Mapping[str, Any] = field(default_factory=dict)
-    own: frozenset[tuple[str, str]] = field(default=frozenset(), compare=False)
-
-    def named_by(self, section: str, key: str) -> str | None:
-        """The name of the recipe where it names a setting itself; None where the user does, or nobody."""
-        return self.name if (section, key) in self.own else None
 
 
-SECTIONS = tuple(one.name for one in fields(Recipe) if one.name not in ("name", "summary", ORIGIN, "own"))
+SECTIONS = Recipe.sections()
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Settings)
 
 # The heading of each section in help.
 PANELS = {
@@ -75,22 +94,26 @@ PANELS = {
     "output": "Output",
     "devices": "Devices",
     "evaluation": "Evaluation",
+    "training": "Training",
+    "adapter": "Adapter",
+    "distillation": "Teacher",
+    "forward": "Without back-propagation",
 }
 
 
-def options() -> Iterator[tuple[str, "Field[Any]", Option]]:
-    """Every option: its section, its field, and what is known of it."""
-    for section in SECTIONS:
-        for one in fields(getattr(Recipe(), section)):
+def options(kind: type[Settings] = Recipe) -> Iterator[tuple[str, "Field[Any]", Option]]:
+    """Every option of a command: its section, its field, and what is known of it."""
+    for section in kind.sections():
+        for one in fields(getattr(kind(), section)):
             described = option_of(one)
             if described is not None:
                 yield section, one, described
 
 
-def places() -> dict[str, tuple[str, str]]:
+def places(kind: type[Settings] = Recipe) -> dict[str, tuple[str, str]]:
     """Keyword in Python -> section and key: the flag's name with underscores, its aliases, and the field's name."""
     keywords: dict[str, tuple[str, str]] = {}
-    for section, one, described in options():
+    for section, one, described in options(kind):
         for name in (described.flag or one.name, *described.aliases):
             keywords[name] = section, one.name
     return keywords
@@ -99,42 +122,48 @@ def places() -> dict[str, tuple[str, str]]:
 # ------------------------------------------------------------------------------------------------------------ in
 
 
-def names() -> list[str]:
-    """The recipes of the package, the default first."""
-    packaged = sorted(path.stem for path in FOLDER.glob("*.toml"))
-    return sorted(packaged, key=lambda name: name != DEFAULT)
+def names(kind: type[Settings] = Recipe) -> list[str]:
+    """The recipes of the package for a command, the default first."""
+    packaged = sorted(path.stem for path in kind.FOLDER.glob("*.toml"))
+    return sorted(packaged, key=lambda name: name != kind.DEFAULT)
 
 
 def load(name: str | Path = DEFAULT) -> Recipe:
-    """A recipe of the package by its name, or a TOML file by its path.
+    """A recipe of `prune` in the package by its name, or a TOML file by its path.
 
     Raises:
       InputError: there is no such recipe, or the file does not hold one.
     """
+    return load_as(Recipe, name)
+
+
+def load_as(kind: type[AnyRecipe], name: str | Path) -> AnyRecipe:
+    """A recipe of a command; see `load`."""
     text = str(name)
-    if text in names():
-        return _read(FOLDER / f"{text}.toml", text)
+    if text in names(kind):
+        return _read(kind, kind.FOLDER / f"{text}.toml", text)
     path = local_path(name, "recipe")
     if not text.endswith(".toml") and "/" not in text:
-        near = get_close_matches(text, names(), 1)
+        near = get_close_matches(text, names(kind), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
+        expected = ", ".join(names(kind))
         raise InputError(
-            f"unknown recipe {shortened(text)!r}; expected one of {', '.join(names())}, or a path to a .toml file{hint}"
+            f"unknown recipe {shortened(text)!r}; expected one of {expected}, or a path to a .toml file{hint}"
         )
-    return _read(path, text)
+    return _read(kind, path, text)
 
 
-def _read(path: Path, name: str) -> Recipe:
+def _read(kind: type[AnyRecipe], path: Path, name: str) -> AnyRecipe:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         if isinstance(error, tomllib.TOMLDecodeError):
             raise InputError(f"recipe {shortened(name, 300)}: not a TOML file ({cause(error)})") from error
         raise InputError(f"recipe {shortened(name, 300)}: cannot be read ({reason(error)})") from error
-    recipe = Recipe(name, _summary(table, name), origin=_origin(table, name))
+    recipe = kind(name, _summary(table, name), origin=_origin(table, name))
     for section, values in table.items():
-        if section not in SECTIONS:
-            one_of_sections = f"expected one of {', '.join(SECTIONS)}"
+        if section not in kind.sections():
+            one_of_sections = f"expected one of {', '.join(kind.sections())}"
             raise InputError(f"recipe {name}: unknown section {shortened(section)!r}; {one_of_sections}")
         if not isinstance(values, dict):
             raise InputError(
@@ -170,12 +199,12 @@ def _quoted(value: Any) -> str:
     return repr(shortened(str(value)))
 
 
-def with_value(recipe: Recipe, section: str, key: str, value: Any, where: str) -> Recipe:
+def with_value(recipe: AnyRecipe, section: str, key: str, value: Any, where: str) -> AnyRecipe:
     """A recipe with one more setting.
 
     Args:
       recipe: the recipe.
-      section: of `SECTIONS`.
+      section: a section of the recipe.
       key: name of a field of the section.
       value: as TOML or the command line gives it; its spelling is read here.
       where: the flag, or file and key, named in errors.
@@ -258,7 +287,7 @@ def _hint(value: Any) -> str:
 _KINDS = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
 
 
-def with_options(recipe: Recipe, given: Mapping[str, Any]) -> tuple[Recipe, dict[tuple[str, str], str]]:
+def with_options(recipe: AnyRecipe, given: Mapping[str, Any]) -> tuple[AnyRecipe, dict[tuple[str, str], str]]:
     """A recipe with the options that a user gave, by their keywords.
 
     Args:
@@ -271,7 +300,7 @@ def with_options(recipe: Recipe, given: Mapping[str, Any]) -> tuple[Recipe, dict
     Raises:
       InputError: there is no such option, or a value is of another type.
     """
-    known, flags = places(), {}
+    known, flags = places(type(recipe)), {}
     for keyword, value in given.items():
         if keyword not in known:
             near = suggestion(keyword, ["--" + name.replace("_", "-") for name in known])
@@ -284,29 +313,29 @@ def with_options(recipe: Recipe, given: Mapping[str, Any]) -> tuple[Recipe, dict
     return replace(recipe, own=recipe.own.difference(flags)), flags
 
 
-def with_assignments(recipe: Recipe, assignments: list[str]) -> tuple[Recipe, dict[tuple[str, str], str]]:
+def with_assignments(recipe: AnyRecipe, assignments: list[str]) -> tuple[AnyRecipe, dict[tuple[str, str], str]]:
     """A recipe with settings written as `section.key=value`, as `--set` takes them.
 
     Raises:
       InputError: an assignment is not written like that, or there is no such setting.
     """
-    flags = {}
+    flags, sections = {}, type(recipe).sections()
     for assignment in assignments:
         match = re.fullmatch(r"\s*(\w+)\.(\w+)\s*=(.*)", assignment, re.DOTALL)
-        if match is None or match[1] not in SECTIONS:
+        if match is None or match[1] not in sections:
             raise InputError(
                 f"--set {shortened(assignment)!r} is not understood; expected SECTION.KEY=VALUE, refit.ridge=0.1 for "
-                f"example, with a section of {', '.join(SECTIONS)}"
+                f"example, with a section of {', '.join(sections)}"
             )
         section, key, text = match[1], match[2], match[3].strip()
-        recipe = with_value(recipe, section, key, _parsed(section, key, text), f"--set {section}.{key}")
+        recipe = with_value(recipe, section, key, _parsed(type(recipe), section, key, text), f"--set {section}.{key}")
         flags[section, key] = f"--set {section}.{key}"
     return replace(recipe, own=recipe.own.difference(flags)), flags
 
 
-def _parsed(section: str, key: str, text: str) -> Any:
+def _parsed(kind: type[Settings], section: str, key: str, text: str) -> Any:
     """The text of an assignment as TOML reads it, or as a plain word."""
-    described = {one.name: option for at, one, option in options() if at == section}.get(key)
+    described = {one.name: option for at, one, option in options(kind) if at == section}.get(key)
     if described is not None and (described.spelling is not None or described.kind is str):
         return text.strip("\"'")
     try:
@@ -318,7 +347,7 @@ def _parsed(section: str, key: str, text: str) -> Any:
 # ----------------------------------------------------------------------------------------------------------- out
 
 
-def as_table(recipe: Recipe, keys: Mapping[str, set[str]] | None = None) -> dict[str, dict[str, Any]]:
+def as_table(recipe: Settings, keys: Mapping[str, set[str]] | None = None) -> dict[str, dict[str, Any]]:
     """The settings of a recipe as TOML holds them, by section.
 
     Args:
@@ -326,8 +355,9 @@ def as_table(recipe: Recipe, keys: Mapping[str, set[str]] | None = None) -> dict
       keys: section -> the keys to write; by default those that differ from the defaults.
     """
     table: dict[str, dict[str, Any]] = {}
-    for section, one, described in options():
-        value, default = (getattr(getattr(r, section), one.name) for r in (recipe, Recipe()))
+    kind = type(recipe)
+    for section, one, described in options(kind):
+        value, default = (getattr(getattr(r, section), one.name) for r in (recipe, kind()))
         wanted = value != default if keys is None else one.name in keys.get(section, ())
         unset = value is None and (default is None or described.spelling is None)
         written = value if unset or described.spelling is None else described.spelling.write(value)
@@ -336,12 +366,12 @@ def as_table(recipe: Recipe, keys: Mapping[str, set[str]] | None = None) -> dict
     return table
 
 
-def all_keys() -> dict[str, set[str]]:
+def all_keys(kind: type[Settings] = Recipe) -> dict[str, set[str]]:
     """Section -> the keys of all its settings."""
-    return {section: {one.name for at, one, _ in options() if at == section} for section in SECTIONS}
+    return {section: {one.name for at, one, _ in options(kind) if at == section} for section in kind.sections()}
 
 
-def to_toml(recipe: Recipe, keys: Mapping[str, set[str]] | None = None) -> str:
+def to_toml(recipe: Settings, keys: Mapping[str, set[str]] | None = None) -> str:
     """A recipe as the text of a TOML file; the arguments are those of `as_table`."""
     import tomli_w
 

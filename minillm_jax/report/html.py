@@ -61,33 +61,51 @@ def page(summary: Summary, plots: Sequence[Plot] | None) -> str:
       summary: the result of `summary.result_json`.
       plots: the result of `plots.draw`; None without matplotlib.
     """
-    title = text(title_of(summary))
+    parts = [
+        section("Before and after", _table(summary)),
+        section("Plots", _plots(summary, plots)),
+        section("Recipe", _recipe(summary)),
+    ]
+    return document(title_of(summary), summary["format"], _tiles(summary), parts, _footer(summary))
+
+
+def document(title: str, form: str, tiles: str, parts: Sequence[str], footer: str) -> str:
+    """A whole page.
+
+    Args:
+      title: plain text.
+      form: the output format.
+      tiles: markup below the title.
+      parts: markup of each section.
+      footer: markup.
+    """
+    sections = "\n".join(parts)
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
+<title>{text(title)}</title>
 <style>{_CSS}</style>
 </head>
 <body>
 <header>
-<h1>{title}</h1>
-<p class="muted">Format {text(summary["format"])}: {text(FORMAT_WORDS[summary["format"]])}.</p>
-{_tiles(summary)}
+<h1>{text(title)}</h1>
+<p class="muted">Format {text(form)}: {text(FORMAT_WORDS[form])}.</p>
+{tiles}
 </header>
 <main>
-<h2>Before and after</h2>
-{_table(summary)}
-<h2>Plots</h2>
-{_plots(summary, plots)}
-<h2>Recipe</h2>
-{_recipe(summary)}
+{sections}
 </main>
-<footer>{_footer(summary)}</footer>
+<footer>{footer}</footer>
 </body>
 </html>
 """
+
+
+def section(heading: str, body: str) -> str:
+    """A heading and its markup."""
+    return f"<h2>{text(heading)}</h2>\n{body}"
 
 
 def text(value: object) -> str:
@@ -111,31 +129,48 @@ def _tile(measure: str, row: Row) -> str:
 
 
 def _table(summary: Summary) -> str:
-    head = "".join(f'<th scope="col">{heading}</th>' for heading in ("", "before", "after", "change"))
+    return table(("", "before", "after", "change"), rows(summary))
+
+
+def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table whose first column names the rows."""
+    head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
     body = "".join(
-        f'<tr><th scope="row">{text(row.name)}</th>' + "".join(f"<td>{text(cell)}</td>" for cell in row[1:]) + "</tr>\n"
-        for row in rows(summary)
+        f'<tr><th scope="row">{text(line[0])}</th>' + "".join(f"<td>{text(cell)}</td>" for cell in line[1:]) + "</tr>\n"
+        for line in lines
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>'
 
 
 def _plots(summary: Summary, plots: Sequence[Plot] | None) -> str:
     if plots is None:
+        return figures(plots)
+    without_scores = summary["groups"] and summary["settings"]["scoring"]["criterion"] == "obs"
+    note = f"<p>{text(NO_SCORES)}</p>" if without_scores else ""
+    return figures(plots) + note
+
+
+def figures(plots: Sequence[Plot] | None) -> str:
+    """Plots with their titles and captions; a sentence without matplotlib."""
+    if plots is None:
         return f"<p>{text(NO_PLOTS)}</p>"
-    figures = "\n".join(
+    each = "\n".join(
         f"<figure><h3>{text(plot.title)}</h3>\n{plot.svg}\n<figcaption>{text(plot.description)}.</figcaption></figure>"
         for plot in plots
     )
-    without_scores = summary["groups"] and summary["settings"]["scoring"]["criterion"] == "obs"
-    note = f"<p>{text(NO_SCORES)}</p>" if without_scores else ""
-    return f'<div class="plots">\n{figures}\n</div>{note}'
+    return f'<div class="plots">\n{each}\n</div>'
 
 
 def _recipe(summary: Summary) -> str:
     pairs = [("base model", short_name(summary["base_model"])), *recipe(summary)]
     few = f"<p>{text(summary['few_tokens'])}.</p>" if summary["few_tokens"] else ""
+    return definitions(pairs) + few
+
+
+def definitions(pairs: Sequence[tuple[str, str]]) -> str:
+    """Names and values as a list."""
     terms = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in pairs)
-    return f'<dl class="recipe">{terms}</dl>{few}'
+    return f'<dl class="recipe">{terms}</dl>'
 
 
 def _footer(summary: Summary) -> str:

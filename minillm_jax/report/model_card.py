@@ -68,25 +68,14 @@ model = AutoModelForCausalLM.from_pretrained("path/to/torch", trust_remote_code=
 ```
 """
 
-# The code that loads each format. The last snippet defines `model`, which the recovery snippet uses.
+# The code that loads each format.
 LOADING = {"stock": _STOCK, "padded": _STOCK, "per-layer": _PER_LAYER, "flax": _FLAX, "gguf": _GGUF}
 
-# Recovery by LoRA with the settings of LLM-Pruner and MINI-LLM.
-RECOVERY = """\
-```python
-import torch
-from peft import LoraConfig, get_peft_model
+_RECOVERY = """\
+Training brings back a part of what pruning has cost: low-rank adapters, with the dense model as teacher.
 
-settings = LoraConfig(
-    r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
-)
-tuned = get_peft_model(model.train(), settings)
-optimiser = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-4)
-for tokens in batches:  # your text: int64 token ids of shape [batch, length]
-    tuned(input_ids=tokens, labels=tokens).loss.backward()
-    optimiser.step()
-    optimiser.zero_grad()
-tuned.merge_and_unload().save_pretrained("recovered")
+```
+minillm-jax recover path/to/this/folder --data text.txt --teacher {base} --output recovered
 ```
 """
 
@@ -116,9 +105,8 @@ def card(summary: Summary) -> str:
         "## Loading\n",
         f"Format {code(form)}: {FORMAT_WORDS[form]}.\n",
         LOADING[form],
-        "## Recovery with LoRA\n",
-        'Install the packages with `pip install "minillm-jax[recover]"`:\n',
-        RECOVERY + (_PADDED_NOTE if form == "padded" else ""),
+        "## Recovery\n",
+        _RECOVERY.format(base="path/to/the/base/model") + (_PADDED_NOTE if form == "padded" else ""),
     ]
     return "\n".join(parts)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import nan
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minillm_jax.report.summary import KIND_WORDS, MEASURE_WORDS, Summary, short, size, span
 
@@ -70,13 +70,38 @@ class _Drawing(NamedTuple):
 
 def draw(summary: Summary) -> list[Plot] | None:
     """The plots of a summary (`summary.result_json`); None if matplotlib is not installed."""
+    return _drawn(lambda: [_costs(summary), _perplexity(summary), _kept(summary), _scores(summary), _losses(summary)])
+
+
+def _drawn(draw: "Callable[[], list[_Drawing | None]]") -> list[Plot] | None:
     try:
         import matplotlib as mpl
     except ImportError:
         return None
     with mpl.rc_context(_STYLE):  # pyright: ignore[reportArgumentType]  # keys of a style file
-        drawings = [_costs(summary), _perplexity(summary), _kept(summary), _scores(summary), _losses(summary)]
-        return [_plot(drawing, number) for number, drawing in enumerate(filter(None, drawings))]
+        return [_plot(drawing, number) for number, drawing in enumerate(filter(None, draw()))]
+
+
+def curves(points: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[Plot] | None:
+    """Losses of a training run against the tokens, each in a panel of its own; None if matplotlib is not installed.
+
+    Args:
+      points: the validations, with `tokens` and the losses, of which some may be None.
+      names: key of a loss -> its name in words.
+    """
+    shown = {key: name for key, name in names.items() if any(point[key] is not None for point in points)}
+
+    def panel(axes: "Axes", key: str) -> None:
+        found = [(point["tokens"], point[key]) for point in points if point[key] is not None]
+        axes.plot(*zip(*found, strict=True), color=KEPT, marker=".", linewidth=1.2)
+        axes.set_ylabel("nats")
+
+    def description(key: str, name: str) -> str:
+        values = [point[key] for point in points if point[key] is not None]
+        return f"{name}: {values[0]:.3f} at first, {values[-1]:.3f} at last"
+
+    text = "; ".join(description(key, name) for key, name in shown.items())
+    return _drawn(lambda: [_panels("Losses against counted tokens", text, shown, panel, "counted tokens")])
 
 
 def _costs(summary: Summary) -> _Drawing:

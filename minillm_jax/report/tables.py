@@ -59,22 +59,22 @@ def perplexity_table(model: str, source: str, measured: Perplexity) -> Table:
     return table
 
 
-def recipes_json() -> dict[str, Any]:
-    """All recipes as one JSON object: name -> summary, and all settings by section."""
-    loaded = {name: recipes.load(name) for name in recipes.names()}
+def recipes_json(kind: type[recipes.Settings] = recipes.Recipe) -> dict[str, Any]:
+    """All recipes of a command as one JSON object: name -> summary, and all settings by section."""
+    loaded = {name: recipes.load_as(kind, name) for name in recipes.names(kind)}
     return {
-        name: {"summary": recipe.summary, **recipes.as_table(recipe, recipes.all_keys())}
+        name: {"summary": recipe.summary, **recipes.as_table(recipe, recipes.all_keys(kind))}
         for name, recipe in loaded.items()
     }
 
 
-def recipes_table() -> Table:
-    """All recipes as a table: name, summary, and the settings that differ from the defaults."""
+def recipes_table(kind: type[recipes.Settings] = recipes.Recipe) -> Table:
+    """All recipes of a command as a table: name, summary, and the settings that differ from the defaults."""
     table = Table(title="recipes", show_lines=True)
     for heading in ("recipe", "summary", "settings that differ from the defaults"):
         table.add_column(heading, overflow="fold")
-    for name in recipes.names():
-        recipe = recipes.load(name)
+    for name in recipes.names(kind):
+        recipe = recipes.load_as(kind, name)
         settings = [
             f"{at}.{key} = {value}" for at, keys in recipes.as_table(recipe).items() for key, value in keys.items()
         ]

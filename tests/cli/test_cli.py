@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from convert.__main__ import main as convert_main
 from minillm_jax import __version__, demo
 from minillm_jax.options import flag_of
-from minillm_jax.recipes.recipe import PANELS, options
+from minillm_jax.recipes.recipe import PANELS, SECTIONS, options
 from tests.cli.command import call
 from tests.helpers import edit_json, load_stock, load_torch
 
@@ -476,18 +476,18 @@ def shown_options(help_text: str) -> set[str]:
     return set(re.findall(r"^│ +(--[a-z-]+)", help_text, re.MULTILINE))
 
 
-def test_help_shows_ten_options_and_help_all_shows_every_option(
+def test_help_shows_eleven_options_and_help_all_shows_every_option(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     assert call(monkeypatch, ["prune", "--help"]) == 0
     common = shown_options(capsys.readouterr().out) - {"--help", "--help-all"}
-    assert len(common) == 10
+    assert len(common) == 11
     assert {"--ratio", "--calibration", "--output", "--recipe", "--set"} <= common
     assert call(monkeypatch, ["prune", "--help-all"]) == 0
     text = capsys.readouterr().out
-    for panel in PANELS.values():
-        assert f"─ {panel} ─" in text
+    for section in SECTIONS:
+        assert f"─ {PANELS[section]} ─" in text
     assert {flag_of(one) for _, one, _ in options()} <= shown_options(text)
     assert "Default: 16 (recipe ours)." in " ".join(text.split())
 

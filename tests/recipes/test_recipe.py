@@ -15,7 +15,6 @@ from convert.writer import check_shard_size
 from minillm_jax.errors import InputError
 from minillm_jax.options import COUNT, LAYERS, SHARDS, STEP, WORDS, Option, read_bytes
 from minillm_jax.recipes.recipe import (
-    FOLDER,
     PANELS,
     SECTIONS,
     Recipe,
@@ -29,6 +28,7 @@ from minillm_jax.recipes.recipe import (
     with_assignments,
     with_options,
 )
+from minillm_jax.recipes.recovery import Recovery
 from minillm_jax.recipes.used import used
 from minillm_jax.settings import Budget, Data, Estimation, Refit, Scoring, dtype_name
 
@@ -84,7 +84,7 @@ def test_the_default_recipe_is_structured_obs_with_least_squares() -> None:
 
 
 def test_every_file_of_the_package_writes_no_default() -> None:
-    for path in FOLDER.glob("*.toml"):
+    for path in Recipe.FOLDER.glob("*.toml"):
         table = tomllib.loads(path.read_text())
         assert {section: values for section, values in table.items() if section != "summary"} == as_table(load(path))
 
@@ -174,7 +174,7 @@ def test_every_flag_and_alias_belongs_to_one_setting() -> None:
     flags = [name for _, one, described in options() for name in (described.flag or one.name, *described.aliases)]
     assert [name for name, count in Counter(flags).items() if count > 1] == []
     assert places().keys() == set(flags)
-    assert PANELS.keys() == set(SECTIONS)
+    assert PANELS.keys() == set(SECTIONS) | set(Recovery.sections())
     for section, one, _ in options():
         assert places()[flags_of(section, one.name).removeprefix("--").replace("-", "_")] == (section, one.name)
 

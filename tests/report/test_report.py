@@ -20,12 +20,13 @@ from convert import writer
 from convert.reader import read_model
 from minillm_jax import demo
 from minillm_jax.errors import InputError, InputWarning
-from minillm_jax.recipes.recipe import Recipe
+from minillm_jax.recipes.recipe import Recipe, options
+from minillm_jax.recipes.recovery import Recovery
 from minillm_jax.report import html, model_card, plots, summary, tables
 from minillm_jax.run import Job, Result, run
 from minillm_jax.scoring.score import QUANTILES, ChosenWhilePruning, Scores, summaries
 from minillm_jax.settings import Budget, Data, Evaluation, Output, Refit, Scoring
-from tests.helpers import hugging_face_folder, load_torch, random_tokens
+from tests.helpers import hugging_face_folder, random_tokens
 
 HOSTILE = 'a"b: `c`<script src=http://x>|d\n---\n# e & f\u2028\udc80'
 
@@ -206,21 +207,12 @@ def test_whole_structures_have_their_rows_and_no_empty_plots(tmp_path: Path) -> 
     assert "whole hidden dimensions and layers were removed" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # raised by PEFT
-def test_the_recovery_snippet_of_the_card_runs(
-    wanda: tuple[Result, dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last snippet of the card runs on two batches, with the model of the snippet before it."""
-    torch = pytest.importorskip("torch")
-    _, _, folder = wanda
-    *_, snippet = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    names = {"model": load_torch(folder), "batches": [torch.from_numpy(random_tokens(97, 2, 8).astype(np.int64))] * 2}
-    exec(snippet, names)
-    adapted = {name for name, _ in names["tuned"].named_modules()}
-    assert not any("lm_head.base" in name for name in adapted)
-    assert sum(p.numel() for p in names["optimiser"].param_groups[0]["params"]) > 0
-    load_torch(tmp_path / "recovered")
+def test_the_recovery_command_of_the_card_exists(wanda: tuple[Result, dict[str, Any], Path]) -> None:
+    """Its options are those of the command."""
+    (line,) = re.findall(r"minillm-jax recover .*", (wanda[2] / "README.md").read_text())
+    given = [word.removeprefix("--") for word in line.split() if word.startswith("--")]
+    assert set(given) - {"output"} <= {described.flag or one.name for _, one, described in options(Recovery)}
+    assert "output" in given
 
 
 def test_without_matplotlib_the_page_names_the_extra(

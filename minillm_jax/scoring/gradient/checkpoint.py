@@ -1,6 +1,5 @@
 """Checkpoints of an estimate: an interrupted estimate continues from the measurements in a folder."""
 
-import time
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -10,16 +9,11 @@ import numpy as np
 from jaxtyping import Float
 
 from minillm_jax.data.batches import Batches
-from minillm_jax.devices import hosts
-from minillm_jax.errors import InputError, reason
+from minillm_jax.devices.store import SAVE_EVERY, State, Store
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.digest import model_digest
-from minillm_jax.paths import absolute_path
 from minillm_jax.scoring.gradient.plan import Plan
 from minillm_jax.settings import Estimation
-
-# Least time between two checkpoints, in seconds: the work that an interruption may lose beyond the unfinished call.
-SAVE_EVERY = 15.0
 
 # Settings that change the plan of an estimate, but not the estimate.
 _ONLY_SPEED = ("directions_per_step", "memory")
@@ -40,13 +34,10 @@ class Stored(NamedTuple):
 
 
 class Checkpoint:
-    """The folder of one estimate: an Orbax checkpoint of all measured losses or slopes.
+    """The folder of one estimate: all measured losses or slopes (`devices.store`).
 
     The identity of the estimate is stored with the measurements: model, text and settings. The plan and a chosen ε are
     stored too. A resumed estimate uses both, so that it equals an uninterrupted estimate bit for bit.
-
-    With several processes, all of them open, load and save together, and process 0 decides when: a process that saved
-    alone, by its own clock, would wait for the others for ever.
 
     Args:
       folder: the folder; created if it does not exist.
@@ -63,17 +54,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | Path, identity: dict[str, Any], save_every: float = SAVE_EVERY):
-        from orbax.checkpoint import v1 as ocp
-
-        self.folder, self.identity = absolute_path(folder, "checkpoint folder"), identity
-        self.save_every, self._last = save_every, time.monotonic()
-        try:
-            self.folder = self.folder.resolve()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            policy: Any = ocp.training.preservation_policies.LatestN(1)
-            self._store = ocp.training.Checkpointer(str(self.folder), preservation_policy=policy)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"{self.folder}: cannot hold a checkpoint ({reason(error)})") from error
+        self._store = Store(folder, identity, "an estimate", save_every)
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -81,7 +62,7 @@ class Checkpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._store.close()
+        self._store.__exit__(kind, error, trace)
 
     def load(self) -> Stored | None:
         """The measurements of the first directions, the plan and ε; None if there is no checkpoint yet.
@@ -89,28 +70,18 @@ class Checkpoint:
         Raises:
           InputError: the folder holds the checkpoint of another estimate, or a damaged checkpoint.
         """
-        latest = self._store.latest
-        hosts.check_same(f"checkpoints in {self.folder}", None if latest is None else latest.step)
-        if latest is None:
+        state = self._store.load()
+        if state is None:
             return None
         try:
-            stored: Any = self._store.metadata().custom_metadata
-            measured = np.asarray(self._store.load()["measured"])
-            plan, epsilon = Plan(**stored["plan"]), stored["epsilon"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.folder}: not a whole checkpoint of an estimate ({reason(error)})") from error
-        for name, expected in self.identity.items():
-            if stored["identity"].get(name) != expected:
-                raise InputError(
-                    f"{self.folder}: holds an estimate with another {name} ({stored['identity'].get(name)}, not "
-                    f"{expected}); give another --checkpoint"
-                )
-        return Stored(plan, epsilon, measured)
+            return Stored(
+                Plan(**state.metadata["plan"]), state.metadata["epsilon"], np.asarray(state.arrays["measured"])
+            )
+        except (KeyError, TypeError) as error:
+            raise self._store.damaged(error) from error
 
     def save(self, state: Stored, last: bool) -> None:
-        """Saves the measurements if `save_every` seconds have passed since the last checkpoint, by process 0's clock.
-
-        A checkpoint is written whole or not at all.
+        """Saves the measurements if `save_every` seconds have passed since the last checkpoint.
 
         Args:
           state: what a resumed estimate needs.
@@ -119,15 +90,9 @@ class Checkpoint:
         Raises:
           InputError: the checkpoint cannot be written, for example on a full disk.
         """
-        due = hosts.of_first(lambda: {"due": np.bool_(time.monotonic() - self._last >= self.save_every)})["due"]
-        if last or due:
-            metadata: Any = {"identity": self.identity, "plan": asdict(state.plan), "epsilon": state.epsilon}
-            measured = {"measured": state.measured}
-            try:
-                self._store.save(len(state.measured), measured, custom_metadata=metadata, overwrite=True)
-            except Exception as error:  # Orbax raises errors of many types
-                raise InputError(f"{self.folder}: the checkpoint cannot be written ({reason(error)})") from error
-            self._last = time.monotonic()
+        if self._store.due() or last:
+            metadata = {"plan": asdict(state.plan), "epsilon": state.epsilon}
+            self._store.save(len(state.measured), State({"measured": state.measured}, metadata))
 
 
 def identity(settings: Estimation, batches: Batches, decoder: Decoder) -> dict[str, Any]:

@@ -19,8 +19,9 @@ GAUSSIAN_PARTS = 16
 
 _ORDINAL = {name: ordinal for ordinal, name in enumerate(axis_table.matrices())}
 
-# Independent random streams: directions of an estimate, noise of the criterion `noise`, scores of `random`.
-_STREAMS = {"direction": 0, "noise": 1, "random": 2}
+# Independent random streams: directions of an estimate, noise of the criterion `noise`, scores of `random`, the first
+# values of an adapter, dropout.
+_STREAMS = {"direction": 0, "noise": 1, "random": 2, "adapter": 3, "dropout": 4}
 
 
 class Directions(NamedTuple):
@@ -45,7 +46,7 @@ class Directions(NamedTuple):
 
 
 def stream_key(seed: int, stream: str, implementation: str = RNGS[0]) -> Key[Array, ""]:
-    """The key of a random stream of the package: `direction`, `noise` or `random`."""
+    """The key of a random stream of the package, a name of `_STREAMS`."""
     return jax.random.fold_in(jax.random.key(seed, impl=implementation), _STREAMS[stream])
 
 

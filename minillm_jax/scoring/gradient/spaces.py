@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from minillm_jax.model import axis_table, ops
 from minillm_jax.model.decoder import Decoder, scan_layers
-from minillm_jax.model.modules import MLP, Attention, Block, Linear, depth
-from minillm_jax.model.tree import group_count, kernels, replace_kernels
+from minillm_jax.model.modules import Block, Linear, depth
+from minillm_jax.model.tree import group_count, kernels, replace_kernels, replace_linears
 from minillm_jax.scoring.gradient import directions
 
 # Kind of group -> output projection of the groups; the gates multiply its input.
@@ -128,7 +128,7 @@ class LowRank:
         def new(name: str, linear: Linear) -> LowRankLinear:
             return LowRankLinear(linear, *self._factors(key, layer, name, linear.kernel.shape), step)
 
-        return _replace_linears(block, new)
+        return replace_linears(block, new)
 
     def add(
         self, target: Float[Array, "..."], scale: Array, key: Key[Array, ""], layer: Array, name: str
@@ -264,7 +264,7 @@ def gated(block: Block, direction: dict[str, Float[Array, "#B groups"]], step: S
     def new(name: str, linear: Linear) -> Linear:
         return GatedLinear(linear, by_projection[name], step) if name in by_projection else linear
 
-    return _replace_linears(block, new)
+    return replace_linears(block, new)
 
 
 class LowRankLinear(Linear):
@@ -276,16 +276,10 @@ class LowRankLinear(Linear):
         self.step = step
 
     def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """See `Linear`. The letter R stands for the rank."""
-        inputs, outputs = equation.split("->")
-        x_letters, kernel = inputs.split(",")
-        contracted = [letter for letter in kernel if letter in x_letters and letter not in outputs]
-        narrow_letters = "".join(letter for letter in x_letters if letter not in contracted) + "R"
-        output_letters = kernel[len(contracted) :]
+        """See `Linear`."""
 
         def add(target: Array, scale: Array) -> Array:
-            narrow = ops.einsum(f"{x_letters},{''.join(contracted)}R->{narrow_letters}", x, self.u[...])
-            return target + ops.einsum(f"{narrow_letters},R{output_letters}->{outputs}", narrow, scale * self.v[...])
+            return target + ops.factored_einsum(equation, x, self.u[...], scale * self.v[...])
 
         return self.step(super().__call__(equation, x), add)
 
@@ -310,19 +304,3 @@ def spread(
     """The gates, repeated along axis 2 of x: every query head of a group gets the gate of the group."""
     repeated = jnp.repeat(gates, x.shape[2] // gates.shape[1], axis=1)
     return repeated.reshape(repeated.shape[0], 1, repeated.shape[1], *(1,) * (x.ndim - 3))
-
-
-def _replace_linears(block: Block, new: Callable[[str, Linear], Linear]) -> Block:
-    """A layer with every matrix replaced by `new(name, matrix)`."""
-    attention, mlp = block.attention, block.mlp
-    q, k, v, o = (new(f"attention.{name}", getattr(attention, name)) for name in "qkvo")
-    window, slopes = (None if data is None else data[...] for data in (attention.window, attention.slopes))
-    gate = None if mlp.gate is None else new("mlp.gate", mlp.gate)
-    return Block(
-        block.attention_norm,
-        Attention(q, k, v, o, attention.q_norm, attention.k_norm, window, slopes),
-        block.mlp_norm,
-        MLP(gate, new("mlp.up", mlp.up), new("mlp.down", mlp.down)),
-        block.attention_post_norm,
-        block.mlp_post_norm,
-    )

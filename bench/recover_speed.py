@@ -1,0 +1,140 @@
+"""Time and memory of a training step of low-rank adapters: ours and PEFT's in PyTorch, on the same shape.
+
+    python bench/recover_speed.py [--shape 25M] [--batch 4] [--length 256] [--rounds 9] [--output FILE]
+
+A step is the forward pass, the backward pass and an update of AdamW, for adapters of rank 8 on all linear maps, without
+dropout. The programs take turns in one process. `ours, activations kept` does not compute the layers again in the
+backward pass. Peak memory is that of a process of its own which does three steps of one program alone. PEFT runs the
+stock `LlamaForCausalLM` with PyTorch's fused attention, and takes the loss as transformers does.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from environment import environment
+from processes import FLAG, cost, end_with_parent, launch
+
+PROGRAMS = ("ours", "ours, activations kept", "PEFT")
+
+
+def program_of(name: str, shape: str, batch: int, length: int) -> Callable[[], Any]:
+    """A program that does one training step."""
+    if name == "PEFT":
+        return peft_step(shape, batch, length)
+    return our_step(shape, batch, length, remat=name == "ours")
+
+
+def our_step(shape: str, batch: int, length: int, remat: bool) -> Callable[[], Any]:
+    """A training step of this package."""
+    import jax
+    from jax import numpy as jnp
+    from shapes import random_decoder, random_tokens
+
+    from minillm_jax.recovery import gradients
+    from minillm_jax.recovery.objective import Sequences, Weights
+    from minillm_jax.recovery.optimizer import optimizer
+    from minillm_jax.recovery.settings import Lora, Training
+    from minillm_jax.recovery.train import compiled_update
+    from minillm_jax.recovery.trained import TrainedAdapter
+
+    decoder = random_decoder(shape)
+    trained = TrainedAdapter(Lora(), remat)
+    steps = optimizer(Training(batch=batch, micro_batch=batch), 1000)
+    update = compiled_update(gradients.backward(trained), steps)
+    tokens = random_tokens(decoder.embedding.shape[0], batch, length)
+    counted = jnp.ones(tokens.shape, bool).at[:, 0].set(False)
+    rest = (
+        Sequences(tokens, counted),
+        Weights(jnp.float32(0), jnp.float32(1)),
+        jnp.float32(1 / (batch * (length - 1))),
+    )
+    state: list[Any] = [trained.initial(decoder, 0)]
+    state.append(steps.init(state[0]))
+
+    def step() -> Any:
+        state[0], state[1], found = update(state[0], state[1], decoder, None, *rest, jax.random.key(0))
+        return found
+
+    return step
+
+
+def peft_step(shape: str, batch: int, length: int) -> Callable[[], Any]:
+    """A training step of PEFT."""
+    import peft
+    import torch
+    from torch_pair import llama
+
+    settings = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model: Any = peft.get_peft_model(llama(shape), settings).train()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-4, weight_decay=0.0)
+    ids = torch.randint(0, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return step
+
+
+def measure(row: dict[str, Any]) -> dict[str, Any]:
+    """The peak memory of a process that runs three steps of one program."""
+    program = program_of(row["program"], row["shape"], row["batch"], row["length"])
+    for _ in range(3):
+        result = program()
+        if result is not None:
+            import jax
+
+            jax.block_until_ready(result)
+    return cost()
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The arguments of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="25M")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure the memory of one program for the flag `--row`; else time all programs and write the JSON."""
+    if sys.argv[1:2] == [FLAG]:
+        end_with_parent()
+        print(json.dumps(measure(json.loads(sys.argv[2]))))
+        return
+    from timing import medians, take_turns
+
+    arguments = parse_arguments()
+    shape = {"shape": arguments.shape, "batch": arguments.batch, "length": arguments.length}
+    memory = {name: launch(Path(__file__), shape | {"program": name}) for name in PROGRAMS}
+    programs = {name: program_of(name, *shape.values()) for name in PROGRAMS}
+    seconds = medians(take_turns(programs, arguments.rounds))
+    rows = [
+        shape
+        | {
+            "program": name,
+            "seconds": round(seconds[name], 4),
+            "tokens_per_second": round(arguments.batch * arguments.length / seconds[name], 1),
+            "speed": round(seconds["PEFT"] / seconds[name], 3),
+            "peak_bytes": memory[name]["peak_bytes"],
+            "memory": round(memory[name]["peak_bytes"] / memory["PEFT"]["peak_bytes"], 3),
+        }
+        for name in PROGRAMS
+    ]
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Recovery of a pruned model: low-rank adapters, distillation, updates from forward passes."""

@@ -1,0 +1,160 @@
+"""Low-rank adapters (LoRA; Hu et al., arXiv 2106.09685): a pytree of factors beside the decoder.
+
+A matrix W of the decoder computes x · W + (α / r) · x · A · B with an adapter. W itself is neither copied nor changed,
+and it gets no gradient. `merge` adds (α / r) · A · B to every W in the end.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from minillm_jax.model import axis_table, ops
+from minillm_jax.model.build import with_runs
+from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.modules import Block, Linear, depth
+from minillm_jax.model.tree import kernels, replace_kernels, replace_linears
+from minillm_jax.recovery.settings import Lora
+from minillm_jax.scoring.gradient import directions
+
+
+class Factors(NamedTuple):
+    """The factors of one matrix, in all layers of a run or in one layer.
+
+    Attributes:
+      a: maps the inputs to the rank, float32, [L, inputs, R].
+      b: maps the rank to the outputs, float32, [L, R, outputs].
+    """
+
+    a: Float[Array, "*L_inputs R"]
+    b: Float[Array, "*L_R outputs"]
+
+
+# For each run of the decoder: name of a matrix -> its factors.
+Adapter = list[dict[str, Factors]]
+
+
+def inputs_of(name: str) -> int:
+    """The number of axes of a matrix that are inputs."""
+    return len(axis_table.matrices()[name].split()[0])
+
+
+def initial(decoder: Decoder, lora: Lora, seed: int) -> Adapter:
+    """An adapter without effect: A uniform within ± 1 / √inputs, as PEFT draws it; B zero.
+
+    The numbers depend on the seed, the layer and the matrix, and not on the runs or the devices.
+
+    Args:
+      decoder: the model; its shapes alone are read.
+      lora: rank and targets. A matrix that is not there, or has lost all its groups, gets no factors.
+      seed: of the draw.
+    """
+    key, first, adapter = directions.stream_key(seed, "adapter"), 0, []
+    for run in decoder.runs:
+        layers = jnp.arange(first, first + depth(run), dtype=jnp.int32)
+        adapter.append(
+            {
+                name: _initial_factors(kernel.shape[1:], name, lora.rank, key, layers)
+                for name, kernel in kernels(run).items()
+                if name in lora.targets and kernel.size
+            }
+        )
+        first += depth(run)
+    return adapter
+
+
+def _initial_factors(
+    shape: tuple[int, ...], name: str, rank: int, key: Key[Array, ""], layers: Int[Array, " L"]
+) -> Factors:
+    inputs, outputs = shape[: inputs_of(name)], shape[inputs_of(name) :]
+    fan_in = 1
+    for size in inputs:
+        fan_in *= size
+    bound = fan_in**-0.5
+
+    def draw(layer: Array) -> Array:
+        return jax.random.uniform(
+            directions.part_key(key, layer, name), (*inputs, rank), jnp.float32, minval=-bound, maxval=bound
+        )
+
+    return Factors(jax.vmap(draw)(layers), jnp.zeros((len(layers), rank, *outputs), jnp.float32))
+
+
+class AdaptedLinear(Linear):
+    """x · kernel + bias + scale · dropout(x) · A · B."""
+
+    def __init__(self, linear: Linear, factors: Factors, scale: float, drop: Callable[[Array], Array]):
+        self.kernel, self.bias = linear.kernel, linear.bias
+        self.a, self.b = nnx.Variable(factors.a), nnx.Variable(factors.b)
+        self.scale, self.drop = scale, drop
+
+    def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """See `Linear`. The term of the adapter is added in float32."""
+        y = super().__call__(equation, x)
+        change = ops.factored_einsum(equation, self.drop(x), self.a[...], self.scale * self.b[...])
+        return (y + change).astype(y.dtype)
+
+
+def adapted(
+    block: Block, factors: dict[str, Factors], lora: Lora, key: Key[Array, ""] | None, layer: Int[Array, ""]
+) -> Block:
+    """One layer that computes with its adapter.
+
+    Args:
+      block: the layer's arrays.
+      factors: the factors of the layer, by the name of the matrix.
+      lora: scale and dropout.
+      key: of the dropout; None for none, as in evaluation.
+      layer: index of the layer in the model.
+    """
+
+    def new(name: str, linear: Linear) -> Linear:
+        if name not in factors:
+            return linear
+        return AdaptedLinear(linear, factors[name], lora.scale, _dropout(lora.dropout, key, layer, name))
+
+    return replace_linears(block, new)
+
+
+def _dropout(
+    rate: float, key: Key[Array, ""] | None, layer: Int[Array, ""], name: str
+) -> Callable[[Float[Array, "..."]], Float[Array, "..."]]:
+    if key is None or not rate:
+        return lambda x: x
+
+    def drop(x: Array) -> Array:
+        kept = jax.random.bernoulli(directions.part_key(key, layer, name), 1 - rate, x.shape)
+        return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+    return drop
+
+
+def merge(decoder: Decoder, adapter: Adapter, lora: Lora) -> Decoder:
+    """A decoder whose matrices hold W + (α / r) · A · B, computed in float32 and rounded to the type of W."""
+    return with_runs(decoder, [_merged_run(run, factors, lora.scale) for run, factors in _paired(decoder, adapter)])
+
+
+@jax.jit
+def _product(kernel: Float[Array, "L ..."], factors: Factors, scale: float | Float[Array, ""]) -> Float[Array, "L ..."]:
+    count, rank = kernel.shape[0], factors.a.shape[-1]
+    a, b = factors.a.reshape(count, -1, rank), factors.b.reshape(count, rank, -1)
+    change = ops.einsum("LIR,LRO->LIO", a, b).reshape(kernel.shape)
+    return (kernel.astype(jnp.float32) + scale * change).astype(kernel.dtype)
+
+
+def _merged_run(run: Block, factors: dict[str, Factors], scale: float) -> Block:
+    return replace_kernels(
+        run, lambda name, kernel: _product(kernel, factors[name], scale) if name in factors else kernel
+    )
+
+
+def _paired(decoder: Decoder, adapter: Adapter) -> Sequence[tuple[Block, dict[str, Factors]]]:
+    return list(zip(decoder.runs, adapter, strict=True))
+
+
+def size(adapter: Adapter) -> int:
+    """Number of parameters of an adapter."""
+    return sum(leaf.size for leaf in jax.tree.leaves(adapter))

@@ -1,0 +1,398 @@
+"""All settings of a recovery, with their defaults.
+
+Each class is a section of a recipe of `minillm-jax recover`, as the classes of `minillm_jax.settings` are sections of a
+recipe of `minillm-jax prune`. This module imports neither JAX nor transformers, so that `--help` answers at once.
+"""
+
+import re
+from dataclasses import dataclass, field
+from math import isfinite
+
+from minillm_jax.errors import InputError, one_of
+from minillm_jax.options import SHARDS, WORDS, Spelling, option
+from minillm_jax.settings import BOS, DTYPE_SYNONYMS, DTYPES, FORMATS, GGUF_TYPES, LOSS_ON, PACKINGS, TEMPLATES
+
+METHODS = ("lora", "full", "forward")
+LOSSES = ("ce", "kd", "both")
+SCHEDULES = ("linear", "cosine", "constant")
+# What `--method forward` trains: low-rank adapters, norms, or norms and biases.
+FORWARD_TRAINS = ("lora", "norms", "all-small")
+# Name of a matrix in the settings -> its name in the table of axes (`model.axis_table`).
+TARGETS = {
+    **{name: f"attention.{name}" for name in ("q", "k", "v", "o")},
+    **{name: f"mlp.{name}" for name in ("gate", "up", "down")},
+}
+
+
+def _read_course(text: str) -> tuple[float, float]:
+    match = re.fullmatch(r"\s*([\d.eE+-]+)\s*(?::\s*([\d.eE+-]+))?\s*", text)
+    try:
+        if match is None:
+            raise ValueError
+        first = float(match[1])
+        last = first if match[2] is None else float(match[2])
+    except ValueError:
+        raise ValueError("is not understood; expected FIRST:LAST, 0.9:0.5 for example, or one number") from None
+    if not (isfinite(first) and isfinite(last)):
+        raise ValueError("is not finite")
+    return first, last
+
+
+# A number that changes linearly from the first step to the last.
+COURSE = Spelling(_read_course, lambda course: f"{course[0]:g}:{course[1]:g}", "0.9:0.5")
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The text to train on.
+
+    Attributes:
+      data: a file, a Hub data set as `owner/name[/config][:split]`.
+      seq_len: tokens of a sequence at most.
+      packing: one example a sequence, `padded`, or examples one after the other, `packed`; `auto` pads conversations
+        and packs plain text.
+      template: how conversations are written: by the tokenizer's chat template where it has one (`auto`), or by the
+        prompts of Stanford Alpaca.
+      loss_on: which tokens the loss counts: those of the responses, or all; `auto` counts responses in conversations.
+      held_out: number of sequences that are not trained on, for the validation loss; None for a tenth, at most 64.
+      field: name of the field that holds the text of a row.
+      bos: where the beginning-of-sequence token stands (`data.first_token`).
+      seed: of the order, the validation sequences, the adapter's first values, and dropout.
+    """
+
+    data: str | None = option(
+        None,
+        str,
+        "Text, .json, .jsonl, .csv, .parquet or .npy (token ids) file, or a Hub data set OWNER/NAME[:SPLIT], to train "
+        "on: plain text, or rows of Alpaca, messages, prompt and response.",
+        common=True,
+    )
+    seq_len: int = option(256, int, "Tokens of a training sequence at most.")
+    packing: str = option(
+        "auto",
+        str,
+        "One example a sequence (padded) or examples one after the other (packed); auto pads conversations.",
+        choices=PACKINGS,
+    )
+    template: str = option(
+        "auto",
+        str,
+        "Write conversations by the chat template of the tokenizer, or by the prompts of Alpaca.",
+        choices=TEMPLATES,
+    )
+    loss_on: str = option("auto", str, "Tokens that the loss counts: of the responses, or all.", choices=LOSS_ON)
+    held_out: int | None = option(
+        None, int, "Sequences that are not trained on, for the validation loss; a tenth, and at most 64, if unset."
+    )
+    field: str = option("text", str, "Field that holds the text, in files of rows and Hub data sets.")
+    bos: str = option("auto", str, "Beginning-of-sequence token of training sequences, as in prune.", choices=BOS)
+    seed: int = option(0, int, "Seed of the order, the validation sequences, the adapter and dropout.")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the model is trained.
+
+    Attributes:
+      method: what is trained, and how: `lora`, low-rank adapters; `full`, every weight; `forward`, without
+        back-propagation.
+      loss: `ce`, the cross entropy of the text; `kd`, the divergence from the teacher; `both`. None for `both` with a
+        teacher, and `ce` without.
+      epochs: passes over the training sequences.
+      steps: number of updates, in the place of epochs.
+      batch: sequences of an update.
+      micro_batch: sequences of a forward and backward pass; their gradients are added up.
+      learning_rate: of AdamW, after the warm-up.
+      warmup: updates in which the learning rate rises from zero.
+      schedule: how the learning rate falls after the warm-up: to zero linearly or as a cosine, or not at all.
+      weight_decay: of AdamW.
+      clip: largest norm of a gradient; 0 for any.
+      validate_every: updates between two validations; the last update is always validated.
+      keep_activations: whether the activations of all layers are kept for the backward pass, and not computed again; it
+        is faster and takes more memory.
+      last: whether the result is the last state, and not that of the least validation loss.
+    """
+
+    method: str = option("lora", str, "What is trained, and how.", choices=METHODS, common=True)
+    loss: str | None = option(
+        None,
+        str,
+        "Cross entropy (ce), divergence from the teacher (kd), or both; both if unset and there is a teacher.",
+        choices=LOSSES,
+        common=True,
+    )
+    epochs: float = option(1.0, float, "Passes over the training sequences.")
+    steps: int | None = option(None, int, "Number of updates, in the place of epochs.", common=True)
+    batch: int = option(16, int, "Sequences of an update.")
+    micro_batch: int = option(4, int, "Sequences of a forward and backward pass; a divisor of the batch.")
+    learning_rate: float = option(3e-4, float, "Learning rate of AdamW after the warm-up.", common=True)
+    warmup: int = option(10, int, "Updates in which the learning rate rises from zero.")
+    schedule: str = option("linear", str, "How the learning rate falls after the warm-up.", choices=SCHEDULES)
+    weight_decay: float = option(0.0, float, "Weight decay of AdamW.")
+    clip: float = option(1.0, float, "Largest norm of a gradient; 0 for any.")
+    validate_every: int = option(25, int, "Updates between two validations.")
+    keep_activations: bool = option(
+        False, bool, "Keep the activations of all layers for the backward pass: faster, with more memory."
+    )
+    last: bool = option(False, bool, "Write the last state, and not that of the least validation loss.")
+
+    def check(self) -> None:
+        """Check the ranges.
+
+        Raises:
+          InputError: a setting is out of its range.
+        """
+        one_of("method", self.method, METHODS)
+        one_of("schedule", self.schedule, SCHEDULES)
+        if self.loss is not None:
+            one_of("loss", self.loss, LOSSES)
+        if self.batch < 1 or self.micro_batch < 1 or self.batch % self.micro_batch:
+            raise InputError(f"--micro-batch must divide --batch, found {self.micro_batch} and {self.batch} sequences")
+        for flag, value in (("--epochs", self.epochs), ("--learning-rate", self.learning_rate)):
+            if not (isfinite(value) and value > 0):
+                raise InputError(f"{flag} must be above 0, found {value:g}")
+        for flag, value in (("--weight-decay", self.weight_decay), ("--clip", self.clip)):
+            if not (isfinite(value) and value >= 0):
+                raise InputError(f"{flag} must be at least 0, found {value:g}")
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"--steps must be at least 1, found {self.steps}")
+        if self.warmup < 0:
+            raise InputError(f"--warmup must be at least 0, found {self.warmup}")
+        if self.validate_every < 1:
+            raise InputError(f"--validate-every must be at least 1, found {self.validate_every}")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The shape of an adapter, and how it computes.
+
+    Attributes:
+      rank: rank r of the factors.
+      alpha: numerator α of the scale α / r.
+      dropout: share of the inputs of A that are set to zero in training, in [0, 1); the others are scaled up.
+      targets: names of the matrices with an adapter (`model.axis_table`).
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = tuple(TARGETS.values())
+
+    @property
+    def scale(self) -> float:
+        """The factor α / r of A · B."""
+        return self.alpha / self.rank
+
+    def check(self) -> None:
+        """Check the ranges.
+
+        Raises:
+          InputError: a number is out of its range, or a target is no matrix.
+        """
+        if self.rank < 1:
+            raise InputError(f"--rank must be at least 1, found {self.rank}")
+        if not self.alpha > 0:
+            raise InputError(f"--lora-alpha must be above 0, found {self.alpha:g}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"--dropout must lie in [0, 1), found {self.dropout:g}")
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """The low-rank adapters of `--method lora` and of `--method forward`.
+
+    Attributes:
+      rank: rank r.
+      alpha: numerator α of the scale α / r.
+      dropout: share of an adapter's inputs that are set to zero in training.
+      targets: matrices with an adapter; `gate` means nothing in models without one.
+      start: folder of an adapter to start from, whose shape replaces this one.
+    """
+
+    rank: int = option(8, int, "Rank r of the adapters.")
+    alpha: float = option(16.0, float, "Numerator α of the scale α / r of the adapters.", flag="lora_alpha")
+    dropout: float = option(0.0, float, "Share of an adapter's inputs that are set to zero in training.")
+    targets: tuple[str, ...] = option(
+        tuple(TARGETS), str, "Matrices with an adapter: q, k, v, o, gate, up, down.", spelling=WORDS
+    )
+    start: str | None = option(None, str, "Folder of a PEFT adapter to start from.", flag="adapter")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The dense model as teacher.
+
+    Attributes:
+      teacher: a folder or a Hub id; None for none.
+      weight: share a of the divergence in the loss `both`, from the first update to the last:
+        a · T² · KL + (1 - a) · CE.
+      temperature: T, by which the logits of teacher and student are divided.
+      teacher_logits: folder with the most probable tokens of the teacher, which is written once; the teacher is then
+        not in memory while the student is trained.
+      top: tokens that are kept at each position; the others count as one.
+    """
+
+    teacher: str | None = option(
+        None, str, "The dense model, to learn its next-token probabilities; a folder or a Hub id.", common=True
+    )
+    weight: tuple[float, float] = option(
+        (0.9, 0.5), str, "Share of the divergence in the loss both, first:last.", flag="kd_weight", spelling=COURSE
+    )
+    temperature: tuple[float, float] = option(
+        (2.0, 1.0), str, "Temperature of the logits in the divergence, first:last.", spelling=COURSE
+    )
+    teacher_logits: str | None = option(
+        None, str, "Folder for the teacher's most probable tokens, written once and read again.", recorded=False
+    )
+    top: int = option(128, int, "Tokens of the teacher that are kept at each position.")
+
+    def check(self) -> None:
+        """Check the ranges.
+
+        Raises:
+          InputError: a setting is out of its range.
+        """
+        if not all(0 <= share <= 1 for share in self.weight):
+            raise InputError(f"--kd-weight must lie in [0, 1], found {COURSE.write(self.weight)}")
+        if not all(temperature > 0 for temperature in self.temperature):
+            raise InputError(f"--temperature must be above 0, found {COURSE.write(self.temperature)}")
+        if self.top < 1:
+            raise InputError(f"--top must be at least 1, found {self.top}")
+
+
+@dataclass(frozen=True)
+class ForwardOnly:
+    """`--method forward`: updates from paired losses, without back-propagation (MeZO, arXiv 2305.17333).
+
+    Attributes:
+      train: what moves: `lora`, `norms`, or `all-small` (norms and biases).
+      directions: random directions of an update, whose estimates are averaged.
+      epsilon: the step ε of a paired loss.
+    """
+
+    train: str = option("lora", str, "What --method forward trains.", choices=FORWARD_TRAINS)
+    directions: int = option(8, int, "Random directions of an update of --method forward.", flag="forward_directions")
+    epsilon: float = option(1e-3, float, "Step of the paired losses of --method forward.", flag="forward_epsilon")
+
+    def check(self) -> None:
+        """Check the ranges.
+
+        Raises:
+          InputError: a setting is out of its range.
+        """
+        one_of("part of the model that --method forward trains", self.train, FORWARD_TRAINS)
+        if self.directions < 1:
+            raise InputError(f"--forward-directions must be at least 1, found {self.directions}")
+        if not (isfinite(self.epsilon) and self.epsilon > 0):
+            raise InputError(f"--forward-epsilon must be above 0, found {self.epsilon:g}")
+
+
+@dataclass(frozen=True)
+class RecoveryOutput:
+    """What is written.
+
+    Attributes:
+      format: of the folder; None for the format of the pruned model.
+      max_shard_size: of the weight files.
+      dtype: type of the weights, in memory and in the files; None for the stored type.
+      checkpoint: folder of the training state, from which an interrupted run continues; None for one beside the output,
+        which is removed when the output is written.
+      gguf_type: type of the matrices in a GGUF file; None for that of the weights.
+    """
+
+    format: str | None = option(
+        None, str, "Format of the output folder; that of the model if unset.", choices=FORMATS, common=True
+    )
+    max_shard_size: str = option("5GB", str, "Size of the largest weight file, 5GB or 500MB.", spelling=SHARDS)
+    dtype: str | None = option(
+        None,
+        str,
+        "Type of the weights; the stored type if unset.",
+        choices=DTYPES,
+        synonyms=DTYPE_SYNONYMS,
+    )
+    checkpoint: str | None = option(
+        None, str, "Folder of the training state; one beside the output if unset.", recorded=False
+    )
+    gguf_type: str | None = option(
+        None, str, "Type of the matrices in a GGUF file; that of the weights if unset.", choices=GGUF_TYPES
+    )
+
+
+@dataclass(frozen=True)
+class RecoveryEvaluation:
+    """The texts that are measured and not trained on.
+
+    Attributes:
+      text: perplexity on it is measured before and after the recovery, and of the teacher.
+      window: tokens of a window.
+      watch: a second kind of text; its loss is measured with every validation, because training on one narrow text can
+        make a model worse on others.
+      watch_windows: number of its windows, evenly spaced.
+    """
+
+    text: str | None = option(
+        None,
+        str,
+        "Text to measure the perplexity on, before and after the recovery.",
+        flag="evaluate",
+        common=True,
+    )
+    window: int = option(128, int, "Tokens of an evaluation window.")
+    watch: str | None = option(
+        None, str, "Another kind of text, whose loss is measured with every validation.", common=True
+    )
+    watch_windows: int = option(32, int, "Number of windows of the text of --watch.")
+
+
+@dataclass(frozen=True)
+class Sections:
+    """The settings of a recovery that decide what is computed."""
+
+    training: Training = field(default_factory=Training)
+    adapter: AdapterShape = field(default_factory=AdapterShape)
+    distillation: Distillation = field(default_factory=Distillation)
+    forward: ForwardOnly = field(default_factory=ForwardOnly)
+
+    def check(self) -> None:
+        """Check all ranges.
+
+        Raises:
+          InputError: a setting is out of its range.
+        """
+        self.training.check()
+        self.distillation.check()
+        self.forward.check()
+        self.lora().check()
+
+    def lora(self) -> Lora:
+        """The shape of the adapters.
+
+        Raises:
+          InputError: a target is no matrix.
+        """
+        shape = self.adapter
+        unknown = [name for name in shape.targets if name not in TARGETS]
+        if unknown or not shape.targets:
+            found = unknown[0] if unknown else "none"
+            raise InputError(f"--targets must name some of {', '.join(TARGETS)}, found {found!r}")
+        return Lora(shape.rank, shape.alpha, shape.dropout, tuple(TARGETS[name] for name in shape.targets))
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether the result is an adapter."""
+        method = self.training.method
+        return method == "lora" or (method == "forward" and self.forward.train == "lora")
+
+    def share(self, teacher: bool) -> float | None:
+        """The share of the divergence in the loss; None for the course of `distillation.weight`.
+
+        Raises:
+          InputError: the loss needs a teacher, and there is none.
+        """
+        loss = self.training.loss or ("both" if teacher else "ce")
+        if loss != "ce" and not teacher:
+            raise InputError(
+                f"--loss {loss} measures the divergence from a teacher; name the dense model with --teacher"
+            )
+        return {"ce": 0.0, "kd": 1.0, "both": None}[loss]

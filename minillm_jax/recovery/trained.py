@@ -1,0 +1,160 @@
+"""What a recovery trains: an adapter beside the decoder, or some of the decoder's own arrays.
+
+Both are a pytree of float32 arrays, the parameters. A `Trained` says how the model computes with them. The decoder
+itself is an argument without a gradient.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from minillm_jax.model import axis_table
+from minillm_jax.model.decoder import Decoder, embed, finish, rotary_angles, scan_layers
+from minillm_jax.model.layer import apply_layer
+from minillm_jax.model.modules import Block
+from minillm_jax.model.tree import named_arrays
+from minillm_jax.recovery import adapter as adapters
+from minillm_jax.recovery.adapter import Lora
+
+Parameters = Any
+
+
+@runtime_checkable
+class Trained(Protocol):
+    """The methods that the training loop calls."""
+
+    def initial(self, decoder: Decoder, seed: int) -> Parameters:
+        """The parameters before the first update, which change nothing."""
+        ...
+
+    def computing(self, parameters: Parameters, decoder: Decoder) -> Decoder:
+        """The decoder whose embedding and head the model computes with."""
+        ...
+
+    def hidden(
+        self, parameters: Parameters, decoder: Decoder, tokens: Int[Array, "B T"], key: Key[Array, ""] | None
+    ) -> Float[Array, "B T E"]:
+        """The input of the head; the key is that of the dropout, None in evaluation."""
+        ...
+
+    def result(self, parameters: Parameters, decoder: Decoder) -> Decoder:
+        """The recovered decoder, in the types of the decoder."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """A low-rank adapter.
+
+    Attributes:
+      lora: its shape.
+      remat: whether the activations of a layer are computed again in the backward pass.
+      start: the adapter before the first update; None for a new one.
+    """
+
+    lora: Lora
+    remat: bool = True
+    start: adapters.Adapter | None = field(default=None, compare=False)
+
+    def initial(self, decoder: Decoder, seed: int) -> adapters.Adapter:
+        """See `Trained`."""
+        if self.start is not None:
+            return jax.tree.map(jnp.copy, self.start)
+        return adapters.initial(decoder, self.lora, seed)
+
+    def computing(self, parameters: adapters.Adapter, decoder: Decoder) -> Decoder:
+        """See `Trained`: the decoder itself."""
+        return decoder
+
+    def hidden(
+        self, parameters: adapters.Adapter, decoder: Decoder, tokens: Int[Array, "B T"], key: Key[Array, ""] | None
+    ) -> Float[Array, "B T E"]:
+        """See `Trained`."""
+
+        def with_adapter(block: Block, layer: Array, factors: Any) -> Block:
+            return adapters.adapted(block, factors, self.lora, key, layer)
+
+        return hidden_states(decoder, tokens, with_adapter, parameters, self.remat)
+
+    def result(self, parameters: adapters.Adapter, decoder: Decoder) -> Decoder:
+        """See `Trained`."""
+        return adapters.merge(decoder, parameters, self.lora)
+
+
+@dataclass(frozen=True)
+class TrainedArrays:
+    """Arrays of the decoder, as float32 copies that are rounded to the decoder's types in every forward pass.
+
+    Attributes:
+      which: `all`, `norms`, or `all-small` (norms and biases).
+      remat: whether the activations of a layer are computed again in the backward pass.
+    """
+
+    which: str = "all"
+    remat: bool = True
+
+    def trains(self, path: str) -> bool:
+        """Whether an array is trained, by its path."""
+        if axis_table.is_data(path):
+            return False
+        norm = "norm" in path
+        return self.which == "all" or norm or (self.which == "all-small" and path.endswith(".bias"))
+
+    def initial(self, decoder: Decoder, seed: int) -> dict[str, Array]:
+        """See `Trained`."""
+        return {
+            path: jnp.array(array, jnp.float32)  # a copy in any type, because the loop gives its memory away
+            for path, array in named_arrays(decoder)
+            if self.trains(path)
+        }
+
+    def computing(self, parameters: dict[str, Array], decoder: Decoder) -> Decoder:
+        """See `Trained`."""
+
+        def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
+            trained = parameters.get(axis_table.array_path(path))
+            return array if trained is None else trained.astype(array.dtype)
+
+        return jax.tree_util.tree_map_with_path(leaf, decoder)
+
+    def hidden(
+        self, parameters: dict[str, Array], decoder: Decoder, tokens: Int[Array, "B T"], key: Key[Array, ""] | None
+    ) -> Float[Array, "B T E"]:
+        """See `Trained`. There is no dropout."""
+        return hidden_states(self.computing(parameters, decoder), tokens, None, None, self.remat)
+
+    def result(self, parameters: dict[str, Array], decoder: Decoder) -> Decoder:
+        """See `Trained`."""
+        return self.computing(parameters, decoder)
+
+
+def hidden_states(
+    decoder: Decoder,
+    tokens: Int[Array, "B T"],
+    changed: Callable[[Block, Array, Any], Block] | None = None,
+    per_layer: Any = None,
+    remat: bool = True,
+) -> Float[Array, "B T E"]:
+    """The input of the head, with changed layers.
+
+    Args:
+      decoder: the model.
+      tokens: token ids.
+      changed: block of one layer, index of the layer, its slice of `per_layer` -> block that is computed.
+      per_layer: see `scan_layers`.
+      remat: whether reverse mode computes the activations of a layer again, and keeps the residual stream alone.
+    """
+    angles = rotary_angles(decoder, tokens.shape[1])
+
+    def step(x: Array, block: Block, layer: Array, extra: Any) -> tuple[Array, None]:
+        computed = block if changed is None else changed(block, layer, extra)
+        return apply_layer(computed, decoder.config, x, angles)[0], None
+
+    x, _ = scan_layers(
+        decoder.runs, jax.checkpoint(step, prevent_cse=False) if remat else step, embed(decoder, tokens), per_layer
+    )
+    return finish(decoder, x)

@@ -1,0 +1,191 @@
+"""A finished recovery in numbers and plain words: JSON, table, page and model card."""
+
+import json
+from dataclasses import asdict
+from math import exp
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from minillm_jax.report import html, plots
+from minillm_jax.report.model_card import LOADING, code, quoted
+from minillm_jax.report.summary import FORMAT_WORDS, short_name
+from minillm_jax.run import Result
+from minillm_jax.run_recovery import ADAPTER, RecoveryResult
+
+_CURVES = {
+    "loss": "training loss, mean since the last validation",
+    "validation": "cross entropy of the validation sequences",
+    "watched": "cross entropy of the second text",
+}
+
+_PEFT = """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+pruned = AutoModelForCausalLM.from_pretrained("path/to/the/pruned/model", trust_remote_code=True)
+model = PeftModel.from_pretrained(pruned, "path/to/this/folder/adapter")
+```
+"""
+
+
+def documents(result: RecoveryResult) -> dict[str, str]:
+    """The documents that are written beside the weights, by file name."""
+    found = summary(result)
+    return {
+        "report.json": json.dumps(found, indent=2) + "\n",
+        "report.html": page(found),
+        "README.md": card(found),
+    }
+
+
+def summary(result: RecoveryResult) -> dict[str, Any]:
+    """A recovery as one JSON object."""
+    record = result.model.record or {}
+    outcome, measured = result.recovered.outcome, (result.teacher, result.before, result.after)
+    teacher, before, after = (None if one is None else asdict(one) for one in measured)
+    seconds = {stage: round(value, 3) for stage, value in result.seconds.items()}
+    return {
+        "model": result.job.model,
+        "base_model": record.get("base_model", result.job.model),
+        "output": result.job.output,
+        "format": result.written.format,
+        "parameters": result.written.parameters,
+        "adapter": None if result.recovered.adapter is None else ADAPTER,
+        "trained_parameters": result.recovered.trained_parameters,
+        "settings": record["recovery"]["settings"],
+        "recipe": record["recovery"]["recipe"],
+        "updates": outcome.update,
+        "tokens": outcome.tokens,
+        "tokens_per_second": outcome.tokens_here / outcome.seconds if outcome.seconds else None,
+        "peak_bytes": result.peak_bytes,
+        "points": [point._asdict() for point in outcome.points],
+        "evaluation": result.job.recipe.evaluation.text,
+        "perplexity_teacher": teacher,
+        "perplexity_before": before,
+        "perplexity_after": after,
+        "seconds": seconds,
+        "versions": record["recovery"]["versions"],
+    }
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The measured rows of a recovery: name, before, after."""
+    first, last = found["points"][0], _chosen(found)
+    result = []
+    if found["perplexity_before"] and found["perplexity_after"]:
+        teacher = found["perplexity_teacher"]
+        name = f"perplexity on {short_name(found['evaluation'])}"
+        if teacher:
+            name += f" (teacher {teacher['perplexity']:.3f})"
+        result.append(
+            (name, f"{found['perplexity_before']['perplexity']:.3f}", f"{found['perplexity_after']['perplexity']:.3f}")
+        )
+    evaluation = found["settings"].get("evaluation", {})
+    names = {
+        "validation": "perplexity of the validation sequences",
+        "watched": f"perplexity on {short_name(evaluation.get('watch'))}, watched",
+    }
+    for key, name in names.items():
+        if first[key] is not None and last[key] is not None:
+            result.append((name, f"{exp(first[key]):.3f}", f"{exp(last[key]):.3f}"))
+    return result
+
+
+def _chosen(found: dict[str, Any]) -> dict[str, Any]:
+    """The point of the state that was written."""
+    return next(point for point in reversed(found["points"]) if point["update"] <= found["updates"])
+
+
+def facts(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The settings and costs of a recovery: pairs of name and value, as plain text."""
+    training = found["settings"]["training"]
+    speed = found["tokens_per_second"]
+    pairs = [
+        ("recipe", short_name(found["recipe"])),
+        ("method", training["method"]),
+        ("trained parameters", f"{found['trained_parameters']:,} beside {found['parameters']:,}"),
+        ("updates", f"{found['updates']:,}"),
+        ("tokens that the loss counted", f"{found['tokens']:,}"),
+    ]
+    if speed:
+        pairs.append(("counted tokens a second", f"{speed:,.0f}"))
+    if found["peak_bytes"]:
+        pairs.append(("peak memory", f"{found['peak_bytes'] / 1e9:.2f} GB"))
+    return pairs
+
+
+def table(result: RecoveryResult) -> Table:
+    """A recovery as a table."""
+    found = summary(result)
+    shown = Table(title=Text(f"{short_name(found['model'])}, recovered"))
+    for heading in ("", "before", "after"):
+        shown.add_column(heading, justify="left" if not heading else "right", overflow="fold")
+    for row in rows(found):
+        shown.add_row(*row)
+    shown.add_section()
+    for name, value in facts(found):
+        shown.add_row(name, "", value)
+    adapter = f"; the adapter of PEFT is in {ADAPTER}/" if found["adapter"] else ""
+    shown.caption = Text(f"written to {found['output']}: {FORMAT_WORDS[found['format']]}{adapter}")
+    return shown
+
+
+def three_rows(pruned: Result, result: RecoveryResult) -> Table:
+    """Dense, pruned and recovered model, with parameters and perplexity."""
+    found = [
+        ("dense", pruned.costs_before["parameters"], pruned.before),
+        ("pruned", pruned.costs_after["parameters"], pruned.after),
+        ("recovered", pruned.costs_after["parameters"], result.after),
+    ]
+    shown = Table(title=Text(f"{short_name(pruned.job.model)}, pruned and recovered"))
+    for heading in ("", "parameters", "perplexity"):
+        shown.add_column(heading, justify="left" if not heading else "right", overflow="fold")
+    for name, parameters, measured in found:
+        shown.add_row(name, f"{parameters:,}", "" if measured is None else f"{measured.perplexity:.3f}")
+    shown.caption = Text(f"written to {pruned.job.output} and {result.job.output}")
+    return shown
+
+
+def card(found: dict[str, Any]) -> str:
+    """The model card of a recovered model, as Markdown."""
+    name = short_name(found["base_model"])
+    lines = ["| | before | after |", "| --- | ---: | ---: |", *(f"| {' | '.join(row)} |" for row in rows(found))]
+    library = "gguf" if found["format"] == "gguf" else "transformers"
+    parts = [
+        f"---\nbase_model: {quoted(name)}\nlibrary_name: {library}\ntags:\n- pruned\n- recovered\n- minillm-jax\n---\n",
+        f"# {code(short_name(found['model']))}, recovered\n",
+        f"minillm-jax pruned {code(name)} and trained the pruned model. The model keeps the biases and weaknesses of "
+        "the base model. The licence of the base model applies to these weights.\n",
+        "## Recovery\n",
+        "".join(f"- {label}: {code(value)}\n" for label, value in facts(found)),
+        "## Results\n",
+        "\n".join(lines) + "\n",
+        "`report.html` shows the curves, `report.json` holds all numbers, and `recipe.toml` repeats the recovery.\n",
+        "## Loading\n",
+        f"Format {code(found['format'])}: {FORMAT_WORDS[found['format']]}.\n",
+        LOADING[found["format"]],
+    ]
+    if found["adapter"]:
+        parts += ["The adapter alone is in `adapter/`, for the pruned model:\n", _PEFT]
+    return "\n".join(parts)
+
+
+def page(found: dict[str, Any]) -> str:
+    """report.html of a recovery: results, curves, settings."""
+    lines = rows(found)
+    tiles = "".join(
+        f"<div><dt>{html.text(name)}</dt><dd>{before} → {after}</dd></div>" for name, before, after in lines
+    )
+    parts = [
+        html.section("Before and after", html.table(("", "before", "after"), lines)),
+        html.section("Curves", html.figures(plots.curves(found["points"], _CURVES))),
+        html.section("Recovery", html.definitions(facts(found))),
+    ]
+    stages = ", ".join(f"{stage} {seconds:,.1f}" for stage, seconds in found["seconds"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    footer = "".join(f"<p>{html.text(line)}</p>" for line in (f"Seconds: {stages}.", f"Versions: {versions}."))
+    title = f"{short_name(found['model'])}, recovered"
+    return html.document(title, found["format"], f'<dl class="tiles">{tiles}</dl>', parts, footer)
