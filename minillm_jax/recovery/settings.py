@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from math import isfinite
 
 from minillm_jax.errors import InputError, one_of
-from minillm_jax.options import SHARDS, WORDS, Spelling, option
-from minillm_jax.settings import BOS, DTYPE_SYNONYMS, DTYPES, FORMATS, GGUF_TYPES, LOSS_ON, PACKINGS, TEMPLATES
+from minillm_jax.options import WORDS, Spelling, option
+from minillm_jax.settings import BOS, FORMATS, LOSS_ON, PACKINGS, TEMPLATES, Output
 
 METHODS = ("lora", "full", "forward")
 LOSSES = ("ce", "kd", "both")
@@ -288,34 +288,20 @@ class ForwardOnly:
 
 
 @dataclass(frozen=True)
-class RecoveryOutput:
-    """What is written.
+class RecoveryOutput(Output):
+    """What is written: the settings of a pruning, with another default of two of them.
 
     Attributes:
       format: of the folder; None for the format of the pruned model.
-      max_shard_size: of the weight files.
-      dtype: type of the weights, in memory and in the files; None for the stored type.
       checkpoint: folder of the training state, from which an interrupted run continues; None for one beside the output,
         which is removed when the output is written.
-      gguf_type: type of the matrices in a GGUF file; None for that of the weights.
     """
 
     format: str | None = option(
         None, str, "Format of the output folder; that of the model if unset.", choices=FORMATS, common=True
     )
-    max_shard_size: str = option("5GB", str, "Size of the largest weight file, 5GB or 500MB.", spelling=SHARDS)
-    dtype: str | None = option(
-        None,
-        str,
-        "Type of the weights; the stored type if unset.",
-        choices=DTYPES,
-        synonyms=DTYPE_SYNONYMS,
-    )
     checkpoint: str | None = option(
         None, str, "Folder of the training state; one beside the output if unset.", recorded=False
-    )
-    gguf_type: str | None = option(
-        None, str, "Type of the matrices in a GGUF file; that of the weights if unset.", choices=GGUF_TYPES
     )
 
 
