@@ -91,6 +91,7 @@ def test_python_recovers_as_the_command_line(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues(tmp_path: Path, text: Path, pruned: Path) -> None:
     """SIGKILL behind the first saved state; the same command then gives the weights of a run that was not killed."""
     options = ["--data", text, "--seq-len", 32, "--steps", 12, "--batch", 4, "--micro-batch", 2, "--quiet"]

@@ -44,9 +44,11 @@ LORA = Lora(rank=3, alpha=5.0, dropout=0.1)
 SOME = ("attention.q", "attention.v", "mlp.up", "mlp.down")
 # One family of each way to store the projections: apart, one below the other, interleaved by head.
 STORED = ("llama", "phi3", "gpt_neox")
-# Every family in both formats that may hold a pruned model. Most tests of unequal layers run with `make test-all` only.
-EVERY = [(family, "stock") for family in SMALL] + [
-    pytest.param(family, "per-layer", marks=[] if family in ("llama", "phi3", "bloom") else pytest.mark.slow)
+# Every family in both formats that may hold a pruned model. Most run with `make test-all` only.
+QUICK = {"stock": ("llama", "opt", "bloom", "gemma2", "phi3", "gpt_neox"), "per-layer": ("llama", "phi3", "bloom")}
+EVERY = [
+    pytest.param(family, form, marks=[] if family in quick else pytest.mark.slow)
+    for form, quick in QUICK.items()
     for family in SMALL
 ]
 A, B = "lora_A.weight", "lora_B.weight"

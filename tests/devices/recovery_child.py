@@ -26,4 +26,4 @@ def losses(mesh: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     _, name, *arguments = sys.argv
-    print(json.dumps({"losses": losses}[name](*arguments)))
+    sys.stdout.write(json.dumps({"losses": losses}[name](*arguments)) + "\n")
