@@ -10,11 +10,12 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import recover_tables
 import study_tables
 import tables
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/quality.md")
+PAGES = ("README.md", "docs/quality.md", "docs/recovery.md")
 
 _PART = re.compile(r"(<!-- made: (\w+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -41,6 +42,8 @@ PARTS: dict[str, Callable[[str], list[str]]] = {
     "shown": lambda model: quality(model, tables.SHOWN),
     "beaten": under(["model", "ratio", "recipe", "× dense", "the default"], tables.beaten_rows),
     "cost": under(["recipe", *tables.MODELS], tables.cost_rows),
+    "recovery": recover_tables.recovery_table,
+    "training": recover_tables.speed_table,
     "refit": under(["part", "host", "device"], tables.refit_rows),
 }
 
