@@ -1,4 +1,4 @@
-"""Tables of bench/recover.py and bench/recover_speed.py, as Markdown, which bench/page.py puts into docs/recovery.md."""
+"""Tables of bench/recover.py and bench/recover_speed.py, as Markdown; bench/page.py puts them into docs/recovery.md."""
 
 import json
 from pathlib import Path
