@@ -176,7 +176,8 @@ def test_recipes_are_printed_and_overridden(
     assert settings["calibration"]["samples"] == 2
 
 
-def test_demo_prunes_the_bundled_model(
+@pytest.mark.slow
+def test_demo_prunes_and_recovers_the_bundled_model(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert call(monkeypatch, ["demo", "--output", tmp_path / "out", "--json"]) == 0
@@ -190,6 +191,9 @@ def test_demo_prunes_the_bundled_model(
     assert after["perplexity"] < 1.2 * before["perplexity"]
     assert result["seconds"].keys() == {"load", "evaluate", "prune", "save"}
     load_torch(tmp_path / "out")
+    recovered = result["recovery"]["perplexity_after"]["perplexity"]
+    assert before["perplexity"] < recovered < after["perplexity"]
+    load_torch(tmp_path / "out-recovered")
 
 
 def break_nothing(_: Path) -> None: ...

@@ -19,6 +19,7 @@ from minillm_jax.cli.show import Lines, show_warnings
 from minillm_jax.options import Option, flag_of
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes.recipe import Recipe, options, places, with_value
+from minillm_jax.recipes.recovery import Recovery
 from tests.cli.command import call
 
 PRUNE: Any = typer.main.get_command(app)
@@ -52,7 +53,8 @@ def test_every_alias_is_a_flag_of_its_setting() -> None:
 
 
 def test_common_options_and_synonyms_name_flags_that_exist() -> None:
-    common = {one.name for _, one, described in options() if described.common}
+    kinds = (Recipe, Recovery)
+    common = {one.name for kind in kinds for _, one, described in options(kind) if described.common}
     assert common < set(COMMON_ORDER)
     assert set(COMMON_ORDER) - common == {"output", "recipe", "assignments"}
     assert set(SYNONYMS.values()) <= PARAMETERS.keys()

@@ -91,6 +91,28 @@ def test_python_recovers_as_the_command_line(
     assert weights[0] == weights[1]
 
 
+def test_pruning_and_recovery_in_one_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
+) -> None:
+    """The recovery trains on the calibration text, with the dense model as teacher; a taken output is refused first."""
+    (tmp_path / "mine.toml").write_text(
+        "[data]\nseq_len = 32\n[training]\nsteps = 2\nbatch = 4\nlearning_rate = 1e-3\nwarmup = 0\n"
+    )
+    made = ["--calibration", text, "--evaluate", text, "--recipe", "wanda-sp", "--ratio", 0.3, "--samples", 4]
+    both = ["prune", demo.FOLDER, *made, "--seq-len", 32, "--recover", tmp_path / "mine.toml", "--output"]
+    assert call(monkeypatch, [*both, tmp_path / "out"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(word in shown for word in ("dense", "pruned", "recovered"))
+    pruned, recovered = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("out", "out-recovered"))
+    assert recovered["perplexity_before"] == pruned["perplexity_after"]
+    assert recovered["perplexity_after"]["perplexity"] < pruned["perplexity_after"]["perplexity"]
+    assert recovered["perplexity_teacher"] == pruned["perplexity_before"]
+    (tmp_path / "again-recovered").mkdir()
+    assert call(monkeypatch, [*both, tmp_path / "again"]) == 2
+    assert "again-recovered: the output folder already exists" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
 @pytest.mark.slow
 def test_a_killed_run_continues(tmp_path: Path, text: Path, pruned: Path) -> None:
     """SIGKILL behind the first saved state; the same command then gives the weights of a run that was not killed."""

@@ -121,6 +121,7 @@ def assert_same_files(left: Path, right: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_results_of_one(joined: list[dict[str, Any]], root: Path) -> None:
     expected = mesh_child.losses(reader.read_model(root / "model").decoder)
     for process in joined:
@@ -129,6 +130,7 @@ def test_two_processes_give_the_results_of_one(joined: list[dict[str, Any]], roo
             np.testing.assert_allclose(process[spread], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_give_and_save_the_estimates_of_one(joined: list[dict[str, Any]], root: Path) -> None:
     decoder, tokens = reader.read_model(root / "model").decoder, mesh_child.make_tokens(8, 96)
     gradients = mesh_child.estimates(decoder, tokens)
@@ -142,6 +144,7 @@ def test_two_processes_give_and_save_the_estimates_of_one(joined: list[dict[str,
         assert list((root / "hosts" / f"{spread} saved" / "jvp").iterdir()), "both processes saved one checkpoint"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", ["batch", "weights"])
 def test_process_0_alone_writes_the_same_files(joined: list[dict[str, Any]], root: Path, spread: str) -> None:
     assert [process["writer"] for process in joined] == [True, False]
@@ -151,6 +154,7 @@ def test_process_0_alone_writes_the_same_files(joined: list[dict[str, Any]], roo
     assert temporary == []
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_is_complete(joined: list[dict[str, Any]], root: Path) -> None:
     assert all(process["reloaded"] for process in joined)
     checkpoint, single = reader.read_model(root / "hosts" / "weights flax"), reader.read_model(root / "model")
@@ -160,6 +164,7 @@ def test_a_checkpoint_of_two_processes_is_complete(joined: list[dict[str, Any]],
     assert (root / "from flax" / weights).read_bytes() == (root / "from model" / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_an_error_of_process_0_is_raised_in_all_processes(joined: list[dict[str, Any]]) -> None:
     assert len({process["error"] for process in joined}) == 1
     assert "already exists" in joined[0]["error"]
