@@ -6,7 +6,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --co
 .PHONY: demo test test-all lint clean
 
 demo: $(VENV)/core-installed
-	rm -rf demo-pruned
+	rm -rf demo-pruned demo-pruned-recovered
 	$(VENV)/bin/minillm-jax demo --output demo-pruned
 
 test: $(VENV)/test-installed lint
@@ -31,4 +31,4 @@ $(VENV)/test-installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-pruned
+	rm -rf $(VENV) demo-pruned demo-pruned-recovered
