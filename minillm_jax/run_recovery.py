@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
 
 import minillm_jax.hidden  # noqa: F401  before the first import of convert
 from convert import adapter as adapters
@@ -23,7 +25,6 @@ from minillm_jax.devices import hosts, memory, sharding
 from minillm_jax.devices.store import Store
 from minillm_jax.errors import InputError, LastSteps
 from minillm_jax.evaluation.perplexity import Perplexity
-from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.digest import model_digest
 from minillm_jax.model.loaded import Model
 from minillm_jax.progress import Clock, StageProgress, tell
@@ -129,18 +130,18 @@ def run(job: RecoveryJob, progress: StageProgress | None = None, documents: Docu
     outline = describe(job.model, dtype, job.revision)
     job = _with_format(job, outline)
     texts, measured_on = _checked_texts(job, outline)
-    model = load(job.model, dtype, mesh, job.revision)
-    named = job.recipe.distillation.teacher
-    teacher = None if named is None else load(named, dtype, mesh)
-    clock.lap("load")
 
     def measure(model: Model) -> Perplexity | None:
         return None if measured_on is None else evaluate(model, measured_on, progress=progress)
 
-    dense, before = None if teacher is None else measure(teacher), measure(model)
+    dense = _dense(job.recipe, mesh, texts.training, measure, progress)  # before the student needs memory
+    clock.lap("teacher")
+    model = load(job.model, dtype, mesh, job.revision)
+    clock.lap("load")
+    before = measure(model)
     clock.lap("evaluate")
-    recovered = _trained(job, model, teacher, texts, progress)
-    del teacher
+    with Store(_checkpoint(job), _identity(job, model, dense, texts), "a recovery") as store:
+        recovered = recover_model(model, texts, job.recipe, dense.teacher, store, progress)
     clock.lap("train")
     better = replace(model, decoder=recovered.decoder, record=record_of(job.recipe, model, recovered, texts))
     peak = memory.peak_bytes()
@@ -149,7 +150,7 @@ def run(job: RecoveryJob, progress: StageProgress | None = None, documents: Docu
     last = LastSteps(f"the recovered model is saved in {job.output}")
     after = last.attempt("its perplexity was not measured", lambda: measure(better))
     clock.lap("evaluate")
-    result = RecoveryResult(job, recovered, better, written, clock.seconds, dense, before, after, peak)
+    result = RecoveryResult(job, recovered, better, written, clock.seconds, dense.perplexity, before, after, peak)
     if documents is not None and hosts.is_writer():
         last.attempt("its report was not written", lambda: folders.add_texts(job.output, documents(result)))
     last.check()
@@ -198,13 +199,18 @@ def _checked_texts(job: RecoveryJob, outline: Model) -> tuple[Texts, Batches | N
 # ----------------------------------------------------------------------------------------------------------- training
 
 
-def _trained(
-    job: RecoveryJob, model: Model, teacher: Model | None, texts: Texts, progress: StageProgress | None
-) -> Recovered:
-    """The recovered decoder; an interrupted training continues."""
-    known = None if teacher is None else _teacher(job.recipe, teacher.decoder, texts.training, progress)
-    with Store(_checkpoint(job), _identity(job, model, teacher, texts), "a recovery") as store:
-        return recover_model(model, texts, job.recipe, known, store, progress)
+class _Dense(NamedTuple):
+    """The dense model of a recovery; nothing without a teacher.
+
+    Attributes:
+      teacher: what the divergence is measured from.
+      perplexity: on the evaluation text.
+      digest: of its weights.
+    """
+
+    teacher: Teacher | None = None
+    perplexity: Perplexity | None = None
+    digest: str | None = None
 
 
 def _checkpoint(job: RecoveryJob) -> str:
@@ -212,7 +218,7 @@ def _checkpoint(job: RecoveryJob) -> str:
     return job.recipe.output.checkpoint or f"{job.output.rstrip('/')}.checkpoint"
 
 
-def _identity(job: RecoveryJob, model: Model, teacher: Model | None, texts: Texts) -> dict[str, Any]:
+def _identity(job: RecoveryJob, model: Model, dense: _Dense, texts: Texts) -> dict[str, Any]:
     """Whatever decides the training, as JSON holds it: settings, and hashes of text and models."""
     recipe = job.recipe
     table = recipes.as_table(recipe, recipes.all_keys(Recovery))
@@ -221,20 +227,31 @@ def _identity(job: RecoveryJob, model: Model, teacher: Model | None, texts: Text
         "seed": recipe.data.seed,
         "text": texts.training.fingerprint()[:16],
         "model": model_digest(model.decoder)[:16],
-        "teacher": None if teacher is None else model_digest(teacher.decoder)[:16],
+        "teacher": dense.digest,
     }
 
 
-def _teacher(recipe: Recovery, decoder: Decoder, examples: Examples, progress: StageProgress | None) -> Teacher:
-    """The teacher in memory; or its most probable tokens, which are written where they are missing."""
+def _dense(
+    recipe: Recovery,
+    mesh: Mesh | None,
+    examples: Examples,
+    measure: Callable[[Model], Perplexity | None],
+    progress: StageProgress | None,
+) -> _Dense:
+    """The teacher in memory; or its most probable tokens, written where they are missing, without its weights."""
     settings = recipe.distillation
-    if settings.teacher_logits is None:
-        return teachers.in_memory(decoder)
-    if not Path(settings.teacher_logits).exists():
-        told = partial(tell, progress, "teacher")
-        with folders.new_folder(settings.teacher_logits) as scratch:
-            teachers.write(scratch, decoder, examples, settings.top, recipe.training.micro_batch, told)
-    return teachers.read(settings.teacher_logits, teachers.identity_of(decoder, examples, settings.top))
+    if settings.teacher is None:
+        return _Dense()
+    model = load(settings.teacher, recipe.output.dtype, mesh)
+    decoder = model.decoder
+    known, folder = teachers.in_memory(decoder), settings.teacher_logits
+    if folder is not None:
+        if not Path(folder).exists():
+            told = partial(tell, progress, "teacher")
+            with folders.new_folder(folder) as scratch:
+                teachers.write(scratch, decoder, examples, settings.top, recipe.training.micro_batch, told)
+        known = teachers.read(folder, teachers.identity_of(decoder, examples, settings.top))
+    return _Dense(known, measure(model), model_digest(decoder)[:16])
 
 
 # ------------------------------------------------------------------------------------------------------------- output
