@@ -3,9 +3,10 @@
     python bench/recover_speed.py [--shape 25M] [--batch 4] [--length 256] [--rounds 9] [--output FILE]
 
 A step is the forward pass, the backward pass and an update of AdamW, for adapters of rank 8 on all linear maps, without
-dropout. The programs take turns in one process. `ours, activations kept` does not compute the layers again in the
-backward pass. Peak memory is that of a process of its own which does three steps of one program alone. PEFT runs the
-stock `LlamaForCausalLM` with PyTorch's fused attention, and takes the loss as transformers does.
+dropout. The programs take turns in one process. `ours` keeps the outputs of linear maps for the backward pass, `stream
+kept` the residual stream before every layer alone, `all kept` everything. Peak memory is that of a process of its own
+which does three steps of one program alone. PEFT runs the stock `LlamaForCausalLM` with PyTorch's fused attention, and
+takes the loss as transformers does.
 """
 
 import argparse
@@ -18,17 +19,18 @@ from typing import Any
 from environment import environment
 from processes import FLAG, cost, end_with_parent, launch
 
-PROGRAMS = ("ours", "ours, activations kept", "PEFT")
+PROGRAMS = ("ours", "ours, stream kept", "ours, all kept", "PEFT")
+KEPT = {"ours": "products", "ours, stream kept": "stream", "ours, all kept": "all"}
 
 
 def program_of(name: str, shape: str, batch: int, length: int) -> Callable[[], Any]:
     """A program that does one training step."""
     if name == "PEFT":
         return peft_step(shape, batch, length)
-    return our_step(shape, batch, length, remat=name == "ours")
+    return our_step(shape, batch, length, KEPT[name])
 
 
-def our_step(shape: str, batch: int, length: int, remat: bool) -> Callable[[], Any]:
+def our_step(shape: str, batch: int, length: int, activations: str) -> Callable[[], Any]:
     """A training step of this package."""
     import jax
     from jax import numpy as jnp
@@ -42,7 +44,7 @@ def our_step(shape: str, batch: int, length: int, remat: bool) -> Callable[[], A
     from minillm_jax.recovery.trained import TrainedAdapter
 
     decoder = random_decoder(shape)
-    trained = TrainedAdapter(Lora(), remat)
+    trained = TrainedAdapter(Lora(), activations)
     steps = optimizer(Training(batch=batch, micro_batch=batch), 1000)
     update = compiled_update(gradients.backward(trained), steps)
     tokens = random_tokens(decoder.embedding.shape[0], batch, length)

@@ -4,10 +4,14 @@ from typing import Any
 
 from flax import nnx
 from jax import numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from minillm_jax.model import ops
 from minillm_jax.model.config import DecoderConfig
+
+# Name of the outputs of linear maps, for the policies of `jax.checkpoint`.
+PRODUCT = "product"
 
 # Cosine and sine of the rotary angles; None for a model without rotary positions.
 Angles = tuple[Float[Array, "T half"], Float[Array, "T half"]] | None
@@ -26,8 +30,12 @@ class Linear(nnx.Module):
 
     def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """The product along the axes of the equation, plus the bias along the last axes."""
-        y = ops.einsum(equation, x, self.kernel[...])
+        y = checkpoint_name(self.product(equation, x), PRODUCT)
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
+
+    def product(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The product along the axes of the equation."""
+        return ops.linear(equation, x, self.kernel[...])
 
 
 class Norm(nnx.Module):

@@ -5,6 +5,7 @@ angles are float32 for every type of the operands. float32 products use precisio
 otherwise round their operands to TF32 or bfloat16.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +61,41 @@ def einsum(
     return product.astype(dtype if out is None else out)
 
 
+def linear(equation: str, x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`einsum` of x and a kernel whose inputs, and whose outputs, are merged into one axis each.
+
+    The gradient by x needs the transposed kernel. XLA multiplies by a transposed matrix in place, but copies a
+    transposed kernel of three axes on a CPU (docs/LOG.md).
+
+    Args:
+      equation: of `einsum`; the axes of the kernel are inputs, which are the last axes of x, then outputs.
+      x: the input.
+      kernel: the kernel.
+    """
+    first = len(kernel_letters(equation)[0])
+    flat, matrix = merge_last(x, first), merge_axes(kernel, first)
+    return einsum("...I,IO->...O", flat, matrix).reshape(*flat.shape[:-1], *kernel.shape[first:])
+
+
+def kernel_letters(equation: str) -> tuple[str, str]:
+    """The inputs and the outputs of a kernel, the second operand of an equation of `einsum`."""
+    operands, result = equation.split("->")
+    kernel = operands.split(",")[1]
+    inputs = "".join(letter for letter in kernel if letter not in result)
+    return inputs, kernel[len(inputs) :]
+
+
+def merge_axes(kernel: Float[Array, "..."], inputs: int) -> Float[Array, "I O"]:
+    """A kernel as a matrix; `inputs` is the number of its axes that are inputs."""
+    return kernel.reshape(math.prod(kernel.shape[:inputs]), math.prod(kernel.shape[inputs:]))
+
+
+def merge_last(x: Float[Array, "..."], count: int) -> Float[Array, "... I"]:
+    """An array whose last `count` axes are one."""
+    leading = x.shape[: x.ndim - count]
+    return x.reshape(*leading, math.prod(x.shape[len(leading) :]))
+
+
 def factored_einsum(
     equation: str, x: Float[Array, "..."], u: Float[Array, "*inputs R"], v: Float[Array, "R *outputs"]
 ) -> Float[Array, "..."]:
@@ -71,13 +107,11 @@ def factored_einsum(
       u: the first factor; its last axis is the rank, for which the equation must not use the letter R.
       v: the second factor.
     """
-    operands, outputs = equation.split("->")
-    letters, kernel = operands.split(",")
-    contracted = "".join(letter for letter in kernel if letter in letters and letter not in outputs)
-    narrow = "".join(letter for letter in letters if letter not in contracted) + "R"
-    return einsum(
-        f"{narrow},R{kernel[len(contracted) :]}->{outputs}", einsum(f"{letters},{contracted}R->{narrow}", x, u), v
-    )
+    inputs, outputs = kernel_letters(equation)
+    operands, result = equation.split("->")
+    letters = operands.split(",")[0]
+    narrow = letters.removesuffix(inputs) + "R"
+    return einsum(f"{narrow},R{outputs}->{result}", einsum(f"{letters},{inputs}R->{narrow}", x, u), v)
 
 
 def norm(

@@ -52,7 +52,7 @@ def _idle(recipe: Recovery, section: str, key: str) -> str | None:
             return "no --teacher-logits"
     if (section, key) == ("training", "epochs") and recipe.training.steps is not None:
         return "--steps"
-    if (section, key) == ("training", "keep_activations") and method == "forward":
+    if (section, key) == ("training", "activations") and method == "forward":
         return "method forward has no backward pass"
     if section == "evaluation" and key == "window" and recipe.evaluation.text is None:
         return "no --evaluate"

@@ -103,7 +103,7 @@ def recover_decoder(
 
 
 def _trained(sections: Sections, lora: Lora, start: Adapter | None) -> Trained:
-    remat = not sections.training.keep_activations
+    kept = sections.training.activations
     if sections.trains_adapter:
-        return TrainedAdapter(lora, remat, start)
-    return TrainedArrays("all" if sections.training.method == "full" else sections.forward.train, remat)
+        return TrainedAdapter(lora, kept, start)
+    return TrainedArrays("all" if sections.training.method == "full" else sections.forward.train, kept)

@@ -14,6 +14,7 @@ from minillm_jax.settings import BOS, FORMATS, LOSS_ON, PACKINGS, TEMPLATES, Out
 
 METHODS = ("lora", "full", "forward")
 LOSSES = ("ce", "kd", "both")
+ACTIVATIONS = ("stream", "products", "all")
 SCHEDULES = ("linear", "cosine", "constant")
 # What `--method forward` trains: low-rank adapters, norms, or norms and biases.
 FORWARD_TRAINS = ("lora", "norms", "all-small")
@@ -108,8 +109,9 @@ class Training:
       weight_decay: of AdamW.
       clip: largest norm of a gradient; 0 for any.
       validate_every: updates between two validations; the last update is always validated.
-      keep_activations: whether the activations of all layers are kept for the backward pass, and not computed again; it
-        is faster and takes more memory.
+      activations: what the forward pass keeps of every layer for the backward pass, which computes the rest again:
+        `stream`, the residual stream; `products`, the outputs of its linear maps too; `all`. More is faster and takes
+        more memory.
       last: whether the result is the last state, and not that of the least validation loss.
     """
 
@@ -131,8 +133,11 @@ class Training:
     weight_decay: float = option(0.0, float, "Weight decay of AdamW.")
     clip: float = option(1.0, float, "Largest norm of a gradient; 0 for any.")
     validate_every: int = option(25, int, "Updates between two validations.")
-    keep_activations: bool = option(
-        False, bool, "Keep the activations of all layers for the backward pass: faster, with more memory."
+    activations: str = option(
+        "products",
+        str,
+        "Activations kept for the backward pass: the residual stream, the outputs of linear maps too, or all.",
+        choices=ACTIVATIONS,
     )
     last: bool = option(False, bool, "Write the last state, and not that of the least validation loss.")
 
@@ -144,6 +149,7 @@ class Training:
         """
         one_of("method", self.method, METHODS)
         one_of("schedule", self.schedule, SCHEDULES)
+        one_of("activations", self.activations, ACTIVATIONS)
         if self.loss is not None:
             one_of("loss", self.loss, LOSSES)
         if self.batch < 1 or self.micro_batch < 1 or self.batch % self.micro_batch:

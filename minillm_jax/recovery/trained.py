@@ -15,12 +15,20 @@ from jaxtyping import Array, Float, Int, Key
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder, embed, finish, rotary_angles, scan_layers
 from minillm_jax.model.layer import apply_layer
-from minillm_jax.model.modules import Block
+from minillm_jax.model.modules import PRODUCT, Block
 from minillm_jax.model.tree import named_arrays
 from minillm_jax.recovery import adapter as adapters
 from minillm_jax.recovery.adapter import Lora
 
 Parameters = Any
+
+# What reverse mode keeps of the activations of a layer -> policy of `jax.checkpoint`: its input; the outputs of its
+# linear maps too; all.
+KEPT: dict[str, Any] = {
+    "stream": jax.checkpoint_policies.nothing_saveable,
+    "products": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "all": None,
+}
 
 
 @runtime_checkable
@@ -52,12 +60,12 @@ class TrainedAdapter:
 
     Attributes:
       lora: its shape.
-      remat: whether the activations of a layer are computed again in the backward pass.
+      activations: see `hidden_states`.
       start: the adapter before the first update; None for a new one.
     """
 
     lora: Lora
-    remat: bool = True
+    activations: str = "products"
     start: adapters.Adapter | None = field(default=None, compare=False)
 
     def initial(self, decoder: Decoder, seed: int) -> adapters.Adapter:
@@ -78,7 +86,7 @@ class TrainedAdapter:
         def with_adapter(block: Block, layer: Array, factors: Any) -> Block:
             return adapters.adapted(block, factors, self.lora, key, layer)
 
-        return hidden_states(decoder, tokens, with_adapter, parameters, self.remat)
+        return hidden_states(decoder, tokens, with_adapter, parameters, self.activations)
 
     def result(self, parameters: adapters.Adapter, decoder: Decoder) -> Decoder:
         """See `Trained`."""
@@ -91,11 +99,11 @@ class TrainedArrays:
 
     Attributes:
       which: `all`, `norms`, or `all-small` (norms and biases).
-      remat: whether the activations of a layer are computed again in the backward pass.
+      activations: see `hidden_states`.
     """
 
     which: str = "all"
-    remat: bool = True
+    activations: str = "products"
 
     def trains(self, path: str) -> bool:
         """Whether an array is trained, by its path."""
@@ -125,7 +133,7 @@ class TrainedArrays:
         self, parameters: dict[str, Array], decoder: Decoder, tokens: Int[Array, "B T"], key: Key[Array, ""] | None
     ) -> Float[Array, "B T E"]:
         """See `Trained`. There is no dropout."""
-        return hidden_states(self.computing(parameters, decoder), tokens, None, None, self.remat)
+        return hidden_states(self.computing(parameters, decoder), tokens, None, None, self.activations)
 
     def result(self, parameters: dict[str, Array], decoder: Decoder) -> Decoder:
         """See `Trained`."""
@@ -137,7 +145,7 @@ def hidden_states(
     tokens: Int[Array, "B T"],
     changed: Callable[[Block, Array, Any], Block] | None = None,
     per_layer: Any = None,
-    remat: bool = True,
+    activations: str = "products",
 ) -> Float[Array, "B T E"]:
     """The input of the head, with changed layers.
 
@@ -146,7 +154,7 @@ def hidden_states(
       tokens: token ids.
       changed: block of one layer, index of the layer, its slice of `per_layer` -> block that is computed.
       per_layer: see `scan_layers`.
-      remat: whether reverse mode computes the activations of a layer again, and keeps the residual stream alone.
+      activations: what reverse mode keeps of a layer's activations (`KEPT`); it computes the others again.
     """
     angles = rotary_angles(decoder, tokens.shape[1])
 
@@ -154,7 +162,6 @@ def hidden_states(
         computed = block if changed is None else changed(block, layer, extra)
         return apply_layer(computed, decoder.config, x, angles)[0], None
 
-    x, _ = scan_layers(
-        decoder.runs, jax.checkpoint(step, prevent_cse=False) if remat else step, embed(decoder, tokens), per_layer
-    )
+    kept = step if activations == "all" else jax.checkpoint(step, prevent_cse=False, policy=KEPT[activations])
+    x, _ = scan_layers(decoder.runs, kept, embed(decoder, tokens), per_layer)
     return finish(decoder, x)
