@@ -1,7 +1,7 @@
-"""The study of recovery: perplexity of a model after pruning and after every way to recover it, on two texts.
+"""The study of recovery: perplexity of a model after pruning and after every way to recover it, on several texts.
 
-    python bench/recover.py MODEL --train FILE --text NAME=FILE [--text NAME=FILE] [--ratios 0.2 0.5] [--seeds 2]
-        [--methods ours:none ours:distil llm-pruner:peft] --output bench/results/recover-MODEL.json
+    python bench/recover.py MODEL --train FILE --text NAME=FILE [--text NAME=FILE] [--targets 0.2 0.5] [--seeds 2]
+        [--methods ours:none ours:distil llm-pruner:peft] [--work DIR] --output bench/results/recover-MODEL.json
 
 A method is a recipe of `minillm-jax recipe list` for the pruning and a way to recover, joined by a colon:
 
@@ -10,20 +10,26 @@ A method is a recipe of `minillm-jax recipe list` for the pruning and a way to r
     distil     low-rank adapters by the recipe `distil`, with the dense model as teacher
     full       all weights by the recipe `distil`
     forward    low-rank adapters from forward passes alone, by the recipe `forward`
-    peft       low-rank adapters by PEFT in PyTorch, with LLM-Pruner's rank, dropout and learning rate
+    peft       low-rank adapters by PEFT in PyTorch, with LLM-Pruner's rank and dropout
 
-All ways train on the same sequences in the same order, as many updates of as many sequences. A row is measured in a
-process of its own and written at once; an interrupted study continues where it was. The evaluation windows are evenly
-spaced over each text. The training text also calibrates.
+A target is a share of the heads and channels of every layer, or a number of parameters. All ways train on the same
+sequences in the same order, as many updates of as many sequences. A row is measured in a process of its own and written
+at once; an interrupted study continues where it was. With `--work` the pruned models are pruned once for all ways, and
+an interrupted row continues too. `--calibration` is the text of the pruning, the training text if it is not given.
+
+A text is measured on evenly spaced windows of 128 tokens. One of rows with Alpaca's fields is measured on its responses
+after Alpaca's prompt. `points` holds the loss on the second text and on held-out sequences against the tokens of the
+training. bench/cut_text.py cuts texts into parts.
 """
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +39,19 @@ from processes import FLAG, cost, end_with_parent, launch
 from study import evaluation_windows, named_text, read, write
 
 from minillm_jax import api
-from minillm_jax.data.batches import Batches
-from minillm_jax.data.examples import Examples
+from minillm_jax.data.examples import Examples, read_examples
+from minillm_jax.data.text import tokenizer_of
+from minillm_jax.devices.store import Store
 from minillm_jax.errors import InputError
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import parameter_count
+from minillm_jax.options import COUNT
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes.recovery import Recovery
-from minillm_jax.recovering import recover, texts_of
-from minillm_jax.recovery.train import rows_of
+from minillm_jax.recovering import record_of, recover_model, texts_of
+from minillm_jax.recovery import teacher as teachers
+from minillm_jax.recovery.train import mean_loss, rows_of
+from minillm_jax.recovery.trained import TrainedArrays
 
 WAYS = ("none", "ce", "distil", "full", "forward", "peft")
 METHODS = (
@@ -62,54 +72,79 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """One row: a recipe and a way, joined by a colon; the ratio; the seed."""
+    """One row: a recipe and a way, joined by a colon; the target; the seed."""
 
     method: str
-    ratio: float
+    target: float
     seed: int
 
     def made(self, row: Row) -> bool:
         """Whether a row is of this job."""
-        return (row["method"], row["ratio"], row["seed"]) == (self.method, self.ratio, self.seed)
+        return (row["method"], row["target"], row["seed"]) == (self.method, self.target, self.seed)
 
 
 def measure(row: Row) -> Row:
     """The result of one row: load, prune, recover, evaluate. The process does nothing else."""
     recipe, way = row["method"].split(":")
     dense = api.load(row["model"])
-    options: dict[str, Any] = {"layers": "all"} if recipe == "llm-pruner" else {}
-    pruned = api.prune(dense, row["train"], row["ratio"], recipe, seed=row["seed"], **options)
-    with np.load(row["windows"]) as texts:
-        windows = {name: Batches(texts[name]) for name in texts.files}
-    before = perplexities(pruned, windows)
+    pruned = pruned_model(dense, recipe, row)
+    texts = {name: measured_text(Path(path), dense, row["windows"]) for name, path in row["texts"].items()}
+    before = perplexities(pruned, texts)
     started = time.perf_counter()
-    recovered, tokens = pruned, 0
+    recovered, tokens, points = pruned, 0, []
     if way == "peft":
         recovered, tokens = by_peft(pruned, sequences(pruned, row), row)
     elif way != "none":
         recovered = ours(pruned, dense, way, row)
         assert recovered.record is not None, "a recovered model has a record"
-        tokens = recovered.record["recovery"]["tokens"]
+        tokens, points = (recovered.record["recovery"][key] for key in ("tokens", "points"))
     return {
         "parameters": parameter_count(pruned.decoder),
         "perplexity_before": before,
-        "perplexity": perplexities(recovered, windows),
-        "dense": perplexities(dense, windows),
+        "perplexity": perplexities(recovered, texts),
+        "dense": perplexities(dense, texts),
         "tokens": tokens,
+        "points": points,
         "recovery_seconds": round(time.perf_counter() - started, 1),
         **cost(),
     }
 
 
-def perplexities(model: Model, windows: dict[str, Batches]) -> dict[str, float]:
+def pruned_model(dense: Model, recipe: str, row: Row) -> Model:
+    """The pruned model of a row, from the work folder if it is there."""
+    folder = None if row["work"] is None else Path(row["work"]) / f"{recipe}-{row['target']:g}-{row['seed']}"
+    if folder is not None and folder.exists():
+        return api.load(folder)
+    options: dict[str, Any] = {"layers": "all"} if recipe == "llm-pruner" and row["target"] < 1 else {}
+    options["ratio" if row["target"] < 1 else "params"] = row["target"] if row["target"] < 1 else int(row["target"])
+    pruned = api.prune(dense, row["calibration"], recipe=recipe, seed=row["seed"], **options)
+    if folder is not None:
+        api.save(pruned, folder)
+    return pruned
+
+
+def measured_text(path: Path, model: Model, windows: int) -> Examples:
+    """The sequences that a text is measured on."""
+    if path.suffix == ".jsonl":
+        tokenizer, vocabulary = tokenizer_of(model.folder), model.decoder.embedding.shape[0]
+        found = read_examples(str(path), tokenizer, vocabulary, 256, template="alpaca", loss_on="response")
+        return found.split(found.count - windows, 0)[0] if found.count > windows else found
+    cut = evaluation_windows(path, model.folder, windows, 128).windows
+    counted = np.ones(cut.shape, bool)
+    counted[:, 0] = False
+    return Examples(cut, counted, str(path))
+
+
+def perplexities(model: Model, texts: dict[str, Examples]) -> dict[str, float]:
     """The perplexity on each text."""
-    return {name: api.evaluate(model, batches).perplexity for name, batches in windows.items()}
+    nothing = TrainedArrays("norms")
+    return {name: math.exp(mean_loss(model.decoder, nothing, {}, found, 8)) for name, found in texts.items()}
 
 
 def shared_options(row: Row) -> dict[str, Any]:
     """The options of all ways: sequences, updates, seed."""
     shared = {key: row[key] for key in ("seq_len", "steps", "batch", "micro_batch", "seed")}
-    return shared | {"held_out": 0, "validate_every": row["steps"], "warmup": row["steps"] // 10}
+    return shared | {"held_out": 16, "last": True, "validate_every": row["steps"] // 4, "warmup": row["steps"] // 10}
 
 
 def settings_of(way: str, row: Row) -> Recovery:
@@ -119,9 +154,22 @@ def settings_of(way: str, row: Row) -> Recovery:
 
 
 def ours(pruned: Model, dense: Model, way: str, row: Row) -> Model:
-    """A model that this package has recovered."""
-    teacher = None if way in ("ce", "forward") else dense
-    return recover(pruned, row["train"], settings_of(way, row), teacher)
+    """A model that this package has recovered; an interrupted run in the work folder continues."""
+    settings, teacher = settings_of(way, row), None if way in ("ce", "forward") else dense
+    texts = texts_of(settings, pruned, row["train"])
+    watched = measured_text(Path(list(row["texts"].values())[-1]), dense, 32)
+    texts = replace(texts, watched=watched)
+    known = None if teacher is None else teachers.in_memory(teacher.decoder)
+    if row["work"] is None:
+        recovered = recover_model(pruned, texts, settings, known)
+    else:
+        identity = {key: row[key] for key in ("method", "target", "seed", "steps", "batch", "seq_len", "train")}
+        name = f"{row['method'].replace(':', '-')}-{row['target']:g}-{row['seed']}.state"
+        with Store(Path(row["work"]) / name, identity, "a recovery", save_every=120) as store:
+            recovered = recover_model(pruned, texts, settings, known, store)
+    if recovered.outcome.stopped is not None:
+        raise InputError(recovered.outcome.stopped)
+    return replace(pruned, decoder=recovered.decoder, record=record_of(settings, pruned, recovered, texts))
 
 
 def sequences(pruned: Model, row: Row) -> Examples:
@@ -184,12 +232,12 @@ def train_peft(model: Any, examples: Examples, row: Row) -> int:
 def rows(arguments: argparse.Namespace, shared: Row, kept: list[Row]) -> Iterator[list[Row]]:
     """All rows after each new one; those of a job that fails are printed and left out."""
     for seed in range(arguments.seeds):
-        for ratio in arguments.ratios:
+        for target in arguments.targets:
             for method in arguments.methods:
-                job = Job(method, ratio, seed)
+                job = Job(method, target, seed)
                 if any(job.made(row) for row in kept):
                     continue
-                named = {"method": method, "ratio": ratio, "seed": seed}
+                named = {"method": method, "target": target, "seed": seed}
                 try:
                     measured = launch(Path(__file__), shared | named)
                 except RuntimeError as error:
@@ -199,20 +247,27 @@ def rows(arguments: argparse.Namespace, shared: Row, kept: list[Row]) -> Iterato
                 yield kept
 
 
+def target_of(text: str) -> float:
+    """A share, or a number of parameters."""
+    return float(text) if text.startswith("0") else float(COUNT.read(text))
+
+
 def parse_arguments() -> argparse.Namespace:
     """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder of Hugging Face")
-    parser.add_argument("--train", type=Path, required=True, help="text to calibrate and to train on")
+    parser.add_argument("--train", type=Path, required=True, help="text to train on")
+    parser.add_argument("--calibration", type=Path, help="text of the pruning; the training text if not given")
     parser.add_argument("--text", type=named_text, action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="RECIPE:WAY")
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.5])
+    parser.add_argument("--targets", nargs="+", type=target_of, default=[0.2, 0.5], help="shares, or parameters: 110M")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--windows", type=int, default=96, help="evaluation windows of each text")
+    parser.add_argument("--windows", type=int, default=96, help="sequences that each text is measured on")
+    parser.add_argument("--work", type=Path, help="folder that keeps pruned models and unfinished rows")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     unknown = [one for one in arguments.methods if one.partition(":")[2] not in WAYS]
@@ -228,25 +283,22 @@ def main() -> None:
         print(json.dumps(measure(json.loads(sys.argv[2]))))
         return
     arguments = parse_arguments()
+    calibration = arguments.calibration or arguments.train
+    numbers = {key: getattr(arguments, key) for key in ("steps", "batch", "micro_batch", "seq_len", "windows")}
+    names = {"model": Path(arguments.model).name, "train": arguments.train.name, "calibration": calibration.name}
+    settings = names | numbers | {"texts": {name: path.name for name, path in arguments.text}}
     try:
-        outline = api.describe(arguments.model)
-        texts = {
-            name: evaluation_windows(path, outline.folder, arguments.windows, 128) for name, path in arguments.text
-        }
-        trained = {key: getattr(arguments, key) for key in ("steps", "batch", "micro_batch", "seq_len")}
-        settings = {"model": Path(arguments.model).name, "train": arguments.train.name, **trained}
-        settings["texts"] = {name: path.name for name, path in arguments.text}
         kept = read(arguments.output, settings)
     except InputError as error:
         sys.exit(f"error: {error}")
-    with tempfile.TemporaryDirectory() as scratch:
-        windows = Path(scratch) / "windows.npz"
-        arrays: dict[str, Any] = {name: batches.windows for name, batches in texts.items()}
-        np.savez(windows, **arrays)
-        shared = {"model": arguments.model, "train": str(arguments.train), "windows": str(windows), **trained}
-        for made in rows(arguments, shared, kept):
-            write(arguments.output, settings, made)
-            print(json.dumps(made[-1]), flush=True)
+    paths = {"model": arguments.model, "train": str(arguments.train), "calibration": str(calibration)}
+    shared = paths | numbers | {"texts": {name: str(path) for name, path in arguments.text}}
+    shared["work"] = None if arguments.work is None else str(arguments.work)
+    if arguments.work is not None:
+        arguments.work.mkdir(parents=True, exist_ok=True)
+    for made in rows(arguments, shared, kept):
+        write(arguments.output, settings, made)
+        print(json.dumps(made[-1]), flush=True)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def speed_table(shape: str, results: Path = RESULTS) -> list[str]:
 
 
 def recovery_table(model: str, results: Path = RESULTS) -> list[str]:
-    """A row for each method and ratio: multiples of the dense perplexity after pruning and after recovery.
+    """A row for each method and target: multiples of the dense perplexity after pruning and after recovery.
 
     With several seeds a cell holds the mean.
     """
@@ -41,20 +41,20 @@ def recovery_table(model: str, results: Path = RESULTS) -> list[str]:
     study = json.loads(path.read_text())
     texts, groups = list(study["settings"]["texts"]), dict[tuple[float, str], list[Row]]()
     for row in study["rows"]:
-        groups.setdefault((row["ratio"], row["method"]), []).append(row)
+        groups.setdefault((row["target"], row["method"]), []).append(row)
     first = texts[0]
     ordered = sorted(groups.items(), key=lambda item: (item[0][0], _multiple(item[1], "perplexity", first)))
     rows = [
         [
-            f"{100 * ratio:.0f} %",
+            f"{100 * target:.0f} %" if target < 1 else f"{target / 1e6:.2f}M",
             f"`{method}`",
             *(f"{_multiple(found, key, text):.3f}" for text in texts for key in ("perplexity_before", "perplexity")),
             f"{mean(row['tokens'] for row in found):,.0f}",
             f"{mean(row['recovery_seconds'] for row in found):,.0f}",
         ]
-        for (ratio, method), found in ordered
+        for (target, method), found in ordered
     ]
-    heads = ["ratio", "method", *(f"{text}, {when}" for text in texts for when in ("pruned", "recovered"))]
+    heads = ["target", "method", *(f"{text}, {when}" for text in texts for when in ("pruned", "recovered"))]
     return table([*heads, "tokens", "seconds"], rows)
 
 
