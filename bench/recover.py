@@ -116,7 +116,7 @@ def pruned_model(dense: Model, recipe: str, row: Row) -> Model:
     if folder is not None and folder.exists():
         return api.load(folder)
     options: dict[str, Any] = {"layers": "all"} if recipe == "llm-pruner" and row["target"] < 1 else {}
-    options["ratio" if row["target"] < 1 else "params"] = row["target"] if row["target"] < 1 else int(row["target"])
+    options["ratio" if row["target"] < 1 else "target_params"] = row["target"] if row["target"] < 1 else int(row["target"])
     pruned = api.prune(dense, row["calibration"], recipe=recipe, seed=row["seed"], **options)
     if folder is not None:
         api.save(pruned, folder)
