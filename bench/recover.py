@@ -6,6 +6,7 @@
 A method is a recipe of `minillm-jax recipe list` for the pruning and a way to recover, joined by a colon:
 
     none       no recovery
+    refit      all matrices of the layers in closed form
     ce         low-rank adapters by the loss of the text
     distil     low-rank adapters by the recipe `distil`, with the dense model as teacher
     full       all weights by the recipe `distil`
@@ -53,9 +54,9 @@ from minillm_jax.recovery import teacher as teachers
 from minillm_jax.recovery.train import mean_loss, rows_of
 from minillm_jax.recovery.trained import TrainedArrays
 
-WAYS = ("none", "ce", "distil", "full", "forward", "peft")
+WAYS = ("none", "refit", "ce", "distil", "full", "forward", "peft")
 METHODS = (
-    *(f"ours:{way}" for way in ("none", "ce", "distil", "full", "forward")),
+    *(f"ours:{way}" for way in ("none", "refit", "ce", "distil", "full", "forward")),
     *(f"{recipe}:{way}" for recipe in ("llm-pruner", "wanda-sp", "flap") for way in ("none", "peft")),
 )
 # Options of each way beside those that all have; PEFT takes LLM-Pruner's.
@@ -63,6 +64,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ce": {"loss": "ce", "learning_rate": 1e-3},
     "distil": {"learning_rate": 1e-3},
     "full": {"method": "full", "learning_rate": 3e-4},
+    "refit": {"method": "refit"},
     "forward": {"learning_rate": 1e-3},
 }
 RANK, ALPHA, DROPOUT, RATE = 8, 16, 0.05, 1e-3
@@ -116,7 +118,9 @@ def pruned_model(dense: Model, recipe: str, row: Row) -> Model:
     if folder is not None and folder.exists():
         return api.load(folder)
     options: dict[str, Any] = {"layers": "all"} if recipe == "llm-pruner" and row["target"] < 1 else {}
-    options["ratio" if row["target"] < 1 else "target_params"] = row["target"] if row["target"] < 1 else int(row["target"])
+    options["ratio" if row["target"] < 1 else "target_params"] = (
+        row["target"] if row["target"] < 1 else int(row["target"])
+    )
     pruned = api.prune(dense, row["calibration"], recipe=recipe, seed=row["seed"], **options)
     if folder is not None:
         api.save(pruned, folder)

@@ -222,7 +222,7 @@ def _identity(job: RecoveryJob, model: Model, dense: _Dense, texts: Texts) -> di
     """Whatever decides the training, as JSON holds it: settings, and hashes of text and models."""
     recipe = job.recipe
     table = recipes.as_table(recipe, recipes.all_keys(Recovery))
-    sections = {name: table.get(name) for name in ("training", "adapter", "distillation", "forward")}
+    sections = {name: table.get(name) for name in ("training", "adapter", "distillation", "forward", "refit")}
     return sections | {
         "seed": recipe.data.seed,
         "text": texts.training.fingerprint()[:16],

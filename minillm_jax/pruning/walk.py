@@ -154,6 +154,7 @@ def walk(
     progress: Callable[[int, int], None] | None = None,
     refit_inputs: RefitInputs | None = None,
     held_out: int = 0,
+    pruned_decoder: Decoder | None = None,
 ) -> list[Block]:
     """Every layer as `replace` returned it, each a run of one layer.
 
@@ -169,18 +170,21 @@ def walk(
       refit_inputs: called before `replace` with the layer index, the kind, the layer, and a function that collects the
         moments of the sublayer's inputs; returns the layer with refitted matrices in this sublayer.
       held_out: number of windows at the end whose moments are collected alone as well.
+      pruned_decoder: a model pruned before, with as many layers and the same stream; the sites show its layers in the
+        place of the dense ones.
     """
     angles = rotary_angles(decoder, batches.length)
     parts = batches.split(batches.count - held_out) if held_out else (batches,)
     dense = [begin(decoder, batch.tokens, mesh=batches.mesh) for part in parts for batch in part]
     pruned, layers, done = list(dense), [], 0
-    for index, dense_layer in enumerate(layers_of(decoder, batches.mesh)):
-        layer = dense_layer
+    if pruned_decoder is not None:
+        pruned = [begin(pruned_decoder, batch.tokens, mesh=batches.mesh) for part in parts for batch in part]
+    for index, (dense_layer, layer) in enumerate(_pairs_of_layers(decoder, pruned_decoder, batches.mesh)):
         for kind in PROJECTIONS:
             settings = {"kind": kind, "config": decoder.config, "mesh": batches.mesh, "angles": angles}
             collected = partial(_collected, lengths=[len(part) for part in parts], mesh=batches.mesh)
             if refit_inputs is not None:
-                pairs = partial(inputs_of_both, dense_layer, **settings)
+                pairs = partial(inputs_of_both, layer, dense_layer, **settings)
                 inputs = list(zip(pruned, dense, strict=True))
                 layer = refit_inputs(index, kind, layer, partial(collected, InputMoments, pairs, inputs))
                 del inputs
@@ -200,6 +204,13 @@ def walk(
                 progress(done, len(PROJECTIONS) * layer_count(decoder))
         layers.append(layer)
     return layers
+
+
+def _pairs_of_layers(decoder: Decoder, pruned: Decoder | None, mesh: Mesh | None) -> Iterator[tuple[Block, Block]]:
+    """Every dense layer, and the layer of the pruned model; twice the same one without a pruned model."""
+    if pruned is None:
+        return ((layer, layer) for layer in layers_of(decoder, mesh))
+    return zip(layers_of(decoder, mesh), layers_of(pruned, mesh), strict=True)
 
 
 def _advance_all(run: Block, states: list[State], settings: dict[str, Any]) -> Sequence[Float[Array, "_ T D"]]:
@@ -297,14 +308,20 @@ def _collected(
 
 @partial(jax.jit, static_argnames=("kind", "config", "mesh"))
 def inputs_of_both(
-    run: Block, pruned: State, dense: State, *, kind: str, config: DecoderConfig, mesh: Mesh | None, angles: Angles
+    run: Block,
+    dense_run: Block,
+    pruned: State,
+    dense: State,
+    *,
+    kind: str,
+    config: DecoderConfig,
+    mesh: Mesh | None,
+    angles: Angles,
 ) -> Pair:
-    """The inputs of a sublayer's matrices in the pruned and the dense model, float32.
-
-    The norms before the matrices are those of the dense layer, which pruning keeps.
-    """
+    """The inputs of a sublayer's matrices in the pruned and the dense model, float32."""
     name = "attention.q" if kind == "head" else "mlp.up"
-    pair = (_sublayer(kind, run, config, state, angles).inputs[name] for state in (pruned, dense))
+    layers = ((run, pruned), (dense_run, dense))
+    pair = (_sublayer(kind, layer, config, state, angles).inputs[name] for layer, state in layers)
     x, target = (sharding.spread(x.astype(jnp.float32), mesh) for x in pair)
     return x, target
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 from minillm_jax.recipes.recipe import Settings
 from minillm_jax.recovery.settings import (
     AdapterShape,
+    ClosedForm,
     Distillation,
     ForwardOnly,
     RecoveryEvaluation,
@@ -25,7 +26,7 @@ class Recovery(Settings):
     """The settings of a recovery by section.
 
     Attributes:
-      data, training, adapter, distillation, forward, output, devices, evaluation: the sections.
+      data, training, adapter, distillation, forward, refit, output, devices, evaluation: the sections.
     """
 
     name: str = DEFAULT
@@ -34,6 +35,7 @@ class Recovery(Settings):
     adapter: AdapterShape = field(default_factory=AdapterShape)
     distillation: Distillation = field(default_factory=Distillation)
     forward: ForwardOnly = field(default_factory=ForwardOnly)
+    refit: ClosedForm = field(default_factory=ClosedForm)
     output: RecoveryOutput = field(default_factory=RecoveryOutput)
     devices: Devices = field(default_factory=Devices)
     evaluation: RecoveryEvaluation = field(default_factory=RecoveryEvaluation)
@@ -44,4 +46,4 @@ class Recovery(Settings):
     @property
     def computed(self) -> Sections:
         """The sections that decide what is computed."""
-        return Sections(self.training, self.adapter, self.distillation, self.forward)
+        return Sections(self.training, self.adapter, self.distillation, self.forward, self.refit)

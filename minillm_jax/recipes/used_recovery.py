@@ -6,6 +6,22 @@ from minillm_jax.data.windows import check_seed
 from minillm_jax.errors import InputError
 from minillm_jax.recipes.recovery import Recovery
 
+# Settings of the updates, which `--method refit` does not make.
+UPDATES = {
+    ("training", key)
+    for key in (
+        "loss",
+        "learning_rate",
+        "warmup",
+        "schedule",
+        "weight_decay",
+        "clip",
+        "validate_every",
+        "activations",
+        "last",
+    )
+}
+
 
 def check(recipe: Recovery, given: Mapping[tuple[str, str], str] | None = None) -> None:
     """Check the settings as far as that is possible without the model.
@@ -33,6 +49,10 @@ def check(recipe: Recovery, given: Mapping[tuple[str, str], str] | None = None) 
 def _idle(recipe: Recovery, section: str, key: str) -> str | None:
     """Why a run does not read a setting; None where it does."""
     method = recipe.training.method
+    if method == "refit" and ((section, key) in UPDATES or (section == "distillation" and key != "teacher")):
+        return "method refit makes no updates"
+    if section == "refit" and method != "refit":
+        return f"method {method}"
     if section == "adapter" and not recipe.computed.trains_adapter:
         return f"method {method} trains no adapter"
     if section == "adapter" and recipe.adapter.start is not None and key in ("rank", "alpha", "targets"):

@@ -1,18 +1,25 @@
 """Recovery of a pruned model: one of the methods, from examples to a better decoder."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
+from minillm_jax.data.batches import Batches
 from minillm_jax.data.examples import Examples
+from minillm_jax.devices import sharding
 from minillm_jax.devices.store import Store
+from minillm_jax.errors import InputError
 from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.tree import kernels
 from minillm_jax.recovery import gradients
 from minillm_jax.recovery.adapter import Adapter
-from minillm_jax.recovery.settings import Lora, Sections
-from minillm_jax.recovery.train import Outcome, Task, Teacher, train
+from minillm_jax.recovery.refit import refit_towards
+from minillm_jax.recovery.settings import Lora, Sections, Training
+from minillm_jax.recovery.train import Outcome, Point, Task, Teacher, mean_loss, rows_of, train, updates_of
 from minillm_jax.recovery.trained import Trained, TrainedAdapter, TrainedArrays
 
 
@@ -79,6 +86,8 @@ def recover_decoder(
       InputError: a setting is out of its range, or the folder holds another run.
     """
     sections.check()
+    if sections.training.method == "refit":
+        return _refitted(decoder, texts, sections, seed, teacher, progress)
     lora = sections.lora() if start is None else start[1]
     trained = _trained(sections, lora, None if start is None else start[0])
     forward = sections.forward
@@ -100,6 +109,44 @@ def recover_decoder(
     outcome = train(decoder, task, gradient, teacher if teacher and share != 0 else no_teacher, store, progress)
     adapter: Any = outcome.parameters if sections.trains_adapter else None
     return Recovered(trained.result(outcome.parameters, decoder), adapter, lora, outcome)
+
+
+def _refitted(
+    decoder: Decoder,
+    texts: Texts,
+    sections: Sections,
+    seed: int,
+    teacher: Teacher | None,
+    progress: Callable[[int, int], None] | None,
+) -> Recovered:
+    """Refits the model, on as many sequences as the updates of the other methods read, each at most once."""
+    began, training, examples = time.perf_counter(), sections.training, texts.training
+    sections.share(teacher is not None)
+    dense = None if teacher is None else teacher(np.arange(0))
+    assert isinstance(dense, Decoder), "the settings ask for a teacher in memory"
+    if not examples.counted[:, 1:].all():
+        raise InputError(
+            f"{examples.source}: --method refit reads whole sequences, and this text has padding or tokens that do not "
+            "count; use --packing packed and --loss-on all"
+        )
+    updates = updates_of(training, examples.count)
+    rows = rows_of(0, examples.count, min(updates * training.batch, examples.count), seed)
+    windows = Batches(examples.take(np.sort(rows))[0], sharding.mesh_of(decoder))
+    after = refit_towards(decoder, dense, windows, sections.refit.refit, progress)
+    tokens = windows.count * (windows.length - 1)
+    measured = [
+        Point(update, read, None, *(_loss(one, text, training) for text in (texts.validation, texts.watched)))
+        for update, read, one in ((0, 0, decoder), (1, tokens, after))
+    ]
+    matrices = [kernels(run) for run in after.runs]
+    outcome = Outcome(matrices, measured, 1, tokens, tokens, time.perf_counter() - began)
+    return Recovered(after, None, sections.lora(), outcome)
+
+
+def _loss(decoder: Decoder, examples: Examples | None, training: Training) -> float | None:
+    if examples is None:
+        return None
+    return mean_loss(decoder, TrainedArrays("norms"), {}, examples, training.micro_batch)
 
 
 def _trained(sections: Sections, lora: Lora, start: Adapter | None) -> Trained:

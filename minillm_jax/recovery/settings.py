@@ -10,9 +10,9 @@ from math import isfinite
 
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.options import WORDS, Spelling, option
-from minillm_jax.settings import BOS, FORMATS, LOSS_ON, PACKINGS, TEMPLATES, Output
+from minillm_jax.settings import BOS, FORMATS, LOSS_ON, PACKINGS, SOLVERS, STEP, TEMPLATES, Output, Refit
 
-METHODS = ("lora", "full", "forward")
+METHODS = ("lora", "full", "forward", "refit")
 LOSSES = ("ce", "kd", "both")
 ACTIVATIONS = ("stream", "products", "all")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -96,7 +96,7 @@ class Training:
 
     Attributes:
       method: what is trained, and how: `lora`, low-rank adapters; `full`, every weight; `forward`, without
-        back-propagation.
+        back-propagation; `refit`, all matrices of the layers in closed form, without steps.
       loss: `ce`, the cross entropy of the text; `kd`, the divergence from the teacher; `both`. None for `both` with a
         teacher, and `ce` without.
       epochs: passes over the training sequences.
@@ -294,6 +294,34 @@ class ForwardOnly:
 
 
 @dataclass(frozen=True)
+class ClosedForm:
+    """`--method refit`: least squares for every matrix, towards the dense residual stream, in one walk.
+
+    Attributes:
+      alpha, ridge, inputs, solver: as in the refit of a pruning (`settings.Refit`).
+    """
+
+    alpha: float | None = option(
+        None, float, "Aim of --method refit: 0 for the layer's own output, 1 for the dense stream.", flag="refit_alpha"
+    )
+    ridge: float | None = option(
+        None, str, "Ridge of --method refit, or auto: chosen by sequences that are held out.", spelling=STEP
+    )
+    inputs: float | None = option(
+        None,
+        float,
+        "How far --method refit refits the matrices that read the residual stream, from 0 to 1.",
+        flag="refit_inputs",
+    )
+    solver: str = option("host", str, "Where --method refit solves its systems.", choices=SOLVERS)
+
+    @property
+    def refit(self) -> Refit:
+        """The settings of the walk."""
+        return Refit(alpha=self.alpha, ridge=self.ridge, inputs=self.inputs, solver=self.solver)
+
+
+@dataclass(frozen=True)
 class RecoveryOutput(Output):
     """What is written: the settings of a pruning, with another default of two of them.
 
@@ -345,6 +373,7 @@ class Sections:
     adapter: AdapterShape = field(default_factory=AdapterShape)
     distillation: Distillation = field(default_factory=Distillation)
     forward: ForwardOnly = field(default_factory=ForwardOnly)
+    refit: ClosedForm = field(default_factory=ClosedForm)
 
     def check(self) -> None:
         """Check all ranges.
@@ -380,8 +409,12 @@ class Sections:
         """The share of the divergence in the loss; None for the course of `distillation.weight`.
 
         Raises:
-          InputError: the loss needs a teacher, and there is none.
+          InputError: the loss or the method needs a teacher, and there is none.
         """
+        if self.training.method == "refit" and not teacher:
+            raise InputError(
+                "--method refit fits the layers to those of a teacher; name the dense model with --teacher"
+            )
         loss = self.training.loss or ("both" if teacher else "ce")
         if loss != "ce" and not teacher:
             raise InputError(

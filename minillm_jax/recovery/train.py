@@ -73,9 +73,7 @@ class Task:
     @property
     def updates(self) -> int:
         """Number of all updates."""
-        if self.training.steps is not None:
-            return self.training.steps
-        return max(1, ceil(self.training.epochs * self.examples.count / self.training.batch))
+        return updates_of(self.training, self.examples.count)
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Outcome:
     """A finished training run.
 
     Attributes:
-      parameters: of the best or the last state.
+      parameters: of the best or the last state; the refitted matrices of a recovery in closed form.
       points: the validations, in order; the first is before any update.
       update: number of updates before the state.
       tokens: number of counted tokens of all updates.
@@ -181,6 +179,13 @@ def compiled_update(gradient: gradients.Gradient, optimizer: optax.MultiSteps) -
         return optax.apply_updates(parameters, updates), state, sums
 
     return program
+
+
+def updates_of(training: Training, count: int) -> int:
+    """Number of updates for `count` sequences."""
+    if training.steps is not None:
+        return training.steps
+    return max(1, ceil(training.epochs * count / training.batch))
 
 
 def rows_of(update: int, count: int, batch: int, seed: int) -> Int[np.ndarray, " batch"]:

@@ -43,8 +43,8 @@ def test_toml_holds_every_setting(tmp_path: Path) -> None:
 
 
 def test_sections_of_prune_are_unknown_to_recover(tmp_path: Path) -> None:
-    (tmp_path / "prune.toml").write_text("[refit]\nridge = 0.1\n")
-    with pytest.raises(InputError, match="unknown section 'refit'; expected one of data, training, adapter"):
+    (tmp_path / "prune.toml").write_text("[budget]\nratio = 0.1\n")
+    with pytest.raises(InputError, match="unknown section 'budget'; expected one of data, training, adapter"):
         recipes.load_as(Recovery, str(tmp_path / "prune.toml"))
     with pytest.raises(InputError, match="did you mean learning_rate"):
         recipes.with_assignments(Recovery(), ["training.learning_rat=1"])
