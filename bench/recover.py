@@ -11,6 +11,7 @@ A method is a recipe of `minillm-jax recipe list` for the pruning and a way to r
     distil     low-rank adapters by the recipe `distil`, with the dense model as teacher
     full       all weights by the recipe `distil`
     forward    low-rank adapters from forward passes alone, by the recipe `forward`
+    mezo       all matrices from forward passes alone, by the recipe `mezo`
     peft       low-rank adapters by PEFT in PyTorch, with LLM-Pruner's rank and dropout
 
 A target is a share of the heads and channels of every layer, or a number of parameters. All ways train on the same
@@ -54,9 +55,9 @@ from minillm_jax.recovery import teacher as teachers
 from minillm_jax.recovery.train import mean_loss, rows_of
 from minillm_jax.recovery.trained import TrainedArrays
 
-WAYS = ("none", "refit", "ce", "distil", "full", "forward", "peft")
+WAYS = ("none", "refit", "ce", "distil", "full", "forward", "mezo", "peft")
 METHODS = (
-    *(f"ours:{way}" for way in ("none", "refit", "ce", "distil", "full", "forward")),
+    *(f"ours:{way}" for way in ("none", "refit", "ce", "distil", "full", "forward", "mezo")),
     *(f"{recipe}:{way}" for recipe in ("llm-pruner", "wanda-sp", "flap") for way in ("none", "peft")),
 )
 # Options of each way beside those that all have; PEFT takes LLM-Pruner's.
@@ -153,13 +154,13 @@ def shared_options(row: Row) -> dict[str, Any]:
 
 def settings_of(way: str, row: Row) -> Recovery:
     """The settings of a way of our own."""
-    loaded = recipes.load_as(Recovery, "forward" if way == "forward" else "distil")
+    loaded = recipes.load_as(Recovery, way if way in ("forward", "mezo") else "distil")
     return recipes.with_options(loaded, shared_options(row) | OPTIONS.get(way, {}))[0]
 
 
 def ours(pruned: Model, dense: Model, way: str, row: Row) -> Model:
     """A model that this package has recovered; an interrupted run in the work folder continues."""
-    settings, teacher = settings_of(way, row), None if way in ("ce", "forward") else dense
+    settings, teacher = settings_of(way, row), None if way in ("ce", "forward", "mezo") else dense
     texts = texts_of(settings, pruned, row["train"])
     watched = measured_text(Path(list(row["texts"].values())[-1]), dense, 32)
     texts = replace(texts, watched=watched)

@@ -39,14 +39,14 @@ def our_step(shape: str, batch: int, length: int, activations: str) -> Callable[
     from minillm_jax.recovery import gradients
     from minillm_jax.recovery.objective import Sequences, Weights
     from minillm_jax.recovery.optimizer import optimizer
+    from minillm_jax.recovery.rules import ByGradient
     from minillm_jax.recovery.settings import Lora, Training
-    from minillm_jax.recovery.train import compiled_update
     from minillm_jax.recovery.trained import TrainedAdapter
 
     decoder = random_decoder(shape)
     trained = TrainedAdapter(Lora(), activations)
     steps = optimizer(Training(batch=batch, micro_batch=batch), 1000)
-    update = compiled_update(gradients.backward(trained), steps)
+    update = ByGradient(gradients.backward(trained), steps).program()
     tokens = random_tokens(decoder.embedding.shape[0], batch, length)
     counted = jnp.ones(tokens.shape, bool).at[:, 0].set(False)
     rest = (

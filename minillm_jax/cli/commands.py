@@ -146,7 +146,7 @@ def prune(
         typer.Option(
             "--recover",
             metavar="NAME|FILE",
-            help="Recover the pruned model by a recipe of recover, into OUTPUT-recovered: distil, llm-pruner, forward.",
+            help="Recover the pruned model into OUTPUT-recovered, by a recipe of `recipe list --recover`.",
             rich_help_panel=COMMON,
         ),
     ] = None,

@@ -34,7 +34,7 @@ def recover(
             "--recipe",
             "--preset",
             metavar="NAME|FILE",
-            help="Settings for all options that are not given: distil, llm-pruner, forward, or a TOML file.",
+            help="Settings for all options that are not given: distil, llm-pruner, forward, mezo, or a TOML file.",
             rich_help_panel=COMMON,
         ),
     ] = Recovery.DEFAULT,

@@ -51,6 +51,8 @@ def _idle(recipe: Recovery, section: str, key: str) -> str | None:
     method = recipe.training.method
     if method == "refit" and ((section, key) in UPDATES or (section == "distillation" and key != "teacher")):
         return "method refit makes no updates"
+    if recipe.computed.trains_matrices and (section, key) in (("training", "clip"), ("training", "weight_decay")):
+        return "--train matrices has no optimiser"
     if section == "refit" and method != "refit":
         return f"method {method}"
     if section == "adapter" and not recipe.computed.trains_adapter:

@@ -17,10 +17,12 @@ from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.tree import kernels
 from minillm_jax.recovery import gradients
 from minillm_jax.recovery.adapter import Adapter
+from minillm_jax.recovery.optimizer import learning_rates, optimizer
 from minillm_jax.recovery.refit import refit_towards
+from minillm_jax.recovery.rules import ByGradient, Mezo, Rule
 from minillm_jax.recovery.settings import Lora, Sections, Training
 from minillm_jax.recovery.train import Outcome, Point, Task, Teacher, mean_loss, rows_of, train, updates_of
-from minillm_jax.recovery.trained import Trained, TrainedAdapter, TrainedArrays
+from minillm_jax.recovery.trained import Trained, TrainedAdapter, TrainedArrays, TrainedMatrices
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,6 @@ def recover_decoder(
         return _refitted(decoder, texts, sections, seed, teacher, progress)
     lora = sections.lora() if start is None else start[1]
     trained = _trained(sections, lora, None if start is None else start[0])
-    forward = sections.forward
-    gradient = gradients.backward(trained)
-    if sections.training.method == "forward":
-        gradient = gradients.forward(trained, forward.directions, forward.epsilon)
     share = sections.share(teacher is not None)
     task = Task(
         trained,
@@ -106,7 +104,9 @@ def recover_decoder(
         share,
     )
     no_teacher: Teacher = lambda rows: None  # noqa: E731
-    outcome = train(decoder, task, gradient, teacher if teacher and share != 0 else no_teacher, store, progress)
+    outcome = train(
+        decoder, task, rule_of(task, sections), teacher if teacher and share != 0 else no_teacher, store, progress
+    )
     adapter: Any = outcome.parameters if sections.trains_adapter else None
     return Recovered(trained.result(outcome.parameters, decoder), adapter, lora, outcome)
 
@@ -149,8 +149,22 @@ def _loss(decoder: Decoder, examples: Examples | None, training: Training) -> fl
     return mean_loss(decoder, TrainedArrays("norms"), {}, examples, training.micro_batch)
 
 
+def rule_of(task: Task, sections: Sections) -> Rule:
+    """How the updates of a task change its parameters."""
+    training, forward = sections.training, sections.forward
+    if isinstance(task.trained, TrainedMatrices):
+        rates, calls = learning_rates(training, task.updates), training.batch // training.micro_batch
+        return Mezo(rates, calls, forward.directions, forward.epsilon, task.seed)
+    gradient = gradients.backward(task.trained)
+    if training.method == "forward":
+        gradient = gradients.forward(task.trained, forward.directions, forward.epsilon)
+    return ByGradient(gradient, optimizer(training, task.updates))
+
+
 def _trained(sections: Sections, lora: Lora, start: Adapter | None) -> Trained:
     kept = sections.training.activations
     if sections.trains_adapter:
         return TrainedAdapter(lora, kept, start)
+    if sections.trains_matrices:
+        return TrainedMatrices()
     return TrainedArrays("all" if sections.training.method == "full" else sections.forward.train, kept)

@@ -17,7 +17,7 @@ LOSSES = ("ce", "kd", "both")
 ACTIVATIONS = ("stream", "products", "all")
 SCHEDULES = ("linear", "cosine", "constant")
 # What `--method forward` trains: low-rank adapters, norms, or norms and biases.
-FORWARD_TRAINS = ("lora", "norms", "all-small")
+FORWARD_TRAINS = ("lora", "norms", "all-small", "matrices")
 # Name of a matrix in the settings -> its name in the table of axes (`model.axis_table`).
 TARGETS = {
     **{name: f"attention.{name}" for name in ("q", "k", "v", "o")},
@@ -271,7 +271,8 @@ class ForwardOnly:
     """`--method forward`: updates from paired losses, without back-propagation (MeZO, arXiv 2305.17333).
 
     Attributes:
-      train: what moves: `lora`, `norms`, or `all-small` (norms and biases).
+      train: what moves: `lora`, `norms`, `all-small` (norms and biases); or `matrices`, all matrices of the layers in
+        place, which is MeZO: directions that all sequences share, and no optimiser.
       directions: random directions of an update, whose estimates are averaged.
       epsilon: the step ε of a paired loss.
     """
@@ -398,6 +399,11 @@ class Sections:
             found = unknown[0] if unknown else "none"
             raise InputError(f"--targets must name some of {', '.join(TARGETS)}, found {found!r}")
         return Lora(shape.rank, shape.alpha, shape.dropout, tuple(TARGETS[name] for name in shape.targets))
+
+    @property
+    def trains_matrices(self) -> bool:
+        """Whether MeZO moves the matrices in place."""
+        return self.training.method == "forward" and self.forward.train == "matrices"
 
     @property
     def trains_adapter(self) -> bool:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax import numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -19,9 +18,9 @@ from minillm_jax.devices import sharding
 from minillm_jax.devices.store import State, Store
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import Top
-from minillm_jax.recovery import gradients, objective
-from minillm_jax.recovery.objective import Sequences, Sums, Weights
-from minillm_jax.recovery.optimizer import optimizer, was_finite
+from minillm_jax.recovery import objective
+from minillm_jax.recovery.objective import Sequences, Weights
+from minillm_jax.recovery.rules import Rule
 from minillm_jax.recovery.settings import Distillation, Training
 from minillm_jax.recovery.trained import Parameters, Trained
 from minillm_jax.scoring.gradient import directions
@@ -128,7 +127,7 @@ Teacher = Callable[[Int[np.ndarray, " b"]], Decoder | Top | None]
 def train(
     decoder: Decoder,
     task: Task,
-    gradient: gradients.Gradient,
+    rule: Rule,
     teacher: Teacher = lambda rows: None,
     store: Store | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -140,7 +139,7 @@ def train(
     Args:
       decoder: the model, which does not change.
       task: what is trained, on what, and how.
-      gradient: `gradients.backward` or `gradients.forward` of `task.trained`.
+      rule: how an update changes the parameters of `task.trained`.
       teacher: what the divergence is measured from.
       store: folder of the state, from which an interrupted run continues.
       progress: called with the number of finished updates, and of all.
@@ -148,7 +147,7 @@ def train(
     Raises:
       InputError: the folder holds another run, or cannot be written.
     """
-    began, loop = time.perf_counter(), _Loop(decoder, task, gradient, teacher)
+    began, loop = time.perf_counter(), _Loop(decoder, task, rule, teacher)
     state = loop.begun(store)
     stopped, before = None, state
     while state.update < task.updates and stopped is None:
@@ -164,21 +163,6 @@ def train(
     chosen, update = (state.parameters, state.update) if state.best is None else (state.best, _best(state.points))
     seconds = time.perf_counter() - began
     return Outcome(chosen, list(state.points), update, state.tokens, state.tokens - before.tokens, seconds, stopped)
-
-
-def compiled_update(gradient: gradients.Gradient, optimizer: optax.MultiSteps) -> Callable[..., tuple[Any, Any, Sums]]:
-    """A compiled program: parameters, optimiser's state, arguments of the gradient -> both after it, sums of the loss.
-
-    The memory of parameters and state is used again.
-    """
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def program(parameters: Parameters, state: Any, *rest: Any) -> tuple[Any, Any, Sums]:
-        found, sums = gradient(parameters, *rest)
-        updates, state = optimizer.update(found, state, parameters)
-        return optax.apply_updates(parameters, updates), state, sums
-
-    return program
 
 
 def updates_of(training: Training, count: int) -> int:
@@ -238,20 +222,18 @@ def _best(points: tuple[Point, ...]) -> int:
 class _Loop:
     """The compiled programs of a training run, and what they read."""
 
-    def __init__(self, decoder: Decoder, task: Task, gradient: gradients.Gradient, teacher: Teacher) -> None:
-        self._decoder, self._task, self._teacher = decoder, task, teacher
+    def __init__(self, decoder: Decoder, task: Task, rule: Rule, teacher: Teacher) -> None:
+        self._decoder, self._task, self._rule, self._teacher = decoder, task, rule, teacher
         self._mesh = sharding.mesh_of(decoder)
-        self._optimizer = optimizer(task.training, task.updates)
         self._key = directions.stream_key(task.seed, "dropout")
-
-        self._program = compiled_update(gradient, self._optimizer)
+        self._program = rule.program()
 
     def begun(self, store: Store | None) -> Progress:
         """The state before the first update, or that of an interrupted run."""
         parameters = self._task.trained.initial(self._decoder, self._task.seed)
         parameters = jax.tree.map(lambda leaf: sharding.with_mesh(leaf, self._mesh), parameters)
         best = jax.tree.map(jnp.copy, parameters) if self._keeps_best else None
-        state = Progress(parameters, self._optimizer.init(parameters), best)
+        state = Progress(parameters, self._rule.init(parameters), best)
         stored = None if store is None else store.load()
         return self.validated(state) if stored is None else _restored(state, stored)
 
@@ -279,7 +261,7 @@ class _Loop:
             found.append(sums)
         loss = sum(float(objective.loss(sums, weights)) for sums in found) / targets
         after = state._replace(parameters=parameters, optimizer=optimizer_state)
-        if not was_finite(optimizer_state):
+        if not self._rule.was_finite(optimizer_state):
             return after, (
                 f"update {state.update + 1}: the loss is {loss:g} or its gradient is not finite; use a lower "
                 "--learning-rate, or --dtype float32"

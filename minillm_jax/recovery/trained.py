@@ -13,10 +13,11 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from minillm_jax.model import axis_table
+from minillm_jax.model.build import with_runs
 from minillm_jax.model.decoder import Decoder, embed, finish, rotary_angles, scan_layers
 from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.modules import PRODUCT, Block
-from minillm_jax.model.tree import named_arrays
+from minillm_jax.model.tree import kernels, named_arrays, replace_kernels
 from minillm_jax.recovery import adapter as adapters
 from minillm_jax.recovery.adapter import Lora
 
@@ -136,6 +137,34 @@ class TrainedArrays:
         return hidden_states(self.computing(parameters, decoder), tokens, None, None, self.activations)
 
     def result(self, parameters: dict[str, Array], decoder: Decoder) -> Decoder:
+        """See `Trained`."""
+        return self.computing(parameters, decoder)
+
+
+# For each run of the decoder: name of a matrix -> the matrix in all layers of the run.
+Matrices = list[dict[str, Array]]
+
+
+@dataclass(frozen=True)
+class TrainedMatrices:
+    """All matrices of the layers, in their own types. No gradient is taken by them (`rules.Mezo`)."""
+
+    def initial(self, decoder: Decoder, seed: int) -> Matrices:
+        """See `Trained`."""
+        return [{name: jnp.array(kernel[...]) for name, kernel in kernels(run).items()} for run in decoder.runs]
+
+    def computing(self, parameters: Matrices, decoder: Decoder) -> Decoder:
+        """See `Trained`."""
+        pairs = zip(decoder.runs, parameters, strict=True)
+        return with_runs(decoder, [replace_kernels(run, lambda name, _, new=new: new[name]) for run, new in pairs])
+
+    def hidden(
+        self, parameters: Matrices, decoder: Decoder, tokens: Int[Array, "B T"], key: Key[Array, ""] | None
+    ) -> Float[Array, "B T E"]:
+        """See `Trained`. There is no dropout."""
+        return hidden_states(self.computing(parameters, decoder), tokens, activations="all")
+
+    def result(self, parameters: Matrices, decoder: Decoder) -> Decoder:
         """See `Trained`."""
         return self.computing(parameters, decoder)
 

@@ -12,7 +12,7 @@ from minillm_jax.recipes.recovery import Recovery
 
 
 def test_the_recipes_of_the_package_are_whole_and_can_be_run() -> None:
-    assert recipes.names(Recovery) == ["distil", "forward", "llm-pruner"]
+    assert recipes.names(Recovery) == ["distil", "forward", "llm-pruner", "mezo"]
     for name in recipes.names(Recovery):
         loaded = recipes.load_as(Recovery, name)
         assert loaded.summary.endswith(".") or loaded.summary.endswith(").")

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import peft
 import pytest
 import torch
@@ -24,9 +25,11 @@ from minillm_jax.recovery import gradients, objective, teacher
 from minillm_jax.recovery.adapter import Adapter, initial
 from minillm_jax.recovery.objective import Sequences, Weights
 from minillm_jax.recovery.recover import Recovered, Texts, recover_decoder
+from minillm_jax.recovery.rules import Mezo
 from minillm_jax.recovery.settings import Distillation, ForwardOnly, Lora, Sections, Training
 from minillm_jax.recovery.train import mean_loss, rows_of
-from minillm_jax.recovery.trained import TrainedAdapter, TrainedArrays
+from minillm_jax.recovery.trained import TrainedAdapter, TrainedArrays, TrainedMatrices
+from minillm_jax.scoring.gradient import directions
 from tests.helpers import arrays_equal, hugging_face_folder
 
 # PEFT calls a method of transformers that is deprecated.
@@ -173,6 +176,7 @@ METHODS = {
     "full": sections(replace(TRAINING, method="full")),
     "forward": sections(replace(TRAINING, method="forward")),
     "norms": sections(replace(TRAINING, method="forward"), forward=ForwardOnly("norms", 2)),
+    "mezo": sections(replace(TRAINING, method="forward", learning_rate=2e-3), forward=ForwardOnly("matrices", 4)),
 }
 
 
@@ -252,6 +256,44 @@ def test_the_estimate_from_forward_passes_approaches_the_gradient(decoder: Decod
     assert a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) > 0.5
     assert a @ b / (a @ a) == pytest.approx(1, abs=0.25)
     assert float(mean.cross_entropy) == pytest.approx(float(sums.cross_entropy), rel=1e-3)
+
+
+def test_mezo_moves_all_matrices_by_the_slope_of_the_loss_along_drawn_directions(decoder: Decoder) -> None:
+    """Against a step by hand, with whole directions, for micro-batches of half an update."""
+    data, epsilon, rate, trained = examples(4), 1e-3, 1e-2, TrainedMatrices()
+    rule = Mezo(optax.constant_schedule(rate), 2, 1, epsilon, 5)
+    key = jax.random.fold_in(jax.random.fold_in(directions.stream_key(5, "mezo"), 0), 0)
+    drawn = [
+        {
+            name: jnp.stack(
+                [
+                    directions.draw(key, jnp.int32(layer), name, kernel.shape[1:], "gaussian")
+                    for layer in range(len(kernel))
+                ]
+            )
+            for name, kernel in run.items()
+        }
+        for run in trained.initial(decoder, 0)
+    ]
+
+    def moved(length: float) -> Any:
+        return jax.tree.map(lambda kernel, z: kernel + length * z, trained.initial(decoder, 0), drawn)
+
+    def total(matrices: Any) -> float:
+        found = objective.sums(
+            decoder, trained.hidden(matrices, decoder, jnp.asarray(data.tokens), None), sequences(data)
+        )
+        return float(found.cross_entropy) / data.targets
+
+    slope = (total(moved(epsilon)) - total(moved(-epsilon))) / (2 * epsilon)
+    matrices, program = trained.initial(decoder, 0), rule.program()
+    state = rule.init(matrices)
+    for part in (slice(0, 2), slice(2, 4)):
+        half = Sequences(jnp.asarray(data.tokens[part]), jnp.asarray(data.counted[part]))
+        matrices, state, _ = program(matrices, state, decoder, None, half, CE, jnp.float32(2 / data.targets), key)
+    assert int(state.update) == 1
+    for found, expected in zip(jax.tree.leaves(matrices), jax.tree.leaves(moved(-rate * slope)), strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-4 * rate * abs(slope) + 1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------ divergence

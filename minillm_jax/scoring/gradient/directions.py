@@ -21,7 +21,7 @@ _ORDINAL = {name: ordinal for ordinal, name in enumerate(axis_table.matrices())}
 
 # Independent random streams: directions of an estimate, noise of the criterion `noise`, scores of `random`, the first
 # values of an adapter, dropout.
-_STREAMS = {"direction": 0, "noise": 1, "random": 2, "adapter": 3, "dropout": 4}
+_STREAMS = {"direction": 0, "noise": 1, "random": 2, "adapter": 3, "dropout": 4, "mezo": 5}
 
 
 class Directions(NamedTuple):
