@@ -2,8 +2,8 @@
 
     python bench/plots.py
 
-writes docs/fidelity.svg, docs/quality.svg, docs/perplexity.svg and docs/study-MODEL.svg for each study. The same
-results give the same bytes.
+writes docs/fidelity.svg, docs/quality.svg, docs/perplexity.svg, and docs/study-MODEL.svg and docs/recovery-MODEL.svg
+for each study. The same results give the same bytes.
 """
 
 import io
@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib as mpl  # pyright: ignore[reportMissingImports]  # an extra
 import numpy as np
+import recover_plots
 import study_tables
 import tables
 from matplotlib import pyplot as plt  # pyright: ignore[reportMissingImports]
@@ -317,6 +318,9 @@ def main() -> None:
     quality()
     for path in sorted(RESULTS.glob("study-*.json")):
         study(path.stem.removeprefix("study-"))
+    for path in sorted(RESULTS.glob("recover-*.json")):
+        if not path.stem.startswith("recover-speed"):
+            recover_plots.recovery(path, DOCS)
     readme()
 
 
