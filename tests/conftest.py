@@ -67,8 +67,16 @@ def _compile_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
 LONG = ("devices", "scoring", "pruning", "convert", "cli")
 
 
+SLOW = Path(__file__).with_name("slow.txt")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts the modules by the place of their folder in `LONG`; all others come last."""
+    """Marks the tests of slow.txt. Sorts the modules by the place of their folder in `LONG`; all others come last."""
+    slow = {line for line in SLOW.read_text().splitlines() if not line.startswith("#")}
+    for item in items:
+        if not slow.isdisjoint((item.nodeid, item.nodeid.partition("[")[0])):
+            item.add_marker("slow")
     ranks = {folder: rank for rank, folder in enumerate(LONG)}
     items.sort(key=lambda item: ranks.get(item.path.parent.name, len(LONG)))
 

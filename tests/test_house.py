@@ -240,3 +240,10 @@ def test_breaches_are_found(test: str, expected: str | None) -> None:
     texts = [what for _, what in breaches(ast.parse(test))]
     assert bool(texts) == (expected is not None)
     assert all(text.startswith(expected or "") for text in texts)
+
+
+def test_every_slow_test_exists() -> None:
+    for line in (ROOT / "tests" / "slow.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            path, _, name = line.partition("::")
+            assert f"def {name.partition('[')[0]}(" in (ROOT / path).read_text(), line
