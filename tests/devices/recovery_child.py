@@ -1,4 +1,4 @@
-"""The programs that test_recovery.py runs in processes of their own: recoveries on meshes, and in joined processes."""
+"""The program that test_recovery.py runs in processes of their own: the losses of a recovery on a mesh, as JSON."""
 
 import json
 import sys
@@ -6,10 +6,7 @@ from typing import Any
 
 import minillm_jax as mj
 from minillm_jax import demo
-from minillm_jax.devices import hosts, sharding
-from minillm_jax.recipes import recipe as recipes
-from minillm_jax.recipes.recovery import Recovery
-from minillm_jax.run_recovery import RecoveryJob, run
+from minillm_jax.devices import sharding
 
 OPTIONS = {"seq_len": 32, "steps": 3, "batch": 8, "micro_batch": 4, "validate_every": 1, "learning_rate": 1e-3}
 
@@ -35,24 +32,6 @@ def losses(mesh: str) -> dict[str, Any]:
     return points
 
 
-def recover_folder(root: str, method: str, output: str, mesh: str | None = None) -> None:
-    """One whole recovery from folder to folder, with the unpruned model as teacher."""
-    options = METHODS[method] | {"data": f"{root}/tokens.npy", "evaluate": f"{root}/tokens.npy", "window": 16}
-    options |= {"seq_len": 16, "held_out": 4, "watch": f"{root}/tokens.npy"} | ({} if mesh is None else {"mesh": mesh})
-    options |= {} if method in ("forward", "mezo") else {"teacher": f"{root}/model"}
-    loaded = recipes.load_as(Recovery, options.pop("recipe", "distil"))
-    recipe, given = recipes.with_options(loaded, options)
-    run(RecoveryJob(f"{root}/pruned", output, recipe, given))
-
-
-def joined(root: str, mesh: str, address: str) -> dict[str, Any]:
-    """Recoveries by all methods in one of two processes."""
-    hosts.initialise_hosts(hosts.parse_hosts(address))
-    for method in METHODS:
-        recover_folder(root, method, f"{root}/{mesh} {method}", mesh)
-    return {"writer": hosts.is_writer()}
-
-
 if __name__ == "__main__":
     _, name, *arguments = sys.argv
-    sys.stdout.write(json.dumps({"losses": losses, "joined": joined}[name](*arguments)) + "\n")
+    sys.stdout.write(json.dumps({"losses": losses}[name](*arguments)) + "\n")
