@@ -179,15 +179,23 @@ def input_refit(
     """
     if not settings.inputs:
         return None
-
-    held_tokens = held_out_windows(settings, batches) * batches.length
+    refit_any = any_input_refit(settings, batches, solver)
 
     def refit_inputs(layer: int, sublayer: str, run: Block, moments: Callable[[], Collected[InputMoments]]) -> Block:
         kind = pruned_kind(sublayer, kept)
         if kind is None or len(kept[kind][layer]) == group_count(run, kind):
             return run
+        return refit_any(layer, sublayer, run, moments)
+
+    return refit_inputs
+
+
+def any_input_refit(settings: Refit, batches: Batches, solver: Solver) -> RefitInputs:
+    """The input refit of all sublayers; the arguments are those of `input_refit`."""
+    tokens = batches.tokens, held_out_windows(settings, batches) * batches.length
+
+    def refit_inputs(layer: int, sublayer: str, run: Block, moments: Callable[[], Collected[InputMoments]]) -> Block:
         beta, ridge, where = settings.inputs or 0.0, settings.ridge, f" of layer {layer}"
-        tokens = batches.tokens, held_tokens
         return refit_sublayer_inputs(sublayer, run, moments(), tokens, beta, ridge, solver, batches.mesh, where)
 
     return refit_inputs

@@ -175,10 +175,12 @@ def walk(
     """
     angles = rotary_angles(decoder, batches.length)
     parts = batches.split(batches.count - held_out) if held_out else (batches,)
-    dense = [begin(decoder, batch.tokens, mesh=batches.mesh) for part in parts for batch in part]
-    pruned, layers, done = list(dense), [], 0
-    if pruned_decoder is not None:
-        pruned = [begin(pruned_decoder, batch.tokens, mesh=batches.mesh) for part in parts for batch in part]
+
+    def begun(model: Decoder) -> list[State]:
+        return [begin(model, batch.tokens, mesh=batches.mesh) for part in parts for batch in part]
+
+    dense = begun(decoder)
+    pruned, layers, done = list(dense) if pruned_decoder is None else begun(pruned_decoder), [], 0
     for index, (dense_layer, layer) in enumerate(_pairs_of_layers(decoder, pruned_decoder, batches.mesh)):
         for kind in PROJECTIONS:
             settings = {"kind": kind, "config": decoder.config, "mesh": batches.mesh, "angles": angles}

@@ -19,8 +19,15 @@ from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import group_count, hidden_size, layer_count
 from minillm_jax.pruning import slicing
-from minillm_jax.pruning.refit import gathered, held_out_windows, refitted, resolve, system_at, with_projection
-from minillm_jax.pruning.refit_inputs import refit_sublayer_inputs
+from minillm_jax.pruning.refit import (
+    any_input_refit,
+    gathered,
+    held_out_windows,
+    refitted,
+    resolve,
+    system_at,
+    with_projection,
+)
 from minillm_jax.pruning.system import Solver
 from minillm_jax.pruning.walk import PROJECTIONS, Collected, InputMoments, Site, walk
 from minillm_jax.settings import Refit
@@ -49,14 +56,10 @@ def refit_towards(
     check_pair(decoder, teacher)
     settings = resolve(refit or Refit(), decoder.config)
     solver = Solver(settings.solver)
-    held_out = held_out_windows(settings, batches)
+    refit_any = any_input_refit(settings, batches, solver)
 
     def refit_inputs(layer: int, kind: str, run: Block, moments: Callable[[], Collected[InputMoments]]) -> Block:
-        if not group_count(run, kind):
-            return run
-        tokens, beta = (batches.tokens, held_out * batches.length), settings.inputs or 0.0
-        where = f" of layer {layer}"
-        return refit_sublayer_inputs(kind, run, moments(), tokens, beta, settings.ridge, solver, batches.mesh, where)
+        return refit_any(layer, kind, run, moments) if group_count(run, kind) else run
 
     layers = walk(
         teacher,
@@ -64,7 +67,7 @@ def refit_towards(
         lambda site: refitted_site(site, settings, solver),
         progress,
         refit_inputs if settings.inputs else None,
-        held_out,
+        held_out_windows(settings, batches),
         decoder,
     )
     return shard(with_runs(decoder, slicing.merge(layers)), mesh_of(decoder))

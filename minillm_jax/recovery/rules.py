@@ -156,7 +156,7 @@ class Mezo:
         steps = -jnp.asarray(self.rates(state.update)) * slopes / (self.calls * self.count)
         matrices = jax.lax.cond(last & is_finite, lambda: moved_in_place(matrices, keys, steps), lambda: matrices)
         after = MezoState(state.update + last, jnp.where(last, 0, calls), jnp.where(last, 0, slopes), is_finite)
-        return matrices, after, jax.tree.map(lambda each: jnp.mean(each), sums)
+        return matrices, after, jax.tree.map(jnp.mean, sums)
 
     def _keys(self, update: Int[Array, ""]) -> Key[Array, " P"]:
         key = jax.random.fold_in(directions.stream_key(self.seed, "mezo"), update)

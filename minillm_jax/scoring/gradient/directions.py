@@ -20,7 +20,7 @@ GAUSSIAN_PARTS = 16
 _ORDINAL = {name: ordinal for ordinal, name in enumerate(axis_table.matrices())}
 
 # Independent random streams: directions of an estimate, noise of the criterion `noise`, scores of `random`, the first
-# values of an adapter, dropout.
+# values of an adapter, dropout, directions of MeZO.
 _STREAMS = {"direction": 0, "noise": 1, "random": 2, "adapter": 3, "dropout": 4, "mezo": 5}
 
 
