@@ -35,13 +35,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from environment import commit
 from processes import FLAG, cost, end_with_parent, launch
 from study import evaluation_windows, named_text, read, write
 
 from minillm_jax import api
-from minillm_jax.data.examples import Examples, read_examples
+from minillm_jax.data.examples import Examples, read_examples, whole_windows
 from minillm_jax.data.text import tokenizer_of
 from minillm_jax.devices.store import Store
 from minillm_jax.errors import InputError
@@ -118,10 +117,10 @@ def pruned_model(dense: Model, recipe: str, row: Row) -> Model:
     folder = None if row["work"] is None else Path(row["work"]) / f"{recipe}-{row['target']:g}-{row['seed']}"
     if folder is not None and folder.exists():
         return api.load(folder)
-    options: dict[str, Any] = {"layers": "all"} if recipe == "llm-pruner" and row["target"] < 1 else {}
-    options["ratio" if row["target"] < 1 else "target_params"] = (
-        row["target"] if row["target"] < 1 else int(row["target"])
-    )
+    share = row["target"] < 1
+    options: dict[str, Any] = {"ratio": row["target"]} if share else {"target_params": int(row["target"])}
+    if share and recipe == "llm-pruner":
+        options["layers"] = "all"
     pruned = api.prune(dense, row["calibration"], recipe=recipe, seed=row["seed"], **options)
     if folder is not None:
         api.save(pruned, folder)
@@ -134,10 +133,7 @@ def measured_text(path: Path, model: Model, windows: int) -> Examples:
         tokenizer, vocabulary = tokenizer_of(model.folder), model.decoder.embedding.shape[0]
         found = read_examples(str(path), tokenizer, vocabulary, 256, template="alpaca", loss_on="response")
         return found.split(found.count - windows, 0)[0] if found.count > windows else found
-    cut = evaluation_windows(path, model.folder, windows, 128).windows
-    counted = np.ones(cut.shape, bool)
-    counted[:, 0] = False
-    return Examples(cut, counted, str(path))
+    return whole_windows(evaluation_windows(path, model.folder, windows, 128).windows, str(path))
 
 
 def perplexities(model: Model, texts: dict[str, Examples]) -> dict[str, float]:

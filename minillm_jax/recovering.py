@@ -17,7 +17,7 @@ import numpy as np
 from convert import adapter as adapters
 from minillm_jax.api import Text, held_out
 from minillm_jax.data import text
-from minillm_jax.data.examples import Examples, read_examples
+from minillm_jax.data.examples import Examples, read_examples, whole_windows
 from minillm_jax.data.tokenizer import has_vocabulary
 from minillm_jax.data.windows import check_positions
 from minillm_jax.devices.store import Store
@@ -133,9 +133,7 @@ def _watched(recipe: Recovery, outline: Model) -> Examples | None:
         return None
     windows = held_out(outline, source, recipe.data.seq_len, field=recipe.data.field).windows
     places = np.linspace(0, len(windows) - 1, min(recipe.evaluation.watch_windows, len(windows))).round().astype(int)
-    counted = np.ones(windows[places].shape, bool)
-    counted[:, 0] = False
-    return Examples(windows[places], counted, source)
+    return whole_windows(windows[places], source)
 
 
 def recover_model(

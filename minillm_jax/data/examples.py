@@ -97,6 +97,18 @@ class _Example(NamedTuple):
     counted: Bool[np.ndarray, " n"]
 
 
+def whole_windows(tokens: Int[np.ndarray, "B T"], source: str) -> Examples:
+    """Windows of which every prediction counts.
+
+    Args:
+      tokens: token ids, without padding.
+      source: path, Hub id or description of the data.
+    """
+    counted = np.ones(tokens.shape, bool)
+    counted[:, 0] = False
+    return Examples(tokens, counted, source)
+
+
 def read_examples(
     data: Any,
     tokenizer: Callable[[], Tokenizer],

@@ -106,7 +106,7 @@ def low_rank_product(x: Float[Array, "B T I"], a: Float[Array, "I R"], b: Float[
     """The product x · a · b, with a gradient that never transposes a wide array.
 
     The gradients by a and b sum products over all positions. XLA transposes the first operand of such a product, and
-    JAX's own rules put the wide operand first; the copies took a fifth of an update on a CPU (docs/LOG.md).
+    JAX's own rules put the wide operand first; the copies took 15 % of an update on a CPU (docs/LOG.md).
     """
     return _low_rank_forward(x, a, b)[0]
 

@@ -11,7 +11,7 @@ import minillm_jax as mj
 from convert.reader import read_model
 from minillm_jax import api
 from minillm_jax.data.batches import Batches
-from minillm_jax.data.examples import Examples
+from minillm_jax.data.examples import Examples, whole_windows
 from minillm_jax.errors import InputError
 from minillm_jax.model.decoder import Decoder, final_hidden
 from minillm_jax.model.tree import hidden_size, kernels, layer_count, named_arrays
@@ -31,9 +31,7 @@ REFIT = Sections(Training("refit"), refit=ClosedForm(alpha=1.0))
 
 
 def text(windows: np.ndarray = WINDOWS) -> Examples:
-    counted = np.ones(windows.shape, bool)
-    counted[:, 0] = False
-    return Examples(windows, counted, "random")
+    return whole_windows(windows, "random")
 
 
 @pytest.fixture(scope="module")
