@@ -415,12 +415,14 @@ class Sections:
         """The share of the divergence in the loss; None for the course of `distillation.weight`.
 
         Raises:
-          InputError: the loss or the method needs a teacher, and there is none.
+          InputError: the loss or the method needs a teacher, and there is none, or its most probable tokens alone.
         """
         if self.training.method == "refit" and not teacher:
             raise InputError(
                 "--method refit fits the layers to those of a teacher; name the dense model with --teacher"
             )
+        if self.training.method == "refit" and self.distillation.teacher_logits is not None:
+            raise InputError("--method refit reads the layers of the teacher; leave --teacher-logits out")
         loss = self.training.loss or ("both" if teacher else "ce")
         if loss != "ce" and not teacher:
             raise InputError(

@@ -21,7 +21,7 @@ from minillm_jax.recipes.recipe import load_as, with_options
 from minillm_jax.recipes.recovery import Recovery
 from minillm_jax.recovery.recover import Recovered, Texts, recover_decoder
 from minillm_jax.recovery.refit import refit_towards
-from minillm_jax.recovery.settings import ClosedForm, Sections, Training
+from minillm_jax.recovery.settings import ClosedForm, Distillation, Sections, Training
 from minillm_jax.recovery.teacher import in_memory
 from minillm_jax.settings import Refit
 from tests.helpers import arrays_equal, hugging_face_folder
@@ -107,6 +107,9 @@ def test_what_a_refit_cannot_use_is_one_sentence(pruned: Decoder, dense: Decoder
     with pytest.raises(InputError, match=r"random: --method refit reads whole sequences, .* use --packing packed"):
         recovered(pruned, dense, data=padded)
     assert hidden_size(pruned) == hidden_size(dense)
+    tokens_alone = replace(REFIT, distillation=Distillation("dense", teacher_logits="folder"))
+    with pytest.raises(InputError, match="reads the layers of the teacher; leave --teacher-logits out"):
+        recovered(pruned, dense, tokens_alone)
 
 
 @pytest.mark.parametrize(
