@@ -17,7 +17,7 @@ from minillm_jax.data.passages import passages, reservoir
 from minillm_jax.data.text import Joined, Tokens, all_tokens, check_bos, in_vocabulary
 from minillm_jax.data.tokenizing import Tokenizer, token_ids
 from minillm_jax.errors import InputError, shortened, warn
-from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.decoder import Decoder, learned_positions
 
 # Characters of a text that is tokenised whole, so that windows are drawn from all its tokens.
 WHOLE = 2**22
@@ -260,14 +260,8 @@ def whole_number(flag: str, value: Any) -> int:
 
 def positions(decoder: Decoder) -> int | None:
     """Tokens of the longest window that a model has learned positions for, or was trained for; None without a limit."""
-    learned = _learned_positions(decoder)
+    learned = learned_positions(decoder)
     return decoder.config.trained_length if learned is None else learned
-
-
-def _learned_positions(decoder: Decoder) -> int | None:
-    if decoder.position_embedding is None:
-        return None
-    return decoder.position_embedding.shape[0] - (decoder.config.position_offset or 0)
 
 
 def check_positions(decoder: Decoder, length: int, flag: str) -> None:
@@ -281,7 +275,7 @@ def check_positions(decoder: Decoder, length: int, flag: str) -> None:
     Raises:
       InputError: the model has learned positions, and they are fewer.
     """
-    learned = _learned_positions(decoder)
+    learned = learned_positions(decoder)
     if learned is not None and length > learned:
         raise InputError(f"{flag} {length}: the model has {learned} learned positions; use {flag} {learned} or less")
     most = decoder.config.trained_length

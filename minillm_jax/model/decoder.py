@@ -122,8 +122,22 @@ def layers_from(
     return x
 
 
-def embed(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+def learned_positions(decoder: Decoder) -> int | None:
+    """Tokens of the longest sequence that a model has learned positions for; None for a model without them."""
+    if decoder.position_embedding is None:
+        return None
+    return decoder.position_embedding.shape[0] - (decoder.config.position_offset or 0)
+
+
+def embed(
+    decoder: Decoder, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None
+) -> Float[Array, "B T D"]:
     """The residual stream before the first layer, in the promoted type of embedding and layers.
+
+    Args:
+      decoder: the model.
+      tokens: token ids.
+      positions: of the tokens; 0, 1, ... by default.
 
     Raises:
       InputError: the model has learned positions, and they are fewer than T.
@@ -142,16 +156,23 @@ def embed(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
                 f"sequences of {tokens.shape[1]} tokens are too long: "
                 f"the model has {learned.shape[0]} learned positions"
             )
-        x = x + jnp.expand_dims(learned[: tokens.shape[1]], 0).astype(dtype)
+        chosen = jnp.expand_dims(learned[: tokens.shape[1]], 0) if positions is None else learned[positions]
+        x = x + chosen.astype(dtype)
     return x if decoder.embedding_norm is None else decoder.embedding_norm(x, config)
 
 
 def rotary_angles(decoder: Decoder, length: int) -> Angles:
     """The rotary angles of all layers for sequences of `length` tokens; None for a model without rotary positions."""
+    return angles_at(decoder, jnp.arange(length))
+
+
+def angles_at(decoder: Decoder, positions: Int[Array, "*batch T"]) -> Angles:
+    """The rotary angles of all layers at some positions; None for a model without rotary positions."""
     rope = decoder.config.rope
     if rope is None:
         return None
-    return ops.rotary_angles(rope, decoder.runs[0].attention.k.kernel.shape[-1], length)
+    head_size = decoder.runs[0].attention.k.kernel.shape[-1]
+    return ops.rotary_angles(rope, head_size, positions.astype(jnp.float32))
 
 
 def final_hidden(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:

@@ -10,11 +10,12 @@ configuration and on the arrays that exist, never on the family.
 from typing import NamedTuple
 
 import jax
+from jax import numpy as jnp
 from jaxtyping import Array, Float
 
 from minillm_jax.model import ops
 from minillm_jax.model.config import DecoderConfig
-from minillm_jax.model.modules import MLP, Angles, Attention, Block
+from minillm_jax.model.modules import MLP, Angles, Attention, Block, LayerCache
 
 # The sublayers of a layer, in the order of the forward pass. Each adds one term to the residual stream.
 SUBLAYERS = ("attention", "mlp")
@@ -28,12 +29,14 @@ class Sublayer(NamedTuple):
       total: the residual sum before a norm that follows it; equal to `stream` in models without such a norm.
       base: the first term of the residual sum: the residual stream before the sublayer, or its norm (a BLOOM option).
       inputs: the input of each of the sublayer's matrices, by name.
+      cache: with the keys and values of the new tokens, of an attention sublayer that was given one.
     """
 
     stream: Float[Array, "B T D"]
     total: Float[Array, "B T D"]
     base: Float[Array, "B T D"]
     inputs: dict[str, Float[Array, "B T ..."]]
+    cache: LayerCache | None = None
 
 
 def apply_layer(
@@ -57,10 +60,20 @@ def apply_layer(
     return mlp.stream, attention.inputs | mlp.inputs
 
 
-def attention_sublayer(block: Block, config: DecoderConfig, x: Float[Array, "B T D"], angles: Angles) -> Sublayer:
-    """The attention sublayer of one layer; the arguments are those of `apply_layer`."""
+def attention_sublayer(
+    block: Block, config: DecoderConfig, x: Float[Array, "B T D"], angles: Angles, cache: LayerCache | None = None
+) -> Sublayer:
+    """The attention sublayer of one layer.
+
+    Args:
+      block: the layer's arrays.
+      config: how the decoder computes.
+      x: the residual stream before the layer.
+      angles: the rotary angles of the tokens.
+      cache: keys and values of earlier tokens, if x holds only the tokens after them.
+    """
     h = x if config.norm_after else block.attention_norm(x, config)
-    mixed = attend(block.attention, config, h, angles)
+    mixed, cache = attend(block.attention, config, h, angles, cache)
     update = block.attention.o("BTNH,NHD->BTD", mixed)
     if block.attention_post_norm is not None:
         update = block.attention_post_norm(update, config)
@@ -68,13 +81,13 @@ def attention_sublayer(block: Block, config: DecoderConfig, x: Float[Array, "B T
     total = base + update.astype(x.dtype)
     stream = block.attention_norm(total, config) if config.norm_after else total
     inputs = {"attention.q": h, "attention.k": h, "attention.v": h, "attention.o": mixed}
-    return Sublayer(stream, total, base, inputs)
+    return Sublayer(stream, total, base, inputs, cache)
 
 
 def attend(
-    attention: Attention, config: DecoderConfig, h: Float[Array, "B T D"], angles: Angles
-) -> Float[Array, "B T N H"]:
-    """The values mixed by attention: the input of the output projection."""
+    attention: Attention, config: DecoderConfig, h: Float[Array, "B T D"], angles: Angles, cache: LayerCache | None
+) -> tuple[Float[Array, "B T N H"], LayerCache | None]:
+    """The values mixed by attention, which are the input of the output projection; and the cache with the new tokens."""
     q = attention.q("BTD,DNH->BTNH", h)
     k = attention.k("BTD,DKH->BTKH", h)
     v = attention.v("BTD,DKH->BTKH", h)
@@ -82,9 +95,15 @@ def attend(
         q, k = attention.q_norm(q, config), attention.k_norm(k, config)
     if angles is not None and config.rope is not None:
         q, k = (ops.rotate(heads, angles, config.rope.interleaved) for heads in (q, k))
-    mask = ops.causal_mask(h.shape[1], None if attention.window is None else attention.window[...])
+    window = None if attention.window is None else attention.window[...]
     slopes = None if attention.slopes is None else attention.slopes[...]
-    return ops.attend(q, k, v, mask, config.query_scale, config.attention_cap, slopes)
+    if cache is None:
+        mask = ops.causal_mask(h.shape[1], window)
+    else:
+        cache = cache.extended(k, v)
+        k, v = (jnp.take(array, cache.layer, axis=0) for array in (cache.keys, cache.values))
+        mask = ops.cached_mask(cache.positions, k.shape[1], window)
+    return ops.attend(q, k, v, mask, config.query_scale, config.attention_cap, slopes), cache
 
 
 def mlp_sublayer(

@@ -1,11 +1,11 @@
 """The modules of a decoder: attention, MLP, norms and linear maps, as pytrees of arrays (letters: see `axis_table`)."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from minillm_jax.model import ops
 from minillm_jax.model.config import DecoderConfig
@@ -14,7 +14,32 @@ from minillm_jax.model.config import DecoderConfig
 PRODUCT = "product"
 
 # Cosine and sine of the rotary angles; None for a model without rotary positions.
-Angles = tuple[Float[Array, "T half"], Float[Array, "T half"]] | None
+Angles = tuple[Float[Array, "*batch T half"], Float[Array, "*batch T half"]] | None
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of the earlier tokens of every sequence, for one layer of a run.
+
+    Attributes:
+      keys: of all layers of the run; key s of a sequence has position s.
+      values: in the same places.
+      layer: the layer in the run.
+      positions: of the new tokens.
+    """
+
+    keys: Float[Array, "L B S K H"]
+    values: Float[Array, "L B S K H"]
+    layer: Int[Array, ""]
+    positions: Int[Array, "B T"]
+
+    def extended(self, keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"]) -> "LayerCache":
+        """With the keys and values of the new tokens; those of positions beyond the cache are dropped."""
+        rows = jnp.expand_dims(jnp.arange(keys.shape[0]), 1)
+        place = (self.layer, rows, self.positions)
+        return self._replace(
+            keys=self.keys.at[place].set(keys.astype(self.keys.dtype), mode="drop"),
+            values=self.values.at[place].set(values.astype(self.values.dtype), mode="drop"),
+        )
 
 
 class LayerData(nnx.Variable):

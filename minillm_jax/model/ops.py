@@ -178,18 +178,22 @@ def rotary_frequencies(rope: Rope, head_size: int) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
-def rotary_angles(rope: Rope, head_size: int, length: int) -> tuple[Float[Array, "T half"], Float[Array, "T half"]]:
-    """Cosine and sine of the angle of each position and pair, float32 [T, half] each."""
-    positions = jnp.arange(length, dtype=jnp.float32)
-    angles = positions[:, None] * jnp.asarray(rotary_frequencies(rope, head_size))[None, :]
+def rotary_angles(
+    rope: Rope, head_size: int, positions: Float[Array, "*batch T"]
+) -> tuple[Float[Array, "*batch T half"], Float[Array, "*batch T half"]]:
+    """Cosine and sine of the angle of each position and pair, float32."""
+    frequencies = jnp.asarray(rotary_frequencies(rope, head_size))
+    angles = jnp.expand_dims(positions, -1) * jnp.expand_dims(frequencies, range(positions.ndim))
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(
-    x: Float[Array, "B T N H"], angles: tuple[Float[Array, "T half"], Float[Array, "T half"]], interleaved: bool
+    x: Float[Array, "B T N H"],
+    angles: tuple[Float[Array, "*batch T half"], Float[Array, "*batch T half"]],
+    interleaved: bool,
 ) -> Float[Array, "B T N H"]:
     """Rotary positions of the first 2 · half features; the other features are unchanged (see `Rope.interleaved`)."""
-    cos, sin = (jnp.expand_dims(a, (0, 2)) for a in angles)  # [1, T, 1, half]
+    cos, sin = (a.reshape(-1, x.shape[1], 1, a.shape[-1]) for a in angles)  # [B or 1, T, 1, half]
     half = cos.shape[-1]
     features = x[..., : 2 * half].astype(jnp.float32)
     pairs = features.reshape(*x.shape[:-1], half, 2) if interleaved else features.reshape(*x.shape[:-1], 2, half)
@@ -206,11 +210,20 @@ def causal_mask(length: int, window: Int[Array, ""] | int | None) -> Bool[Array,
     return causal if window is None else causal & (distance < window)
 
 
+def cached_mask(
+    positions: Int[Array, "B T"], size: int, window: Int[Array, ""] | int | None
+) -> Bool[Array, "B T S"]:
+    """`causal_mask` for queries at given positions and a cache of `size` keys, of which key s has position s."""
+    distance = jnp.expand_dims(positions, -1) - jnp.expand_dims(jnp.arange(size), (0, 1))
+    causal = distance >= 0
+    return causal if window is None else causal & (distance < window)
+
+
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    mask: Bool[Array, "T S"],
+    mask: Bool[Array, "*batch T S"],
     scale: float | None = None,
     cap: float | None = None,
     slopes: Float[Array, " N"] | None = None,
@@ -221,7 +234,7 @@ def attend(
       q: queries.
       k: keys.
       v: values.
-      mask: the keys that each query attends to.
+      mask: the keys that each query attends to, of all sequences or of each.
       scale: factor of the scores, H^-1/2 by default.
       cap: soft cap of the scores.
       slopes: slopes of the linear biases (ALiBi). slope · key position is added to each score; because the softmax
@@ -237,6 +250,6 @@ def attend(
         bias = slopes[:, None] * jnp.arange(k.shape[1], dtype=jnp.float32)[None, :]  # [N, S]
         scores = scores + jnp.expand_dims(bias.reshape(k.shape[2], -1, k.shape[1]), (0, 3))
     # A finite floor instead of -inf keeps forward-mode derivatives free of inf - inf.
-    scores = jnp.where(jnp.expand_dims(mask, (0, 1, 2)), scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask.reshape(-1, 1, 1, *mask.shape[-2:]), scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(batch, length, heads, size)
