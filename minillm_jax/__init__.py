@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from minillm_jax.api import score as score
     from minillm_jax.data.windows import Calibration as Calibration
     from minillm_jax.errors import InputError as InputError
+    from minillm_jax.generating import generate as generate
     from minillm_jax.model.loaded import Model as Model
     from minillm_jax.recipes.recipe import Recipe as Recipe
     from minillm_jax.recipes.recovery import Recovery as Recovery
@@ -47,6 +48,7 @@ _HOME = {
     "Scoring": "settings",
     "calibrate": "api",
     "evaluate": "api",
+    "generate": "generating",
     "load": "api",
     "prune": "api",
     "recover": "recovering",
@@ -68,6 +70,7 @@ __all__ = [
     "Scoring",
     "calibrate",
     "evaluate",
+    "generate",
     "load",
     "prune",
     "recover",

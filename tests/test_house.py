@@ -34,6 +34,7 @@ LAYERS = (
     "plan",
     "api",
     "recovering",
+    "generating",
     "run",
     "run_recovery",
     "report",

@@ -25,6 +25,7 @@ from minillm_jax.cli.arguments import (
     SetOption,
 )
 from minillm_jax.cli.flags import COMMON, with_settings
+from minillm_jax.cli.generate import generate
 from minillm_jax.cli.recover import after_pruning, recover
 from minillm_jax.cli.recover import run as run_recovery
 from minillm_jax.cli.show import progress, show, show_warnings
@@ -335,6 +336,9 @@ def evaluate_model(
             lambda: tables.perplexity_json(model, text, measured),
             lambda: tables.perplexity_table(model, text, measured),
         )
+
+
+app.command("generate")(generate)
 
 
 OfRecoverOption = Annotated[bool, typer.Option("--recover", help="Recipes of recover, not of prune.")]

@@ -241,6 +241,17 @@ class Templated:
         return Written(text, by_template=True, responses=responses)
 
 
+def question(tokenizer: Tokenizer, text: str) -> str:
+    """A message of the user by the chat template, with the beginning of the response that is to follow.
+
+    Raises:
+      InputError: the tokenizer has no chat template, it refuses the message, or jinja2 is not installed.
+    """
+    if not getattr(tokenizer.call, "chat_template", None):
+        raise InputError(f"{tokenizer.folder}: the tokenizer has no chat template; leave --chat out")
+    return _rendered(tokenizer, [{"role": "user", "content": text}], "the prompt", prompt=True)
+
+
 def _rendered(tokenizer: Tokenizer, messages: list[dict[str, str]], where: str, prompt: bool = False) -> str:
     """Messages by the chat template; with `prompt` also the beginning of the response that is to follow."""
     try:

@@ -87,7 +87,7 @@ def attention_sublayer(
 def attend(
     attention: Attention, config: DecoderConfig, h: Float[Array, "B T D"], angles: Angles, cache: LayerCache | None
 ) -> tuple[Float[Array, "B T N H"], LayerCache | None]:
-    """The values mixed by attention, which are the input of the output projection; and the cache with the new tokens."""
+    """The values mixed by attention: the input of the output projection; and the cache with the new tokens."""
     q = attention.q("BTD,DNH->BTNH", h)
     k = attention.k("BTD,DKH->BTKH", h)
     v = attention.v("BTD,DKH->BTKH", h)

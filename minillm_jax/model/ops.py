@@ -210,9 +210,7 @@ def causal_mask(length: int, window: Int[Array, ""] | int | None) -> Bool[Array,
     return causal if window is None else causal & (distance < window)
 
 
-def cached_mask(
-    positions: Int[Array, "B T"], size: int, window: Int[Array, ""] | int | None
-) -> Bool[Array, "B T S"]:
+def cached_mask(positions: Int[Array, "B T"], size: int, window: Int[Array, ""] | int | None) -> Bool[Array, "B T S"]:
     """`causal_mask` for queries at given positions and a cache of `size` keys, of which key s has position s."""
     distance = jnp.expand_dims(positions, -1) - jnp.expand_dims(jnp.arange(size), (0, 1))
     causal = distance >= 0

@@ -16,7 +16,12 @@ from minillm_jax.pruning.slicing import slice_groups
 from tests.helpers import CONFIGURATIONS, KINDS_OF_FAMILIES, quickly, random_tokens, small_decoder, torch_model
 
 TOKENS = random_tokens(97, 3, 40)
-QUICK = (*KINDS_OF_FAMILIES, "mistral, sliding window", "opt, projected, post norm", "phi3, sliding window, partial rotary")
+QUICK = (
+    *KINDS_OF_FAMILIES,
+    "mistral, sliding window",
+    "opt, projected, post norm",
+    "phi3, sliding window, partial rotary",
+)
 
 extend = jax.jit(cache.extend)
 close = partial(np.testing.assert_allclose, atol=3e-5, rtol=3e-5)
