@@ -16,7 +16,7 @@ from minillm_jax.errors import InputError
 from minillm_jax.model import ops
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.layer import apply_layer
-from minillm_jax.model.modules import Angles, Block, Linear, Norm, depth
+from minillm_jax.model.modules import Angles, Block, Branches, Linear, Norm, depth
 
 
 class Decoder(nnx.Module):
@@ -151,7 +151,7 @@ def embed(
         x = decoder.project_in("BTE,ED->BTD", x).astype(dtype)
     if decoder.position_embedding is not None and config.position_offset is not None:
         learned = decoder.position_embedding[config.position_offset :]
-        if tokens.shape[1] > learned.shape[0]:
+        if positions is None and tokens.shape[1] > learned.shape[0]:
             raise InputError(
                 f"sequences of {tokens.shape[1]} tokens are too long: "
                 f"the model has {learned.shape[0]} learned positions"
@@ -175,14 +175,23 @@ def angles_at(decoder: Decoder, positions: Int[Array, "*batch T"]) -> Angles:
     return ops.rotary_angles(rope, head_size, positions.astype(jnp.float32))
 
 
-def final_hidden(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-    """The input of the head: the residual stream after the last layer, through `finish`."""
-    angles = rotary_angles(decoder, tokens.shape[1])
+def final_hidden(
+    decoder: Decoder, tokens: Int[Array, "B T"], branches: Branches | None = None
+) -> Float[Array, "B T E"]:
+    """The input of the head: the residual stream after the last layer, through `finish`.
+
+    Args:
+      decoder: the model.
+      tokens: token ids.
+      branches: where the tokens stand, if a sequence holds several continuations of a prefix.
+    """
+    positions = None if branches is None else branches.positions
+    angles = rotary_angles(decoder, tokens.shape[1]) if positions is None else angles_at(decoder, positions)
 
     def step(x: Array, block: Block, layer: Array, extra: None) -> tuple[Array, None]:
-        return apply_layer(block, decoder.config, x, angles)[0], None
+        return apply_layer(block, decoder.config, x, angles, branches)[0], None
 
-    x, _ = scan_layers(decoder.runs, step, embed(decoder, tokens))
+    x, _ = scan_layers(decoder.runs, step, embed(decoder, tokens, positions))
     return finish(decoder, x)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from minillm_jax.model import ops
 from minillm_jax.model.config import DecoderConfig
-from minillm_jax.model.modules import MLP, Angles, Attention, Block, LayerCache
+from minillm_jax.model.modules import MLP, Angles, Attention, Block, Branches, LayerCache
 
 # The sublayers of a layer, in the order of the forward pass. Each adds one term to the residual stream.
 SUBLAYERS = ("attention", "mlp")
@@ -40,7 +40,7 @@ class Sublayer(NamedTuple):
 
 
 def apply_layer(
-    block: Block, config: DecoderConfig, x: Float[Array, "B T D"], angles: Angles
+    block: Block, config: DecoderConfig, x: Float[Array, "B T D"], angles: Angles, branches: Branches | None = None
 ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T ..."]]]:
     """One layer.
 
@@ -49,19 +49,24 @@ def apply_layer(
       config: how the decoder computes.
       x: the residual stream before the layer.
       angles: the rotary angles of `decoder.rotary_angles`.
+      branches: where the tokens stand, if a sequence holds several continuations of a prefix.
 
     Returns:
       The residual stream after the layer, and the input of every matrix by name. The compiler removes unused inputs.
     """
     with jax.named_scope("attention"):
-        attention = attention_sublayer(block, config, x, angles)
+        attention = attention_sublayer(block, config, x, angles, branches)
     with jax.named_scope("mlp"):
         mlp = mlp_sublayer(block, config, x, attention.stream)
     return mlp.stream, attention.inputs | mlp.inputs
 
 
 def attention_sublayer(
-    block: Block, config: DecoderConfig, x: Float[Array, "B T D"], angles: Angles, cache: LayerCache | None = None
+    block: Block,
+    config: DecoderConfig,
+    x: Float[Array, "B T D"],
+    angles: Angles,
+    context: LayerCache | Branches | None = None,
 ) -> Sublayer:
     """The attention sublayer of one layer.
 
@@ -70,10 +75,11 @@ def attention_sublayer(
       config: how the decoder computes.
       x: the residual stream before the layer.
       angles: the rotary angles of the tokens.
-      cache: keys and values of earlier tokens, if x holds only the tokens after them.
+      context: keys and values of earlier tokens, if x holds only the tokens after them; or where the tokens stand, if
+        a sequence holds several continuations of a prefix.
     """
     h = x if config.norm_after else block.attention_norm(x, config)
-    mixed, cache = attend(block.attention, config, h, angles, cache)
+    mixed, cache = attend(block.attention, config, h, angles, context)
     update = block.attention.o("BTNH,NHD->BTD", mixed)
     if block.attention_post_norm is not None:
         update = block.attention_post_norm(update, config)
@@ -85,7 +91,11 @@ def attention_sublayer(
 
 
 def attend(
-    attention: Attention, config: DecoderConfig, h: Float[Array, "B T D"], angles: Angles, cache: LayerCache | None
+    attention: Attention,
+    config: DecoderConfig,
+    h: Float[Array, "B T D"],
+    angles: Angles,
+    context: LayerCache | Branches | None,
 ) -> tuple[Float[Array, "B T N H"], LayerCache | None]:
     """The values mixed by attention: the input of the output projection; and the cache with the new tokens."""
     q = attention.q("BTD,DNH->BTNH", h)
@@ -97,13 +107,16 @@ def attend(
         q, k = (ops.rotate(heads, angles, config.rope.interleaved) for heads in (q, k))
     window = None if attention.window is None else attention.window[...]
     slopes = None if attention.slopes is None else attention.slopes[...]
-    if cache is None:
+    cache, positions = None, None
+    if context is None:
         mask = ops.causal_mask(h.shape[1], window)
+    elif isinstance(context, Branches):
+        positions, mask = context.positions, ops.branch_mask(*context, window)
     else:
-        cache = cache.extended(k, v)
+        cache = context.extended(k, v)
         k, v = (jnp.take(array, cache.layer, axis=0) for array in (cache.keys, cache.values))
         mask = ops.cached_mask(cache.positions, k.shape[1], window)
-    return ops.attend(q, k, v, mask, config.query_scale, config.attention_cap, slopes), cache
+    return ops.attend(q, k, v, mask, config.query_scale, config.attention_cap, slopes, positions), cache
 
 
 def mlp_sublayer(

@@ -17,6 +17,18 @@ PRODUCT = "product"
 Angles = tuple[Float[Array, "*batch T half"], Float[Array, "*batch T half"]] | None
 
 
+class Branches(NamedTuple):
+    """Where the tokens of a sequence stand that holds a prefix and, one behind the other, several continuations of it.
+
+    Attributes:
+      positions: of the tokens; those of every continuation go on from the end of the prefix.
+      numbers: 0 for the tokens of the prefix, and a number for those of each continuation.
+    """
+
+    positions: Int[Array, "B T"]
+    numbers: Int[Array, "B T"]
+
+
 class LayerCache(NamedTuple):
     """Keys and values of the earlier tokens of every sequence, for one layer of a run.
 

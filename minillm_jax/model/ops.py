@@ -217,6 +217,19 @@ def cached_mask(positions: Int[Array, "B T"], size: int, window: Int[Array, ""] 
     return causal if window is None else causal & (distance < window)
 
 
+def branch_mask(
+    positions: Int[Array, "B T"], branches: Int[Array, "B T"], window: Int[Array, ""] | int | None
+) -> Bool[Array, "B T S"]:
+    """The keys that each query attends to where several continuations follow one prefix (see `modules.Branches`)."""
+    length = positions.shape[1]
+    query, key = jnp.expand_dims(branches, 2), jnp.expand_dims(branches, 1)
+    same = (key == 0) | (key == query)
+    earlier = jnp.expand_dims(causal_mask(length, None), 0)
+    allowed = same & earlier
+    distance = jnp.expand_dims(positions, 2) - jnp.expand_dims(positions, 1)
+    return allowed if window is None else allowed & (distance < window)
+
+
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -225,6 +238,7 @@ def attend(
     scale: float | None = None,
     cap: float | None = None,
     slopes: Float[Array, " N"] | None = None,
+    positions: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention with the softmax in float32. Consecutive query heads share a key/value head.
 
@@ -237,6 +251,7 @@ def attend(
       cap: soft cap of the scores.
       slopes: slopes of the linear biases (ALiBi). slope · key position is added to each score; because the softmax
         ignores a constant, this is a penalty on the distance.
+      positions: of the keys; 0, 1, ... by default.
     """
     batch, length, heads, size = q.shape
     if not heads:
@@ -245,8 +260,9 @@ def attend(
     scores = einsum("BTKGH,BSKH->BKGTS", grouped, k, out=jnp.float32) * (size**-0.5 if scale is None else scale)
     scores = soft_cap(scores, cap)
     if slopes is not None:
-        bias = slopes[:, None] * jnp.arange(k.shape[1], dtype=jnp.float32)[None, :]  # [N, S]
-        scores = scores + jnp.expand_dims(bias.reshape(k.shape[2], -1, k.shape[1]), (0, 3))
+        places = jnp.expand_dims(jnp.arange(k.shape[1]), 0) if positions is None else positions  # [B or 1, S]
+        by_head = slopes.reshape(1, k.shape[2], -1, 1, 1)  # [1, K, G, 1, 1]
+        scores = scores + by_head * jnp.expand_dims(places.astype(jnp.float32), (1, 2, 3))
     # A finite floor instead of -inf keeps forward-mode derivatives free of inf - inf.
     scores = jnp.where(mask.reshape(-1, 1, 1, *mask.shape[-2:]), scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
