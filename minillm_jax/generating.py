@@ -6,23 +6,14 @@
 >>> mj.generate(model, ["Once upon a time"], max_tokens=40)
 """
 
-import json
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from minillm_jax.data import chat as conversations
 from minillm_jax.data import text as texts
-from minillm_jax.data.text import in_vocabulary
-from minillm_jax.data.tokenizing import Tokenizer
+from minillm_jax.data.prompts import Pieces, prompt_tokens, stop_tokens
 from minillm_jax.data.windows import whole_number
 from minillm_jax.errors import InputError
 from minillm_jax.evaluation.generate import Sampling, steps
 from minillm_jax.model.loaded import Model
-
-GENERATION_CONFIG = "generation_config.json"
-EOS = "eos_token_id"
 
 # Number of a prompt, and the text that follows what was told of it before.
 Told = Callable[[int, str], None]
@@ -59,9 +50,11 @@ def generate(
     sampling = sampling_of(temperature, top_p, seed)
     count = _at_least(1, "--max-tokens", max_tokens)
     tokenizer = texts.tokenizer_of(model.folder)()
-    ids = [prompt_tokens(tokenizer, prompt, chat, model) for prompt in given]
+    vocabulary = model.decoder.embedding.shape[0]
+    ids = [prompt_tokens(tokenizer, prompt, chat, vocabulary) for prompt in given]
     pieces = [Pieces(tokenizer, prompt) for prompt in ids]
-    for tokens in steps(model.decoder, ids, count, sampling, stop_tokens(model, tokenizer)):
+    stops = stop_tokens(model.folder, model.raw_config, tokenizer)
+    for tokens in steps(model.decoder, ids, count, sampling, stops):
         for number, (piece, token) in enumerate(zip(pieces, tokens, strict=True)):
             more = "" if token is None else piece.add(token)
             if more and told is not None:
@@ -95,57 +88,3 @@ def _at_least(least: int, flag: str, value: int) -> int:
     if whole_number(flag, value) < least:
         raise InputError(f"{flag} {value}: expected a whole number of at least {least}")
     return int(value)
-
-
-def prompt_tokens(tokenizer: Tokenizer, prompt: str, chat: bool, model: Model) -> list[int]:
-    """Token ids of a prompt, with the special tokens that the tokenizer or its chat template puts before a text.
-
-    Raises:
-      InputError: the tokenizer has no chat template, or gives tokens that the model does not know.
-    """
-    text = conversations.question(tokenizer, prompt) if chat else prompt
-    ids = tokenizer.call(text, add_special_tokens=not chat)["input_ids"]
-    in_vocabulary(np.asarray(ids, np.int64), model.decoder.embedding.shape[0], "the prompt")
-    # Some tokenizers close every text, which would end the prompt before it is continued.
-    return ids[:-1] if not chat and len(ids) > 1 and ids[-1] == tokenizer.eos else ids
-
-
-def stop_tokens(model: Model, tokenizer: Tokenizer) -> set[int]:
-    """The tokens that end a text: by generation_config.json, else config.json, else the tokenizer."""
-    path = model.folder / GENERATION_CONFIG
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    named: Any = next((one[EOS] for one in (settings, model.raw_config) if one.get(EOS) is not None), tokenizer.eos)
-    return set(named if isinstance(named, Iterable) else [] if named is None else [named])
-
-
-class Pieces:
-    """The text behind a prompt, token by token.
-
-    A token may be a part of a character, and the text of a token may depend on those before it. The text is therefore
-    read from all tokens, and an unfinished character is held back.
-
-    Args:
-      tokenizer: of the model.
-      prompt: token ids of the prompt.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
-        self._decode: Callable[..., str] = getattr(tokenizer.call, "decode")  # noqa: B009  of transformers
-        self._ids, self._start = list(prompt), 0
-        self._start = self._told = len(self._read())
-
-    def add(self, token: int) -> str:
-        """The further text with one more token."""
-        self._ids.append(token)
-        text = self._read()
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        more, self._told = text[self._told :], max(self._told, len(text))
-        return more
-
-    def whole(self) -> str:
-        """The text behind the prompt."""
-        return self._read()[self._start :]
-
-    def _read(self) -> str:
-        return self._decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -9,9 +9,9 @@ import pytest
 
 import minillm_jax as mj
 from minillm_jax import demo
+from minillm_jax.data.prompts import Pieces, prompt_tokens, stop_tokens
 from minillm_jax.data.text import tokenizer_of
 from minillm_jax.data.tokenizing import Tokenizer
-from minillm_jax.generating import Pieces, prompt_tokens, stop_tokens
 from minillm_jax.model.loaded import Model
 from tests.cli.command import call
 from tests.helpers import edit_json, load_torch
@@ -58,24 +58,24 @@ def test_unfinished_characters_are_held_back(model: Model) -> None:
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in told)
 
 
-def test_stop_tokens_stand_in_three_places(model: Model, tmp_path: Path) -> None:
-    def with_files(generation: dict[str, Any] | None, config: dict[str, Any]) -> Model:
+def test_stop_tokens_stand_in_three_places(tmp_path: Path) -> None:
+    def stops(generation: dict[str, Any] | None, config: dict[str, Any], tokenizer: Tokenizer) -> set[int]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         if generation is not None:
             (folder / "generation_config.json").write_text(json.dumps(generation))
-        return Model(model.decoder, config, folder, "model")
+        return stop_tokens(folder, config, tokenizer)
 
     tokenizer = Tokenizer(tmp_path, lambda text: {}, None, True, eos=7)
-    assert stop_tokens(with_files({"eos_token_id": [4, 5]}, {"eos_token_id": 6}), tokenizer) == {4, 5}
-    assert stop_tokens(with_files({}, {"eos_token_id": 6}), tokenizer) == {6}
-    assert stop_tokens(with_files(None, {"eos_token_id": None}), tokenizer) == {7}
-    assert stop_tokens(with_files(None, {}), tokenizer._replace(eos=None)) == set()
+    assert stops({"eos_token_id": [4, 5]}, {"eos_token_id": 6}, tokenizer) == {4, 5}
+    assert stops({}, {"eos_token_id": 6}, tokenizer) == {6}
+    assert stops(None, {"eos_token_id": None}, tokenizer) == {7}
+    assert stops(None, {}, tokenizer._replace(eos=None)) == set()
 
 
-def test_a_tokenizer_that_closes_every_text_does_not_close_a_prompt(model: Model, tmp_path: Path) -> None:
+def test_a_tokenizer_that_closes_every_text_does_not_close_a_prompt(tmp_path: Path) -> None:
     closing = Tokenizer(tmp_path, lambda text, add_special_tokens: {"input_ids": [3, 4, 2]}, None, True, eos=2)
-    assert prompt_tokens(closing, "any", False, model) == [3, 4]
+    assert prompt_tokens(closing, "any", False, 61) == [3, 4]
 
 
 @pytest.mark.parametrize(
