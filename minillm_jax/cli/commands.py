@@ -24,6 +24,7 @@ from minillm_jax.cli.arguments import (
     RevisionOption,
     SetOption,
 )
+from minillm_jax.cli.evaluate import evaluate
 from minillm_jax.cli.flags import COMMON, with_settings
 from minillm_jax.cli.generate import generate
 from minillm_jax.cli.recover import after_pruning, recover
@@ -282,62 +283,7 @@ def demo(
 # ------------------------------------------------------------------------------------------------------ the others
 
 
-@app.command("eval")
-def evaluate_model(
-    model: ModelArgument,
-    text: Annotated[
-        str,
-        typer.Option(help="Text, .json, .jsonl, .csv, .parquet or .npy (token ids) file, or a Hub data set."),
-    ],
-    window: Annotated[str, typer.Option(metavar="COUNT", help="Tokens of a window.")] = "128",
-    field: Annotated[str, typer.Option(help="Field that holds the text, in files of rows and Hub data sets.")] = "text",
-    bos: Annotated[
-        str,
-        typer.Option(
-            metavar="[auto|yes|text|no]",
-            help="Beginning-of-sequence token before every window (yes), once before the text (text) or nowhere (no); "
-            "auto: yes for Gemma, no for other families.",
-        ),
-    ] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")] = None,
-    mesh: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Mesh of devices, data=2,model=4; one device if unset.")
-    ] = None,
-    hosts: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Several processes: auto, or ADDRESS:PORT,COUNT,NUMBER.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    as_json: JsonOption = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress on standard error.")] = False,
-) -> None:
-    """Measure the perplexity over the non-overlapping windows of a whole text."""
-    from minillm_jax import api
-    from minillm_jax.data.documents import check_source
-    from minillm_jax.data.mixture import check_one_text
-    from minillm_jax.devices import hosts as processes
-    from minillm_jax.devices import sharding
-    from minillm_jax.report import tables
-
-    given = {"window": window} | ({} if dtype is None else {"dtype": dtype})
-    settings, _ = recipes.with_options(recipes.Recipe(), given)
-    shape, kind = sharding.parse_mesh(mesh), settings.output.dtype
-    if hosts is not None:
-        processes.initialise_hosts(processes.parse_hosts(hosts))
-    devices = sharding.make_mesh(shape)
-    check_one_text(text)
-    check_source(text, field, most=1)  # the whole text is read below, before the weights
-    with progress(quiet or as_json) as told:
-        described = api.describe(model, kind, revision)
-        windows = api.held_out(described, text, settings.evaluation.window, bos, field)
-        measured = api.evaluate(api.load(model, kind, devices, revision), windows, progress=told)
-    if processes.is_writer():
-        show(
-            as_json,
-            lambda: tables.perplexity_json(model, text, measured),
-            lambda: tables.perplexity_table(model, text, measured),
-        )
-
-
+app.command("eval")(evaluate)
 app.command("generate")(generate)
 
 

@@ -87,10 +87,10 @@ class Packed(NamedTuple):
       targets: the predicted tokens.
     """
 
-    tokens: Int[np.ndarray, "B T"]
+    tokens: Int[Array | np.ndarray, "B T"]
     branches: Branches
-    sources: Int[np.ndarray, "B P"]
-    targets: Int[np.ndarray, "B P"]
+    sources: Int[Array | np.ndarray, "B P"]
+    targets: Int[Array | np.ndarray, "B P"]
 
 
 def likelihoods(
@@ -225,8 +225,8 @@ def packed(groups: Sequence[Group], shape: Shape) -> Packed:
 @jax.jit
 def predictions(decoder: Decoder, batch: Packed) -> tuple[Float[Array, "B P"], Bool[Array, "B P"]]:
     """The log-probability of every predicted token, float32, nats; and whether it is the most probable one."""
-    hidden = final_hidden(decoder, batch.tokens, batch.branches)
-    chosen = jnp.take_along_axis(hidden, jnp.expand_dims(batch.sources, 2), axis=1)
+    hidden = final_hidden(decoder, jnp.asarray(batch.tokens), batch.branches)
+    chosen = jnp.take_along_axis(hidden, jnp.expand_dims(jnp.asarray(batch.sources), 2), axis=1)
 
     def one(logits: Float[Array, " V"], target: Int[Array, ""]) -> tuple[Array, Array]:
         return jnp.take(logits, target) - jax.nn.logsumexp(logits), jnp.argmax(logits) == target

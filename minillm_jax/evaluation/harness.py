@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -97,7 +97,7 @@ class Harness(TemplateLM):
         for (texts, _, _), answer in zip(requests, found, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, tuple(answer))
-        return [tuple(answer) for answer in found]
+        return [(answer.log, answer.greedy) for answer in found]
 
     def _scored(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
         """Log-likelihoods of pairs of contexts and continuations, which are cut on their left."""
@@ -128,19 +128,20 @@ class Harness(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """The text behind every prompt, up to the strings that end it."""
+        asked: list[tuple[str, dict[str, Any]]] = [cast(Any, request.args) for request in requests]
         by_settings: dict[str, list[int]] = {}
-        for number, request in enumerate(requests):
-            by_settings.setdefault(repr(request.args[1]), []).append(number)
+        for number, (_, settings) in enumerate(asked):
+            by_settings.setdefault(repr(settings), []).append(number)
         found, done = [""] * len(requests), 0
         for numbers in by_settings.values():
-            settings = requests[numbers[0]].args[1]
-            by_length = sorted(numbers, key=lambda number: -len(requests[number].args[0]))
+            settings = asked[numbers[0]][1]
+            by_length = sorted(numbers, key=lambda number: -len(asked[number][0]))
             for start in range(0, len(by_length), PROMPTS):
                 part = by_length[start : start + PROMPTS]
-                texts = self._continued([requests[number].args[0] for number in part], settings)
+                texts = self._continued([asked[number][0] for number in part], settings)
                 for number, text in zip(part, texts, strict=True):
                     found[number] = text
-                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                    self.cache_hook.add_partial("generate_until", asked[number], text)
                 done += len(part)
                 if self._told is not None:
                     self._told(done, len(requests))

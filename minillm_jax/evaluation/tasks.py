@@ -3,12 +3,12 @@
 import importlib.util
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from minillm_jax.errors import InputError, cause, one_of, shortened
 from minillm_jax.model.loaded import Model
@@ -47,8 +47,7 @@ class TaskSettings:
     seed: int = 1234
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """One metric of a task.
 
     Attributes:
@@ -109,12 +108,12 @@ def check(settings: TaskSettings) -> None:
 
 
 def evaluate(
-    models: Mapping[str, Model], settings: TaskSettings, progress: StageProgress | None = None
+    models: Iterable[tuple[str, Model]], settings: TaskSettings, progress: StageProgress | None = None
 ) -> dict[str, TaskScores]:
     """The metrics of several models on the same questions.
 
     Args:
-      models: by name; each needs a tokenizer.
+      models: names and models, taken one after another; each needs a tokenizer.
       settings: tasks, numbers of examples and questions.
       progress: called with a stage for each model, and how many requests are done.
 
@@ -122,21 +121,40 @@ def evaluate(
       InputError: see `check`; or the questions of a task cannot be read.
     """
     check(settings)
-    questions = [task for name in expanded(settings.tasks) for task in _loaded(name, settings)]
+    questions = questions_of(settings)
     return {
-        name: _scores_of(model, questions, settings, partial(tell, progress, f"tasks, {name}"))
-        for name, model in models.items()
+        name: scores_of(model, questions, settings, partial(tell, progress, f"tasks, {name}")) for name, model in models
     }
 
 
-def _scores_of(
-    model: Model, questions: Sequence[Any], settings: TaskSettings, told: Callable[[int, int], None]
+def questions_of(settings: TaskSettings) -> list[Any]:
+    """The tasks and groups of lm-eval that are asked for, with their questions.
+
+    Raises:
+      InputError: the questions of a task cannot be read.
+    """
+    return [task for name in expanded(settings.tasks) for task in _loaded(name, settings)]
+
+
+def scores_of(
+    model: Model,
+    questions: Sequence[Any],
+    settings: TaskSettings,
+    told: Callable[[int, int], None] | None = None,
 ) -> TaskScores:
-    import lm_eval
+    """The metrics of one model.
+
+    Args:
+      model: it needs a tokenizer.
+      questions: of `questions_of`; several models can take the same.
+      settings: as for `questions_of`.
+      told: called with the number of requests done, and of all.
+    """
+    from lm_eval.evaluator import simple_evaluate
 
     from minillm_jax.evaluation.harness import Harness
 
-    found = lm_eval.simple_evaluate(
+    found = simple_evaluate(
         Harness(model, told=told),
         tasks=list(questions),
         num_fewshot=settings.fewshot,
@@ -144,12 +162,12 @@ def _scores_of(
         task_manager=_manager(settings),
         random_seed=settings.seed,
         numpy_random_seed=settings.seed,
-        torch_random_seed=None,  # PyTorch draws nothing here
+        torch_random_seed=cast(Any, None),  # PyTorch draws nothing here
         fewshot_random_seed=settings.seed,
         log_samples=False,
     )
     assert found is not None, "a single process has all results"
-    return TaskScores(tuple(_scores(found)), dict(found["versions"]), version("lm_eval"))
+    return TaskScores(tuple(_scores(found)), dict(found.get("versions", {})), version("lm_eval"))
 
 
 def _loaded(name: str, settings: TaskSettings) -> list[Any]:

@@ -185,7 +185,7 @@ def final_hidden(
       tokens: token ids.
       branches: where the tokens stand, if a sequence holds several continuations of a prefix.
     """
-    positions = None if branches is None else branches.positions
+    positions = None if branches is None else jnp.asarray(branches.positions)
     angles = rotary_angles(decoder, tokens.shape[1]) if positions is None else angles_at(decoder, positions)
 
     def step(x: Array, block: Block, layer: Array, extra: None) -> tuple[Array, None]:

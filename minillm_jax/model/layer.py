@@ -111,7 +111,8 @@ def attend(
     if context is None:
         mask = ops.causal_mask(h.shape[1], window)
     elif isinstance(context, Branches):
-        positions, mask = context.positions, ops.branch_mask(*context, window)
+        positions, numbers = (jnp.asarray(array) for array in context)
+        mask = ops.branch_mask(positions, numbers, window)
     else:
         cache = context.extended(k, v)
         k, v = (jnp.take(array, cache.layer, axis=0) for array in (cache.keys, cache.values))

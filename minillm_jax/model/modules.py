@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -25,8 +26,8 @@ class Branches(NamedTuple):
       numbers: 0 for the tokens of the prefix, and a number for those of each continuation.
     """
 
-    positions: Int[Array, "B T"]
-    numbers: Int[Array, "B T"]
+    positions: Int[Array | np.ndarray, "B T"]
+    numbers: Int[Array | np.ndarray, "B T"]
 
 
 class LayerCache(NamedTuple):

@@ -1,13 +1,11 @@
 """Tables and JSON of the command line, and the documents of a written folder."""
 
 import json
-from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from minillm_jax.evaluation.perplexity import Perplexity
 from minillm_jax.plan import Plan
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.report import html, model_card, plots
@@ -41,21 +39,6 @@ def result_table(result: Result) -> Table:
     written = f"written to {result.job.output}: {FORMAT_WORDS[result.written.format]}"
     lines = [written, summary["few_tokens"], advice(summary)]
     table.caption = Text("\n".join(filter(None, lines)))
-    return table
-
-
-def perplexity_json(model: str, source: str, measured: Perplexity) -> dict[str, Any]:
-    """An evaluation as one JSON object."""
-    return {"model": model, "text": source, **asdict(measured)}
-
-
-def perplexity_table(model: str, source: str, measured: Perplexity) -> Table:
-    """An evaluation as a table."""
-    table = Table(title=Text(f"{model} on {source}"))
-    for heading in ("perplexity", "loss (nats)", "predictions", "windows", "window"):
-        table.add_column(heading, justify="right")
-    loss, perplexity = f"{measured.loss:.4f}", f"{measured.perplexity:.3f}"
-    table.add_row(perplexity, loss, f"{measured.tokens:,}", f"{measured.windows:,}", str(measured.window))
     return table
 
 

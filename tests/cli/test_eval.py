@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.local_tasks import write
 from minillm_jax import demo
 from tests.cli.command import call
 from tests.helpers import edit_json
@@ -99,3 +100,47 @@ def test_a_working_directory_that_was_deleted_is_one_sentence(
         assert error.count("\n") == 1
     finally:
         os.chdir(before)
+
+
+def test_tasks_and_text_of_two_models_stand_side_by_side(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "t.txt").write_text(TEXTS[0])
+    rows = [{"query": "The file is", "choices": ["read", "red"], "gold": gold} for gold in (0, 1, 0)]
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    write(tmp_path / "tasks", {"tiny_one": tmp_path / "q.jsonl"})
+    other = shutil.copytree(demo.FOLDER, tmp_path / "other")
+    asked = ["--tasks", "tiny_one", "--include-path", tmp_path / "tasks", "--against", other]
+    arguments = ["eval", demo.FOLDER, "--text", tmp_path / "t.txt", *asked]
+    assert call(monkeypatch, [*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["model"] for one in found["models"]] == [str(demo.FOLDER), str(other)]
+    first, second = ({key: one[key] for key in ("perplexity", "scores")} for one in found["models"])
+    assert first == second
+    assert {score["metric"] for score in first["scores"]} == {"acc", "acc_norm"}
+    assert found["lm_eval"]
+    assert call(monkeypatch, arguments) == 0
+    table = capsys.readouterr().out
+    assert "tiny_one, acc" in table
+    assert f"{100 * first['scores'][0]['value']:.2f} ±" in table
+    assert table.count(f"{first['perplexity']['perplexity']:.3f}") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing is to be measured; give a text with --text, tasks with --tasks, or both"),
+        (["--text", "any.txt", "--limit", 3], "--limit 3 would do nothing without --tasks"),
+        (["--tasks", ","], "no task is given"),
+        (["--tasks", "tiny_one", "--include-path", "/nowhere"], "--include-path /nowhere: no such folder"),
+    ],
+)
+def test_errors_of_tasks_come_before_the_weights(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    without_weights: Path,
+    options: list[object],
+    message: str,
+) -> None:
+    assert call(monkeypatch, ["eval", without_weights, *options]) == 2
+    assert message in capsys.readouterr().err
