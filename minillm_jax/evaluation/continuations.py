@@ -6,7 +6,6 @@ that few programs are compiled.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from typing import NamedTuple
 
 import jax
@@ -14,12 +13,14 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from minillm_jax.data.batches import TOKENS_PER_BATCH
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.model.decoder import Decoder, final_hidden, learned_positions
 from minillm_jax.model.loss import map_logits
 from minillm_jax.model.modules import Branches
+
+# Tokens of a batch: a CPU gains nothing by larger ones, and small ones have less padding.
+ON_CPU, ELSEWHERE = 1024, 8192
 
 # Tokens of the continuations that share a sequence with their prefix, as a multiple of the tokens of the prefix. With
 # more, a sequence would be longer than the padding of others is worth.
@@ -96,7 +97,7 @@ class Packed(NamedTuple):
 def likelihoods(
     decoder: Decoder,
     requests: Sequence[Request],
-    tokens_per_batch: int = TOKENS_PER_BATCH,
+    tokens_per_batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Likelihood]:
     """The log-likelihood of the continuation of every request.
@@ -104,15 +105,16 @@ def likelihoods(
     Args:
       decoder: the model.
       requests: prefixes and continuations.
-      tokens_per_batch: tokens of a batch on each device, at least one sequence.
+      tokens_per_batch: tokens of a batch on each device, at least one sequence; by default what suits the platform.
       progress: called with the number of requests done, and of all.
 
     Raises:
       InputError: a prefix or a continuation is empty, or the model has too few learned positions for a request.
     """
     check(decoder, requests)
+    size = (ON_CPU if jax.default_backend() == "cpu" else ELSEWHERE) if tokens_per_batch is None else tokens_per_batch
     mesh, found, done = sharding.mesh_of(decoder), [Likelihood(0.0, True)] * len(requests), 0
-    for shape, groups in batches(requests, tokens_per_batch, sharding.data_size(mesh)):
+    for shape, groups in batches(requests, size, sharding.data_size(mesh)):
         arrays = jax.tree.map(lambda array: sharding.shard_batch(array, mesh), packed(groups, shape))
         logs, greedy = (sharding.gather(array) for array in predictions(decoder, arrays))
         for row, group in enumerate(groups):
@@ -149,22 +151,22 @@ def check(decoder: Decoder, requests: Sequence[Request]) -> None:
 def batches(
     requests: Sequence[Request], tokens_per_batch: int, devices: int = 1
 ) -> Iterator[tuple[Shape, list[Group]]]:
-    """Groups of requests in batches of few shapes, the longest first.
+    """Groups of requests in batches of few shapes, the longest first: a batch has room for its longest sequence.
 
     Args:
       requests: prefixes and continuations.
       tokens_per_batch: tokens of a batch on each device, at least one sequence.
       devices: number of sequences that a batch must be a multiple of.
     """
-    by_size: dict[tuple[int, int], list[Group]] = {}
-    for group in grouped(requests):
-        length = padded(group.length)
-        by_size.setdefault((length, predicted_size(group.predicted, length)), []).append(group)
-    for (length, predicted), groups in sorted(by_size.items(), reverse=True):
-        shape = Shape(devices * max(1, tokens_per_batch // length), length, predicted)
-        waiting = iter(groups)
-        while batch := list(islice(waiting, shape.sequences)):
-            yield shape, batch
+    waiting = sorted(grouped(requests), key=lambda group: -group.length)
+    while waiting:
+        length = padded(waiting[0].length)
+        most = max(1, tokens_per_batch // length)
+        groups, waiting = waiting[: devices * most], waiting[devices * most :]
+        # The last batch is smaller: it holds the next power of two, so that few shapes are compiled.
+        needed = 2 ** (-(-len(groups) // devices) - 1).bit_length()
+        predicted = predicted_size(max(group.predicted for group in groups), length)
+        yield Shape(devices * min(most, needed), length, predicted), groups
 
 
 def grouped(requests: Sequence[Request]) -> list[Group]:
@@ -199,8 +201,9 @@ def padded(length: int) -> int:
 
 
 def predicted_size(predicted: int, length: int) -> int:
-    """Room for predicted tokens: an eighth or a half of a sequence's length, or twice the length."""
-    return next(size for size in (length // 8, length // 2, 2 * length, predicted) if size >= predicted)
+    """Room for predicted tokens: an eighth, a quarter, ... of a sequence's length, up to twice the length."""
+    sizes = (length // 8, length // 4, length // 2, 3 * length // 4, length, 3 * length // 2, 2 * length, predicted)
+    return next(size for size in sizes if size >= predicted)
 
 
 def packed(groups: Sequence[Group], shape: Shape) -> Packed:

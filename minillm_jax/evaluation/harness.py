@@ -9,7 +9,6 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models import utils as harness
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from minillm_jax.data.batches import TOKENS_PER_BATCH
 from minillm_jax.data.prompts import Pieces, stop_tokens
 from minillm_jax.data.text import tokenizer_of
 from minillm_jax.evaluation.continuations import Likelihood, Request, likelihoods
@@ -30,14 +29,14 @@ class Harness(TemplateLM):
 
     Args:
       model: any model with a tokenizer.
-      tokens_per_batch: tokens of a batch on each device.
+      tokens_per_batch: tokens of a batch on each device; by default what suits the platform.
       told: called with the number of requests done, and of all.
 
     Raises:
       InputError: the model has no tokenizer.
     """
 
-    def __init__(self, model: Model, tokens_per_batch: int = TOKENS_PER_BATCH, told: Told | None = None) -> None:
+    def __init__(self, model: Model, tokens_per_batch: int | None = None, told: Told | None = None) -> None:
         super().__init__()
         self._model, self._tokens_per_batch, self._told = model, tokens_per_batch, told
         self._loaded = tokenizer_of(model.folder)()
