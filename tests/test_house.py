@@ -35,6 +35,7 @@ LAYERS = (
     "api",
     "recovering",
     "generating",
+    "timing",
     "run",
     "run_recovery",
     "report",

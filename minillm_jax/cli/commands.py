@@ -24,6 +24,7 @@ from minillm_jax.cli.arguments import (
     RevisionOption,
     SetOption,
 )
+from minillm_jax.cli.bench import bench
 from minillm_jax.cli.evaluate import evaluate
 from minillm_jax.cli.flags import COMMON, with_settings
 from minillm_jax.cli.generate import generate
@@ -285,6 +286,7 @@ def demo(
 
 app.command("eval")(evaluate)
 app.command("generate")(generate)
+app.command("bench")(bench)
 
 
 OfRecoverOption = Annotated[bool, typer.Option("--recover", help="Recipes of recover, not of prune.")]
