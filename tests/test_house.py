@@ -34,6 +34,7 @@ LAYERS = (
     "plan",
     "api",
     "recovering",
+    "comparing",
     "run",
     "run_recovery",
     "report",
