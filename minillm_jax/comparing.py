@@ -6,7 +6,7 @@
 >>> mj.compare(dense, pruned, "other.txt").measured.others[0].means["acceptance"]
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,12 @@ from minillm_jax.data.batches import Batches
 from minillm_jax.data.documents import GIVEN
 from minillm_jax.data.text import tokenizer_of
 from minillm_jax.data.tokenizer import has_vocabulary
-from minillm_jax.data.windows import Calibration, check_positions, whole_number
+from minillm_jax.data.windows import Calibration, whole_number
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.evaluation import compare as changes
 from minillm_jax.evaluation import drafting
+from minillm_jax.model.decoder import learned_positions
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import parameter_count
 from minillm_jax.progress import StageProgress, tell
@@ -118,12 +119,11 @@ def windows_of(
         data = list(data)  # read once for each tokenizer
     batches = held_out(dense, data, settings.window, bos, field)
     for other in others:
-        _check_tokens(dense, other, data, batches, partial(held_out, window=settings.window, bos=bos, field=field))
+        _check_tokens(dense, other, data, batches, bos, field)
     batches = batches if settings.windows is None else batches.spaced(settings.windows)
     if settings.draft:
-        length = drafting.cache_size(_prompt_length(batches.length), settings.new_tokens, settings.draft)
         for model in (dense, *others):
-            check_positions(model.decoder, length, "--new-tokens with half a window")
+            _check_positions(model, batches.length, settings)
     return batches
 
 
@@ -136,15 +136,27 @@ def _check_vocabulary(dense: Model, other: Model) -> None:
         )
 
 
-def _check_tokens(dense: Model, other: Model, data: Any, batches: Batches, read: Callable[..., Batches]) -> None:
-    """Checks that another model's tokenizer gives the same windows, and that the windows suit that model."""
-    if not isinstance(data, Calibration | Batches) and not has_vocabulary(other.folder):
-        data = batches  # the tokenizer of the dense model is the only one
-    found = read(other, data) if not isinstance(data, Batches) else read(other, data, bos="auto")
+def _check_tokens(dense: Model, other: Model, data: Any, batches: Batches, bos: str, field: str) -> None:
+    """Checks that another model's tokenizer gives the same windows, and that these suit the model."""
+    if isinstance(data, Calibration | Batches) or not has_vocabulary(other.folder):
+        held_out(other, batches, batches.length)
+        return
+    found = held_out(other, data, batches.length, bos, field)
     if found.fingerprint() != batches.fingerprint():
         raise InputError(
-            f"{other.name}: its tokenizer gives other token ids for the text than that of {dense.name}; compare a model "
-            "with the one that it was pruned from"
+            f"{other.name}: its tokenizer gives other token ids for the text than that of {dense.name}; compare a "
+            "model with the one that it was pruned from"
+        )
+
+
+def _check_positions(model: Model, window: int, settings: Comparing) -> None:
+    """Checks that a drafted continuation of a prompt fits into the learned positions of a model."""
+    needed = drafting.cache_size(_prompt_length(window), settings.new_tokens, settings.draft)
+    learned = learned_positions(model.decoder)
+    if learned is not None and needed > learned:
+        raise InputError(
+            f"{model.name}: half a window, --new-tokens {settings.new_tokens} and --draft {settings.draft} are "
+            f"{needed} tokens, but the model has {learned} learned positions; use fewer --new-tokens, or --draft 0"
         )
 
 
@@ -179,9 +191,7 @@ def measure(
     if settings.draft:
         told = partial(tell, progress, "draft")
         drafts = tuple(
-            drafting.measure(
-                dense.decoder, decoders, prompts, settings.draft, settings.new_tokens, progress=told
-            )
+            drafting.measure(dense.decoder, decoders, prompts, settings.draft, settings.new_tokens, progress=told)
         )
     parameters = tuple(parameter_count(model.decoder) for model in models)
     device = jax.devices()[0].device_kind

@@ -24,6 +24,7 @@ from minillm_jax.cli.arguments import (
     RevisionOption,
     SetOption,
 )
+from minillm_jax.cli.compare import compare
 from minillm_jax.cli.flags import COMMON, with_settings
 from minillm_jax.cli.recover import after_pruning, recover
 from minillm_jax.cli.recover import run as run_recovery
@@ -201,6 +202,7 @@ def plan(
 app.command("prune")(with_settings(prune))
 app.command("plan")(with_settings(plan))
 app.command("recover")(with_settings(recover, Recovery))
+app.command("compare")(compare)
 
 
 def _job(

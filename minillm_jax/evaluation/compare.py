@@ -252,7 +252,9 @@ def compare(
     sums = _sums(dense, tuple(others), batches, types, progress)
     losses = [sums.windows[row].mean() for row in (0, *range(1, len(sums.windows), len(Measures._fields)))]
     perplexities = [exponential(float(loss), name) for loss, name in zip(losses, names, strict=True)]
-    changes = (_changes(sums.of(number), perplexities[1 + number], batches, types, decode) for number in range(len(others)))
+    changes = (
+        _changes(sums.of(number), perplexities[1 + number], batches, types, decode) for number in range(len(others))
+    )
     return Compared(
         batches.length, batches.count, batches.predictions, _mean(sums.windows[0]), perplexities[0], tuple(changes)
     )

@@ -56,9 +56,7 @@ def prefill(decoder: Decoder, prompt: Int[Array, "B T"], size: int) -> Cache:
 
 
 @partial(jax.jit, donate_argnames="cache")
-def step(
-    decoder: Decoder, cache: Cache, token: Int[Array, " B"], key: Key = None
-) -> tuple[Int[Array, " B"], Cache]:
+def step(decoder: Decoder, cache: Cache, token: Int[Array, " B"], key: Key = None) -> tuple[Int[Array, " B"], Cache]:
     """The token behind the given last one: the most probable, or drawn with a key. The cache is given up."""
     hidden, cache = extend(decoder, cache, jnp.expand_dims(token, 1))
     return _chosen(project_to_vocabulary(decoder, hidden[:, -1]), key), cache
@@ -188,9 +186,7 @@ class Decoded(NamedTuple):
     seconds: float
 
 
-def decode_alone(
-    decoder: Decoder, prompt: Int[np.ndarray, " T"], count: int, size: int, key: Key = None
-) -> Decoded:
+def decode_alone(decoder: Decoder, prompt: Int[np.ndarray, " T"], count: int, size: int, key: Key = None) -> Decoded:
     """`count` tokens behind a prompt, one pass a token.
 
     Args:
@@ -304,8 +300,9 @@ def measure(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Drafting]:
-    """Every draft beside the dense model. The ways of decoding take turns, prompt by prompt, after one round of each
-    that compiles and does not count.
+    """Every draft beside the dense model.
+
+    The ways of decoding take turns, prompt by prompt. A first turn of each compiles and does not count.
 
     Args:
       dense: the dense model.

@@ -188,4 +188,4 @@ def page(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     footer = "".join(f"<p>{html.text(line)}</p>" for line in (f"Seconds: {stages}.", f"Versions: {versions}."))
     title = f"{short_name(found['model'])}, recovered"
-    return html.document(title, found["format"], f'<dl class="tiles">{tiles}</dl>', parts, footer)
+    return html.document(title, html.of_format(found["format"]), f'<dl class="tiles">{tiles}</dl>', parts, footer)

@@ -1,4 +1,4 @@
-"""Speculative decoding: the tokens and the distribution are the dense model's, and the acceptance is the expected one."""
+"""Speculative decoding: tokens and distribution are the dense model's, and the acceptance is the expected one."""
 
 import jax
 import numpy as np
@@ -17,9 +17,7 @@ def near(decoder: Decoder, seed: int, scale: float = 0.02) -> Decoder:
     """A model like another one, with some noise in its weights."""
     leaves, tree = jax.tree.flatten(decoder)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    moved = (
-        leaf + scale * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)
-    )
+    moved = (leaf + scale * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True))
     return jax.tree.unflatten(tree, moved)
 
 
