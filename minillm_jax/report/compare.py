@@ -195,7 +195,8 @@ def _tiles(found: Mapping[str, Any]) -> str:
     tiles += [(name, f"{other[key]['value']:.3f}") for key, name in _TILES.items()]
     if other["draft"] is not None:
         tiles.append(("speed with the draft", f"× {other['draft']['speedup']:.2f}"))
-    each = "".join(f"<div><dt>{html.text(name)}</dt><dd>{html.text(value)}</dd></div>" for name, value in tiles)
+    whose = f'<dd class="muted">{html.text(names(found)[1])}</dd>' if len(found["others"]) > 1 else ""
+    each = "".join(f"<div><dt>{html.text(name)}</dt><dd>{html.text(value)}</dd>{whose}</div>" for name, value in tiles)
     return f'<dl class="tiles">{each}</dl>'
 
 

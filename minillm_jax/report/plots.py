@@ -130,7 +130,7 @@ def lines(plots: Sequence[Lines]) -> list[Plot] | None:
 
 
 def _lines(plot: Lines) -> _Drawing | None:
-    """Series differ in colour and dashes; the first panel names them where there are several."""
+    """Series differ in colour and dashes; a legend names them where there are several."""
     styles = [(KEPT, "-"), (INK, "--"), (MUTED, ":"), (KEPT, "-."), (INK, "-"), (MUTED, "--")]
 
     def panel(axes: "Axes", name: str) -> None:
@@ -140,10 +140,13 @@ def _lines(plot: Lines) -> _Drawing | None:
             )
         if plot.logarithmic:
             _logarithmic(axes, "x")
-        if len(plot.panels[name]) > 1 and name == next(iter(plot.panels)):
-            axes.legend(frameon=False, fontsize=9)
 
-    return _panels(plot.title, plot.description, {name: name for name in plot.panels}, panel, plot.label)
+    drawing = _panels(plot.title, plot.description, {name: name for name in plot.panels}, panel, plot.label)
+    if drawing is not None and len(next(iter(plot.panels.values()))) > 1:
+        drawing.figure.legend(
+            *drawing.figure.axes[0].get_legend_handles_labels(), loc="outside upper left", frameon=False, fontsize=9
+        )
+    return drawing
 
 
 def _costs(summary: Summary) -> _Drawing:

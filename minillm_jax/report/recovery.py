@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minillm_jax.report import html, plots
-from minillm_jax.report.model_card import LOADING, code, quoted
+from minillm_jax.report.model_card import LOADING, code, draft_section, quoted
 from minillm_jax.report.summary import FORMAT_WORDS, short_name
 from minillm_jax.run import Result
 from minillm_jax.run_recovery import ADAPTER, RecoveryResult
@@ -170,7 +170,7 @@ def card(found: dict[str, Any]) -> str:
     ]
     if found["adapter"]:
         parts += ["The adapter alone is in `adapter/`, for the pruned model:\n", _PEFT]
-    return "\n".join(parts)
+    return "\n".join([*parts, *draft_section(found["format"])])
 
 
 def page(found: dict[str, Any]) -> str:
