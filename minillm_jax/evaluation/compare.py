@@ -88,14 +88,14 @@ class TokenLoss(NamedTuple):
     Attributes:
       token: token id.
       text: the token as text.
-      count: number of its predictions.
+      occurrences: number of its predictions.
       dense: mean loss of the dense model.
       loss: mean loss of the other model.
     """
 
     token: int
     text: str
-    count: int
+    occurrences: int
     dense: float
     loss: float
 

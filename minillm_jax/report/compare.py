@@ -231,7 +231,7 @@ def _curves(found: Mapping[str, Any]) -> list[plots.Lines]:
 
 def _worst(other: Mapping[str, Any]) -> str:
     """The tables of tokens and windows of one model."""
-    tokens = [(repr(one["text"]), f"{one['count']:,}", *_losses(one)) for one in other["tokens"]]
+    tokens = [(repr(one["text"]), f"{one['occurrences']:,}", *_losses(one)) for one in other["tokens"]]
     windows = [(f"{one['number']}: {one['text']}…", *_losses(one)) for one in other["windows"]]
     losses = ("dense, nats", "other, nats", "increase")
     return html.table(("token", "predictions", *losses), tokens) + html.table(("window", *losses), windows)

@@ -89,7 +89,7 @@ def test_the_worst_tokens_and_windows_are_those_whose_loss_grew_most(two: Compar
     assert [one.token for one in changes.tokens] == sorted(often, key=lambda token: -by_token[token])[:10]
     worst = changes.tokens[0]
     assert worst.text == str([worst.token])
-    assert worst.count == (targets == worst.token).sum()
+    assert worst.occurrences == (targets == worst.token).sum()
     assert worst.loss - worst.dense == pytest.approx(by_token[worst.token], rel=1e-4)
     order = np.argsort(-growth.mean(axis=1))
     assert [one.number for one in changes.windows] == order.tolist()
