@@ -40,6 +40,13 @@ def load(folder: str, dtype: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=True).eval()
 
 
+def draft_exactly(draft: Any, gamma: int) -> None:
+    """Makes a model draft γ tokens in each round; by default, it stops early where it is not confident."""
+    draft.generation_config.num_assistant_tokens = gamma
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0.0
+
+
 def prompts_of(folder: str, text: str, count: int, length: int) -> list[torch.Tensor]:
     """Evenly spaced passages of a text, each [1, length]."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -114,10 +121,7 @@ def main() -> None:
     """Measure one pair, print the row and write the JSON."""
     arguments = parse_arguments()
     dense, draft = (load(folder, arguments.dtype) for folder in (arguments.dense, arguments.pruned))
-    # The default stops a draft early where the draft is not confident, and drafts up to 20 tokens.
-    draft.generation_config.num_assistant_tokens = arguments.gamma
-    draft.generation_config.num_assistant_tokens_schedule = "constant"
-    draft.generation_config.assistant_confidence_threshold = 0.0
+    draft_exactly(draft, arguments.gamma)
     prompts = prompts_of(arguments.dense, arguments.text, arguments.prompts, arguments.prompt_tokens)
     row = {
         "dense": Path(arguments.dense).name,

@@ -214,16 +214,16 @@ def decode_with_draft(
     size: int,
     key: Key = None,
 ) -> Decoded:
-    """At least `count` tokens behind a prompt, by speculative decoding; the arguments are those of `decode_alone`.
+    """At least `count` tokens behind a prompt, by speculative decoding.
 
     Args:
       dense: the model whose tokens these are.
       draft: a model of the same vocabulary.
-      prompt: see above.
+      prompt: at least `SHORTEST_PROMPT` token ids.
       gamma: number of proposals of a round.
-      count: see above.
-      size: see above; at least `cache_size`.
-      key: see above.
+      count: number of new tokens; the last round may add up to γ more.
+      size: tokens of both caches, at least `cache_size`; the same size needs no further compilation.
+      key: of the draws; None for greedy decoding.
     """
     whole = jnp.asarray(prompt)[None]
     caches = jax.block_until_ready((prefill(dense, whole, size), prefill(draft, whole, size)))

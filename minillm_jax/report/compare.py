@@ -139,11 +139,11 @@ def _mean(mean: Mapping[str, float | None]) -> str:
 
 
 def _drafting(found: Mapping[str, Any]) -> str:
-    """How the drafting was measured, as a sentence."""
+    """How the drafting was measured."""
     drafting = found["drafting"]
     return (
-        f"{drafting['gamma']} drafted tokens a round, {drafting['prompts']} prompts with {drafting['new_tokens']} new "
-        f"tokens each, one sequence at a time, on {found['device']}"
+        f"drafted tokens a round: {drafting['gamma']}; prompts: {drafting['prompts']}; new tokens behind each prompt: "
+        f"{drafting['new_tokens']}; one sequence at a time on {found['device']}"
     )
 
 

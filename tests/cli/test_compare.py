@@ -50,7 +50,7 @@ def test_compare_writes_json_and_page_and_prints_a_table(
     assert (found["windows"], found["window"], found["tokens"]) == (5, 16, 75)
     assert found["drafting"] == {"gamma": 2, "prompts": 1, "new_tokens": 3}
     assert f"{found['others'][0]['perplexity']:.3f}" in shown
-    assert "2 drafted tokens a round, 1 prompts with 3 new tokens each" in shown
+    assert "drafted tokens a round: 2; prompts: 1; new tokens behind each prompt: 3" in shown
     assert call(monkeypatch, [*arguments, "--output", output]) == 2
     assert "the output folder already exists" in capsys.readouterr().err
 
