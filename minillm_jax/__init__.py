@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from minillm_jax.api import prune as prune
     from minillm_jax.api import save as save
     from minillm_jax.api import score as score
+    from minillm_jax.comparing import compare as compare
     from minillm_jax.data.windows import Calibration as Calibration
     from minillm_jax.errors import InputError as InputError
     from minillm_jax.generating import generate as generate
@@ -47,6 +48,7 @@ _HOME = {
     "Scores": "scoring.score",
     "Scoring": "settings",
     "calibrate": "api",
+    "compare": "comparing",
     "evaluate": "api",
     "generate": "generating",
     "load": "api",
@@ -69,6 +71,7 @@ __all__ = [
     "Scores",
     "Scoring",
     "calibrate",
+    "compare",
     "evaluate",
     "generate",
     "load",

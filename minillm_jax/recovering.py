@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from convert import adapter as adapters
 from minillm_jax.api import Text, held_out
 from minillm_jax.data import text
@@ -131,9 +129,8 @@ def _watched(recipe: Recovery, outline: Model) -> Examples | None:
     source = recipe.evaluation.watch
     if source is None:
         return None
-    windows = held_out(outline, source, recipe.data.seq_len, field=recipe.data.field).windows
-    places = np.linspace(0, len(windows) - 1, min(recipe.evaluation.watch_windows, len(windows))).round().astype(int)
-    return whole_windows(windows[places], source)
+    batches = held_out(outline, source, recipe.data.seq_len, field=recipe.data.field)
+    return whole_windows(batches.spaced(recipe.evaluation.watch_windows).windows, source)
 
 
 def recover_model(

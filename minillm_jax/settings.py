@@ -515,3 +515,34 @@ class Evaluation:
         None, str, "Text to measure the perplexity on, before and after pruning.", flag="evaluate", common=True
     )
     window: int = option(128, int, "Tokens of an evaluation window.")
+
+
+@dataclass(frozen=True)
+class Comparing:
+    """What `compare` measures beside the changes of the next-token probabilities.
+
+    Attributes:
+      window: tokens of a window.
+      windows: most windows, evenly spaced over the text; None for all.
+      draft: number of tokens that a pruned model drafts for one pass of the dense model; 0 for no drafting.
+      prompts: most prompts of the drafting: the first halves of evenly spaced windows.
+      new_tokens: tokens that are decoded behind each prompt.
+    """
+
+    window: int = 128
+    windows: int | None = None
+    draft: int = 4
+    prompts: int = 8
+    new_tokens: int = 64
+
+    def check(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+          InputError: one is out of its range.
+        """
+        least = {"windows": 1, "draft": 0, "prompts": 1, "new_tokens": 1}
+        for name, number in least.items():
+            value = getattr(self, name)
+            if value is not None and value < number:
+                raise InputError(f"--{name.replace('_', '-')} must be at least {number}, found {value}")

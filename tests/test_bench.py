@@ -26,6 +26,7 @@ from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.loss import sequence_losses
 from minillm_jax.model.modules import Block
 from minillm_jax.pruning.refit import prune_by_obs
+from tests.helpers import hugging_face_folder, random_tokens
 
 ROOT = Path(__file__).parents[1]
 EPSILON = 1e-3
@@ -267,3 +268,15 @@ def test_labels_of_a_plot_keep_their_distance(bench: Callable[[str], ModuleType]
     pytest.importorskip("matplotlib")
     heights = bench("plots").spread([4.2, 4.3, 16.0, 21.0, 27.7, 31.0, 57.0], 1.2)
     assert all(above / below > 1.19 for below, above in pairwise(heights))
+
+
+def test_transformers_accepts_a_pruned_model_as_a_draft(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    draft = bench("draft")
+    folders = hugging_face_folder(tmp_path / "dense"), hugging_face_folder(tmp_path / "pruned", intermediate_size=24)
+    dense, pruned = (draft.load(str(folder), "float32") for folder in folders)
+    draft.draft_exactly(pruned, 3)
+    prompts = [torch.from_numpy(random_tokens(97, 1, 6).astype(np.int64))]
+    found = draft.measure(dense, pruned, prompts, 5, 1)
+    assert found["accepted_by_transformers"]
+    assert found["same"] == 1
+    assert 1 <= found["tokens_per_pass"] <= 4

@@ -36,6 +36,7 @@ LAYERS = (
     "recovering",
     "generating",
     "timing",
+    "comparing",
     "run",
     "run_recovery",
     "report",

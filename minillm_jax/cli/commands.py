@@ -25,6 +25,7 @@ from minillm_jax.cli.arguments import (
     SetOption,
 )
 from minillm_jax.cli.bench import bench
+from minillm_jax.cli.compare import compare
 from minillm_jax.cli.evaluate import evaluate
 from minillm_jax.cli.flags import COMMON, with_settings
 from minillm_jax.cli.generate import generate
@@ -204,6 +205,7 @@ def plan(
 app.command("prune")(with_settings(prune))
 app.command("plan")(with_settings(plan))
 app.command("recover")(with_settings(recover, Recovery))
+app.command("compare")(compare)
 
 
 def _job(

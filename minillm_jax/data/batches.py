@@ -90,6 +90,11 @@ class Batches:
         """The first `count` windows."""
         return replace(self, windows=self.windows[:count])
 
+    def spaced(self, count: int) -> "Batches":
+        """At most `count` windows, evenly spaced, the first and the last among them."""
+        places = np.linspace(0, self.count - 1, min(count, self.count)).round().astype(int)
+        return replace(self, windows=self.windows[places])
+
     def split(self, count: int) -> tuple["Batches", "Batches"]:
         """The first `count` windows, and the others."""
         return self.first(count), replace(self, windows=self.windows[count:])

@@ -79,6 +79,19 @@ def perplexity(decoder: Decoder, batches: Batches, progress: Callable[[int, int]
         raise InputError(f"windows of {batches.length} tokens have nothing to predict; use at least 2")
     total = float(window_losses(decoder, batches, progress=progress).sum(dtype=np.float64))
     loss = total / batches.predictions
+    return Perplexity(exponential(loss, "the model"), batches.predictions, batches.length, batches.count, loss)
+
+
+def exponential(loss: float, name: str) -> float:
+    """The perplexity of a mean loss.
+
+    Args:
+      loss: nats per token.
+      name: of the model, for the message.
+
+    Raises:
+      InputError: the loss is not finite, or its exponential is not.
+    """
     if not loss < LARGEST_LOSS:
-        raise InputError(f"the model's loss on this text is {loss:g}: its weights are broken, or overflow their type")
-    return Perplexity(exp(loss), batches.predictions, batches.length, batches.count, loss)
+        raise InputError(f"{name}'s loss on this text is {loss:g}: its weights are broken, or overflow their type")
+    return exp(loss)

@@ -69,6 +69,12 @@ def cross_entropy(logits: Float[Array, " V"], target: Int[Array, ""]) -> Float[A
     return jax.nn.logsumexp(logits) - jnp.take(logits, target)
 
 
+def kl_divergence(known: Float[Array, " X"], logits: Float[Array, " X"]) -> Float[Array, ""]:
+    """KL(p ‖ q), nats, of two distributions by their logits: `known` of p, `logits` of q."""
+    log_p, log_q = jax.nn.log_softmax(known), jax.nn.log_softmax(logits)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q))
+
+
 @partial(jax.jit, static_argnames="logits_at_once")
 def sequence_losses(
     decoder: Decoder, tokens: Int[Array, "B T"], logits_at_once: int = LOGITS_AT_ONCE

@@ -13,7 +13,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from minillm_jax.model.decoder import Decoder, final_hidden, project_to_vocabulary
-from minillm_jax.model.loss import Top, cross_entropy, map_logits, rest_of
+from minillm_jax.model.loss import Top, cross_entropy, kl_divergence, map_logits, rest_of
 
 
 class Sequences(NamedTuple):
@@ -86,7 +86,7 @@ def sums(
 
         def against(logits: Array, target: Array, state: Array) -> tuple[Array, Array]:
             known = project_to_vocabulary(teacher, state)
-            return cross_entropy(logits, target), _divergence(known / temperature, logits / temperature)
+            return cross_entropy(logits, target), kl_divergence(known / temperature, logits / temperature)
 
         found = map_logits(decoder, hidden[:, :-1], against, targets, dense[:, :-1])
     return Sums(*(_total(values, counted) for values in found))
@@ -102,14 +102,8 @@ def _total(values: Float[Array, "B predictions"], counted: Bool[Array, "B T"]) -
     return jnp.sum(jnp.where(counted[:, 1:], values, 0))
 
 
-def _divergence(known: Float[Array, " X"], logits: Float[Array, " X"]) -> Float[Array, ""]:
-    """KL of two distributions by their logits."""
-    log_p, log_q = jax.nn.log_softmax(known), jax.nn.log_softmax(logits)
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q))
-
-
 def _divergence_of_top(top: Top, logits: Float[Array, " V"], temperature: Float[Array, ""] | float) -> Array:
     """KL over the kept tokens and the rest of the vocabulary as one more; both are then raised to the power 1 / T."""
     log_q = jnp.take(logits, top.ids) - jax.nn.logsumexp(logits)
     known, found = (jnp.append(logs, jnp.log(rest_of(logs))) / temperature for logs in (top.logs, log_q))
-    return _divergence(known, found)
+    return kl_divergence(known, found)

@@ -66,15 +66,20 @@ def page(summary: Summary, plots: Sequence[Plot] | None) -> str:
         section("Plots", _plots(summary, plots)),
         section("Recipe", _recipe(summary)),
     ]
-    return document(title_of(summary), summary["format"], _tiles(summary), parts, _footer(summary))
+    return document(title_of(summary), of_format(summary["format"]), _tiles(summary), parts, _footer(summary))
 
 
-def document(title: str, form: str, tiles: str, parts: Sequence[str], footer: str) -> str:
+def of_format(form: str) -> str:
+    """The sentence below the title about an output format."""
+    return f"Format {form}: {FORMAT_WORDS[form]}."
+
+
+def document(title: str, lead: str, tiles: str, parts: Sequence[str], footer: str) -> str:
     """A whole page.
 
     Args:
       title: plain text.
-      form: the output format.
+      lead: the sentence below the title, plain text.
       tiles: markup below the title.
       parts: markup of each section.
       footer: markup.
@@ -91,7 +96,7 @@ def document(title: str, form: str, tiles: str, parts: Sequence[str], footer: st
 <body>
 <header>
 <h1>{text(title)}</h1>
-<p class="muted">Format {text(form)}: {text(FORMAT_WORDS[form])}.</p>
+<p class="muted">{text(lead)}</p>
 {tiles}
 </header>
 <main>

@@ -84,6 +84,50 @@ Training changes the zeros of the padding, so the merged model is dense and its 
 model that remains small, prune to the format `per-layer`.
 """
 
+_DRAFT = """\
+This model has the vocabulary of the base model, so it can draft tokens for the base model in speculative decoding:
+greedy decoding then gives the tokens of the base model, up to rounding. `minillm-jax compare` measures how many drafted
+tokens are accepted and whether decoding becomes faster. In transformers:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/the/base/model")
+draft = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{remote})
+inputs = AutoTokenizer.from_pretrained("path/to/the/base/model")("Once upon a time", return_tensors="pt")
+model.generate(**inputs, assistant_model=draft, do_sample=False)
+```
+
+In vLLM (this command was not run with this model{note}):
+
+```
+vllm serve path/to/the/base/model{flag} --speculative-config \\
+  '{{"model": "path/to/this/folder", "num_speculative_tokens": 4}}'
+```
+"""
+
+
+def draft_section(form: str) -> list[str]:
+    """The section on the model as a draft of its base model, with its heading.
+
+    It is empty for formats that transformers does not load, or loads with padding. All other formats have the
+    vocabulary of the base model: pruning removes no tokens.
+
+    Args:
+      form: the output format.
+    """
+    if form not in ("stock", "per-layer"):
+        return []
+    remote = form == "per-layer"
+    return [
+        "## Use as a draft\n",
+        _DRAFT.format(
+            remote=", trust_remote_code=True" if remote else "",
+            note="; layers of unequal size need the code of this folder" if remote else "",
+            flag=" --trust-remote-code" if remote else "",
+        ),
+    ]
+
 
 def card(summary: Summary) -> str:
     """The model card of a finished job (`summary.result_json`), as Markdown."""
@@ -105,6 +149,7 @@ def card(summary: Summary) -> str:
         "## Loading\n",
         f"Format {code(form)}: {FORMAT_WORDS[form]}.\n",
         LOADING[form],
+        *draft_section(form),
         "## Recovery\n",
         _RECOVERY.format(base="path/to/the/base/model") + (_PADDED_NOTE if form == "padded" else ""),
     ]

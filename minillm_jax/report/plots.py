@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import cycle
 from math import nan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,6 +61,25 @@ class Plot:
     svg: str
 
 
+@dataclass(frozen=True)
+class Lines:
+    """Lines of several series, in one panel for each measure.
+
+    Attributes:
+      title: the title.
+      description: the plotted numbers in words.
+      label: of the horizontal axis.
+      panels: title of a panel -> name of a series -> its points (x, y).
+      logarithmic: whether the horizontal axis is logarithmic.
+    """
+
+    title: str
+    description: str
+    label: str
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
+    logarithmic: bool = False
+
+
 class _Drawing(NamedTuple):
     """A plot as a figure of matplotlib, before it becomes SVG."""
 
@@ -102,6 +122,31 @@ def curves(points: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> lis
 
     text = "; ".join(description(key, name) for key, name in shown.items())
     return _drawn(lambda: [_panels("Losses against counted tokens", text, shown, panel, "counted tokens")])
+
+
+def lines(plots: Sequence[Lines]) -> list[Plot] | None:
+    """Several plots of lines for one page; None if matplotlib is not installed."""
+    return _drawn(lambda: [_lines(plot) for plot in plots])
+
+
+def _lines(plot: Lines) -> _Drawing | None:
+    """Series differ in colour and dashes; a legend names them where there are several."""
+    styles = [(KEPT, "-"), (INK, "--"), (MUTED, ":"), (KEPT, "-."), (INK, "-"), (MUTED, "--")]
+
+    def panel(axes: "Axes", name: str) -> None:
+        for (series, points), (colour, dashes) in zip(plot.panels[name].items(), cycle(styles), strict=False):
+            axes.plot(
+                *zip(*points, strict=True), color=colour, linestyle=dashes, marker=".", linewidth=1.2, label=series
+            )
+        if plot.logarithmic:
+            _logarithmic(axes, "x")
+
+    drawing = _panels(plot.title, plot.description, {name: name for name in plot.panels}, panel, plot.label)
+    if drawing is not None and len(next(iter(plot.panels.values()))) > 1:
+        drawing.figure.legend(
+            *drawing.figure.axes[0].get_legend_handles_labels(), loc="outside upper left", frameon=False, fontsize=9
+        )
+    return drawing
 
 
 def _costs(summary: Summary) -> _Drawing:
@@ -185,14 +230,15 @@ def _scores(summary: Summary) -> _Drawing | None:
     return _panels("Scores in every layer before pruning", description, _titles(scores, "scores of "), panel)
 
 
-def _logarithmic(axes: "Axes") -> None:
+def _logarithmic(axes: "Axes", which: str = "y") -> None:
     """A logarithmic axis with plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    (axes.set_yscale if which == "y" else axes.set_xscale)("log")
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if which == "y" else (1.0,), numticks=7))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _losses(summary: Summary) -> _Drawing | None:
@@ -240,7 +286,8 @@ def _panels(
         axes.grid(axis="y", linewidth=0.6)
         panel(axes, kind)
     column[-1].set_xlabel(label)
-    column[-1].locator_params(axis="x", integer=True)
+    if column[-1].get_xscale() == "linear":
+        column[-1].locator_params(axis="x", integer=True)
     return _Drawing(title, description, figure)
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minillm_jax.report import html, plots
-from minillm_jax.report.model_card import LOADING, code, quoted
+from minillm_jax.report.model_card import LOADING, code, draft_section, quoted
 from minillm_jax.report.summary import FORMAT_WORDS, short_name
 from minillm_jax.run import Result
 from minillm_jax.run_recovery import ADAPTER, RecoveryResult
@@ -170,7 +170,7 @@ def card(found: dict[str, Any]) -> str:
     ]
     if found["adapter"]:
         parts += ["The adapter alone is in `adapter/`, for the pruned model:\n", _PEFT]
-    return "\n".join(parts)
+    return "\n".join([*parts, *draft_section(found["format"])])
 
 
 def page(found: dict[str, Any]) -> str:
@@ -188,4 +188,4 @@ def page(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     footer = "".join(f"<p>{html.text(line)}</p>" for line in (f"Seconds: {stages}.", f"Versions: {versions}."))
     title = f"{short_name(found['model'])}, recovered"
-    return html.document(title, found["format"], f'<dl class="tiles">{tiles}</dl>', parts, footer)
+    return html.document(title, html.of_format(found["format"]), f'<dl class="tiles">{tiles}</dl>', parts, footer)

@@ -56,3 +56,10 @@ def test_batches_are_cut_once() -> None:
     assert all(first is second for first, second in zip(batches, batches, strict=True))
     assert batches.resized(10) is batches
     assert batches.resized(20) is not batches
+
+
+def test_evenly_spaced_windows_hold_the_first_and_the_last() -> None:
+    batches = Batches(np.arange(22, dtype=np.int32).reshape(11, 2))
+    assert batches.spaced(3).windows[:, 0].tolist() == [0, 10, 20]
+    assert batches.spaced(1).windows[:, 0].tolist() == [0]
+    assert batches.spaced(99).windows.tolist() == batches.windows.tolist()

@@ -159,6 +159,8 @@ def test_the_folder_holds_the_summary_as_json_page_and_card(wanda: tuple[Result,
         assert f"| {' | '.join(row)} |" in text
     assert str(folder.parent) not in text + page.text, "documents must not show local folders"
     assert folder.joinpath("modeling_pruned.py").exists()
+    assert 'from_pretrained("path/to/this/folder", trust_remote_code=True)\ninputs' in text
+    assert "vllm serve path/to/the/base/model --trust-remote-code --speculative-config" in text
 
 
 def test_the_summary_holds_measured_losses_and_scores_before_pruning(
@@ -192,6 +194,7 @@ def test_every_format_has_its_documents_and_its_loading_snippet(tmp_path: Path, 
     text = (tmp_path / "out" / "README.md").read_text()
     assert ("minillm_jax.load(" in text) == (form == "flax")
     assert ("zeros of the padding" in text) == (form == "padded")
+    assert ("assistant_model=draft" in text) == ("num_speculative_tokens" in text) == (form == "stock")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 

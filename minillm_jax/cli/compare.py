@@ -1,0 +1,105 @@
+"""The command `compare`."""
+
+from typing import Annotated
+
+import typer
+
+from minillm_jax.cli.arguments import JsonOption
+from minillm_jax.cli.show import progress, show
+from minillm_jax.errors import InputError, shortened
+from minillm_jax.options import whole_number
+from minillm_jax.recipes import recipe as recipes
+from minillm_jax.settings import Comparing
+
+
+def compare(
+    dense: Annotated[
+        str, typer.Argument(metavar="DENSE", help="The dense model: a local model folder, a GGUF file or a Hub id.")
+    ],
+    pruned: Annotated[list[str], typer.Argument(metavar="PRUNED [MORE ...]", help="Models that were pruned from it.")],
+    text: Annotated[
+        str, typer.Option(help="Text, .json, .jsonl, .csv, .parquet or .npy (token ids) file, or a Hub data set.")
+    ],
+    window: Annotated[str, typer.Option(metavar="COUNT", help="Tokens of a window.")] = str(Comparing.window),
+    windows: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="Most windows, evenly spaced over the text; all if unset.")
+    ] = None,
+    field: Annotated[str, typer.Option(help="Field that holds the text, in files of rows and Hub data sets.")] = "text",
+    bos: Annotated[
+        str,
+        typer.Option(
+            metavar="[auto|yes|text|no]",
+            help="Beginning-of-sequence token before every window (yes), once before the text (text) or nowhere (no); "
+            "auto: yes for Gemma, no for other families.",
+        ),
+    ] = "auto",
+    draft: Annotated[
+        str, typer.Option(metavar="COUNT", help="Tokens that PRUNED drafts for one pass of DENSE; 0 for no drafting.")
+    ] = str(Comparing.draft),
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="COUNT", help=f"Most prompts of the drafting. Default: {Comparing.prompts}."),
+    ] = None,
+    new_tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COUNT", help=f"Tokens that are decoded behind a prompt. Default: {Comparing.new_tokens}."
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Folder for compare.json and compare.html; it must not exist."),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")] = None,
+    mesh: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Mesh of devices, data=2,model=4; one device if unset.")
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress on standard error.")] = False,
+) -> None:
+    """Compare the next-token probabilities of pruned models with the dense model's, and draft with them."""
+    from convert.writer import check_new, new_folder
+    from minillm_jax import api, comparing
+    from minillm_jax.data.documents import check_source
+    from minillm_jax.data.mixture import check_one_text
+    from minillm_jax.devices import sharding
+    from minillm_jax.report import compare as reports
+
+    settings = _settings(window, windows, draft, prompts, new_tokens)
+    chosen, _ = recipes.with_options(recipes.Recipe(), {} if dtype is None else {"dtype": dtype})
+    kind, devices = chosen.output.dtype, sharding.make_mesh(sharding.parse_mesh(mesh))
+    check_one_text(text)
+    check_source(text, field, most=1)  # the whole text is read below, before the weights
+    names = (dense, *pruned)
+    if output is not None:
+        for name in names:
+            check_new(output, name)
+    with progress(quiet or as_json) as told:
+        first, *others = (api.describe(name, kind) for name in names)
+        batches = comparing.windows_of(first, others, text, settings, bos, field)
+        first, *others = (api.load(name, kind, devices) for name in names)
+        found = reports.summary(comparing.measure(first, others, batches, text, settings, told))
+    if output is not None:
+        with new_folder(output) as folder:
+            for name, content in reports.documents(found).items():
+                (folder / name).write_text(content, encoding="utf-8")
+    show(as_json, lambda: found, lambda: reports.table(found))
+
+
+def _settings(window: str, windows: str | None, draft: str, prompts: str | None, new_tokens: str | None) -> Comparing:
+    """The numbers of the command line."""
+    given = {"window": window, "windows": windows, "draft": draft, "prompts": prompts, "new-tokens": new_tokens}
+    numbers = {name.replace("-", "_"): _number(name, value) for name, value in given.items() if value is not None}
+    settings = Comparing(**numbers)
+    settings.check()
+    idle = [flag for flag in ("prompts", "new-tokens") if given[flag] is not None]
+    if settings.draft == 0 and idle:
+        raise InputError(f"--{idle[0]} does nothing with --draft 0; leave out one of the two")
+    return settings
+
+
+def _number(name: str, text: str) -> int:
+    number = whole_number(text)
+    if number is None:
+        raise InputError(f"--{name} must be a whole number, found {shortened(text)!r}")
+    return number
