@@ -58,7 +58,7 @@ def our_step(shape: str, batch: int, length: int, activations: str) -> Callable[
     state.append(steps.init(state[0]))
 
     def step() -> Any:
-        state[0], state[1], found = update(state[0], state[1], decoder, None, *rest, jax.random.key(0))
+        state[0], state[1], found = update(state[0], state[1], decoder, gradients.Part(None, *rest, jax.random.key(0)))
         return found
 
     return step

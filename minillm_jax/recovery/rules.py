@@ -15,19 +15,17 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.loss import Top
 from minillm_jax.model.modules import Block
 from minillm_jax.recovery import objective
-from minillm_jax.recovery.gradients import Gradient
-from minillm_jax.recovery.objective import Sequences, Sums
-from minillm_jax.recovery.objective import Weights as LossWeights
+from minillm_jax.recovery.gradients import Gradient, Part
+from minillm_jax.recovery.objective import Sums
 from minillm_jax.recovery.optimizer import was_finite
 from minillm_jax.recovery.trained import Matrices, Parameters, TrainedMatrices, hidden_states
 from minillm_jax.scoring.gradient import directions
 from minillm_jax.scoring.gradient.spaces import Weights, finite
 
-# parameters, state, decoder, teacher, sequences, weights, scale, key -> parameters, state, sums of the loss.
-Program = Callable[..., tuple[Parameters, Any, Sums]]
+# parameters, state, decoder, micro-batch -> parameters, state, sums of the loss.
+Program = Callable[[Parameters, Any, Decoder, Part], tuple[Parameters, Any, Sums]]
 
 
 @runtime_checkable
@@ -67,8 +65,8 @@ class ByGradient:
         """See `Rule`."""
 
         @partial(jax.jit, donate_argnums=(0, 1))
-        def program(parameters: Parameters, state: Any, *rest: Any) -> tuple[Any, Any, Sums]:
-            found, sums = self.gradient(parameters, *rest)
+        def program(parameters: Parameters, state: Any, decoder: Decoder, part: Part) -> tuple[Any, Any, Sums]:
+            found, sums = self.gradient(parameters, decoder, part)
             updates, state = self.optimizer.update(found, state, parameters)
             return optax.apply_updates(parameters, updates), state, sums
 
@@ -134,21 +132,15 @@ class Mezo:
         matrices: Matrices,
         state: MezoState,
         decoder: Decoder,
-        teacher: Decoder | Top | None,
-        sequences: Sequences,
-        weights: LossWeights,
-        scale: Float[Array, ""],
-        key: Key[Array, ""],
+        part: Part,
     ) -> tuple[Matrices, MezoState, Sums]:
         keys = self._keys(state.update)
         model = TrainedMatrices().computing(matrices, decoder)
 
         def pair(key: Key[Array, ""]) -> tuple[Array, Sums]:
-            ahead, behind = (
-                _sums(model, key, step, sequences, teacher, weights) for step in (self.epsilon, -self.epsilon)
-            )
-            slope = (objective.loss(ahead, weights) - objective.loss(behind, weights)) / (2 * self.epsilon)
-            return scale * slope, jax.tree.map(lambda a, b: (a + b) / 2, ahead, behind)
+            ahead, behind = (_sums(model, key, step, part) for step in (self.epsilon, -self.epsilon))
+            slope = (objective.loss(ahead, part.weights) - objective.loss(behind, part.weights)) / (2 * self.epsilon)
+            return part.scale * slope, jax.tree.map(lambda a, b: (a + b) / 2, ahead, behind)
 
         slopes, sums = jax.lax.map(pair, keys)
         slopes, calls = state.slopes + slopes, state.calls + 1
@@ -163,22 +155,15 @@ class Mezo:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.count))
 
 
-def _sums(
-    model: Decoder,
-    key: Key[Array, ""],
-    step: float,
-    sequences: Sequences,
-    teacher: Decoder | Top | None,
-    weights: LossWeights,
-) -> Sums:
+def _sums(model: Decoder, key: Key[Array, ""], step: float, part: Part) -> Sums:
     """The losses at W + step · z."""
-    windows = jnp.arange(len(sequences.tokens))
+    windows = jnp.arange(len(part.sequences.tokens))
 
     def moved(block: Block, layer: Array, extra: None) -> Block:
         return Weights().moved(block, key, layer, finite(jnp.float32(step)), windows)
 
-    hidden = hidden_states(model, sequences.tokens, moved, None, "all")
-    return objective.sums(model, hidden, sequences, teacher, weights.temperature)
+    hidden = hidden_states(model, part.sequences.tokens, moved, None, "all")
+    return objective.sums(model, hidden, part.sequences, part.teacher, part.weights.temperature)
 
 
 def moved_in_place(matrices: Matrices, keys: Key[Array, " P"], steps: Float[Array, " P"]) -> Matrices:

@@ -19,6 +19,7 @@ from minillm_jax.devices.store import State, Store
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import Top
 from minillm_jax.recovery import objective
+from minillm_jax.recovery.gradients import Part
 from minillm_jax.recovery.objective import Sequences, Weights
 from minillm_jax.recovery.rules import Rule
 from minillm_jax.recovery.settings import Distillation, Training
@@ -255,9 +256,8 @@ class _Loop:
             part = slice(call * training.micro_batch, (call + 1) * training.micro_batch)
             key = jax.random.fold_in(self._key, state.update * calls + call)
             sequences = _placed(tokens[part], counted[part], self._mesh)
-            parameters, optimizer_state, sums = self._program(
-                parameters, optimizer_state, self._decoder, self._teacher(rows[part]), sequences, weights, scale, key
-            )
+            read = Part(self._teacher(rows[part]), sequences, weights, scale, key)
+            parameters, optimizer_state, sums = self._program(parameters, optimizer_state, self._decoder, read)
             found.append(sums)
         loss = sum(float(objective.loss(sums, weights)) for sums in found) / targets
         after = state._replace(parameters=parameters, optimizer=optimizer_state)

@@ -23,6 +23,7 @@ from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.tree import named_arrays
 from minillm_jax.recovery import gradients, objective, teacher
 from minillm_jax.recovery.adapter import Adapter, initial
+from minillm_jax.recovery.gradients import Part
 from minillm_jax.recovery.objective import Sequences, Weights
 from minillm_jax.recovery.recover import Recovered, Texts, recover_decoder
 from minillm_jax.recovery.rules import Mezo
@@ -111,7 +112,7 @@ def test_gradients_are_those_of_peft(family: str, tmp_path: Path) -> None:
     decoder, data = read_model(folder).decoder, examples()
     adapter = with_random_b(initial(decoder, LORA, 0))
     gradient, found = gradients.backward(TrainedAdapter(LORA))(
-        adapter, decoder, None, sequences(data), CE, jnp.float32(1 / data.targets), jax.random.key(0)
+        adapter, decoder, Part(None, sequences(data), CE, jnp.float32(1 / data.targets), jax.random.key(0))
     )
     model = peft_model(folder, adapter, tmp_path / "adapter")
     loss = peft_loss(model, data)
@@ -248,9 +249,9 @@ def test_full_training_changes_every_parameter_and_norms_only_norms(decoder: Dec
 def test_the_estimate_from_forward_passes_approaches_the_gradient(decoder: Decoder) -> None:
     trained, data = TrainedArrays("norms"), examples(8)
     parameters = trained.initial(decoder, 0)
-    rest = (decoder, None, sequences(data), CE, jnp.float32(1 / data.targets), jax.random.key(0))
-    exact, sums = gradients.backward(trained)(parameters, *rest)
-    estimate, mean = jax.jit(gradients.forward(trained, 128, 1e-3), static_argnums=())(parameters, *rest)
+    part = Part(None, sequences(data), CE, jnp.float32(1 / data.targets), jax.random.key(0))
+    exact, sums = gradients.backward(trained)(parameters, decoder, part)
+    estimate, mean = jax.jit(gradients.forward(trained, 128, 1e-3))(parameters, decoder, part)
     a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (exact, estimate))
     # 8 · 128 directions in 448 dimensions: each sequence is estimated alone.
     assert a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) > 0.5
@@ -290,7 +291,7 @@ def test_mezo_moves_all_matrices_by_the_slope_of_the_loss_along_drawn_directions
     state = rule.init(matrices)
     for part in (slice(0, 2), slice(2, 4)):
         half = Sequences(jnp.asarray(data.tokens[part]), jnp.asarray(data.counted[part]))
-        matrices, state, _ = program(matrices, state, decoder, None, half, CE, jnp.float32(2 / data.targets), key)
+        matrices, state, _ = program(matrices, state, decoder, Part(None, half, CE, jnp.float32(2 / data.targets), key))
     assert int(state.update) == 1
     for found, expected in zip(jax.tree.leaves(matrices), jax.tree.leaves(moved(-rate * slope)), strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-4 * rate * abs(slope) + 1e-6)
