@@ -111,8 +111,7 @@ def _without_empty_layers(model: Model, whole: dict[str, Any]) -> tuple[Model, d
     adds = config.output_bias or config.mlp_bias or config.norm_after or config.residual_from_norm
     if adds or not kept or len(kept) == len(heads):
         return model, whole
-    before = whole.get("layer", {"before": len(heads), "kept": range(len(heads))})
-    removed = {"layer": {"before": before["before"], "kept": [before["kept"][layer] for layer in kept]}}
+    removed = {"layer": {"before": len(heads), "kept": kept}}
     return replace(model, decoder=slice_layers(decoder, kept)), whole | removed
 
 

@@ -1,8 +1,8 @@
 """What each layer lost: how far the pruned residual stream is from the dense one after every layer.
 
 The error of a token is ||x' - x|| / ||x||, where x and x' are its dense and its pruned vector. The error of a layer is
-the median over the tokens. A quotient of two sums over all tokens would be the error of a few tokens alone, because some
-models give their first tokens vectors that are a thousand times larger than all others.
+the median over the tokens. A quotient of two sums over all tokens would be the error of a few tokens alone, because
+some models give their first tokens vectors that are a thousand times larger than all others.
 """
 
 from collections.abc import Sequence
@@ -86,7 +86,7 @@ def layer_errors(
     angles = rotary_angles(dense, batches.length)
     ours, theirs = ([_begin(one, batch.tokens, mesh=mesh) for batch in batches] for one in (pruned, dense))
     smaller = iter(sharding.layers_of(pruned, mesh))
-    rows: list[list[float | None]] = []
+    rows = []
     for index, layer in enumerate(sharding.layers_of(dense, mesh)):
         kept = next(smaller) if index in layers else None
         errors = []
@@ -96,10 +96,10 @@ def layer_errors(
             theirs[place], ours[place] = after.stream, our if mine is None else mine.stream
             pairs = [(ours[place], after.stream)] if mine is None else list(zip(mine, after, strict=True))
             errors.append([_relative(*pair, dimensions) for pair in pairs])
-        medians = [float(np.median(np.concatenate(each))) for each in zip(*errors, strict=True)]
-        rows.append(medians if kept is not None else [*medians, None, None])
-    stream, attention, mlp = (list(column) for column in zip(*rows, strict=True))
-    return LayerErrors([one for one in stream if one is not None], attention, mlp, batches.count, batches.length)
+        stream, *updates = (float(np.median(np.concatenate(each))) for each in zip(*errors, strict=True))
+        rows.append((stream, *(updates or (None, None))))
+    streams, attention, mlp = (list(column) for column in zip(*rows, strict=True))
+    return LayerErrors(streams, attention, mlp, batches.count, batches.length)
 
 
 def _check(pruned: Decoder, layers: list[int], dimensions: list[int]) -> None:
@@ -121,9 +121,7 @@ def _begin(decoder: Decoder, tokens: Int[Array, "B T"], *, mesh: Mesh | None) ->
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
-def _step(
-    run: Block, x: Float[Array, "B T D"], *, config: DecoderConfig, mesh: Mesh | None, angles: Angles
-) -> _After:
+def _step(run: Block, x: Float[Array, "B T D"], *, config: DecoderConfig, mesh: Mesh | None, angles: Angles) -> _After:
     """A batch after one layer, which is a run of one layer."""
     block = jax.tree.map(lambda array: array[0], run)
     attention = attention_sublayer(block, config, x, angles)
@@ -146,4 +144,6 @@ def _norms(
     """The norms of the difference and of the dense vector of every token."""
     dense = jnp.take(dense, dimensions, axis=-1)
     gap = pruned - dense
-    return tuple(jnp.sqrt(ops.einsum("BTD,BTD->BT", part, part)) for part in (gap, dense))
+    squares = (ops.einsum("BTD,BTD->BT", part, part) for part in (gap, dense))
+    gaps, norms = map(jnp.sqrt, squares)
+    return gaps, norms

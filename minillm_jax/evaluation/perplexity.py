@@ -27,7 +27,7 @@ class Perplexity:
       windows: number of windows.
       loss: mean negative log likelihood of a token, nats.
       stderr: standard error of `perplexity` over the windows, as if they were independent; None for one window.
-      fingerprint: the first digits of `Batches.fingerprint`. Two perplexities with the same one, of models with the same
+      fingerprint: the first digits of `Batches.fingerprint`. Perplexities with the same one, of models with the same
         tokenizer, can be compared.
     """
 
