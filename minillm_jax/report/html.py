@@ -61,7 +61,7 @@ def section(heading: str, body: str) -> str:
 
 def text(value: object) -> str:
     """Any value as text of the page: markup characters in it are escaped."""
-    return escape(printable(str(value))).replace(" %", "&nbsp;%").replace(" ±", "&nbsp;±").replace("± ", "±&nbsp;")
+    return escape(printable(str(value))).replace(" %", "&nbsp;%").replace("± ", "±&nbsp;")
 
 
 def prose(value: str) -> str:
@@ -84,8 +84,8 @@ def _tile(tile: Tile) -> str:
     meter = (
         "" if width is None else f'<dd class="meter" aria-hidden="true"><span style="width:{width:.1f}%"></span></dd>'
     )
-    detail = " → ".join(f'<span class="nowrap">{text(part)}</span>' for part in tile.detail.split(" → "))
-    return f'<div><dt>{text(tile.name)}</dt><dd>{text(tile.value)}</dd><dd class="muted">{detail}</dd>{meter}</div>'
+    numbers = f'<dd>{text(tile.value)}</dd><dd class="muted">{text(tile.detail)}</dd>'
+    return f"<div><dt>{text(tile.name)}</dt>{numbers}{meter}</div>"
 
 
 def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

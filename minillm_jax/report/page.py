@@ -31,7 +31,7 @@ def page(summary: Summary, plots: Mapping[str, Plot] | None) -> str:
     kept = html.figures(None if plots is None else map(drawn.get, ("kept", "losses", "scores")))
     parts = [
         html.section("Before and after", html.table(("", "before", "after", "change"), rows(summary))),
-        html.section("Kept groups and allocation", kept + _note(summary) if plots is None or drawn else ""),
+        html.section("Kept groups and allocation", kept + _note(summary)),
         html.section("Error of each layer", errors_section(summary, drawn)),
         html.section("Samples", html.samples(summary)),
         html.section("Tasks", html.tasks(summary, drawn.get("tasks"))),

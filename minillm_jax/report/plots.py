@@ -224,14 +224,14 @@ def _scores(summary: Summary) -> Drawing | None:
             capprops=line,
         )
         if all(scores[kind][layer][0] > 0 for layer in layers):
-            _logarithmic(axes)
+            logarithmic(axes)
 
     medians = [f"{KIND_WORDS[kind]}: medians {_range([f[2] for f in rows if f])}" for kind, rows in scores.items()]
     description = f"Smallest score, quartiles, largest score. {'; '.join(medians)}"
     return _panels("Scores in every layer before pruning", description, _titles(scores, "scores of "), panel)
 
 
-def _logarithmic(axes: "Axes") -> None:
+def logarithmic(axes: "Axes") -> None:
     """A logarithmic axis with plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 

@@ -54,7 +54,7 @@ def summary(result: RecoveryResult) -> dict[str, Any]:
     outcome, measured = result.recovered.outcome, (result.teacher, result.before, result.after)
     teacher, before, after = (None if one is None else asdict(one) for one in measured)
     seconds = {stage: round(value, 3) for stage, value in result.seconds.items()}
-    window = result.job.recipe.evaluation.window
+    window = record.get("calibration", {}).get("length") or result.job.recipe.evaluation.window
     return {
         "model": result.job.model,
         "base_model": record.get("base_model", result.job.model),

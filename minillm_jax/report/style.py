@@ -26,7 +26,6 @@ p { margin: .5rem 0; max-width: 44rem; }
 .tiles .meter { height: .375rem; margin-top: .5rem; border-radius: .25rem; background: var(--removed);
   overflow: hidden; }
 .tiles .meter span { display: block; height: 100%; background: var(--kept); }
-.nowrap { white-space: nowrap; }
 .scroll { overflow-x: auto; }
 .scroll:focus-visible { outline: 2px solid var(--kept); }
 table { border-collapse: collapse; width: 100%; overflow-wrap: normal; }
@@ -62,7 +61,7 @@ _NARROW = f"""
   .tiles dd {{ font-size: 1.2rem; }} .plots {{ grid-template-columns: minmax(0, 1fr); }} figure {{ padding: .75rem; }}
   .texts {{ grid-auto-flow: row; }} .texts div + div {{ border-left: 0; border-top: 1px solid var(--line); }}
   .recipe {{ grid-template-columns: minmax(0, 1fr); gap: 0; }} .recipe dd {{ margin-bottom: .6rem; }}
-  th, td {{ padding: .4rem .3rem; font-size: .8125rem; }} tbody th {{ white-space: normal; }} }}
+  th, td {{ padding: .4rem .3rem; font-size: .8125rem; }} tbody th, td {{ white-space: normal; }} }}
 """
 
 CSS = _COLOURS + _PAGE + _NARROW
