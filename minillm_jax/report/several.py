@@ -11,7 +11,7 @@ from rich.text import Text
 from minillm_jax.report import html, plots
 from minillm_jax.report.runs import Group, Run
 from minillm_jax.report.style import NARROW
-from minillm_jax.report.summary import short, short_name, size, with_error
+from minillm_jax.report.summary import short_name, size, with_error
 
 
 class _Column(NamedTuple):
@@ -211,6 +211,8 @@ def _scatter(name: str, found: Sequence[tuple[int, Run, int | None]]) -> plots.D
     points = [(number, run, x) for number, run, x in found if x is not None and run.ratio is not None]
     if not points:
         return None
+    from matplotlib.ticker import EngFormatter
+
     figure = plots.figure_of(3.2)
     axes = figure.subplots()
     for number, run, x in points:
@@ -218,8 +220,7 @@ def _scatter(name: str, found: Sequence[tuple[int, Run, int | None]]) -> plots.D
         face = "none" if run.kind == "dense" else plots.KEPT
         axes.plot([x], [run.ratio], marker, markersize=6, markerfacecolor=face, markeredgecolor=plots.KEPT)
         axes.annotate(str(number), (x, run.ratio or 0), (6, 4), textcoords="offset points")
-    write = size if name.startswith("memory") else short
-    axes.xaxis.set_major_formatter(lambda value, _: write(max(value, 0)))
+    axes.xaxis.set_major_formatter(EngFormatter("B" if name.startswith("memory") else ""))
     axes.locator_params(axis="x", nbins=4)
     axes.margins(0.12)
     axes.grid(linewidth=0.6)

@@ -64,11 +64,11 @@ def measured(value: float, stderr: float | None = 0.5, fingerprint: str | None =
 def pruned_report(**changes: Any) -> dict[str, Any]:
     """The report of a pruning, as far as several runs on one page need it."""
     return {
-        "base_model": "models/base",
+        "base_model": "/home/someone/base",
         "parameters_before": 1000,
         "parameters_after": 800,
         "costs": {"window": 128, "before": {"memory": 4000, "macs": 90}, "after": {"memory": 3000, "macs": 70}},
-        "evaluation": "texts/held-out.txt",
+        "evaluation": "/home/someone/held-out.txt",
         "perplexity_before": measured(20.0),
         "perplexity_after": measured(22.0),
         "seconds": {"load": 1.0, "prune": 2.5},
@@ -78,12 +78,12 @@ def pruned_report(**changes: Any) -> dict[str, Any]:
 def recovered_report(**changes: Any) -> dict[str, Any]:
     """The report of a recovery, as far as several runs on one page need it."""
     return {
-        "base_model": "models/base",
+        "base_model": "/home/someone/base",
         "parameters": 800,
         "parameters_dense": 1000,
         "costs": {"window": 128, "after": {"memory": 3000, "macs": 70}},
         "points": [],
-        "evaluation": "texts/held-out.txt",
+        "evaluation": "/home/someone/held-out.txt",
         "perplexity_teacher": measured(20.0),
         "perplexity_before": measured(22.0),
         "perplexity_after": measured(21.0),

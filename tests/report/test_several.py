@@ -40,7 +40,7 @@ def test_a_recovery_stands_beside_its_pruning_and_the_dense_model(tmp_path: Path
     text = several.page([group])
     page = check_page(text, plots=2)
     assert "base on held-out.txt, windows of 128 tokens" in page.text
-    assert "models/base" not in text
+    assert "someone" not in text
     assert "21.000 ±\xa00.500" in page.text
 
 
