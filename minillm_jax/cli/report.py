@@ -10,7 +10,9 @@ from minillm_jax.errors import InputError
 
 
 def report(
-    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Folders that prune or recover has written.")],
+    folders: Annotated[
+        list[str], typer.Argument(metavar="DIR...", help="Folders that prune, recover or compare has written.")
+    ],
     output: Annotated[
         str, typer.Option("--output", metavar="FILE.html", help="Page to write; it must not exist.")
     ] = "",

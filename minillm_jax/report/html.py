@@ -5,7 +5,7 @@ from html import escape
 
 from minillm_jax.report.plots import Plot
 from minillm_jax.report.style import CSS
-from minillm_jax.report.summary import Summary, Tile, printable, with_error
+from minillm_jax.report.summary import FORMAT_WORDS, Summary, Tile, printable, with_error
 
 NO_PLOTS = (
     "The plots are missing because matplotlib is not installed; pip install minillm-jax[report] installs matplotlib."
@@ -19,13 +19,13 @@ STANDARD_ERRORS = (
 _MODELS = ("dense", "pruned", "recovered")
 
 
-def document(title: str, subtitle: str, head: str, parts: Iterable[str], footer: str, css: str = "") -> str:
+def document(title: str, lead: str, head: str, parts: Iterable[str], footer: str, css: str = "") -> str:
     """A whole page.
 
     Args:
       title: plain text.
-      subtitle: plain text of the line below the title.
-      head: markup below the subtitle.
+      lead: the sentence below the title, plain text.
+      head: markup below it.
       parts: markup of each section; empty ones are left out.
       footer: markup.
       css: further style.
@@ -42,7 +42,7 @@ def document(title: str, subtitle: str, head: str, parts: Iterable[str], footer:
 <body>
 <header>
 <h1>{text(title)}</h1>
-<p class="muted">{text(subtitle)}</p>
+<p class="muted">{text(lead)}</p>
 {head}
 </header>
 <main>
@@ -52,6 +52,11 @@ def document(title: str, subtitle: str, head: str, parts: Iterable[str], footer:
 </body>
 </html>
 """
+
+
+def of_format(form: str) -> str:
+    """The sentence below the title about an output format."""
+    return f"Format {form}: {FORMAT_WORDS[form]}."
 
 
 def section(heading: str, body: str) -> str:

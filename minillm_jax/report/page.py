@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from minillm_jax.report import html
 from minillm_jax.report.plots import Plot
 from minillm_jax.report.summary import (
-    FORMAT_WORDS,
     Summary,
     advice,
     errors_in_words,
@@ -37,8 +36,9 @@ def page(summary: Summary, plots: Mapping[str, Plot] | None) -> str:
         html.section("Tasks", html.tasks(summary, drawn.get("tasks"))),
         html.section("Recipe", _recipe(summary)),
     ]
-    subtitle = f"Format {summary['format']}: {FORMAT_WORDS[summary['format']]}."
-    return html.document(title(summary), subtitle, html.tiles(tiles(summary)), parts, _footer(summary))
+    return html.document(
+        title(summary), html.of_format(summary["format"]), html.tiles(tiles(summary)), parts, _footer(summary)
+    )
 
 
 def errors_section(summary: Summary, drawn: Mapping[str, Plot]) -> str:

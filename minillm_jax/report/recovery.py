@@ -199,8 +199,8 @@ def page(found: dict[str, Any]) -> str:
         html.section("Recovery", html.definitions(facts(found))),
     ]
     footer = html.footer(found, [html.STANDARD_ERRORS if measured_with_error(found) else ""])
-    subtitle = f"Format {found['format']}: {FORMAT_WORDS[found['format']]}."
-    return html.document(f"{short_name(found['model'])}, recovered", subtitle, html.tiles(tiles(found)), parts, footer)
+    title = f"{short_name(found['model'])}, recovered"
+    return html.document(title, html.of_format(found["format"]), html.tiles(tiles(found)), parts, footer)
 
 
 def tiles(found: dict[str, Any]) -> list[Tile]:

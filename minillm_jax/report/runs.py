@@ -11,7 +11,8 @@ from minillm_jax.errors import InputError, reason, shortened
 from minillm_jax.paths import absolute_path
 from minillm_jax.report.summary import short_name
 
-FILE = "report.json"
+# The file of a pruning or recovery, and that of a comparison.
+FILE, COMPARISON = "report.json", "compare.json"
 
 # Perplexities of one dense model on the same windows differ by less, in nats, whatever the type of the weights.
 _SAME = 0.01
@@ -23,7 +24,7 @@ class Run:
 
     Attributes:
       name: last part of the folder, with as many further parts as tell it from the others.
-      kind: `pruned`, `recovered` or `dense`.
+      kind: `pruned`, `recovered`, `compared` or `dense`.
       base_model: the dense model, as the run names it.
       text: what the perplexity was measured on; None where none was measured.
       windows: fingerprint of the windows; None in reports that lack it.
@@ -141,15 +142,15 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     """The runs of some folders, in their order.
 
     Raises:
-      InputError: no folder is named, one is named twice, or its report.json is missing or broken.
+      InputError: no folder is named, one is named twice, or its report is missing or broken.
     """
     if not folders:
-        raise InputError("no run is named; name the output folders of prune or recover")
+        raise InputError("no run is named; name the output folders of prune, recover or compare")
     paths = [absolute_path(folder, "folder of a run") for folder in folders]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice is not None:
         raise InputError(f"{twice}: the folder is named twice; name every run once")
-    return [_read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    return [run for path, name in zip(paths, _names(paths), strict=True) for run in _read(path, name)]
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -159,17 +160,49 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return next(each for each in names if len(set(each)) == len(paths))
 
 
-def _read(folder: Path, name: str) -> Run:
-    path = folder / FILE
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _read(folder: Path, name: str) -> list[Run]:
+    """The runs of a folder: that of its report, and the models of its comparison."""
+    report, comparison = (_json(folder / file) for file in (FILE, COMPARISON))
+    if report is None and comparison is None:
         missing = "there is no such folder" if not folder.exists() else f"the folder has no {FILE}"
-        raise InputError(f"{folder}: {missing}; name a folder that prune or recover has written") from None
+        raise InputError(f"{folder}: {missing}; name a folder that prune, recover or compare has written")
+    found = [] if comparison is None else _compared(comparison, name)
+    if report is None:
+        return found
+    return [_recovered(report, name) if "points" in report.values else _pruned(report, name), *found]
+
+
+def _json(path: Path) -> "_Report | None":
+    """The object of a file; None where there is no such file."""
+    try:
+        return _Report(path, json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, UnicodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: the report cannot be read ({reason(error)}); run the command again") from error
-    report = _Report(path, found)
-    return _recovered(report, name) if "points" in report.values else _pruned(report, name)
+
+
+def _compared(report: "_Report", name: str) -> list[Run]:
+    """The models that `compare` has measured beside a dense one, each named by its folder too."""
+    dense = report.part("dense")
+    shared = {
+        "base_model": dense.text("model"),
+        "text": report.text("text"),
+        "windows": report.text("fingerprint") if report.values.get("fingerprint") else None,
+        "window": report.number("window"),
+        "dense": dense.number("perplexity"),
+        "dense_parameters": dense.number("parameters"),
+    }
+    return [
+        Run(
+            f"{name}: {short_name(other.text('model'))}",
+            "compared",
+            parameters=other.number("parameters"),
+            perplexity=other.number("perplexity"),
+            **shared,
+        )
+        for other in report.parts("others")
+    ]
 
 
 def _pruned(report: "_Report", name: str) -> Run:
@@ -260,6 +293,10 @@ class _Report:
     def part(self, name: str) -> "_Report":
         """An object inside the object."""
         return _Report(self._path, self._get(name, (dict,), "an object"))
+
+    def parts(self, name: str) -> "list[_Report]":
+        """The objects of a list."""
+        return [_Report(self._path, one) for one in self._get(name, (list,), "a list")]
 
     def seconds(self) -> float:
         """The seconds of all stages."""

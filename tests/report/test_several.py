@@ -85,6 +85,29 @@ def test_reports_without_fingerprints_are_compared_by_the_names_of_their_texts(t
     check_page(several.page(groups), plots=3)  # the memory of the recovered model is not known
 
 
+def test_the_models_of_a_comparison_are_runs_of_their_own(tmp_path: Path) -> None:
+    found = {
+        "text": "/home/someone/held-out.txt",
+        "window": 128,
+        "dense": {"model": "/home/someone/base", "parameters": 1000, "perplexity": 20.0},
+        "others": [{"model": f"/home/someone/out{n}", "parameters": 800, "perplexity": 20.0 + n} for n in (1, 2)],
+    }
+    (tmp_path / "compared").mkdir()
+    (tmp_path / "compared" / "compare.json").write_text(json.dumps(found))
+    (group,) = groups_of(read_runs([str(tmp_path / "compared")]))
+    assert names(group) == ["base", "compared: out1", "compared: out2"]
+    assert [run.ratio for run in group.runs] == [1.0, 1.05, 1.1]
+    check_page(several.page([group]), plots=1)
+    found["fingerprint"] = "0123456789abcdef"
+    write(tmp_path / "both", pruned_report())
+    (tmp_path / "both" / "compare.json").write_text(json.dumps(found))
+    (group,) = groups_of(read_runs([str(tmp_path / "both")]))
+    assert [run.kind for run in group.runs] == ["dense", "pruned", "compared", "compared"]
+    (tmp_path / "both" / "compare.json").write_text(json.dumps(found | {"others": {}}))
+    with pytest.raises(InputError, match=r"compare.json: the report is broken at others, expected a list"):
+        read_runs([str(tmp_path / "both")])
+
+
 def test_memory_with_other_windows_has_no_axis(tmp_path: Path) -> None:
     longer = pruned_report()
     longer["costs"] = longer["costs"] | {"window": 4096}
@@ -163,7 +186,9 @@ def test_a_broken_report_is_one_sentence(tmp_path: Path, report: str, words: str
 
 def test_a_folder_that_is_no_run_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"the folder has no report\.json; name a folder that prune or recover"):
+    with pytest.raises(
+        InputError, match=r"the folder has no report\.json; name a folder that prune, recover or compare"
+    ):
         read_runs([str(tmp_path / "empty")])
     with pytest.raises(InputError, match="there is no such folder"):
         read_runs([str(tmp_path / "nowhere")])
