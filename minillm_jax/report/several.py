@@ -76,6 +76,14 @@ _CSS = f"""
   .sorted tr > ::before {{ content: attr(data-label); color: var(--muted); font-weight: 400; white-space: nowrap; }} }}
 """
 
+# Kind of a run -> its mark in the plots, for matplotlib and in words.
+_MARKS = {
+    "dense": ("o", "ring dense"),
+    "pruned": ("o", "disc pruned"),
+    "recovered": ("D", "diamond recovered"),
+    "compared": ("s", "square compared"),
+}
+
 _EXPLAINED = (
     "A number in a plot is the number of a run in the table; 0 is the dense model. Perplexity / dense is the "
     "perplexity over that of the dense model on the same windows."
@@ -195,7 +203,7 @@ def _plots(place: int, numbered: Sequence[tuple[int, Run]]) -> str:
     shown = [(number, run) for number, run in numbered if run.ratio is not None]
     if not any(run.kind != "dense" for _, run in shown):
         return ""
-    windows = {run.memory_window for _, run in shown}
+    windows = {run.memory_window for _, run in shown if run.memory is not None}
     sizes: dict[str, Callable[[Run], int | None]] = {"parameters": lambda run: run.parameters}
     if len(windows) == 1:  # keys and values of different windows are not comparable
         sizes[f"memory with {windows.pop()} tokens"] = lambda run: run.memory
@@ -207,29 +215,29 @@ def _plots(place: int, numbered: Sequence[tuple[int, Run]]) -> str:
 
 
 def _scatter(name: str, found: Sequence[tuple[int, Run, int | None]]) -> plots.Drawing | None:
-    """One numbered point a run: pruned models are discs, recovered ones diamonds, the dense one is a ring."""
-    points = [(number, run, x) for number, run, x in found if x is not None and run.ratio is not None]
+    """One numbered point a run."""
+    points = [(n, run.kind, x, run.ratio) for n, run, x in found if x is not None and run.ratio is not None]
     if not points:
         return None
     from matplotlib.ticker import EngFormatter
 
     figure = plots.figure_of(3.2)
     axes = figure.subplots()
-    for number, run, x in points:
-        marker = {"recovered": "D", "dense": "o"}.get(run.kind, "o")
-        face = "none" if run.kind == "dense" else plots.KEPT
-        axes.plot([x], [run.ratio], marker, markersize=6, markerfacecolor=face, markeredgecolor=plots.KEPT)
-        axes.annotate(str(number), (x, run.ratio or 0), (6, 4), textcoords="offset points")
+    for number, kind, x, ratio in points:
+        face = "none" if kind == "dense" else plots.KEPT
+        axes.plot([x], [ratio], _MARKS[kind][0], markersize=6, markerfacecolor=face, markeredgecolor=plots.KEPT)
+        axes.annotate(str(number), (x, ratio), (6, 4), textcoords="offset points")
     axes.xaxis.set_major_formatter(EngFormatter("B" if name.startswith("memory") else ""))
     axes.locator_params(axis="x", nbins=4)
     axes.margins(0.12)
     axes.grid(linewidth=0.6)
     axes.set_xlabel(name)
     axes.set_ylabel("perplexity / dense")
-    ratios = [run.ratio or 0 for _, run, _ in points]
+    ratios = [ratio for *_, ratio in points]
     if max(ratios) > 4 * min(ratios):
         plots.logarithmic(axes)
-    words = f"Perplexity / dense {min(ratios):.3f} to {max(ratios):.3f}. Discs are pruned, diamonds recovered models"
+    marks = [mark for kind, (_, mark) in _MARKS.items() if any(kind == one for _, one, *_ in points)]
+    words = f"Perplexity / dense {min(ratios):.3f} to {max(ratios):.3f}. Marks: {', '.join(marks)}"
     return plots.Drawing(f"Quality against {name.split(' ')[0]}", words, figure)
 
 

@@ -82,7 +82,7 @@ def test_reports_without_fingerprints_are_compared_by_the_names_of_their_texts(t
     groups = grouped(tmp_path, old(), old(evaluation="other.txt"), recovered)
     assert [names(group) for group in groups] == [["base", "run0", "run2"], ["base", "run1"]]
     assert [run.memory for run in groups[0].runs] == [4000, 3000, None]
-    check_page(several.page(groups), plots=3)  # the memory of the recovered model is not known
+    check_page(several.page(groups), plots=4)
 
 
 def test_the_models_of_a_comparison_are_runs_of_their_own(tmp_path: Path) -> None:
