@@ -89,7 +89,8 @@ def _tile(tile: Tile) -> str:
     meter = (
         "" if width is None else f'<dd class="meter" aria-hidden="true"><span style="width:{width:.1f}%"></span></dd>'
     )
-    numbers = f'<dd>{text(tile.value)}</dd><dd class="muted">{text(tile.detail)}</dd>'
+    detail = text(tile.detail).replace(" ±", "&nbsp;±")  # a narrow tile breaks at the arrow
+    numbers = f'<dd>{text(tile.value)}</dd><dd class="muted">{detail}</dd>'
     return f"<div><dt>{text(tile.name)}</dt>{numbers}{meter}</div>"
 
 

@@ -104,7 +104,7 @@ def test_the_tiles_begin_with_the_perplexity_and_its_standard_error() -> None:
     assert tiles[-1][1:3] == ("× 1.20", "900 → 1,080")
     markup = html.tiles(tiles)
     assert "width:75.0%" in markup
-    assert "20.000 ±&nbsp;0.500" in markup
+    assert "20.000&nbsp;±&nbsp;0.500" in markup
     assert next(tile.name for tile in summary.tiles(new(perplexity_before=None))) == "parameters"
     assert "± is the standard error" in shown(new(), 1)
 
