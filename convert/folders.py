@@ -184,6 +184,21 @@ def one_sentence(path: Path, needed: int | None = None) -> Iterator[None]:
         raise InputError(f"{path}: cannot be written ({_failure(error)}){space}; no folder was left there") from error
 
 
+def check_new_file(path: Path) -> None:
+    """Check that a file can be created.
+
+    Args:
+      path: absolute.
+
+    Raises:
+      InputError: the path exists, or there is no writable folder for it.
+    """
+    if _mode(path) is not None:
+        raise InputError(f"{path}: the output file already exists; choose another or remove it first")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: no file can be made there; {path.parent} is not a writable folder")
+
+
 def add_texts(folder: str | Path, texts: Mapping[str, str]) -> None:
     """Add files to a written folder, each whole or not at all; only process 0 calls it.
 

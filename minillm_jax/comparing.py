@@ -48,6 +48,7 @@ class Comparison:
       drafts: every other model as the draft of the dense one; None without drafting.
       device: the kind of device, on which the seconds depend.
       versions: of the libraries.
+      fingerprint: the first digits of that of the windows, as in `evaluation.perplexity.Perplexity`.
     """
 
     names: tuple[str, ...]
@@ -59,6 +60,7 @@ class Comparison:
     drafts: tuple[drafting.Drafting, ...] | None
     device: str
     versions: dict[str, str]
+    fingerprint: str
 
 
 def compare(
@@ -195,7 +197,8 @@ def measure(
         )
     parameters = tuple(parameter_count(model.decoder) for model in models)
     device = jax.devices()[0].device_kind
-    return Comparison(names, parameters, source, settings, measured, len(prompts), drafts, device, versions())
+    found = (names, parameters, source, settings, measured, len(prompts), drafts, device, versions())
+    return Comparison(*found, fingerprint=batches.fingerprint()[:16])
 
 
 def _prompts(batches: Batches, count: int) -> Int[np.ndarray, "N T"]:

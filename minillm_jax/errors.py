@@ -1,6 +1,7 @@
 """InputError, the exception for bad input; InputWarning, for input that is usable but surprising; message helpers."""
 
 import re
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -99,6 +100,7 @@ class LastSteps:
         try:
             return step()
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they would keep arrays of the step in memory
             self._missing.append((missing, error))
             return None
 

@@ -6,14 +6,20 @@
 >>> mj.generate(model, ["Once upon a time"], max_tokens=40)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from minillm_jax.data import text as texts
+from minillm_jax.data.batches import Batches
 from minillm_jax.data.prompts import Pieces, prompt_tokens, stop_tokens
+from minillm_jax.data.tokenizer import has_vocabulary
 from minillm_jax.data.windows import whole_number
 from minillm_jax.errors import InputError
 from minillm_jax.evaluation.generate import Sampling, steps
+from minillm_jax.evaluation.generate import generate as generate_tokens
 from minillm_jax.model.loaded import Model
+
+# Tokens of the beginnings that several models continue, and of the texts behind them.
+BEGINNING, CONTINUED = 16, 48
 
 # Number of a prompt, and the text that follows what was told of it before.
 Told = Callable[[int, str], None]
@@ -60,6 +66,33 @@ def generate(
             if more and told is not None:
                 told(number, more)
     return [piece.whole() for piece in pieces]
+
+
+def continuations(models: Mapping[str, Model], windows: Batches, count: int) -> list[dict[str, str]]:
+    """Texts of several models behind the same beginnings of a text, greedy; none without a tokenizer.
+
+    Args:
+      models: by name; they have the same tokens.
+      windows: of the text; the beginnings are those of evenly spaced windows.
+      count: number of beginnings.
+
+    Returns:
+      For each beginning, its text as `prompt` and the text of every model by its name.
+    """
+    first = next(iter(models.values()))
+    if not count or not has_vocabulary(first.folder):
+        return []
+    tokenizer = texts.tokenizer_of(first.folder)()
+    length = min(BEGINNING, windows.length)
+    ids = [row[:length].tolist() for row in windows.spaced(min(count, windows.count)).windows]
+    stops = stop_tokens(first.folder, first.raw_config, tokenizer)
+    found = [{"prompt": Pieces(tokenizer, []).of(row)} for row in ids]
+    for name, model in models.items():
+        for row, prompt, tokens in zip(
+            found, ids, generate_tokens(model.decoder, ids, CONTINUED, stops=stops), strict=True
+        ):
+            row[name] = Pieces(tokenizer, prompt).of(tokens)
+    return found
 
 
 def sampling_of(temperature: float, top_p: float, seed: int) -> Sampling:

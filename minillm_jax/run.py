@@ -4,7 +4,7 @@ The pruned weights are saved before anything else is done with them. A failure o
 costs nothing but the figures.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -20,10 +20,13 @@ from minillm_jax.data.mixture import check_one_text, shares_of
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts, sharding
 from minillm_jax.errors import InputError, LastSteps
+from minillm_jax.evaluation.layer_errors import WINDOWS, LayerErrors, layer_errors
 from minillm_jax.evaluation.perplexity import Perplexity
+from minillm_jax.generating import continuations
 from minillm_jax.model import costs
 from minillm_jax.model.build import build
 from minillm_jax.model.loaded import Model
+from minillm_jax.model.tree import hidden_size, layer_count
 from minillm_jax.progress import Clock, StageProgress
 from minillm_jax.pruning.refit import resolve
 from minillm_jax.recipes import recipe as recipes
@@ -84,6 +87,8 @@ class Result:
       after: perplexity of the pruned model.
       costs_before: costs of the dense model, by measure (`costs.MEASURES`), for a window of `budget.window` tokens.
       costs_after: costs of the pruned model.
+      texts: of both models behind beginnings of the evaluation text, see `generating.continuations`.
+      errors: of every layer, on windows of the evaluation text, or else of the calibration text.
     """
 
     job: Job
@@ -94,6 +99,8 @@ class Result:
     after: Perplexity | None
     costs_before: dict[str, int]
     costs_after: dict[str, int]
+    errors: LayerErrors | None = None
+    texts: Sequence[Mapping[str, str]] = ()
 
 
 # Texts to write beside the weights, by file name.
@@ -135,16 +142,25 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     before = _measured(model, measured_on, progress)
     clock.lap("evaluate")
     pruned = prune_model(model, calibration, recipe, progress=progress)
-    del model  # the dense weights
     clock.lap("prune")
     repeats = {RECIPE_FILE: _written_recipe(job, replace(settings, recipe=recipe), pruned, calibration)}
     output = recipe.output
     written = save(pruned, job.output, output.format, output.max_shard_size, repeats, output.gguf_type)
     clock.lap("save")
+    last = LastSteps(f"the pruned model is saved in {job.output}")
+    seen = calibration.batches if measured_on is None else measured_on
+    errors = last.attempt("the errors of its layers were not measured", partial(errors_of, model, pruned, seen))
+    written_texts = last.attempt(
+        "its texts were not written",
+        lambda: continuations_of({"dense": model, "pruned": pruned}, measured_on, recipe.evaluation.continuations),
+    )
+    del model  # the dense weights
+    clock.lap("evaluate")
     costs_after = costs.all_costs(pruned.decoder, recipe.budget.window)
     done = replace(job, recipe=recipe)
-    result = Result(done, pruned, written, clock.seconds, before, None, costs_before, costs_after)
-    last = LastSteps(f"the pruned model is saved in {job.output}")
+    result = Result(
+        done, pruned, written, clock.seconds, before, None, costs_before, costs_after, errors, written_texts or []
+    )
     after = last.attempt("its perplexity was not measured", partial(_measured, pruned, measured_on, progress))
     clock.lap("evaluate")
     result = replace(result, after=after)
@@ -156,6 +172,33 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
 
 def _measured(model: Model, windows: Batches | None, progress: StageProgress | None) -> Perplexity | None:
     return None if windows is None else evaluate(model, windows, progress=progress)
+
+
+def continuations_of(models: Mapping[str, Model], windows: Batches | None, count: int) -> list[dict[str, str]]:
+    """`generating.continuations`; none without an evaluation text."""
+    return [] if windows is None else continuations(models, windows, count)
+
+
+def errors_of(dense: Model, pruned: Model, windows: Batches) -> LayerErrors | None:
+    """The error of every layer, on the first windows of a text; None for a model that is not pruned from the dense one.
+
+    Both models are in memory already when a run measures it, and two residual streams of a few windows take less memory
+    than the walk of a refit over all calibration windows.
+
+    Args:
+      dense: the dense model.
+      pruned: the pruned model, whose record says which layers and hidden dimensions are kept.
+      windows: of the text.
+    """
+    record = pruned.record or {}
+    whole, counts = record.get("whole", {}), {"layer": layer_count, "hidden": hidden_size}
+    for kind, count in counts.items():
+        before = whole[kind]["before"] if kind in whole else count(pruned.decoder)
+        if before != count(dense.decoder):
+            return None
+    layers, dimensions = (whole[kind]["kept"] if kind in whole else None for kind in counts)
+    batches = replace(windows.first(WINDOWS), mesh=sharding.mesh_of(dense.decoder))
+    return layer_errors(dense.decoder, pruned.decoder, batches, layers, dimensions)
 
 
 def check_model(described: reader.Description, recipe: Recipe) -> int | None:

@@ -5,7 +5,7 @@ beside the output until then, so that the same command continues an interrupted 
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from minillm_jax.data.mixture import check_one_text
 from minillm_jax.devices import hosts, memory, sharding
 from minillm_jax.devices.store import Store
 from minillm_jax.errors import InputError, LastSteps
+from minillm_jax.evaluation.layer_errors import LayerErrors
 from minillm_jax.evaluation.perplexity import Perplexity
 from minillm_jax.model.digest import model_digest
 from minillm_jax.model.loaded import Model
@@ -35,7 +36,7 @@ from minillm_jax.recovering import check_teacher, record_of, recover_model, text
 from minillm_jax.recovery import teacher as teachers
 from minillm_jax.recovery.recover import Recovered, Texts
 from minillm_jax.recovery.train import Teacher
-from minillm_jax.run import RECIPE_FILE
+from minillm_jax.run import RECIPE_FILE, continuations_of, errors_of
 from minillm_jax.stages import versions
 
 ADAPTER = "adapter"
@@ -90,6 +91,10 @@ class RecoveryResult:
       before: perplexity of the pruned model.
       after: perplexity of the recovered model.
       peak_bytes: most memory of the accelerator, or of the process on a CPU, until the weights were saved.
+      errors_before: of every layer of the pruned model, on windows of the evaluation text; None where there is no such
+        text or no teacher in memory, or the teacher is not the model that was pruned.
+      errors_after: of the recovered model.
+      texts: of the models behind beginnings of the evaluation text.
     """
 
     job: RecoveryJob
@@ -101,6 +106,9 @@ class RecoveryResult:
     before: Perplexity | None = None
     after: Perplexity | None = None
     peak_bytes: int = 0
+    errors_before: LayerErrors | None = None
+    errors_after: LayerErrors | None = None
+    texts: Sequence[Mapping[str, str]] = ()
 
 
 # Texts to write beside the weights, by file name.
@@ -149,12 +157,32 @@ def run(job: RecoveryJob, progress: StageProgress | None = None, documents: Docu
     clock.lap("save")
     last = LastSteps(f"the recovered model is saved in {job.output}")
     after = last.attempt("its perplexity was not measured", lambda: measure(better))
+    errors = last.attempt(
+        "the errors of its layers were not measured", lambda: _errors(dense.model, (model, better), measured_on)
+    )
+    teacher = {} if dense.model is None else {"dense": dense.model}
+    continued = last.attempt(
+        "its texts were not written",
+        lambda: continuations_of(
+            {**teacher, "pruned": model, "recovered": better}, measured_on, job.recipe.evaluation.continuations
+        ),
+    )
     clock.lap("evaluate")
-    result = RecoveryResult(job, recovered, better, written, clock.seconds, dense.perplexity, before, after, peak)
+    measured = dense.perplexity, before, after, peak, *(errors or (None, None))
+    result = RecoveryResult(job, recovered, better, written, clock.seconds, *measured, texts=continued or [])
     if documents is not None and hosts.is_writer():
         last.attempt("its report was not written", lambda: folders.add_texts(job.output, documents(result)))
     last.check()
     return result
+
+
+def _errors(
+    dense: Model | None, models: tuple[Model, Model], windows: Batches | None
+) -> tuple[LayerErrors | None, ...] | None:
+    """The errors of the layers of two models, from one dense model; None without it or without a text."""
+    if dense is None or windows is None:
+        return None
+    return tuple(errors_of(dense, model, windows) for model in models)
 
 
 def _with_format(job: RecoveryJob, outline: Model) -> RecoveryJob:
@@ -206,11 +234,13 @@ class _Dense(NamedTuple):
       teacher: what the divergence is measured from.
       perplexity: on the evaluation text.
       digest: of its weights.
+      model: the dense model where it stays in memory.
     """
 
     teacher: Teacher | None = None
     perplexity: Perplexity | None = None
     digest: str | None = None
+    model: Model | None = None
 
 
 def _checkpoint(job: RecoveryJob) -> str:
@@ -251,7 +281,7 @@ def _dense(
             with folders.new_folder(folder) as scratch:
                 teachers.write(scratch, decoder, examples, settings.top, recipe.training.micro_batch, told)
         known = teachers.read(folder, teachers.identity_of(decoder, examples, settings.top))
-    return _Dense(known, measure(model), model_digest(decoder)[:16])
+    return _Dense(known, measure(model), model_digest(decoder)[:16], model if folder is None else None)
 
 
 # ------------------------------------------------------------------------------------------------------------- output

@@ -509,12 +509,26 @@ class Evaluation:
     Attributes:
       text: as `Data.calibration`; None to measure nothing.
       window: tokens of a window.
+      continuations: number of texts that the dense and the pruned model write for the report.
     """
 
     text: str | None = option(
         None, str, "Text to measure the perplexity on, before and after pruning.", flag="evaluate", common=True
     )
     window: int = option(128, int, "Tokens of an evaluation window.")
+    continuations: int = option(
+        3, int, "Beginnings of the evaluation text that all models continue, for the report; 0 for none."
+    )
+
+
+def check_continuations(count: int) -> None:
+    """Checks the number of texts for the report.
+
+    Raises:
+      InputError: it is negative.
+    """
+    if count < 0:
+        raise InputError(f"--continuations must be at least 0, found {count}")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from minillm_jax import demo
 from minillm_jax.data.prompts import Pieces, prompt_tokens, stop_tokens
 from minillm_jax.data.text import tokenizer_of
 from minillm_jax.data.tokenizing import Tokenizer
+from minillm_jax.generating import continuations
 from minillm_jax.model.loaded import Model
 from tests.cli.command import call
 from tests.helpers import edit_json, load_torch
@@ -139,3 +140,18 @@ def test_the_command_refuses_in_one_sentence(
     errors = capsys.readouterr().err
     assert sentence in errors.replace("\n", " ")
     assert "Traceback" not in errors
+
+
+def test_models_continue_the_same_beginnings(model: Model) -> None:
+    windows = mj.calibrate(model, [demo.held_out_text()[:8000]], samples=4, length=32).batches
+    found = continuations({"dense": model, "pruned": model}, windows, 2)
+    assert len(found) == 2
+    for row, ids in zip(found, windows.spaced(2).windows, strict=True):
+        assert row["dense"] == row["pruned"] != ""
+        assert row["prompt"] == Pieces(tokenizer_of(model.folder)(), []).of(ids[:16].tolist())
+    assert continuations({"dense": model}, windows, 0) == []
+
+
+def test_a_model_without_a_tokenizer_continues_nothing(model: Model, tmp_path: Path) -> None:
+    windows = mj.calibrate(model, [demo.held_out_text()[:8000]], samples=4, length=32).batches
+    assert continuations({"dense": Model(model.decoder, {}, tmp_path, "model")}, windows, 2) == []

@@ -31,6 +31,7 @@ from minillm_jax.cli.flags import COMMON, with_settings
 from minillm_jax.cli.generate import generate
 from minillm_jax.cli.recover import after_pruning, recover
 from minillm_jax.cli.recover import run as run_recovery
+from minillm_jax.cli.report import report
 from minillm_jax.cli.show import progress, show, show_warnings
 from minillm_jax.errors import InputError, shortened
 from minillm_jax.options import shard_size
@@ -206,6 +207,7 @@ app.command("prune")(with_settings(prune))
 app.command("plan")(with_settings(plan))
 app.command("recover")(with_settings(recover, Recovery))
 app.command("compare")(compare)
+app.command("report")(report)
 
 
 def _job(

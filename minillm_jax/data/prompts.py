@@ -73,6 +73,11 @@ class Pieces:
         more, self._told = text[self._told :], max(self._told, len(text))
         return more
 
+    def of(self, tokens: Sequence[int]) -> str:
+        """The text behind the prompt with all of some tokens."""
+        self._ids.extend(tokens)
+        return self.whole()
+
     def whole(self) -> str:
         """The text behind the prompt."""
         return self._read()[self._start :]

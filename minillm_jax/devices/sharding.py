@@ -10,18 +10,19 @@ An array whose size does not divide by the number of devices is replicated: ever
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Int, Shaped
 
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.modules import Block
+from minillm_jax.model.modules import Block, depth
 from minillm_jax.model.tree import named_arrays, outer_letters, run_letters
 
 DATA, MODEL = "data", "model"
@@ -161,6 +162,21 @@ def constrain(
     if mesh is None:
         return array
     return jax.lax.with_sharding_constraint(array, _rule(name, axis_table.BLOCK_AXES[name], sizes, mesh))
+
+
+def layers_of(decoder: Decoder, mesh: Mesh | None) -> Iterator[Block]:
+    """Every layer of a decoder, each a run of one layer, in its shards on the mesh."""
+    for run in decoder.runs:
+        for index in range(depth(run)):
+            yield take_layer(run, jnp.asarray(index, jnp.int32), mesh=mesh)
+
+
+# The index is an argument of the compiled program, so that all layers of a shape share one compilation.
+@partial(jax.jit, static_argnames="mesh")
+def take_layer(run: Block, index: Int[Array, ""], *, mesh: Mesh | None) -> Block:
+    """One layer of a run."""
+    layer = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, index, 1), run)
+    return constrain_run(layer, mesh)
 
 
 # ----------------------------------------------------------------------------------- to the devices and to the host

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import exp, isfinite
+from math import exp, isfinite, sqrt
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -26,6 +26,9 @@ class Perplexity:
       window: tokens of a window.
       windows: number of windows.
       loss: mean negative log likelihood of a token, nats.
+      stderr: standard error of `perplexity` over the windows, as if they were independent; None for one window.
+      fingerprint: the first digits of `Batches.fingerprint`. Perplexities with the same one, of models with the same
+        tokenizer, can be compared.
     """
 
     perplexity: float
@@ -33,6 +36,8 @@ class Perplexity:
     window: int
     windows: int
     loss: float
+    stderr: float | None = None
+    fingerprint: str | None = None
 
 
 def window_losses(
@@ -77,9 +82,12 @@ def perplexity(decoder: Decoder, batches: Batches, progress: Callable[[int, int]
     """
     if batches.length < 2:
         raise InputError(f"windows of {batches.length} tokens have nothing to predict; use at least 2")
-    total = float(window_losses(decoder, batches, progress=progress).sum(dtype=np.float64))
-    loss = total / batches.predictions
-    return Perplexity(exponential(loss, "the model"), batches.predictions, batches.length, batches.count, loss)
+    losses = window_losses(decoder, batches, progress=progress).astype(np.float64)
+    loss = float(losses.sum()) / batches.predictions
+    value = exponential(loss, "the model")
+    error = value * standard_error(losses / (batches.length - 1)) if batches.count > 1 else None
+    digits = batches.fingerprint()[:16]
+    return Perplexity(value, batches.predictions, batches.length, batches.count, loss, error, digits)
 
 
 def exponential(loss: float, name: str) -> float:
@@ -95,3 +103,11 @@ def exponential(loss: float, name: str) -> float:
     if not loss < LARGEST_LOSS:
         raise InputError(f"{name}'s loss on this text is {loss:g}: its weights are broken, or overflow their type")
     return exp(loss)
+
+
+def standard_error(values: Float[np.ndarray, " B"]) -> float:
+    """The standard error of the mean of at least two values.
+
+    The standard error of a perplexity is that of its loss times the perplexity, to first order.
+    """
+    return float(values.std(ddof=1)) / sqrt(len(values))

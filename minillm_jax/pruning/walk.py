@@ -30,7 +30,7 @@ from minillm_jax.model import ops
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder, embed, rotary_angles
 from minillm_jax.model.layer import Sublayer, attention_sublayer, mlp_sublayer
-from minillm_jax.model.modules import Angles, Block, Linear, depth
+from minillm_jax.model.modules import Angles, Block, Linear
 from minillm_jax.model.tree import layer_count
 
 # The output projection that reads the groups of a kind, and no other groups.
@@ -211,8 +211,8 @@ def walk(
 def _pairs_of_layers(decoder: Decoder, pruned: Decoder | None, mesh: Mesh | None) -> Iterator[tuple[Block, Block]]:
     """Every dense layer, and the layer of the pruned model; twice the same one without a pruned model."""
     if pruned is None:
-        return ((layer, layer) for layer in layers_of(decoder, mesh))
-    return zip(layers_of(decoder, mesh), layers_of(pruned, mesh), strict=True)
+        return ((layer, layer) for layer in sharding.layers_of(decoder, mesh))
+    return zip(sharding.layers_of(decoder, mesh), sharding.layers_of(pruned, mesh), strict=True)
 
 
 def _advance_all(run: Block, states: list[State], settings: dict[str, Any]) -> Sequence[Float[Array, "_ T D"]]:
@@ -222,21 +222,6 @@ def _advance_all(run: Block, states: list[State], settings: dict[str, Any]) -> S
         states[index], total = advance(run, state, **settings)
         totals.append(states[index].stream if total is None else total)
     return totals
-
-
-def layers_of(decoder: Decoder, mesh: Mesh | None) -> Iterator[Block]:
-    """Every layer of a decoder, each a run of one layer, in its shards on the mesh."""
-    for run in decoder.runs:
-        for index in range(depth(run)):
-            yield take_layer(run, jnp.asarray(index, jnp.int32), mesh=mesh)
-
-
-# The index is an argument of the compiled program, so that all layers of a shape share one compilation.
-@partial(jax.jit, static_argnames="mesh")
-def take_layer(run: Block, index: Int[Array, ""], *, mesh: Mesh | None) -> Block:
-    """One layer of a run."""
-    layer = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, index, 1), run)
-    return sharding.constrain_run(layer, mesh)
 
 
 @partial(jax.jit, static_argnames="mesh")

@@ -30,6 +30,7 @@ from minillm_jax.settings import (
     Output,
     Refit,
     Scoring,
+    check_continuations,
 )
 
 Section = TypeVar("Section")
@@ -240,7 +241,8 @@ def _output(output: Output, budget: Budget, gradient: Estimation | None) -> Outp
 def _evaluation(evaluation: Evaluation) -> Evaluation:
     if evaluation.text is None:
         return Evaluation()
-    return Evaluation(evaluation.text, evaluation.window)
+    check_continuations(evaluation.continuations)
+    return Evaluation(evaluation.text, evaluation.window, evaluation.continuations)
 
 
 def _check_idle(

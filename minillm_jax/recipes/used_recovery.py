@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from minillm_jax.data.windows import check_seed
 from minillm_jax.errors import InputError
 from minillm_jax.recipes.recovery import Recovery
+from minillm_jax.settings import check_continuations
 
 # Settings of the updates, which `--method refit` does not make.
 UPDATES = {
@@ -34,6 +35,7 @@ def check(recipe: Recovery, given: Mapping[tuple[str, str], str] | None = None) 
       InputError: a setting is out of its range, two do not suit each other, or a given one would do nothing.
     """
     recipe.computed.check()
+    check_continuations(recipe.evaluation.continuations)
     check_seed(recipe.data.seed)
     recipe.computed.share(recipe.distillation.teacher is not None)
     if recipe.data.seq_len < 2:
@@ -76,7 +78,7 @@ def _idle(recipe: Recovery, section: str, key: str) -> str | None:
         return "--steps"
     if (section, key) == ("training", "activations") and method == "forward":
         return "method forward has no backward pass"
-    if section == "evaluation" and key == "window" and recipe.evaluation.text is None:
+    if section == "evaluation" and key in ("window", "continuations") and recipe.evaluation.text is None:
         return "no --evaluate"
     if section == "evaluation" and key == "watch_windows" and recipe.evaluation.watch is None:
         return "no --watch"

@@ -347,6 +347,7 @@ class RecoveryEvaluation:
     Attributes:
       text: perplexity on it is measured before and after the recovery, and of the teacher.
       window: tokens of a window.
+      continuations: number of texts that the models write for the report.
       watch: a second kind of text; its loss is measured with every validation, because training on one narrow text can
         make a model worse on others.
       watch_windows: number of its windows, evenly spaced.
@@ -360,6 +361,9 @@ class RecoveryEvaluation:
         common=True,
     )
     window: int = option(128, int, "Tokens of an evaluation window.")
+    continuations: int = option(
+        3, int, "Beginnings of the evaluation text that all models continue, for the report; 0 for none."
+    )
     watch: str | None = option(
         None, str, "Another kind of text, whose loss is measured with every validation.", common=True
     )

@@ -75,6 +75,7 @@ def summary(result: Comparison) -> dict[str, Any]:
         "text": result.source,
         "window": measured.window,
         "windows": measured.windows,
+        "fingerprint": result.fingerprint,
         "tokens": measured.tokens,
         "dense": dense,
         "others": others,

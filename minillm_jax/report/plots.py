@@ -8,12 +8,13 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from itertools import cycle
 from math import nan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from minillm_jax.report.summary import KIND_WORDS, MEASURE_WORDS, Summary, short, size, span
+from minillm_jax.report.summary import ERROR_KEYS, ERROR_WORDS, KIND_WORDS, Summary, printable, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +25,16 @@ INK, MUTED, LINE, KEPT, REMOVED = "#010203", "#020304", "#030405", "#040506", "#
 _CSS = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)", KEPT: "var(--kept)", REMOVED: "var(--removed)"}
 
 # Inches. At this width a point of text is about a pixel on the screen of a phone.
-_WIDTH, _PANEL, _BAR = 4.3, 1.7, 0.7
+_WIDTH, _PANEL = 4.3, 1.7
+
+_CURVES = {
+    "loss": "training loss, mean since the last validation",
+    "validation": "cross entropy of the validation sequences",
+    "watched": "cross entropy of the second text",
+}
+
+# When the errors of a summary were measured, by their key.
+_WHEN = dict(zip(ERROR_KEYS, ("", "before", "after"), strict=True))
 
 _STYLE = {
     "svg.hashsalt": "minillm-jax",
@@ -80,7 +90,7 @@ class Lines:
     logarithmic: bool = False
 
 
-class _Drawing(NamedTuple):
+class Drawing(NamedTuple):
     """A plot as a figure of matplotlib, before it becomes SVG."""
 
     title: str
@@ -88,28 +98,45 @@ class _Drawing(NamedTuple):
     figure: "Figure"
 
 
-def draw(summary: Summary) -> list[Plot] | None:
-    """The plots of a summary (`summary.result_json`); None if matplotlib is not installed."""
-    return _drawn(lambda: [_costs(summary), _perplexity(summary), _kept(summary), _scores(summary), _losses(summary)])
+def draw(summary: Summary) -> dict[str, Plot] | None:
+    """The plots of a summary, by name; None if matplotlib is not installed.
+
+    Args:
+      summary: of a pruning (`summary.result_json`) or of a recovery (`recovery.summary`). A plot whose numbers it lacks
+        is left out.
+    """
+    makers = {
+        "kept": _kept,
+        "losses": _losses,
+        "scores": _scores,
+        "errors": partial(_errors, title="Error of the residual stream", shown=("stream",)),
+        "updates": partial(_errors, title="Error of the updates", shown=("attention", "mlp")),
+        "tasks": _tasks,
+        "curves": _curves,
+    }
+    return drawn(lambda: {name: make(summary) for name, make in makers.items()})
 
 
-def _drawn(draw: "Callable[[], list[_Drawing | None]]") -> list[Plot] | None:
+def drawn(draw: Callable[[], Mapping[str, Drawing | None]], first: str = "p") -> dict[str, Plot] | None:
+    """Drawings as plots, by name; None if matplotlib is not installed.
+
+    Args:
+      draw: makes the drawings, in the style of the pages; None for a plot that is left out.
+      first: the first letters of the ids in the plots, which must differ between the calls for one page.
+    """
     try:
         import matplotlib as mpl
     except ImportError:
         return None
     with mpl.rc_context(_STYLE):  # pyright: ignore[reportArgumentType]  # keys of a style file
-        return [_plot(drawing, number) for number, drawing in enumerate(filter(None, draw()))]
+        drawings = {name: drawing for name, drawing in draw().items() if drawing is not None}
+        return {name: _plot(drawing, f"{first}{number}") for number, (name, drawing) in enumerate(drawings.items())}
 
 
-def curves(points: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[Plot] | None:
-    """Losses of a training run against the tokens, each in a panel of its own; None if matplotlib is not installed.
-
-    Args:
-      points: the validations, with `tokens` and the losses, of which some may be None.
-      names: key of a loss -> its name in words.
-    """
-    shown = {key: name for key, name in names.items() if any(point[key] is not None for point in points)}
+def _curves(summary: Summary) -> Drawing | None:
+    """Losses of a training run against the tokens, each in a panel of its own."""
+    points = summary.get("points", ())
+    shown = {key: name for key, name in _CURVES.items() if any(point[key] is not None for point in points)}
 
     def panel(axes: "Axes", key: str) -> None:
         found = [(point["tokens"], point[key]) for point in points if point[key] is not None]
@@ -121,15 +148,16 @@ def curves(points: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> lis
         return f"{name}: {values[0]:.3f} at first, {values[-1]:.3f} at last"
 
     text = "; ".join(description(key, name) for key, name in shown.items())
-    return _drawn(lambda: [_panels("Losses against counted tokens", text, shown, panel, "counted tokens")])
+    return _panels("Losses against counted tokens", text, shown, panel, "counted tokens")
 
 
 def lines(plots: Sequence[Lines]) -> list[Plot] | None:
     """Several plots of lines for one page; None if matplotlib is not installed."""
-    return _drawn(lambda: [_lines(plot) for plot in plots])
+    found = drawn(lambda: {plot.title: _lines(plot) for plot in plots}, "l")
+    return None if found is None else list(found.values())
 
 
-def _lines(plot: Lines) -> _Drawing | None:
+def _lines(plot: Lines) -> Drawing | None:
     """Series differ in colour and dashes; a legend names them where there are several."""
     styles = [(KEPT, "-"), (INK, "--"), (MUTED, ":"), (KEPT, "-."), (INK, "-"), (MUTED, "--")]
 
@@ -139,7 +167,7 @@ def _lines(plot: Lines) -> _Drawing | None:
                 *zip(*points, strict=True), color=colour, linestyle=dashes, marker=".", linewidth=1.2, label=series
             )
         if plot.logarithmic:
-            _logarithmic(axes, "x")
+            logarithmic(axes, "x")
 
     drawing = _panels(plot.title, plot.description, {name: name for name in plot.panels}, panel, plot.label)
     if drawing is not None and len(next(iter(plot.panels.values()))) > 1:
@@ -149,61 +177,80 @@ def _lines(plot: Lines) -> _Drawing | None:
     return drawing
 
 
-def _costs(summary: Summary) -> _Drawing:
-    before, after = summary["costs"]["before"], summary["costs"]["after"]
-    labels = [MEASURE_WORDS[measure] for measure in before]
-    write = {"parameters": short, "macs": short, "memory": size}
-    changes = [f"{write[m](before[m])} → {write[m](after[m])}" for m in before]
-    shares = [100 * after[m] / before[m] for m in before]
-    figure, axes = _bars(labels, [100.0] * len(labels), shares, changes)
-    axes.set_xlabel("% of the dense model")
-    parts = [f"{label} {change} ({share:.1f} %)" for label, change, share in zip(labels, changes, shares, strict=True)]
-    return _Drawing("Costs before and after", "; ".join(parts), figure)
-
-
-def _perplexity(summary: Summary) -> _Drawing | None:
-    before, after = summary["perplexity_before"], summary["perplexity_after"]
-    if not before or not after:
-        return None
-    values = [before["perplexity"], after["perplexity"]]
-    figure, axes = _bars(["before", "after"], [0.0, 0.0], values, [f"{value:.3f}" for value in values])
-    axes.set_xlabel("perplexity (lower is better)")
-    return _Drawing("Perplexity before and after", f"before {values[0]:.3f}, after {values[1]:.3f}", figure)
-
-
-def _bars(
-    labels: Sequence[str], behind: Sequence[float], front: Sequence[float], texts: Sequence[str]
-) -> "tuple[Figure, Axes]":
-    """Horizontal bars, with a label and a text above each."""
-    figure = _figure(0.5 + _BAR * len(labels))
-    axes = figure.subplots()
-    places = range(len(labels))
-    axes.barh(places, behind, height=0.45, color=REMOVED)
-    axes.barh(places, front, height=0.45, color=KEPT)
-    for place, label, text in zip(places, labels, texts, strict=True):
-        axes.text(0, place - 0.3, f"{label}: {text}", va="bottom", ha="left")
-    axes.set_yticks([])
-    axes.set_ylim(len(labels) - 0.65, -0.7)
-    axes.spines["left"].set_visible(False)
-    return figure, axes
-
-
-def _kept(summary: Summary) -> _Drawing | None:
-    groups = summary["groups"]
+def _kept(summary: Summary) -> Drawing | None:
+    """Bars of the kept share in front of bars of all groups; layers without groups have no bar."""
+    groups = summary.get("groups") or {}
 
     def panel(axes: "Axes", kind: str) -> None:
-        layers = range(len(groups[kind]["before"]))
-        axes.bar(layers, groups[kind]["before"], color=REMOVED)
-        axes.bar(layers, groups[kind]["after"], color=KEPT)
-        axes.locator_params(axis="y", integer=True)
+        before, after = groups[kind]["before"], groups[kind]["after"]
+        axes.bar(range(len(before)), [100 if total else 0 for total in before], color=REMOVED)
+        axes.bar(range(len(before)), _shares(before, after), color=KEPT)
+        axes.set_ylabel("% kept")
+        axes.set_ylim(0, 100)
 
-    parts = [f"{KIND_WORDS[kind]}: {span(row['after'])} of {span(row['before'])}" for kind, row in groups.items()]
-    return _panels("Kept groups in every layer", "; ".join(parts), {kind: KIND_WORDS[kind] for kind in groups}, panel)
+    def in_words(kind: str) -> str:
+        before, after = groups[kind]["before"], groups[kind]["after"]
+        lowest, highest = (f"{number:.0f}" for number in _ends(_shares(before, after)))
+        share = lowest if lowest == highest else f"{lowest} to {highest}"
+        return f"{KIND_WORDS[kind]}: {span(after)} of {span(before)}, {share} %"
+
+    parts = "; ".join(map(in_words, groups))
+    return _panels("Kept share of every layer", parts, {kind: KIND_WORDS[kind] for kind in groups}, panel)
 
 
-def _scores(summary: Summary) -> _Drawing | None:
+def _shares(before: Sequence[int], after: Sequence[int]) -> list[float]:
+    return [100 * left / total if total else 0.0 for total, left in zip(before, after, strict=True)]
+
+
+def _errors(summary: Summary, title: str, shown: Sequence[str]) -> Drawing | None:
+    """Some errors of each layer, with those before a recovery beside those after it."""
+    found = {_WHEN[key]: summary[key] for key in ERROR_KEYS if summary.get(key)}
+    if not found:
+        return None
+
+    def panel(axes: "Axes", what: str) -> None:
+        width = 0.8 / len(found)
+        for number, (when, errors) in enumerate(found.items()):
+            heights = [nan if error is None else 100 * error for error in errors[what]]
+            places = [layer + width * (number + 0.5) - 0.4 for layer in range(len(heights))]
+            colour = KEPT if when in ("", "after") else REMOVED
+            axes.bar(places, heights, width=width, color=colour, label=when)
+        axes.set_ylabel("%")
+        axes.set_ylim(bottom=0)
+
+    def in_words(when: str, errors: Mapping[str, Any], what: str) -> str:
+        values = [100 * error for error in errors[what] if error is not None]
+        return f"{ERROR_WORDS[what]}{when and f' {when}'}: {_range(values)} %" if values else ""
+
+    texts = [in_words(when, errors, what) for what in shown for when, errors in found.items()]
+    return _panels(title, "; ".join(filter(None, texts)), {what: ERROR_WORDS[what] for what in shown}, panel)
+
+
+def _tasks(summary: Summary) -> Drawing | None:
+    """Every metric before and after with its standard errors, one panel for each kind of metric."""
+    found = summary.get("tasks")
+    if not found:
+        return None
+    metrics = list(dict.fromkeys(one["metric"] for one in found))
+    rows = [[one for one in found if one["metric"] == metric] for metric in metrics]
+    figure = figure_of(0.9 * len(rows) + 0.55 * len(found))
+    column = figure.subplots(len(rows), squeeze=False, height_ratios=[1 + len(group) for group in rows])[:, 0]
+    for axes, metric, group in zip(column, metrics, rows, strict=True):
+        for when, colour, shift in (("before", MUTED, -0.12), ("after", KEPT, 0.12)):
+            values, errors = [one[when] for one in group], [one.get(f"{when}_stderr") or 0.0 for one in group]
+            places = [number + shift for number in range(len(group))]
+            axes.errorbar(values, places, xerr=errors, color=colour, fmt="o", markersize=5, capsize=3, label=when)
+        axes.set_title(printable(metric), parse_math=False)
+        axes.set_yticks(range(len(group)), [printable(one["task"]) for one in group], parse_math=False)
+        axes.set_ylim(len(group) - 0.5, -0.5)
+        axes.grid(axis="x", linewidth=0.6)
+    text = "The bars are standard errors; grey is before, blue is after"
+    return Drawing("Tasks before and after", text, figure)
+
+
+def _scores(summary: Summary) -> Drawing | None:
     """Boxes from quartile to quartile, whiskers from the smallest to the largest score."""
-    scores = summary["scores"] or {}
+    scores = summary.get("scores") or {}
 
     def panel(axes: "Axes", kind: str) -> None:
         names = ("whislo", "q1", "med", "q3", "whishi")
@@ -223,14 +270,14 @@ def _scores(summary: Summary) -> _Drawing | None:
             capprops=line,
         )
         if all(scores[kind][layer][0] > 0 for layer in layers):
-            _logarithmic(axes)
+            logarithmic(axes)
 
     medians = [f"{KIND_WORDS[kind]}: medians {_range([f[2] for f in rows if f])}" for kind, rows in scores.items()]
     description = f"Smallest score, quartiles, largest score. {'; '.join(medians)}"
     return _panels("Scores in every layer before pruning", description, _titles(scores, "scores of "), panel)
 
 
-def _logarithmic(axes: "Axes", which: str = "y") -> None:
+def logarithmic(axes: "Axes", which: str = "y") -> None:
     """A logarithmic axis with plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -241,9 +288,9 @@ def _logarithmic(axes: "Axes", which: str = "y") -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _losses(summary: Summary) -> _Drawing | None:
+def _losses(summary: Summary) -> Drawing | None:
     """One line for every layer, from pale (first) to strong (last)."""
-    losses = summary["losses"] or {}
+    losses = summary.get("losses") or {}
 
     def panel(axes: "Axes", kind: str) -> None:
         for layer, pairs in enumerate(losses[kind]):
@@ -275,11 +322,11 @@ def _titles(kinds: Mapping[str, object], prefix: str = "") -> dict[str, str]:
 
 def _panels(
     title: str, description: str, titles: Mapping[str, str], panel: Callable[["Axes", str], None], label: str = "layer"
-) -> _Drawing | None:
+) -> Drawing | None:
     """One panel above the other for every kind of group; None without a kind."""
     if not titles:
         return None
-    figure = _figure(0.3 + _PANEL * len(titles))
+    figure = figure_of(0.3 + _PANEL * len(titles))
     column = figure.subplots(len(titles), sharex=True, squeeze=False)[:, 0]
     for axes, (kind, name) in zip(column, titles.items(), strict=True):
         axes.set_title(name)
@@ -288,23 +335,33 @@ def _panels(
     column[-1].set_xlabel(label)
     if column[-1].get_xscale() == "linear":
         column[-1].locator_params(axis="x", integer=True)
-    return _Drawing(title, description, figure)
+    return Drawing(title, description, figure)
 
 
-def _figure(height: float) -> "Figure":
+def figure_of(height: float) -> "Figure":
+    """An empty figure as wide as a plot of the page.
+
+    Args:
+      height: inches.
+    """
     from matplotlib.figure import Figure
 
     return Figure(figsize=(_WIDTH, height), layout="constrained")
 
 
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)
+
+
 def _range(values: Sequence[float]) -> str:
-    return f"{min(values):.3g} to {max(values):.3g}"
+    lowest, highest = (f"{number:.3g}" for number in _ends(values))
+    return lowest if lowest == highest else f"{lowest} to {highest}"
 
 
-def _plot(drawing: _Drawing, number: int) -> Plot:
+def _plot(drawing: Drawing, name: str) -> Plot:
     """The `svg` element without prolog, namespaces and size.
 
-    The ids in it begin with the number of the plot, so that the ids of a page are unique.
+    The ids in it begin with the name of the plot, so that the ids of a page are unique.
     """
     out = io.StringIO()
     no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -314,10 +371,10 @@ def _plot(drawing: _Drawing, number: int) -> Plot:
     assert box is not None, "matplotlib writes a viewBox"
     body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
     body = re.sub(r'<g id="[^"]*"', "<g", body)
-    body = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>p{number}-", body)
+    body = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", body)
     for placeholder, css in _CSS.items():
         body = body.replace(placeholder, css)
-    names = f'<title id="p{number}-title">{escape(drawing.title)}</title>'
-    names += f'<desc id="p{number}-description">{escape(drawing.description)}</desc>'
-    svg = f'<svg {box[0]} role="img" aria-labelledby="p{number}-title p{number}-description">{names}{body.strip()}'
+    names = f'<title id="{name}-title">{escape(drawing.title)}</title>'
+    names += f'<desc id="{name}-description">{escape(drawing.description)}</desc>'
+    svg = f'<svg {box[0]} role="img" aria-labelledby="{name}-title {name}-description">{names}{body.strip()}'
     return Plot(drawing.title, drawing.description, svg)

@@ -8,17 +8,24 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from minillm_jax.model import costs
 from minillm_jax.report import html, plots
 from minillm_jax.report.model_card import LOADING, code, draft_section, quoted
-from minillm_jax.report.summary import FORMAT_WORDS, short_name
+from minillm_jax.report.page import errors_section
+from minillm_jax.report.summary import (
+    FORMAT_WORDS,
+    Tile,
+    errors_json,
+    groups_of,
+    measured_with_error,
+    perplexity_text,
+    short,
+    short_name,
+    size,
+    speed_tiles,
+)
 from minillm_jax.run import Result
 from minillm_jax.run_recovery import ADAPTER, RecoveryResult
-
-_CURVES = {
-    "loss": "training loss, mean since the last validation",
-    "validation": "cross entropy of the validation sequences",
-    "watched": "cross entropy of the second text",
-}
 
 _PEFT = """\
 ```python
@@ -47,12 +54,19 @@ def summary(result: RecoveryResult) -> dict[str, Any]:
     outcome, measured = result.recovered.outcome, (result.teacher, result.before, result.after)
     teacher, before, after = (None if one is None else asdict(one) for one in measured)
     seconds = {stage: round(value, 3) for stage, value in result.seconds.items()}
+    window = record.get("calibration", {}).get("length") or result.job.recipe.evaluation.window
     return {
         "model": result.job.model,
         "base_model": record.get("base_model", result.job.model),
         "output": result.job.output,
         "format": result.written.format,
         "parameters": result.written.parameters,
+        "parameters_dense": record.get("parameters_before"),
+        "costs": {"window": window, "after": costs.all_costs(result.model.decoder, window)},
+        "groups": groups_of(record) if record.get("kept") else None,
+        "samples": list(result.texts),
+        "layer_errors_before": errors_json(result.errors_before),
+        "layer_errors_after": errors_json(result.errors_after),
         "adapter": None if result.recovered.adapter is None else ADAPTER,
         "trained_parameters": result.recovered.trained_parameters,
         "settings": record["recovery"]["settings"],
@@ -80,9 +94,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         name = f"perplexity on {short_name(found['evaluation'])}"
         if teacher:
             name += f" (teacher {teacher['perplexity']:.3f})"
-        result.append(
-            (name, f"{found['perplexity_before']['perplexity']:.3f}", f"{found['perplexity_after']['perplexity']:.3f}")
-        )
+        result.append((name, *(perplexity_text(found[f"perplexity_{when}"]) for when in ("before", "after"))))
     evaluation = found["settings"].get("evaluation", {})
     names = {
         "validation": "perplexity of the validation sequences",
@@ -174,18 +186,40 @@ def card(found: dict[str, Any]) -> str:
 
 
 def page(found: dict[str, Any]) -> str:
-    """report.html of a recovery: results, curves, settings."""
-    lines = rows(found)
-    tiles = "".join(
-        f"<div><dt>{html.text(name)}</dt><dd>{before} → {after}</dd></div>" for name, before, after in lines
-    )
+    """report.html of a recovery: results, kept groups, errors, curves, samples, tasks, settings."""
+    plots_found = plots.draw(found)
+    drawn = plots_found or {}
+    curves = html.figures(None if plots_found is None else [drawn.get("curves")])
     parts = [
-        html.section("Before and after", html.table(("", "before", "after"), lines)),
-        html.section("Curves", html.figures(plots.curves(found["points"], _CURVES))),
+        html.section("Before and after", html.table(("", "before", "after"), rows(found))),
+        html.section("Kept groups and allocation", html.figures([drawn.get("kept")])),
+        html.section("Error of each layer", errors_section(found, drawn)),
+        html.section("Curves", curves),
+        html.section("Samples", html.samples(found)),
+        html.section("Tasks", html.tasks(found, drawn.get("tasks"))),
         html.section("Recovery", html.definitions(facts(found))),
     ]
-    stages = ", ".join(f"{stage} {seconds:,.1f}" for stage, seconds in found["seconds"].items())
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    footer = "".join(f"<p>{html.text(line)}</p>" for line in (f"Seconds: {stages}.", f"Versions: {versions}."))
+    footer = html.footer(found, [html.STANDARD_ERRORS if measured_with_error(found) else ""])
     title = f"{short_name(found['model'])}, recovered"
-    return html.document(title, html.of_format(found["format"]), f'<dl class="tiles">{tiles}</dl>', parts, footer)
+    return html.document(title, html.of_format(found["format"]), html.tiles(tiles(found)), parts, footer)
+
+
+def tiles(found: dict[str, Any]) -> list[Tile]:
+    """The boxes of a recovery: perplexity, parameters, memory and MACs of the model, and the speed if measured."""
+    first, dense, shown = found["perplexity_before"], found.get("parameters_dense"), []
+    if first and found["perplexity_after"]:
+        last, teacher = found["perplexity_after"], found["perplexity_teacher"]
+        detail = f"{perplexity_text(first)} → {perplexity_text(last)}"
+        shown.append(Tile("perplexity", f"× {last['perplexity'] / first['perplexity']:.2f}", detail))
+        if teacher:
+            ratio = last["perplexity"] / teacher["perplexity"]
+            shown.append(Tile("perplexity / teacher", f"{ratio:.2f}", f"teacher {perplexity_text(teacher)}"))
+    count = found["parameters"]
+    of_dense = f"{100 * count / dense:.1f} % of {dense:,}" if dense else ""
+    shown.append(Tile("parameters", f"{count:,}", of_dense, count / dense if dense else None))
+    costs = found.get("costs")
+    if costs:
+        words = f"with {costs['window']} tokens"
+        shown.append(Tile("memory", size(costs["after"]["memory"]), words))
+        shown.append(Tile("MACs", short(costs["after"]["macs"]), words))
+    return shown + speed_tiles(found)

@@ -1,15 +1,21 @@
 """The summary of a finished job: numbers and table rows.
 
 `result_json` makes the summary, one JSON object. The tables, report.html, its plots and the model card read only the
-summary.
+summary. Fields that a summary may have beside those of `result_json`, which the page shows where they are present:
+
+    samples    texts of the models from the same prompts: [{"prompt", "dense", "pruned"[, "recovered"]}]
+    tasks      metrics of tasks: [{"task", "metric", "before", "before_stderr", "after", "after_stderr"}]
+    speed      tokens a second: {"before", "after"}
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from math import isfinite
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+from minillm_jax.evaluation.layer_errors import LayerErrors
 from minillm_jax.recipes.sized import few_tokens
 from minillm_jax.run import Result
 
@@ -48,6 +54,15 @@ STRUCTURE_WORDS = {
 SUBLAYER_OF_KIND = {"head": "attention", "channel": "mlp"}
 KIND_STRUCTURES = {"head": "heads", "query": "heads", "channel": "channels", "hidden": "hidden", "layer": "layers"}
 
+ERROR_WORDS = {
+    "stream": "residual stream after the layer",
+    "attention": "update of the attention sublayer",
+    "mlp": "update of the MLP sublayer",
+}
+
+# The keys of a summary that hold errors of layers: of a pruning, and before and after a recovery.
+ERROR_KEYS = ("layer_errors", "layer_errors_before", "layer_errors_after")
+
 MEASURE_WORDS = {"parameters": "parameters", "macs": "MACs", "memory": "memory"}
 
 
@@ -58,6 +73,22 @@ class Row(NamedTuple):
     before: str
     after: str
     change: str
+
+
+class Tile(NamedTuple):
+    """One box at the top of the page, as text.
+
+    Attributes:
+      name: what is measured.
+      value: the number to look at first.
+      detail: the numbers behind it.
+      share: the part of the dense model that is left, as a bar; None for no bar.
+    """
+
+    name: str
+    value: str
+    detail: str
+    share: float | None = None
 
 
 def result_json(result: Result) -> dict[str, Any]:
@@ -77,7 +108,9 @@ def result_json(result: Result) -> dict[str, Any]:
         "perplexity_before": None if result.before is None else asdict(result.before),
         "perplexity_after": None if result.after is None else asdict(result.after),
         "whole": {kind: {"before": row["before"], "after": len(row["kept"])} for kind, row in record["whole"].items()},
-        "groups": _groups(record),
+        "groups": groups_of(record),
+        "layer_errors": errors_json(result.errors),
+        "samples": list(result.texts),
         "tokens_per_channel": record["tokens_per_channel"],
         "few_tokens": few_tokens(result.job.recipe, samples, length, record["tokens_per_channel"]),
         "scores": record["scores"],
@@ -90,8 +123,21 @@ def result_json(result: Result) -> dict[str, Any]:
     }
 
 
-def _groups(record: Mapping[str, Any]) -> dict[str, dict[str, list[int]]]:
-    """For each kind of group, the number in every layer: before pruning, as the ratio asks for, and after pruning."""
+def errors_json(errors: LayerErrors | None) -> dict[str, Any] | None:
+    """The errors of the layers as JSON, with None in the place of errors that are not finite."""
+    if errors is None:
+        return None
+    columns = {name: getattr(errors, name) for name in ERROR_WORDS}
+    finite = {name: [x if x is None or isfinite(x) else None for x in column] for name, column in columns.items()}
+    return {"windows": errors.windows, "window": errors.window, **finite}
+
+
+def groups_of(record: Mapping[str, Any]) -> dict[str, dict[str, list[int]]]:
+    """For each kind of group, the number in every layer: before pruning, as the ratio asks for, and after pruning.
+
+    Args:
+      record: of the pruning.
+    """
     return {
         kind: {
             "before": record["groups_before"][kind],
@@ -147,8 +193,59 @@ def _kept_rows(summary: Summary) -> list[Row]:
 def _perplexity_rows(summary: Summary) -> list[Row]:
     if not summary["perplexity_before"] or not summary["perplexity_after"]:
         return []
-    before, after = (summary[f"perplexity_{when}"]["perplexity"] for when in ("before", "after"))
-    return [Row("perplexity", f"{before:.3f}", f"{after:.3f}", f"× {after / before:.2f}")]
+    before, after = (summary[f"perplexity_{when}"] for when in ("before", "after"))
+    change = f"× {after['perplexity'] / before['perplexity']:.2f}"
+    return [Row("perplexity", perplexity_text(before), perplexity_text(after), change)]
+
+
+def perplexity_text(measured: Mapping[str, Any]) -> str:
+    """A measured perplexity with its standard error, where it has one: 36.495 ± 0.812."""
+    return with_error(measured["perplexity"], measured.get("stderr"))
+
+
+def with_error(value: float, stderr: float | None) -> str:
+    """A number with its standard error, where it has one."""
+    return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
+
+
+def measured_with_error(summary: Summary) -> bool:
+    """Whether a perplexity of the summary has a standard error."""
+    return any((summary.get(f"perplexity_{when}") or {}).get("stderr") for when in ("before", "after"))
+
+
+def tiles(summary: Summary) -> list[Tile]:
+    """The boxes of a pruning: perplexity, parameters, memory, MACs, and the speed where it was measured."""
+    costs, change = summary["costs"], {row.name: row for row in rows(summary)}
+    names = {"parameters": "parameters", "memory": f"memory with {costs['window']} tokens"}
+    names |= {"macs": f"MACs for {costs['window']} tokens"}
+    shown = [Tile("perplexity", row.change, f"{row.before} → {row.after}") for row in _perplexity_rows(summary)]
+    for measure, name in names.items():
+        share, row = costs["after"][measure] / costs["before"][measure], change[name]
+        shown.append(Tile(name, row.change, f"{row.before} → {row.after}", share))
+    return shown + speed_tiles(summary)
+
+
+def speed_tiles(summary: Summary) -> list[Tile]:
+    """The box of the speed, where it was measured."""
+    speed = summary.get("speed")
+    if not speed:
+        return []
+    before, after = speed["before"], speed["after"]
+    return [Tile("tokens a second", f"× {after / before:.2f}", f"{before:,.0f} → {after:,.0f}")]
+
+
+def errors_in_words(summary: Summary) -> list[str]:
+    """What the errors of the layers are, in sentences; none where they were not measured."""
+    found = next((summary[key] for key in ERROR_KEYS if summary.get(key)), None)
+    if found is None:
+        return []
+    removed_ones = [str(layer) for layer, error in enumerate(found["attention"]) if error is None]
+    windows = f"{found['windows']} windows of {found['window']} tokens"
+    return [
+        f"How far the vectors of the pruned model are from those of the dense model, in % of their length: the median "
+        f"over the tokens of {windows}.",
+        f"Removed layers: {', '.join(removed_ones)}." if removed_ones else "",
+    ]
 
 
 def recipe(summary: Summary) -> list[tuple[str, str]]:

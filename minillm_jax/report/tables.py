@@ -8,7 +8,7 @@ from rich.text import Text
 
 from minillm_jax.plan import Plan
 from minillm_jax.recipes import recipe as recipes
-from minillm_jax.report import html, model_card, plots
+from minillm_jax.report import model_card, page, plots
 from minillm_jax.report.summary import FORMAT_WORDS, advice, result_json, rows, short, short_name, size, title
 from minillm_jax.run import Result
 
@@ -18,7 +18,7 @@ def documents(result: Result) -> dict[str, str]:
     summary = result_json(result)
     return {
         "report.json": json.dumps(summary, indent=2) + "\n",
-        "report.html": html.page(summary, plots.draw(summary)),
+        "report.html": page.page(summary, plots.draw(summary)),
         "README.md": model_card.card(summary),
     }
 

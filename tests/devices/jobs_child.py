@@ -189,7 +189,7 @@ def programs(decoder: Decoder, batches: Batches) -> dict[str, float]:
     mesh, (batch,) = batches.mesh, batches
     settings = {"kind": "channel", "config": decoder.config, "mesh": mesh}
     settings |= {"angles": rotary_angles(decoder, batches.length)}
-    layer, state = next(walk.layers_of(decoder, mesh)), walk.begin(decoder, batch.tokens, mesh=mesh)
+    layer, state = next(sharding.layers_of(decoder, mesh)), walk.begin(decoder, batch.tokens, mesh=mesh)
     pair = walk.inputs_and_gaps(layer, state, state.stream, **settings)
     shares = sharding.shares(len(batch.tokens), mesh)
     centers = tuple(jnp.zeros(part.shape[-1]) for part in pair)

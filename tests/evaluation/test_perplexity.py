@@ -24,6 +24,13 @@ def test_perplexity_equals_pytorch(tmp_path: Path) -> None:
     assert measured.loss == pytest.approx(expected, rel=1e-5)
     assert measured.perplexity == pytest.approx(exp(expected), rel=1e-5)
     assert (measured.tokens, measured.window, measured.windows) == (9 * 15, 16, 9)
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1)
+    assert measured.stderr == pytest.approx(exp(expected) * losses.std().item() / 3, rel=1e-4)
+    assert Batches(windows).fingerprint().startswith(measured.fingerprint or "none")
+
+
+def test_one_window_has_no_standard_error() -> None:
+    assert perplexity(small_decoder(), Batches(random_tokens(61, 1, 10))).stderr is None
 
 
 def test_perplexity_does_not_depend_on_batches() -> None:

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
+from minillm_jax.devices.sharding import layers_of
 from minillm_jax.model.build import with_runs
 from minillm_jax.model.decoder import embed, final_hidden, finish, layers_from
 from minillm_jax.model.loss import token_divergences, token_losses, top_tokens
 from minillm_jax.pruning.slicing import slice_groups
-from minillm_jax.pruning.walk import layers_of
 from tests.helpers import random_tokens, small_decoder
 
 

@@ -171,6 +171,7 @@ VALUES: dict[str, list[Any]] = {
     "text": ["held-out.txt"],
     "field": ["content"],
     "window": [64],
+    "continuations": [0],
 }
 
 BASES: list[tuple[str, dict[str, Any]]] = [

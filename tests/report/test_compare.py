@@ -26,7 +26,9 @@ def found() -> dict[str, Any]:
     measured = compare(small_decoder(), others, names, batches, lambda ids: f"{HOSTILE} {ids[0]}")
     draft = Drafting(Acceptance(0.625, 3.5), Acceptance(0.5, 3.0), 7, 0.030, 0.010, 0.020)
     return reports.summary(
-        Comparison(names, (300, 200, 100), HOSTILE, Comparing(), measured, 8, (draft, draft), "cpu", {"jax": "1.0"})
+        Comparison(
+            names, (300, 200, 100), HOSTILE, Comparing(), measured, 8, (draft, draft), "cpu", {"jax": "1.0"}, "f0"
+        )
     )
 
 

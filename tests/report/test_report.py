@@ -3,9 +3,7 @@
 import json
 import re
 import sys
-from collections import Counter
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -22,60 +20,14 @@ from minillm_jax import demo
 from minillm_jax.errors import InputError, InputWarning
 from minillm_jax.recipes.recipe import Recipe, options
 from minillm_jax.recipes.recovery import Recovery
-from minillm_jax.report import html, model_card, plots, summary, tables
+from minillm_jax.report import model_card, plots, summary, tables
+from minillm_jax.report.page import page as page_of
+from minillm_jax.report.runs import read_runs
 from minillm_jax.run import Job, Result, run
 from minillm_jax.scoring.score import QUANTILES, ChosenWhilePruning, Scores, summaries
 from minillm_jax.settings import Budget, Data, Evaluation, Output, Refit, Scoring
 from tests.helpers import hugging_face_folder, random_tokens
-
-HOSTILE = 'a"b: `c`<script src=http://x>|d\n---\n# e & f\u2028\udc80'
-
-
-class Page(HTMLParser):
-    """The tags, attributes, ids and text of an HTML page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: Counter[str] = Counter()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.ids: list[str] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.attributes += attrs
-        self.ids += [value or "" for name, value in attrs if name == "id"]
-        if tag not in ("meta", "link", "img", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"{tag} is closed in the wrong order"
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def check_page(text: str, plots: int) -> Page:
-    """A page is well nested, loads no file, has no scripts, and has that many plots with title and description."""
-    page = Page(text)
-    assert page.open == []
-    assert page.tags["svg"] == page.tags["figure"] == page.tags["desc"] == plots
-    assert not page.tags.keys() & {"script", "link", "img", "iframe", "object", "embed", "foreignobject"}
-    loads = {"src", "href", "xlink:href", "srcset", "data", "action"}
-    assert all(value.startswith("#") for name, value in page.attributes if name in loads and value is not None)
-    assert not any(name.startswith("on") for name, _ in page.attributes)
-    assert all(fragment not in text for fragment in ("@import", "url(h", "url(/"))
-    assert len(page.ids) == len(set(page.ids))
-    referred = {value[1:] for name, value in page.attributes if name in loads and value is not None}
-    assert referred | set(re.findall(r"url\(#([^)]*)\)", text)) <= set(page.ids)
-    return page
+from tests.report.pages import HOSTILE, Page, check_page
 
 
 def job_of(tmp_path: Path, evaluate: bool = True, **sections: Any) -> Job:
@@ -148,7 +100,7 @@ def test_the_folder_holds_the_summary_as_json_page_and_card(wanda: tuple[Result,
     share = 1 - written["parameters_after"] / written["parameters_before"]
     assert f"model, {100 * share:.1f} % of parameters removed" in page.text.replace("\xa0", " ")
     for row in summary.rows(written):
-        assert row.before in page.text
+        assert row.before in page.text.replace("\xa0", " ")
         assert row.change in page.text
     assert "http" not in (folder / "report.html").read_text()
     text = (folder / "README.md").read_text()
@@ -173,6 +125,26 @@ def test_the_summary_holds_measured_losses_and_scores_before_pruning(
         assert all(len(five) == 5 and sorted(five) == five for five in written["scores"][kind])
 
 
+def test_the_summary_holds_the_error_of_every_layer_and_of_the_perplexities(
+    wanda: tuple[Result, dict[str, Any], Path],
+) -> None:
+    result, written, folder = wanda
+    errors = written["layer_errors"]
+    assert (errors["windows"], errors["window"]) == (8, 32)
+    assert result.errors is not None
+    assert errors["stream"] == result.errors.stream
+    assert all(0 <= error < 2 for what in ("stream", "attention", "mlp") for error in errors[what])
+    assert errors["stream"][-1] > 0
+    assert all(written[f"perplexity_{when}"]["stderr"] > 0 for when in ("before", "after"))
+    text = (folder / "report.html").read_text()
+    assert "Error of the residual stream" in text
+    assert "standard error over the windows" in text
+    (run_of,) = read_runs([str(folder)])
+    assert (run_of.parameters, run_of.dense_parameters) == (written["parameters_after"], written["parameters_before"])
+    assert run_of.perplexity == written["perplexity_after"]["perplexity"]
+    assert run_of.windows == written["perplexity_before"]["fingerprint"]
+
+
 def test_the_same_summary_gives_the_same_bytes(wanda: tuple[Result, dict[str, Any], Path]) -> None:
     result, written, folder = wanda
     again = tables.documents(result)
@@ -183,13 +155,13 @@ def test_the_same_summary_gives_the_same_bytes(wanda: tuple[Result, dict[str, An
 
 @pytest.mark.parametrize("form", ["stock", "padded", "flax"])
 def test_every_format_has_its_documents_and_its_loading_snippet(tmp_path: Path, form: str) -> None:
-    """The criterion obs has no plot of scores, and a job without evaluation has no plot of perplexity."""
+    """The criterion obs has no plot of scores, and without an evaluation the layers read the calibration text."""
     budget = Budget(0.3, structures=("channels",), allocation="uniform")
     job = job_of(tmp_path, False, budget=budget, scoring=Scoring("obs"), refit=Refit(), output=Output(form))
     result, written = finish(job)
     assert same_summary(result, written)
     assert written["format"] == result.written.format == form
-    page = check_page((tmp_path / "out" / "report.html").read_text(), plots=2)
+    page = check_page((tmp_path / "out" / "report.html").read_text(), plots=3)
     assert "chooses the groups while it removes them" in page.text
     text = (tmp_path / "out" / "README.md").read_text()
     assert ("minillm_jax.load(" in text) == (form == "flax")
@@ -203,6 +175,9 @@ def test_whole_structures_have_their_rows_and_no_empty_plots(tmp_path: Path) -> 
     assert same_summary(result, written)
     page = check_page((tmp_path / "out" / "report.html").read_text(), plots=2)
     assert "chooses the groups" not in page.text
+    (removed,) = {0, 1, 2} - set((result.pruned.record or {})["whole"]["layer"]["kept"])
+    assert f"Removed layers: {removed}." in page.text
+    assert [error is None for error in written["layer_errors"]["mlp"]].index(True) == removed
     assert [tuple(row) for row in summary.rows(written)[-3:-1]] == [
         ("layers", "3", "2", ""),
         ("hidden size", "64", "45", ""),
@@ -233,9 +208,9 @@ def test_hostile_names_are_only_text(wanda: tuple[Result, dict[str, Any], Path])
     hostile["settings"]["calibration"]["source"] = HOSTILE
     hostile["settings"]["recipe"] = HOSTILE
     hostile["settings"]["scoring"]["criterion"] = HOSTILE
-    text = html.page(hostile, plots.draw(hostile))
+    text = page_of(hostile, plots.draw(hostile))
     page = check_page(text, plots=5)
-    assert page.tags == check_page(html.page(written, plots.draw(written)), plots=5).tags
+    assert page.tags == check_page(page_of(written, plots.draw(written)), plots=5).tags
     assert "<script" in page.text
     card = model_card.card(hostile)
     for document in (text, card):
