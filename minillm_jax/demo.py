@@ -9,7 +9,7 @@ FOLDER = Path(__file__).parent / "demo_model"
 HELD_OUT = ("calls", "dict", "lists", "objects", "raise", "return", "slicings", "typesmapping")
 
 # Options of the recovery: a pass over a third of the training text, in half a minute on two cores.
-RECOVERY = {"seq_len": 128, "steps": 20, "batch": 16, "micro_batch": 16, "learning_rate": 1e-3, "validate_every": 10}
+RECOVERY = {"seq_len": 128, "steps": 16, "batch": 16, "micro_batch": 16, "learning_rate": 1e-3, "validate_every": 8}
 
 PARAGRAPH = "\n\n"
 

@@ -4,10 +4,12 @@ A matrix W of the decoder computes x · W + (α / r) · x · A · B with an adap
 and it gets no gradient. `merge` adds (α / r) · A · B to every W in the end.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -46,19 +48,20 @@ def inputs_of(name: str) -> int:
 def initial(decoder: Decoder, lora: Lora, seed: int) -> Adapter:
     """An adapter without effect: A uniform within ± 1 / √inputs, as PEFT draws it; B zero.
 
-    The numbers depend on the seed, the layer and the matrix, and not on the runs or the devices.
+    The numbers depend on the seed, the layer and the matrix, and not on the runs or the devices. The host draws them:
+    they are few, and a program for every shape would take longer to compile.
 
     Args:
       decoder: the model; its shapes alone are read.
       lora: rank and targets. A matrix that is not there, or has lost all its groups, gets no factors.
       seed: of the draw.
     """
-    key, first, adapter = directions.stream_key(seed, "adapter"), 0, []
+    first, adapter = 0, []
     for run in decoder.runs:
-        layers = jnp.arange(first, first + depth(run), dtype=jnp.int32)
+        layers = range(first, first + depth(run))
         adapter.append(
             {
-                name: _initial_factors(kernel.shape[1:], name, lora.rank, key, layers)
+                name: _initial_factors(kernel.shape[1:], name, lora.rank, seed, layers)
                 for name, kernel in kernels(run).items()
                 if name in lora.targets and kernel.size
             }
@@ -67,21 +70,16 @@ def initial(decoder: Decoder, lora: Lora, seed: int) -> Adapter:
     return adapter
 
 
-def _initial_factors(
-    shape: tuple[int, ...], name: str, rank: int, key: Key[Array, ""], layers: Int[Array, " L"]
-) -> Factors:
+def _initial_factors(shape: tuple[int, ...], name: str, rank: int, seed: int, layers: range) -> Factors:
     inputs, outputs = shape[: inputs_of(name)], shape[inputs_of(name) :]
-    fan_in = 1
-    for size in inputs:
-        fan_in *= size
-    bound = fan_in**-0.5
+    bound, matrix = math.prod(inputs) ** -0.5, list(axis_table.matrices()).index(name)
 
-    def draw(layer: Array) -> Array:
-        return jax.random.uniform(
-            directions.part_key(key, layer, name), (*inputs, rank), jnp.float32, minval=-bound, maxval=bound
-        )
+    def draw(layer: int) -> np.ndarray:
+        numbers = np.random.default_rng((seed, directions.STREAMS["adapter"], layer, matrix))
+        return numbers.uniform(-bound, bound, (*inputs, rank)).astype(np.float32)
 
-    return Factors(jax.vmap(draw)(layers), jnp.zeros((len(layers), rank, *outputs), jnp.float32))
+    a = np.stack([draw(layer) for layer in layers])
+    return Factors(jnp.asarray(a), jnp.zeros((len(layers), rank, *outputs), jnp.float32))
 
 
 class AdaptedLinear(Linear):

@@ -21,7 +21,7 @@ _ORDINAL = {name: ordinal for ordinal, name in enumerate(axis_table.matrices())}
 
 # Independent random streams: directions of an estimate, noise of the criterion `noise`, scores of `random`, the first
 # values of an adapter, dropout, directions of MeZO.
-_STREAMS = {"direction": 0, "noise": 1, "random": 2, "adapter": 3, "dropout": 4, "mezo": 5}
+STREAMS = {"direction": 0, "noise": 1, "random": 2, "adapter": 3, "dropout": 4, "mezo": 5}
 
 
 class Directions(NamedTuple):
@@ -46,8 +46,8 @@ class Directions(NamedTuple):
 
 
 def stream_key(seed: int, stream: str, implementation: str = RNGS[0]) -> Key[Array, ""]:
-    """The key of a random stream of the package, a name of `_STREAMS`."""
-    return jax.random.fold_in(jax.random.key(seed, impl=implementation), _STREAMS[stream])
+    """The key of a random stream of the package, a name of `STREAMS`."""
+    return jax.random.fold_in(jax.random.key(seed, impl=implementation), STREAMS[stream])
 
 
 def direction_keys(seed: int, first: int, last: int, implementation: str = RNGS[0]) -> Key[Array, " P"]:
