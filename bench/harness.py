@@ -12,6 +12,8 @@ runs with each of `--batch-sizes`, and its best one counts. A row is one model a
     ours, theirs            requests a second, the median round
     first                   requests a second of our first round, with compilation
     ratio                   ours / theirs
+    error                   for the first `--exact` requests, the largest difference of each from lm-eval's class in
+                            float64, nats
 """
 
 import argparse
@@ -71,12 +73,20 @@ def measure(folder: str, task: Any, arguments: argparse.Namespace, ours: Harness
             speed, expected = timed(partial(theirs.loglikelihood, disable_tqdm=True), requests)
             speeds[str(size)].append(speed)
     medians = {name: float(np.median(values)) for name, values in speeds.items()}
+    theirs.model.double()
+    exact = theirs.loglikelihood(requests[: arguments.exact], disable_tqdm=True)
+    theirs.model.float()
+    error = {
+        name: float(np.max(np.abs(np.subtract(found[: len(exact)], [log for log, _ in exact]))))
+        for name, found in (("ours", logs), ("theirs", expected))
+    }
     best = max(arguments.batch_sizes, key=lambda size: medians[str(size)])
     return {
         "model": Path(folder).name,
         "task": task.config.task,
         "requests": len(requests),
         "difference": float(np.max(np.abs(np.subtract(logs, expected)))),
+        "error": error,
         "same_answers": choices(requests, logs) == choices(requests, expected),
         "first": round(first, 3),
         "ours": round(medians["ours"], 3),
@@ -93,6 +103,7 @@ def main() -> None:
     parser.add_argument("--include-path", required=True)
     parser.add_argument("--tasks", required=True)
     parser.add_argument("--limit", type=int, default=100, help="questions of each task")
+    parser.add_argument("--exact", type=int, default=32, help="requests that are answered in float64 too")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokens-per-batch", type=int, help="of our batches")

@@ -54,3 +54,20 @@ RevisionOption = Annotated[
 OutputOption = Annotated[
     str, typer.Option("--output", metavar="FOLDER", help="Folder to write; it must not exist.", rich_help_panel=COMMON)
 ]
+TextOption = Annotated[
+    str, typer.Option(help="Text, .json, .jsonl, .csv, .parquet or .npy (token ids) file, or a Hub data set.")
+]
+FieldOption = Annotated[str, typer.Option(help="Field that holds the text, in files of rows and Hub data sets.")]
+BosOption = Annotated[
+    str,
+    typer.Option(
+        metavar="[auto|yes|text|no]",
+        help="Beginning-of-sequence token before every window (yes), once before the text (text) or nowhere (no); "
+        "auto: yes for Gemma, no for other families.",
+    ),
+]
+DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")]
+MeshOption = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="Mesh of devices, data=2,model=4; one device if unset.")
+]
+ShownQuietOption = Annotated[bool, typer.Option("--quiet", help="Print no progress on standard error.")]

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from minillm_jax.cli.arguments import JsonOption
+from minillm_jax.cli.arguments import DtypeOption, JsonOption, ShownQuietOption
 from minillm_jax.cli.show import progress, show
 from minillm_jax.errors import InputError
 from minillm_jax.settings import dtype_name
@@ -19,9 +19,9 @@ def bench(
     tokens: Annotated[int, typer.Option(metavar="COUNT", help="Tokens behind a prompt.")] = 32,
     batch_sizes: Annotated[str, typer.Option(metavar="COUNTS", help="Numbers of prompts at a time.")] = "1,8,32",
     rounds: Annotated[int, typer.Option(metavar="COUNT", help="Rounds, whose medians are printed.")] = 3,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")] = None,
+    dtype: DtypeOption = None,
     as_json: JsonOption = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress on standard error.")] = False,
+    quiet: ShownQuietOption = False,
 ) -> None:
     """Time prompts and further tokens of several models in turn, with load time, memory and size on disk."""
     from functools import partial

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minillm_jax.cli.arguments import (
+    DtypeOption,
     HelpAllOption,
     HiddenJson,
     JsonOption,
@@ -325,7 +326,6 @@ def show_presets(as_json: JsonOption = False) -> None:
 
 
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")]
-DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")]
 
 
 @convert_app.command("to-flax")

@@ -4,7 +4,15 @@ from typing import Annotated
 
 import typer
 
-from minillm_jax.cli.arguments import JsonOption
+from minillm_jax.cli.arguments import (
+    BosOption,
+    DtypeOption,
+    FieldOption,
+    JsonOption,
+    MeshOption,
+    ShownQuietOption,
+    TextOption,
+)
 from minillm_jax.cli.show import progress, show
 from minillm_jax.errors import InputError, shortened
 from minillm_jax.options import whole_number
@@ -17,22 +25,13 @@ def compare(
         str, typer.Argument(metavar="DENSE", help="The dense model: a local model folder, a GGUF file or a Hub id.")
     ],
     pruned: Annotated[list[str], typer.Argument(metavar="PRUNED [MORE ...]", help="Models that were pruned from it.")],
-    text: Annotated[
-        str, typer.Option(help="Text, .json, .jsonl, .csv, .parquet or .npy (token ids) file, or a Hub data set.")
-    ],
+    text: TextOption,
     window: Annotated[str, typer.Option(metavar="COUNT", help="Tokens of a window.")] = str(Comparing.window),
     windows: Annotated[
         str | None, typer.Option(metavar="COUNT", help="Most windows, evenly spaced over the text; all if unset.")
     ] = None,
-    field: Annotated[str, typer.Option(help="Field that holds the text, in files of rows and Hub data sets.")] = "text",
-    bos: Annotated[
-        str,
-        typer.Option(
-            metavar="[auto|yes|text|no]",
-            help="Beginning-of-sequence token before every window (yes), once before the text (text) or nowhere (no); "
-            "auto: yes for Gemma, no for other families.",
-        ),
-    ] = "auto",
+    field: FieldOption = "text",
+    bos: BosOption = "auto",
     draft: Annotated[
         str, typer.Option(metavar="COUNT", help="Tokens that PRUNED drafts for one pass of DENSE; 0 for no drafting.")
     ] = str(Comparing.draft),
@@ -50,12 +49,10 @@ def compare(
         str | None,
         typer.Option(metavar="FOLDER", help="Folder for compare.json and compare.html; it must not exist."),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")] = None,
-    mesh: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Mesh of devices, data=2,model=4; one device if unset.")
-    ] = None,
+    dtype: DtypeOption = None,
+    mesh: MeshOption = None,
     as_json: JsonOption = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress on standard error.")] = False,
+    quiet: ShownQuietOption = False,
 ) -> None:
     """Compare the next-token probabilities of pruned models with the dense model's, and draft with them."""
     from convert.writer import check_new, new_folder

@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minillm_jax.cli.arguments import JsonOption, ModelArgument
+from minillm_jax.cli.arguments import (
+    BosOption,
+    DtypeOption,
+    FieldOption,
+    JsonOption,
+    MeshOption,
+    ModelArgument,
+    ShownQuietOption,
+)
 from minillm_jax.cli.show import progress, show
 from minillm_jax.errors import InputError
 from minillm_jax.recipes import recipe as recipes
@@ -41,25 +49,16 @@ def evaluate(
         str | None, typer.Option(metavar="FOLDER", help="Folder with further tasks as YAML, such as local ones.")
     ] = None,
     window: Annotated[str, typer.Option(metavar="COUNT", help="Tokens of a window.")] = "128",
-    field: Annotated[str, typer.Option(help="Field that holds the text, in files of rows and Hub data sets.")] = "text",
-    bos: Annotated[
-        str,
-        typer.Option(
-            metavar="[auto|yes|text|no]",
-            help="Beginning-of-sequence token before every window (yes), once before the text (text) or nowhere (no); "
-            "auto: yes for Gemma, no for other families.",
-        ),
-    ] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")] = None,
-    mesh: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Mesh of devices, data=2,model=4; one device if unset.")
-    ] = None,
+    field: FieldOption = "text",
+    bos: BosOption = "auto",
+    dtype: DtypeOption = None,
+    mesh: MeshOption = None,
     hosts: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Several processes: auto, or ADDRESS:PORT,COUNT,NUMBER.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub, of MODEL.")] = None,
     as_json: JsonOption = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress on standard error.")] = False,
+    quiet: ShownQuietOption = False,
 ) -> None:
     """Measure the perplexity on a text, the accuracy on tasks, or both; of one model, or of several side by side."""
     from minillm_jax import api

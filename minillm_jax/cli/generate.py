@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minillm_jax.cli.arguments import JsonOption, ModelArgument
+from minillm_jax.cli.arguments import DtypeOption, JsonOption, MeshOption, ModelArgument
 from minillm_jax.cli.show import show
 from minillm_jax.errors import InputError, cause
 from minillm_jax.settings import dtype_name
@@ -38,10 +38,8 @@ def generate(
         float, typer.Option(metavar="NUMBER", help="Draw from the most probable tokens that reach this probability.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(metavar="COUNT", help="Seed of the drawn tokens.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")] = None,
-    mesh: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Mesh of devices, data=2,model=4; one device if unset.")
-    ] = None,
+    dtype: DtypeOption = None,
+    mesh: MeshOption = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub, of MODEL.")] = None,
     as_json: JsonOption = False,
 ) -> None:
