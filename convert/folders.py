@@ -199,12 +199,13 @@ def check_new_file(path: Path) -> None:
         raise InputError(f"{path}: no file can be made there; {path.parent} is not a writable folder")
 
 
-def add_texts(folder: str | Path, texts: Mapping[str, str]) -> None:
+def add_texts(folder: str | Path, texts: Mapping[str, str], replace: bool = False) -> None:
     """Add files to a written folder, each whole or not at all; only process 0 calls it.
 
     Args:
       folder: the folder.
       texts: file name → text.
+      replace: whether a file takes the place of one that exists already.
 
     Raises:
       InputError: a file cannot be written, or exists already.
@@ -212,22 +213,22 @@ def add_texts(folder: str | Path, texts: Mapping[str, str]) -> None:
     target = absolute_path(folder, WHAT)
     for name, text in texts.items():
         try:
-            with new_file(target / name) as file:
+            with new_file(target / name, replace) as file:
                 file.write(text)
         except (OSError, UnicodeError) as error:
             raise InputError(f"{target / name}: cannot be written ({reason(error)})") from error
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[TextIO]:
-    """A text file that takes its name when it is complete; it never overwrites another file."""
+def new_file(path: Path, replace: bool = False) -> Iterator[TextIO]:
+    """A text file that takes its name when it is complete; it overwrites another file only with `replace`."""
     scratch = path.with_name(f".{path.name}.part")
     try:
         with scratch.open("x", encoding="utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
+        if path.exists() and not replace:
             raise FileExistsError(errno.EEXIST, "a file of that name exists already", path)
         scratch.rename(path)
     finally:

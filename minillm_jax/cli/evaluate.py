@@ -48,6 +48,9 @@ def evaluate(
     include_path: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Folder with further tasks as YAML, such as local ones.")
     ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Put the tasks into the report of MODEL; the first --against is before.")
+    ] = False,
     window: Annotated[str, typer.Option(metavar="COUNT", help="Tokens of a window.")] = "128",
     field: FieldOption = "text",
     bos: BosOption = "auto",
@@ -61,6 +64,7 @@ def evaluate(
     quiet: ShownQuietOption = False,
 ) -> None:
     """Measure the perplexity on a text, the accuracy on tasks, or both; of one model, or of several side by side."""
+    from convert.folders import add_texts
     from minillm_jax import api
     from minillm_jax.data.documents import check_source
     from minillm_jax.data.mixture import check_one_text
@@ -77,6 +81,7 @@ def evaluate(
     questions = _task_settings(tasks, fewshot, limit, include_path)
     if text is None and questions is None:
         raise InputError("nothing is to be measured; give a text with --text, tasks with --tasks, or both")
+    folder = reports.check_report(model, against or [], questions) if report else None
     shape, kind = sharding.parse_mesh(mesh), settings.output.dtype
     if hosts is not None:
         processes.initialise_hosts(processes.parse_hosts(hosts))
@@ -104,6 +109,8 @@ def evaluate(
             found.append(Measured(name, perplexity, scores))
             del loaded  # one model is in memory at a time
     if processes.is_writer():
+        if folder is not None:
+            add_texts(folder, reports.documents(folder, found), replace=True)
         show(
             as_json,
             lambda: reports.result_json(found, text, questions),

@@ -1,15 +1,21 @@
 """A finished evaluation: perplexity on a text and accuracy on tasks, of several models side by side."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
+from minillm_jax.errors import InputError, cause
 from minillm_jax.evaluation.perplexity import Perplexity
 from minillm_jax.evaluation.tasks import GROUPS, TaskScores, TaskSettings, mean
+from minillm_jax.report import page, plots, recovery
 from minillm_jax.report.summary import short_name
+
+REPORT = "report.json"
 
 
 class Measured(NamedTuple):
@@ -55,6 +61,53 @@ def _model_json(one: Measured, settings: TaskSettings | None) -> dict[str, Any]:
         "means": {name: {"value": value, "error": error} for name, (value, error) in means.items()},
         "versions": dict(one.tasks.versions),
     }
+
+
+def check_report(model: str, others: Sequence[str], settings: TaskSettings | None) -> Path:
+    """The folder whose report takes the figures of the tasks, before a model is read.
+
+    Args:
+      model: the model that is evaluated.
+      others: the models that it is compared with, the dense one first.
+      settings: of the tasks.
+
+    Raises:
+      InputError: there are no tasks, no dense model, or no report.
+    """
+    if settings is None or not others:
+        raise InputError("--report needs --tasks, and the dense model as the first --against")
+    folder = Path(model)
+    if not (folder / REPORT).is_file():
+        raise InputError(f"{model}: --report needs a folder that prune or recover has written, with its {REPORT}")
+    try:
+        json.loads((folder / REPORT).read_text(encoding="utf-8"))["base_model"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / REPORT}: not a report of prune or recover ({cause(error)})") from error
+    return folder
+
+
+def documents(folder: Path, found: Sequence[Measured]) -> dict[str, str]:
+    """The report of a run with the tasks of its model and of the dense one, by file name.
+
+    Args:
+      folder: of the run.
+      found: of its model, then of the dense model.
+    """
+    summary = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    after, before = ([] if one.tasks is None else one.tasks.scores for one in found[:2])
+    summary["tasks"] = [
+        {
+            "task": one.task,
+            "metric": one.metric,
+            "before": other.value,
+            "before_stderr": other.error,
+            "after": one.value,
+            "after_stderr": one.error,
+        }
+        for one, other in zip(after, before, strict=True)
+    ]
+    html = recovery.page(summary) if "points" in summary else page.page(summary, plots.draw(summary))
+    return {REPORT: json.dumps(summary, indent=2) + "\n", "report.html": html}
 
 
 def table(found: Sequence[Measured], source: str | None, settings: TaskSettings | None) -> Table:

@@ -144,3 +144,36 @@ def test_errors_of_tasks_come_before_the_weights(
 ) -> None:
     assert call(monkeypatch, ["eval", without_weights, *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_tasks_go_into_the_report_of_a_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "t.txt").write_text(demo.training_text()[:30_000])
+    options = [
+        "--ratio",
+        0.2,
+        "--calibration",
+        tmp_path / "t.txt",
+        "--samples",
+        4,
+        "--seq-len",
+        32,
+        "--recipe",
+        "wanda-sp",
+    ]
+    assert call(monkeypatch, ["prune", demo.FOLDER, *options, "--output", tmp_path / "out"]) == 0
+    (tmp_path / "q.jsonl").write_text(json.dumps({"query": "The file is", "choices": ["read", "red"], "gold": 0}))
+    write(tmp_path / "tasks", {"tiny_report": tmp_path / "q.jsonl"})
+    asked = ["--tasks", "tiny_report", "--include-path", tmp_path / "tasks"]
+    assert call(monkeypatch, ["eval", tmp_path / "out", *asked, "--report"]) == 2
+    assert "--report needs --tasks, and the dense model as the first --against" in capsys.readouterr().err
+    assert call(monkeypatch, ["eval", demo.FOLDER, *asked, "--against", tmp_path / "out", "--report"]) == 2
+    assert "--report needs a folder that prune or recover has written" in capsys.readouterr().err
+    assert call(monkeypatch, ["eval", tmp_path / "out", *asked, "--against", demo.FOLDER, "--report"]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {(one["task"], one["metric"]) for one in report["tasks"]} == {
+        ("tiny_report", "acc"),
+        ("tiny_report", "acc_norm"),
+    }
+    assert "tiny_report, acc_norm" in (tmp_path / "out" / "report.html").read_text()
