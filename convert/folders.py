@@ -8,6 +8,7 @@ import secrets
 import shutil
 import socket
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -17,6 +18,9 @@ from typing import TextIO
 from minillm_jax.devices import hosts
 from minillm_jax.errors import InputError, reason, shortened, size_text
 from minillm_jax.paths import absolute_path
+
+# Attempts to remove a folder, a tenth of a second apart.
+ATTEMPTS = 20
 
 WHAT = "output folder"
 
@@ -155,13 +159,22 @@ def new_folder(output: str | Path, needed: int | None = None) -> Iterator[Path]:
             _check_free(path)
             scratch.rename(path)
         except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
+            _remove(scratch)
             for parent in created:  # innermost first, so that each is empty
                 with suppress(OSError):
                     parent.rmdir()
             raise
         for folder in {path.parent, *(parent.parent for parent in created)}:
             _sync_folder(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder; again for a moment where threads of Orbax still write into it."""
+    for _ in range(ATTEMPTS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 @contextmanager

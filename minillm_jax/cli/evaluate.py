@@ -85,12 +85,12 @@ def evaluate(
     shape, kind = sharding.parse_mesh(mesh), settings.output.dtype
     if hosts is not None:
         processes.initialise_hosts(processes.parse_hosts(hosts))
+    devices = sharding.make_mesh(shape)
     if questions is not None:
         of_tasks.check(questions)
     if text is not None:
         check_one_text(text)
         check_source(text, field, most=1)  # the whole text is read below, before the weights
-    devices = sharding.make_mesh(shape)
     names = {model: revision} | dict.fromkeys(against or [])
     described = {name: api.describe(name, kind, commit) for name, commit in names.items()}
     windows = {

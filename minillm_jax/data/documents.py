@@ -295,5 +295,5 @@ def _hub_blocks(source: str, field: str, limit: int, write: chat.Writer) -> Iter
     except (InputError, GeneratorExit):
         raise
     except Exception as error:  # the Hub client raises many types
-        name = shortened(source, LONGEST_NAME)
-        raise InputError(f"{name}: no such file, and the Hub could not provide it ({cause(error)})") from error
+        name, why = shortened(source, LONGEST_NAME), shortened(cause(error), 120)
+        raise InputError(f"{name}: no such file, and the Hub could not provide it ({why})") from error

@@ -15,7 +15,6 @@ from minillm_jax.evaluation.generate import Sampling, generate, next_tokens, nuc
 from minillm_jax.model.decoder import Decoder
 from tests.helpers import (
     CONFIGURATIONS,
-    KINDS_OF_FAMILIES,
     compilations,
     logits_of,
     quickly,
@@ -41,7 +40,7 @@ def by_transformers(model: Any, prompt: list[int]) -> list[int]:
     return found[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", quickly(CONFIGURATIONS, (*KINDS_OF_FAMILIES, "mistral, sliding window")))
+@pytest.mark.parametrize("name", quickly(CONFIGURATIONS, ("opt", "bloom", "gemma2")))
 def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     family, changes = CONFIGURATIONS[name]
     model = torch_model(family, **changes)
