@@ -10,12 +10,13 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import evaluation_tables
 import recover_tables
 import study_tables
 import tables
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/quality.md", "docs/recovery.md")
+PAGES = ("README.md", "docs/evaluation.md", "docs/quality.md", "docs/recovery.md")
 
 _PART = re.compile(r"(<!-- made: (\w+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -42,6 +43,8 @@ PARTS: dict[str, Callable[[str], list[str]]] = {
     "shown": lambda model: quality(model, tables.SHOWN),
     "beaten": under(["model", "ratio", "recipe", "× dense", "the default"], tables.beaten_rows),
     "cost": under(["recipe", *tables.MODELS], tables.cost_rows),
+    "harness": evaluation_tables.harness_table,
+    "evaluation": evaluation_tables.evaluation_table,
     "recovery": recover_tables.recovery_table,
     "training": recover_tables.speed_table,
     "refit": under(["part", "host", "device"], tables.refit_rows),

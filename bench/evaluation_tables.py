@@ -1,0 +1,65 @@
+"""Tables of bench/harness.py and bench/evaluation.py, as Markdown; bench/page.py puts them into docs/evaluation.md."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from study_tables import RESULTS, table
+
+Row = dict[str, Any]
+
+
+def harness_table(model: str, results: Path = RESULTS) -> list[str]:
+    """A row for each task: requests a second, differences of the log-likelihoods, and their errors."""
+    path = results / f"harness-{model}.json"
+    if not path.exists():
+        return []
+    rows = [
+        [
+            row["task"].removesuffix("_local"),
+            str(row["requests"]),
+            f"{row['ours']:.1f}",
+            f"{row['theirs']:.1f}",
+            f"{row['ratio']:.2f}",
+            f"{row['difference']:.1e}",
+            f"{row['error']['ours']:.1e}",
+            f"{row['error']['theirs']:.1e}",
+            "yes" if row["same_answers"] else "no",
+        ]
+        for row in json.loads(path.read_text())["rows"]
+    ]
+    heads = ["task", "requests", "ours, a second", "lm-eval's class", "ratio"]
+    return table([*heads, "largest difference", "error of ours", "error of lm-eval's class", "same choices"], rows)
+
+
+def evaluation_table(model: str, results: Path = RESULTS) -> list[str]:
+    """A row for each figure and a column for each model: perplexities, comparison with the dense model, tasks."""
+    path = results / f"evaluation-{model}.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())["rows"]
+    names = list(dict.fromkeys(row["name"] for row in found))
+    lines: dict[str, dict[str, str]] = {"parameters": {row["name"]: f"{row['parameters']:,}" for row in found}}
+    for row in sorted(found, key=lambda row: "scores" in row):
+        for figure, text in _figures(row).items():
+            lines.setdefault(figure, {})[row["name"]] = text
+    return table(["", *names], [[figure, *(cells.get(name, "") for name in names)] for figure, cells in lines.items()])
+
+
+def _figures(row: Row) -> dict[str, str]:
+    """Name of a figure -> its text, of one row."""
+    if "perplexity" in row:
+        return {f"perplexity, {name}": f"{value:.2f}" for name, value in row["perplexity"].items()}
+    if "compare" in row:
+        shown = {
+            "divergence": "KL(dense ‖ model), nats",
+            "agreement": "same top token",
+            "acceptance": "expected acceptance",
+        }
+        means = row["compare"]
+        return {words: f"{means[key]['value']:.3f}" for key, words in shown.items() if key in means}
+    return {
+        f"{score['task'].removesuffix('_local')}, {score['metric']}": f"{100 * score['value']:.1f}"
+        + ("" if score["error"] is None else f" ± {100 * score['error']:.1f}")
+        for score in row.get("scores", ())
+    }
