@@ -1,8 +1,9 @@
 """Log-likelihoods of continuations of given prefixes, such as the choices of a question (letters: see `axis_table`).
 
 Requests with the same prefix share one sequence: the prefix stands there once, and all its continuations behind it
-(`model.modules.Branches`). Sequences are padded to few lengths and come in batches of a fixed size for each length, so
-that few programs are compiled.
+(`model.modules.Branches`). Prefixes that begin alike, such as those of few-shot prompts, share their beginning, and
+their ends stand before the continuations. Sequences are padded to few lengths and come in batches of few sizes, so that
+few programs are compiled.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,28 +47,40 @@ class Likelihood(NamedTuple):
     greedy: bool
 
 
-class Group(NamedTuple):
-    """Requests with one prefix.
+class Branch(NamedTuple):
+    """What a request adds to the common beginning of its group.
 
     Attributes:
-      prefix: token ids.
-      continuations: token ids of each.
-      numbers: number of each request.
+      number: of the request.
+      tokens: the end of its prefix, then its continuation.
+      given: number of these tokens that belong to the prefix.
+    """
+
+    number: int
+    tokens: tuple[int, ...]
+    given: int = 0
+
+
+class Group(NamedTuple):
+    """Requests whose prefixes begin alike.
+
+    Attributes:
+      prefix: the common beginning, token ids.
+      branches: one for each request.
     """
 
     prefix: tuple[int, ...]
-    continuations: tuple[tuple[int, ...], ...]
-    numbers: tuple[int, ...]
+    branches: tuple[Branch, ...]
 
     @property
     def predicted(self) -> int:
         """Tokens of all continuations."""
-        return sum(map(len, self.continuations))
+        return sum(len(branch.tokens) - branch.given for branch in self.branches)
 
     @property
     def length(self) -> int:
         """Tokens of the sequence. The last token of a continuation is predicted, and no other token follows it."""
-        return len(self.prefix) + self.predicted - len(self.continuations)
+        return len(self.prefix) + sum(len(branch.tokens) - 1 for branch in self.branches)
 
 
 class Shape(NamedTuple):
@@ -119,11 +132,11 @@ def likelihoods(
         logs, greedy = (sharding.gather(array) for array in predictions(decoder, arrays))
         for row, group in enumerate(groups):
             stop = 0
-            for number, continuation in zip(group.numbers, group.continuations, strict=True):
-                start, stop = stop, stop + len(continuation)
+            for branch in group.branches:
+                start, stop = stop, stop + len(branch.tokens) - branch.given
                 total = float(logs[row, start:stop].sum(dtype=np.float64))
-                found[number] = Likelihood(total, bool(greedy[row, start:stop].all()))
-        done += sum(len(group.numbers) for group in groups)
+                found[branch.number] = Likelihood(total, bool(greedy[row, start:stop].all()))
+        done += sum(len(group.branches) for group in groups)
         if progress is not None:
             progress(done, len(requests))
     return found
@@ -170,15 +183,40 @@ def batches(
 
 
 def grouped(requests: Sequence[Request]) -> list[Group]:
-    """Requests with equal prefixes, in groups whose continuations are not much longer than their prefix."""
+    """Requests whose prefixes are equal or begin alike, in groups whose branches are not much longer than that."""
     by_prefix: dict[tuple[int, ...], list[int]] = {}
     for number, request in enumerate(requests):
         by_prefix.setdefault(request.prefix, []).append(number)
-    return [
-        Group(prefix, tuple(requests[number].continuation for number in part), tuple(part))
-        for prefix, numbers in by_prefix.items()
-        for part in _parts(requests, numbers, MOST_BRANCHES * max(64, len(prefix)))
-    ]
+    groups: list[Group] = []
+    for prefix, numbers in by_prefix.items():
+        for part in _parts(requests, numbers, most_tokens(prefix)):
+            group = Group(prefix, tuple(Branch(number, requests[number].continuation) for number in part))
+            joined = joined_groups(groups[-1], group) if groups else None
+            if joined is None:
+                groups.append(group)
+            else:
+                groups[-1] = joined
+    return groups
+
+
+def most_tokens(prefix: tuple[int, ...]) -> int:
+    """Tokens of the branches behind a prefix at most."""
+    return MOST_BRANCHES * max(64, len(prefix))
+
+
+def joined_groups(first: Group, second: Group) -> Group | None:
+    """Two groups as one; None where less than half of a prefix is common, or the branches would be too long."""
+    shorter = min(len(first.prefix), len(second.prefix))
+    common = next((i for i in range(shorter) if first.prefix[i] != second.prefix[i]), shorter)
+    if 2 * common < max(len(first.prefix), len(second.prefix)):
+        return None
+    branches = tuple(
+        Branch(branch.number, group.prefix[common:] + branch.tokens, branch.given + len(group.prefix) - common)
+        for group in (first, second)
+        for branch in group.branches
+    )
+    prefix = first.prefix[:common]
+    return Group(prefix, branches) if sum(len(one.tokens) for one in branches) <= most_tokens(prefix) else None
 
 
 def _parts(requests: Sequence[Request], numbers: Sequence[int], most: int) -> Iterator[list[int]]:
@@ -210,17 +248,17 @@ def packed(groups: Sequence[Group], shape: Shape) -> Packed:
     """The arrays of a batch. Padding stands at the end of a sequence, is a branch of its own, and predicts nothing."""
     tokens, positions, numbers = np.zeros((3, shape.sequences, shape.length), np.int32)
     sources, targets = np.zeros((2, shape.sequences, shape.predicted), np.int32)
-    numbers += len(max((group.continuations for group in groups), key=len)) + 1
+    numbers += max(len(group.branches) for group in groups) + 1
     for row, group in enumerate(groups):
         place, first = len(group.prefix), 0
         tokens[row, :place], positions[row, :place], numbers[row, :place] = group.prefix, range(place), 0
-        for number, continuation in enumerate(group.continuations, 1):
-            inner = slice(place, place + len(continuation) - 1)
-            tokens[row, inner], numbers[row, inner] = continuation[:-1], number
-            positions[row, inner] = np.arange(len(continuation) - 1) + len(group.prefix)
-            predicted = slice(first, first + len(continuation))
-            sources[row, predicted] = [len(group.prefix) - 1, *range(inner.start, inner.stop)]
-            targets[row, predicted] = continuation
+        for number, (_, branch, given) in enumerate(group.branches, 1):
+            inner = slice(place, place + len(branch) - 1)
+            tokens[row, inner], numbers[row, inner] = branch[:-1], number
+            positions[row, inner] = np.arange(len(branch) - 1) + len(group.prefix)
+            predicted = slice(first, first + len(branch) - given)
+            sources[row, predicted] = [len(group.prefix) - 1, *range(inner.start, inner.stop)][given:]
+            targets[row, predicted] = branch[given:]
             place, first = inner.stop, predicted.stop
     return Packed(tokens, Branches(positions, numbers), sources, targets)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from convert.reader import read_model
 from minillm_jax.errors import InputError
-from minillm_jax.evaluation.continuations import Request, batches, grouped, likelihoods, packed, padded
+from minillm_jax.evaluation.continuations import Group, Request, batches, grouped, likelihoods, packed, padded
 from minillm_jax.model.decoder import Decoder
 from tests.helpers import CONFIGURATIONS, logits_of, quickly, small_decoder, torch_model
 
@@ -68,10 +68,28 @@ def test_the_size_of_the_batches_changes_nothing(tokens_per_batch: int) -> None:
 
 def test_equal_prefixes_share_a_sequence() -> None:
     groups = grouped(REQUESTS)
-    assert [group.numbers for group in groups] == [(0, 1, 2, 3, 7), (4, 5), (6,)]
+    assert [numbers_of(group) for group in groups] == [[0, 1, 2, 3, 7], [4, 5], [6]]
     assert [group.length for group in groups] == [23 + 4 + 0 + 8 + 2 + 0, 30 + 39 + 1, 1 + 11]
     many = [Request((1,), tokens(50, seed)) for seed in range(9)]
-    assert [len(group.numbers) for group in grouped(many)] == [3, 3, 3], "long continuations do not all share one"
+    assert [len(group.branches) for group in grouped(many)] == [3, 3, 3], "long continuations do not all share one"
+
+
+def test_prefixes_that_begin_alike_share_their_beginning() -> None:
+    """As where the choice stands before the continuation; the third prefix has less than half in common."""
+    ends = [(7,), (8, 9), tokens(40, 5)]
+    asked = [Request(QUESTION + end, (5, 6, 4)) for end in ends]
+    joined, other = grouped(asked)
+    assert joined.prefix == QUESTION
+    assert [branch.given for branch in joined.branches] == [1, 2]
+    assert (joined.predicted, joined.length) == (6, 23 + 3 + 4)
+    assert numbers_of(other) == [2]
+    decoder = small_decoder()
+    for found, request in zip(likelihoods(decoder, asked), asked, strict=True):
+        assert found.log == pytest.approx(alone(decoder, request)[0], abs=1e-4)
+
+
+def numbers_of(group: Group) -> list[int]:
+    return [branch.number for branch in group.branches]
 
 
 @given(st.integers(1, 5000))
@@ -84,18 +102,19 @@ def test_padding_is_at_most_a_third(length: int) -> None:
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=12), st.integers(1, 300))
 def test_every_request_is_packed_once(sizes: list[tuple[int, int]], tokens_per_batch: int) -> None:
     requests = [
-        Request(tokens(prefix, prefix), tokens(length, number)) for number, (prefix, length) in enumerate(sizes)
+        Request(tokens(40, 0)[:prefix], tokens(length, number)) for number, (prefix, length) in enumerate(sizes)
     ]
     seen = []
     for shape, groups in batches(requests, tokens_per_batch, devices=2):
         assert shape.sequences % 2 == 0
         arrays = packed(groups, shape)
         for row, group in enumerate(groups):
+            own = [requests[number] for number in numbers_of(group)]
             targets = arrays.targets[row, : group.predicted].tolist()
-            assert targets == [token for one in group.continuations for token in one]
+            assert targets == [token for one in own for token in one.continuation]
             before = arrays.tokens[row, arrays.sources[row, : group.predicted]].tolist()
-            assert before == [t for one in group.continuations for t in (group.prefix[-1], *one[:-1])]
-            seen.extend(group.numbers)
+            assert before == [token for one in own for token in (one.prefix[-1], *one.continuation[:-1])]
+            seen.extend(numbers_of(group))
     assert sorted(seen) == list(range(len(requests)))
 
 
