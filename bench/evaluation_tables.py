@@ -14,6 +14,7 @@ def harness_table(model: str, results: Path = RESULTS) -> list[str]:
     path = results / f"harness-{model}.json"
     if not path.exists():
         return []
+    found = json.loads(path.read_text())["rows"]
     rows = [
         [
             row["task"].removesuffix("_local"),
@@ -26,8 +27,11 @@ def harness_table(model: str, results: Path = RESULTS) -> list[str]:
             f"{row['error']['theirs']:.1e}",
             "yes" if row["same_answers"] else "no",
         ]
-        for row in json.loads(path.read_text())["rows"]
+        for row in found
     ]
+    requests = sum(row["requests"] for row in found)
+    speeds = [requests / sum(row["requests"] / row[name] for row in found) for name in ("ours", "theirs")]
+    rows.append(["all", str(requests), *(f"{one:.1f}" for one in speeds), f"{speeds[0] / speeds[1]:.2f}", *[""] * 4])
     heads = ["task", "requests", "ours, a second", "lm-eval's class", "ratio"]
     return table([*heads, "largest difference", "error of ours", "error of lm-eval's class", "same choices"], rows)
 
