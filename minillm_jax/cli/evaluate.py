@@ -1,7 +1,8 @@
 """The command `eval`."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +20,11 @@ from minillm_jax.errors import InputError
 from minillm_jax.recipes import recipe as recipes
 
 if TYPE_CHECKING:
+    from minillm_jax.data.batches import Batches
     from minillm_jax.evaluation.tasks import TaskSettings
+    from minillm_jax.model.loaded import Model
+    from minillm_jax.progress import StageProgress
+    from minillm_jax.report.evaluation import Measured
 
 
 def evaluate(
@@ -71,10 +76,7 @@ def evaluate(
     from minillm_jax.devices import hosts as processes
     from minillm_jax.devices import sharding
     from minillm_jax.evaluation import tasks as of_tasks
-    from minillm_jax.progress import tell
     from minillm_jax.report import evaluation as reports
-    from minillm_jax.report.evaluation import Measured
-    from minillm_jax.report.summary import short_name
 
     given = {"window": window} | ({} if dtype is None else {"dtype": dtype})
     settings, _ = recipes.with_options(recipes.Recipe(), given)
@@ -101,12 +103,8 @@ def evaluate(
     with progress(quiet or as_json) as told:
         asked = [] if questions is None else of_tasks.questions_of(questions)
         for name, commit in names.items():
-            loaded, of_text = api.load(name, kind, devices, commit), windows[name]
-            perplexity = None if of_text is None else api.evaluate(loaded, of_text, progress=told)
-            scores = None
-            if questions is not None:
-                scores = of_tasks.scores_of(loaded, asked, questions, partial(tell, told, f"tasks, {short_name(name)}"))
-            found.append(Measured(name, perplexity, scores))
+            loaded = api.load(name, kind, devices, commit)
+            found.append(_measured(name, loaded, windows[name], asked, questions, told))
             del loaded  # one model is in memory at a time
     if processes.is_writer():
         if folder is not None:
@@ -116,6 +114,28 @@ def evaluate(
             lambda: reports.result_json(found, text, questions),
             lambda: reports.table(found, text, questions),
         )
+
+
+def _measured(
+    name: str,
+    model: "Model",
+    windows: "Batches | None",
+    asked: Sequence[Any],
+    questions: "TaskSettings | None",
+    told: "StageProgress",
+) -> "Measured":
+    """The figures of one model."""
+    from minillm_jax import api
+    from minillm_jax.evaluation import tasks
+    from minillm_jax.progress import tell
+    from minillm_jax.report.evaluation import Measured
+    from minillm_jax.report.summary import short_name
+
+    perplexity = None if windows is None else api.evaluate(model, windows, progress=told)
+    if questions is None:
+        return Measured(name, perplexity, None)
+    told_of_tasks = partial(tell, told, f"tasks, {short_name(name)}")
+    return Measured(name, perplexity, tasks.scores_of(model, asked, questions, told_of_tasks))
 
 
 def _task_settings(

@@ -151,7 +151,7 @@ def next_tokens(logits: Float[Array, "B V"], step: int, keys: Key[Array, " B"], 
       sampling: how a token is chosen.
     """
     if not sampling.temperature:
-        return _most_probable(logits)
+        return most_probable(logits)
     return _drawn(logits, jnp.int32(step), keys, jnp.float32(sampling.temperature), jnp.float32(sampling.top_p))
 
 
@@ -161,7 +161,8 @@ def _keys(seed: int, rows: int) -> Key[Array, " B"]:
 
 
 @jax.jit
-def _most_probable(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+def most_probable(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The most probable token of every sequence."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from minillm_jax.evaluation.generate import GREEDY, next_tokens, read_prompts, read_token
+from minillm_jax.evaluation.generate import most_probable, read_prompts, read_token
 from minillm_jax.model.decoder import Decoder
 
 
@@ -59,13 +59,13 @@ class Ours:
         """See `Engine`."""
         counts = np.full(len(prompts), prompts.shape[1], np.int32)
         logits, self._kept = read_prompts(self._decoder, jax.numpy.asarray(prompts), jax.numpy.asarray(counts), size)
-        self._token = jax.block_until_ready(next_tokens(logits, 0, jax.random.split(jax.random.key(0)), GREEDY))
+        self._token = jax.block_until_ready(most_probable(logits))
 
     def more(self, count: int) -> None:
         """See `Engine`."""
         for _ in range(count):
             logits, self._kept = read_token(self._decoder, self._kept, self._token)
-            self._token = next_tokens(logits, 0, jax.random.split(jax.random.key(0)), GREEDY)
+            self._token = most_probable(logits)
         jax.block_until_ready(self._token)
 
     @property
