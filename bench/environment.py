@@ -33,7 +33,12 @@ def _cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout; `-dirty` at its end where files have changed since, other than results."""
+    """The commit of this checkout; `-dirty` at its end where files have changed since, other than results.
+
+    A copy without Git's files takes it from the variable GIT_COMMIT.
+    """
+    if "GIT_COMMIT" in os.environ:
+        return os.environ["GIT_COMMIT"]
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()

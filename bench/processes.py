@@ -50,5 +50,16 @@ def end_with_parent() -> None:
 
 
 def cost() -> dict[str, float]:
-    """The processor time of this process so far, in seconds over all threads, and its peak resident memory in bytes."""
-    return {"cpu_seconds": round(time.process_time(), 1), "peak_bytes": process_peak()}
+    """The processor time of this process so far, in seconds over all threads, and its peak resident memory in bytes.
+
+    Where the process has used an accelerator, `device_bytes` is the most memory that it had there.
+    """
+    spent = {"cpu_seconds": round(time.process_time(), 1), "peak_bytes": process_peak()}
+    return spent | ({"device_bytes": device_bytes()} if device_bytes() else {})
+
+
+def device_bytes() -> int:
+    """The most memory that JAX or PyTorch, whichever had more, has taken on the first accelerator; 0 without one."""
+    jax, torch = sys.modules.get("jax"), sys.modules.get("torch")
+    used = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) if jax is not None else 0
+    return max(used, torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_available() else 0)

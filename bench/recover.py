@@ -195,6 +195,7 @@ def by_peft(pruned: Model, examples: Examples, row: Row) -> tuple[Model, int]:
             r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules="all-linear", task_type="CAUSAL_LM"
         )
         model: Any = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), shape).train()
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         tokens = train_peft(model, examples, row)
         model.merge_and_unload().save_pretrained(merged)
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -218,9 +219,9 @@ def train_peft(model: Any, examples: Examples, row: Row) -> int:
         targets = int(counted.sum())
         total += targets
         for start in range(0, batch, micro):
-            ids = torch.tensor(tokens[start : start + micro], dtype=torch.long)
-            labels = torch.where(torch.tensor(counted[start : start + micro]), ids, -100)
-            logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+            ids = torch.tensor(tokens[start : start + micro], dtype=torch.long, device=model.device)
+            labels = torch.where(torch.tensor(counted[start : start + micro], device=model.device), ids, -100)
+            logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1).float()
             loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / targets
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

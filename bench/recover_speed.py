@@ -1,12 +1,13 @@
 """Time and memory of a training step of low-rank adapters: ours and PEFT's in PyTorch, on the same shape.
 
-    python bench/recover_speed.py [--shape 25M] [--batch 4] [--length 256] [--rounds 9] [--output FILE]
+    python bench/recover_speed.py [--shape 25M] [--batch 4] [--length 256] [--dtype float32] [--rounds 9] [--output FILE]
 
 A step is the forward pass, the backward pass and an update of AdamW, for adapters of rank 8 on all linear maps, without
 dropout. The programs take turns in one process. `ours` keeps the outputs of linear maps for the backward pass, `stream
 kept` the residual stream before every layer alone, `all kept` everything. Peak memory is that of a process of its own
-which does three steps of one program alone. PEFT runs the stock `LlamaForCausalLM` with PyTorch's fused attention, and
-takes the loss as transformers does.
+which does three steps of one program alone: its resident memory, or what it takes on the accelerator. PEFT runs the
+stock `LlamaForCausalLM` with PyTorch's fused attention on the same device, and takes the loss as transformers does.
+Adapters and the optimiser are float32 whatever the type of the weights.
 """
 
 import argparse
@@ -23,14 +24,14 @@ PROGRAMS = ("ours", "ours, stream kept", "ours, all kept", "PEFT")
 KEPT = {"ours": "products", "ours, stream kept": "stream", "ours, all kept": "all"}
 
 
-def program_of(name: str, shape: str, batch: int, length: int) -> Callable[[], Any]:
+def program_of(name: str, shape: str, batch: int, length: int, dtype: str) -> Callable[[], Any]:
     """A program that does one training step."""
     if name == "PEFT":
-        return peft_step(shape, batch, length)
-    return our_step(shape, batch, length, KEPT[name])
+        return peft_step(shape, batch, length, dtype)
+    return our_step(shape, batch, length, dtype, KEPT[name])
 
 
-def our_step(shape: str, batch: int, length: int, activations: str) -> Callable[[], Any]:
+def our_step(shape: str, batch: int, length: int, dtype: str, activations: str) -> Callable[[], Any]:
     """A training step of this package."""
     import jax
     from jax import numpy as jnp
@@ -43,7 +44,7 @@ def our_step(shape: str, batch: int, length: int, activations: str) -> Callable[
     from minillm_jax.recovery.settings import Lora, Training
     from minillm_jax.recovery.trained import TrainedAdapter
 
-    decoder = random_decoder(shape)
+    decoder = random_decoder(shape, dtype)
     trained = TrainedAdapter(Lora(), activations)
     steps = optimizer(Training(batch=batch, micro_batch=batch), 1000)
     update = ByGradient(gradients.backward(trained), steps).program()
@@ -64,36 +65,41 @@ def our_step(shape: str, batch: int, length: int, activations: str) -> Callable[
     return step
 
 
-def peft_step(shape: str, batch: int, length: int) -> Callable[[], Any]:
+def peft_step(shape: str, batch: int, length: int, dtype: str) -> Callable[[], Any]:
     """A training step of PEFT."""
     import peft
     import torch
     from torch_pair import llama
 
     settings = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model: Any = peft.get_peft_model(llama(shape), settings).train()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = peft.get_peft_model(llama(shape, device, getattr(torch, dtype)), settings).train()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-4, weight_decay=0.0)
     ids = torch.randint(0, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(device)
 
     def step() -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return step
 
 
 def measure(row: dict[str, Any]) -> dict[str, Any]:
     """The peak memory of a process that runs three steps of one program."""
-    program = program_of(row["program"], row["shape"], row["batch"], row["length"])
+    program = program_of(row["program"], row["shape"], row["batch"], row["length"], row["dtype"])
     for _ in range(3):
         result = program()
         if result is not None:
             import jax
 
             jax.block_until_ready(result)
-    return cost()
+    spent = cost()
+    return spent | {"peak_bytes": spent.get("device_bytes", spent["peak_bytes"])}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -102,6 +108,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shape", default="25M")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
@@ -116,7 +123,7 @@ def main() -> None:
     from timing import medians, take_turns
 
     arguments = parse_arguments()
-    shape = {"shape": arguments.shape, "batch": arguments.batch, "length": arguments.length}
+    shape = {key: getattr(arguments, key) for key in ("shape", "batch", "length", "dtype")}
     memory = {name: launch(Path(__file__), shape | {"program": name}) for name in PROGRAMS}
     programs = {name: program_of(name, *shape.values()) for name in PROGRAMS}
     seconds = medians(take_turns(programs, arguments.rounds))

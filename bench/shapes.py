@@ -3,6 +3,7 @@
 tiny    for tests
 25M     25 million parameters in its layers and a small vocabulary, small enough for many rounds on two CPU cores
 125M    the width and depth of GPT-2 small, with LLaMA's layers and vocabulary
+135M    SmolLM2-135M, with a head of its own: 9 query heads share 3 key/value heads
 1B      TinyLlama 1.1B (arXiv 2401.02385): 32 query heads share 4 key/value heads
 7B      LLaMA 7B (arXiv 2302.13971)
 """
@@ -25,6 +26,7 @@ SHAPES = {
     "tiny": Sizes(V=96, D=64, H=16, layers=(LayerSizes(N=4, K=2, F=160),) * 2),
     "25M": Sizes(V=512, D=512, H=64, layers=(LayerSizes(N=8, K=8, F=1376),) * 8),
     "125M": Sizes(V=32000, D=768, H=64, layers=(LayerSizes(N=12, K=12, F=2048),) * 12),
+    "135M": Sizes(V=49152, D=576, H=64, layers=(LayerSizes(N=9, K=3, F=1536),) * 30),
     "1B": Sizes(V=32000, D=2048, H=64, layers=(LayerSizes(N=32, K=4, F=5632),) * 22),
     "7B": Sizes(V=32000, D=4096, H=128, layers=(LayerSizes(N=32, K=32, F=11008),) * 32),
 }
