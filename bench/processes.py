@@ -54,7 +54,7 @@ def cost() -> dict[str, float]:
 
     Where the process has used an accelerator, `device_bytes` is the most memory that it had there.
     """
-    spent = {"cpu_seconds": round(time.process_time(), 1), "peak_bytes": process_peak()}
+    spent: dict[str, float] = {"cpu_seconds": round(time.process_time(), 1), "peak_bytes": process_peak()}
     return spent | ({"device_bytes": device_bytes()} if device_bytes() else {})
 
 

@@ -1,6 +1,7 @@
 """Time and memory of a training step of low-rank adapters: ours and PEFT's in PyTorch, on the same shape.
 
-    python bench/recover_speed.py [--shape 25M] [--batch 4] [--length 256] [--dtype float32] [--rounds 9] [--output FILE]
+    python bench/recover_speed.py [--shape 25M] [--batch 4] [--length 256] [--dtype float32] [--rounds 9]
+        [--output FILE]
 
 A step is the forward pass, the backward pass and an update of AdamW, for adapters of rank 8 on all linear maps, without
 dropout. The programs take turns in one process. `ours` keeps the outputs of linear maps for the backward pass, `stream
