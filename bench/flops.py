@@ -23,8 +23,8 @@ from timing import Program
 
 from minillm_jax.model import ops
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.modules import Block
-from minillm_jax.model.tree import kernels, run_letters
+from minillm_jax.model.modules import Block, run_letters
+from minillm_jax.model.tree import kernels
 
 # Dense peaks in FLOP/s by `device_kind`, from the data sheets: bfloat16, and float32 without TF32. A float32 product of
 # precision HIGHEST takes six bfloat16 passes on a TPU, so its float32 peak is a sixth.

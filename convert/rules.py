@@ -19,8 +19,8 @@ from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.modules import depth
-from minillm_jax.model.tree import named_arrays, outer_letters, run_letters
+from minillm_jax.model.modules import depth, run_letters
+from minillm_jax.model.tree import named_arrays, outer_letters
 
 # What wrappers of PyTorch modules add to the names of tensors: torch.compile, FSDP and activation checkpointing
 # anywhere; DataParallel, DeepSpeed, PEFT and Lightning before every name.

@@ -26,8 +26,8 @@ from minillm_jax.model.build import build
 from minillm_jax.model.config import DecoderConfig, Sizes
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import LOGITS_AT_ONCE
-from minillm_jax.model.modules import depth
-from minillm_jax.model.tree import hidden_size, layer_count, named_arrays, run_letters
+from minillm_jax.model.modules import depth, run_letters
+from minillm_jax.model.tree import hidden_size, layer_count, named_arrays
 from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.recipes.sized import few_tokens, sized
 from minillm_jax.scoring.criteria import CRITERIA

@@ -22,8 +22,8 @@ from jaxtyping import Array, Int, Shaped
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.modules import Block, depth
-from minillm_jax.model.tree import named_arrays, outer_letters, run_letters
+from minillm_jax.model.modules import Block, depth, run_letters
+from minillm_jax.model.tree import named_arrays, outer_letters
 
 DATA, MODEL = "data", "model"
 

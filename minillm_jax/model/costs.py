@@ -14,8 +14,8 @@ import numpy as np
 from minillm_jax.errors import one_of
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.modules import Block, depth
-from minillm_jax.model.tree import group_count, kernels, named_arrays, parameter_count, run_letters
+from minillm_jax.model.modules import Block, depth, run_letters
+from minillm_jax.model.tree import group_count, kernels, named_arrays, parameter_count
 
 MEASURES = ("parameters", "macs", "memory")
 

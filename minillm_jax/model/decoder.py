@@ -17,6 +17,7 @@ from minillm_jax.model import ops
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.modules import Angles, Block, Branches, Linear, Norm, depth
+from minillm_jax.model.padded_runs import one_run, worth_padding
 
 
 class Decoder(nnx.Module):
@@ -191,7 +192,8 @@ def final_hidden(
     def step(x: Array, block: Block, layer: Array, extra: None) -> tuple[Array, None]:
         return apply_layer(block, decoder.config, x, angles, branches)[0], None
 
-    x, _ = scan_layers(decoder.runs, step, embed(decoder, tokens, positions))
+    runs = one_run(decoder.runs) if worth_padding(decoder.runs) else decoder.runs
+    x, _ = scan_layers(runs, step, embed(decoder, tokens, positions))
     return finish(decoder, x)
 
 

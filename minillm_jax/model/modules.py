@@ -136,3 +136,9 @@ class Block(nnx.Module):
 def depth(run: Block) -> int:
     """Number of layers of a run."""
     return run.attention.q.kernel.shape[0]
+
+
+def run_letters(run: Block) -> dict[str, int]:
+    """The size of every axis letter of the layers of a run."""
+    d, n, h = run.attention.q.kernel.shape[1:]
+    return {"D": d, "N": n, "H": h, "K": run.attention.k.kernel.shape[2], "F": run.mlp.down.kernel.shape[1]}

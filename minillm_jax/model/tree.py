@@ -11,7 +11,7 @@ from minillm_jax.model import axis_table
 from minillm_jax.model.build import NO_WINDOW
 from minillm_jax.model.config import LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.modules import MLP, Attention, Block, Linear, depth
+from minillm_jax.model.modules import MLP, Attention, Block, Linear, depth, run_letters
 
 
 def layer_count(decoder: Decoder) -> int:
@@ -29,12 +29,6 @@ def outer_letters(decoder: Decoder) -> dict[str, int]:
     vocabulary, width = decoder.embedding.shape
     positions = 0 if decoder.position_embedding is None else decoder.position_embedding.shape[0]
     return {"V": vocabulary, "E": width, "D": hidden_size(decoder), "M": positions}
-
-
-def run_letters(run: Block) -> dict[str, int]:
-    """The size of every axis letter of the layers of a run."""
-    d, n, h = run.attention.q.kernel.shape[1:]
-    return {"D": d, "N": n, "H": h, "K": run.attention.k.kernel.shape[2], "F": run.mlp.down.kernel.shape[1]}
 
 
 def sizes_of(decoder: Decoder) -> Sizes:

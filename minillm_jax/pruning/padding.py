@@ -11,8 +11,8 @@ from minillm_jax.model import axis_table
 from minillm_jax.model.build import build, with_runs
 from minillm_jax.model.config import Sizes
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.modules import Block, depth
-from minillm_jax.model.tree import group_count, named_arrays, run_letters
+from minillm_jax.model.modules import Block, depth, run_letters
+from minillm_jax.model.tree import group_count, named_arrays
 
 # Kind of group -> for each layer, the indices of its groups in the padded layer. Key/value heads (`head`) and channels
 # are counted in the layer and ascend; query heads (`query`) are counted within their key/value head.

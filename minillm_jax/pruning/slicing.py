@@ -16,8 +16,8 @@ from minillm_jax.model import axis_table
 from minillm_jax.model.build import with_runs
 from minillm_jax.model.config import Sizes
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.modules import Block, depth
-from minillm_jax.model.tree import group_count, run_letters
+from minillm_jax.model.modules import Block, depth, run_letters
+from minillm_jax.model.tree import group_count
 
 
 def slice_groups(decoder: Decoder, kept: axis_table.Kept) -> Decoder:

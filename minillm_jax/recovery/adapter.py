@@ -15,7 +15,7 @@ from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
-from minillm_jax.model import axis_table, ops
+from minillm_jax.model import axis_table, ops, padded_runs
 from minillm_jax.model.build import with_runs
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import PRODUCT, Block, Linear, depth
@@ -158,6 +158,37 @@ def _dropout(
         return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
     return drop
+
+
+def one_run(runs: Sequence[Block], adapter: Adapter) -> Adapter:
+    """The adapter of `padded_runs.one_run`, inside a compiled program: zeros beside heads and channels of zeros.
+
+    Args:
+      runs: the runs of the decoder.
+      adapter: its factors; a matrix that a run has lost gets zeros.
+    """
+    sizes, found = padded_runs.largest(runs), {}
+    for name in dict.fromkeys(name for factors in adapter for name in factors):
+        inputs, outputs = axis_table.matrices()[name].split()
+        pieces = []
+        for run, factors in zip(runs, adapter, strict=True):
+            before = padded_runs.letters_of(run)
+            a, b = factors.get(name) or _empty(adapter, name, before["L"])
+            a, b = (
+                padded_runs.padded(factor, f"L{axes}", before, sizes)
+                for factor, axes in ((a, f"{inputs}R"), (b, f"R{outputs}"))
+            )
+            pieces.append(Factors(a, b))
+        found[name] = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
+    return [found]
+
+
+def _empty(adapter: Adapter, name: str, layers: int) -> Factors:
+    """Factors without elements, in the place of those of a matrix that is not there."""
+    a, b = next(factors[name] for factors in adapter if name in factors)
+    return Factors(
+        jnp.zeros((layers, *(0,) * (a.ndim - 2), a.shape[-1])), jnp.zeros((layers, b.shape[1], *(0,) * (b.ndim - 2)))
+    )
 
 
 def merge(decoder: Decoder, adapter: Adapter, lora: Lora) -> Decoder:

@@ -6,6 +6,7 @@ itself is an argument without a gradient.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -17,6 +18,7 @@ from minillm_jax.model.build import with_runs
 from minillm_jax.model.decoder import Decoder, embed, finish, rotary_angles, scan_layers
 from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.modules import PRODUCT, Block
+from minillm_jax.model.padded_runs import one_run, worth_padding
 from minillm_jax.model.tree import kernels, named_arrays, replace_kernels
 from minillm_jax.recovery import adapter as adapters
 from minillm_jax.recovery.adapter import Lora
@@ -87,7 +89,8 @@ class TrainedAdapter:
         def with_adapter(block: Block, layer: Array, factors: Any) -> Block:
             return adapters.adapted(block, factors, self.lora, key, layer)
 
-        return hidden_states(decoder, tokens, with_adapter, parameters, self.activations)
+        pad = partial(adapters.one_run, decoder.runs)
+        return hidden_states(decoder, tokens, with_adapter, parameters, self.activations, pad)
 
     def result(self, parameters: adapters.Adapter, decoder: Decoder) -> Decoder:
         """See `Trained`."""
@@ -175,6 +178,7 @@ def hidden_states(
     changed: Callable[[Block, Array, Any], Block] | None = None,
     per_layer: Any = None,
     activations: str = "products",
+    pad: Callable[[Any], Any] | None = None,
 ) -> Float[Array, "B T E"]:
     """The input of the head, with changed layers.
 
@@ -184,7 +188,11 @@ def hidden_states(
       changed: block of one layer, index of the layer, its slice of `per_layer` -> block that is computed.
       per_layer: see `scan_layers`.
       activations: what reverse mode keeps of a layer's activations (`KEPT`); it computes the others again.
+      pad: `per_layer` -> that of one run, where all runs are padded to one (`padded_runs`).
     """
+    runs = decoder.runs
+    if worth_padding(runs):
+        runs, per_layer = one_run(runs), per_layer if pad is None else pad(per_layer)
     angles = rotary_angles(decoder, tokens.shape[1])
 
     def step(x: Array, block: Block, layer: Array, extra: Any) -> tuple[Array, None]:
@@ -192,5 +200,5 @@ def hidden_states(
         return apply_layer(computed, decoder.config, x, angles)[0], None
 
     kept = step if activations == "all" else jax.checkpoint(step, prevent_cse=False, policy=KEPT[activations])
-    x, _ = scan_layers(decoder.runs, kept, embed(decoder, tokens), per_layer)
+    x, _ = scan_layers(runs, kept, embed(decoder, tokens), per_layer)
     return finish(decoder, x)

@@ -16,8 +16,8 @@ from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
-from minillm_jax.model.modules import Block, depth
-from minillm_jax.model.tree import group_count, group_counts, hidden_size, kernels, layer_count, run_letters
+from minillm_jax.model.modules import Block, depth, run_letters
+from minillm_jax.model.tree import group_count, group_counts, hidden_size, kernels, layer_count
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.scoring import criteria
 from minillm_jax.scoring.activations import RunStatistics, activation_norms

@@ -10,8 +10,8 @@ from minillm_jax.data.batches import TOKENS_PER_BATCH
 from minillm_jax.devices import hosts
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import LOGITS_AT_ONCE
-from minillm_jax.model.modules import depth
-from minillm_jax.model.tree import hidden_size, parameter_count, run_letters
+from minillm_jax.model.modules import depth, run_letters
+from minillm_jax.model.tree import hidden_size, parameter_count
 from minillm_jax.settings import Estimation
 
 # Upper limit for the directions of one pass; more directions save hardly any time.
