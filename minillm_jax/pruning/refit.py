@@ -20,12 +20,12 @@ With several processes, process 0 chooses the groups and solves the systems. The
 
 from collections.abc import Callable, Container, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import numpy as np
-from jax import numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from minillm_jax.data.batches import Batches
 from minillm_jax.devices import hosts
@@ -116,11 +116,17 @@ def slice_and_refit(
 
     def replace_layer(site: Site) -> Block:
         kind = pruned_kind(site.kind, kept)
-        return site.run if kind is None else slice_site(site, kind, kept[kind][site.layer], settings, solver)
+        return site.run if kind is None else prune_site(site, kind, kept[kind][site.layer], settings, solver)
 
     refit_inputs = input_refit(settings, kept, batches, solver)
-    layers = walk(decoder, batches, replace_layer, progress, refit_inputs, held_out_windows(settings, batches))
+    held_out, finish = held_out_windows(settings, batches), partial(_sliced, kept, batches.mesh)
+    layers = walk(decoder, batches, replace_layer, progress, refit_inputs, held_out, finish=finish)
     return shard(with_runs(decoder, slicing.merge(layers)), mesh_of(decoder))
+
+
+def _sliced(kept: axis_table.Kept, mesh: Mesh | None, layer: int, run: Block) -> Block:
+    """A layer with only its kept groups, a run of one layer."""
+    return slicing.take_layer({kind: rows[layer] for kind, rows in kept.items()}, run, mesh)
 
 
 def prune_by_obs(
@@ -162,7 +168,8 @@ def prune_by_obs(
 
     kept_ranges = {kind: [range(count) for count in rows] for kind, rows in counts.items()}  # only their lengths matter
     refit_inputs = input_refit(settings, kept_ranges, batches, solver)
-    layers = walk(decoder, batches, replace_layer, progress, refit_inputs, held_out_windows(settings, batches))
+    held_out, finish = held_out_windows(settings, batches), partial(_sliced, kept, batches.mesh)
+    layers = walk(decoder, batches, replace_layer, progress, refit_inputs, held_out, finish=finish)
     return shard(with_runs(decoder, slicing.merge(layers)), mesh_of(decoder)), kept
 
 
@@ -289,7 +296,7 @@ def removal_order(system: System, count: int, keep: int, parts: int = 1, solver:
 def _choose_and_refit(
     site: Site, kind: str, keep: int, settings: Refit, solver: Solver
 ) -> tuple[Int[np.ndarray, " kept"], Block]:
-    """The groups that structured OBS keeps, and the layer with these groups only."""
+    """The groups that structured OBS keeps, and the layer with zeros in the rows of all others."""
     count, parts = group_count(site.run, kind), part_count(site.run, kind)
     if keep == count:
         return np.arange(count), site.run
@@ -302,13 +309,13 @@ def _choose_and_refit(
         return {"kept": kept} | refitted(system, kept, count, settings, solver)
 
     found = hosts.of_first(solution)
-    return found["kept"], _smaller(site, kind, found)
+    return found["kept"], _with_zeros(site, kind, found)
 
 
-def slice_site(
+def prune_site(
     site: Site, kind: str, kept: Int[np.ndarray, " kept"], settings: Refit, solver: Solver | None = None
 ) -> Block:
-    """The layer of a site with only the kept groups of one kind, and with a refitted output projection.
+    """The layer of a site at full width with a refitted output projection: zeros in the rows of all other groups.
 
     Args:
       site: an output projection, as the walk shows it.
@@ -327,7 +334,7 @@ def slice_site(
     if settings.method != "none":
         values, chosen = gathered(site), solver or Solver(settings.solver)
         found |= hosts.of_first(lambda: refitted(system_at(site, settings, values), kept, count, settings, chosen))
-    return _smaller(site, kind, found)
+    return _with_zeros(site, kind, found)
 
 
 def refitted(
@@ -357,20 +364,21 @@ def refitted(
     return {"kernel": kernel} | ({} if shift is None else {"shift": shift})
 
 
-def _smaller(site: Site, kind: str, found: Mapping[str, np.ndarray]) -> Block:
-    """The layer with the kept groups, and with the kernel and the shift of the bias of one projection if found."""
-    sliced = slicing.take(site.run, {kind: jnp.asarray(found["kept"])[None]}, 0, 1, site.mesh)
-    if "kernel" not in found:
-        return sliced
-    return with_projection(sliced, PROJECTIONS[site.kind], found["kernel"], found.get("shift"), site.mesh)
+def _with_zeros(site: Site, kind: str, found: Mapping[str, np.ndarray]) -> Block:
+    """The layer with zeros in the rows of the groups that are not kept, and with the new kernel and shift if found."""
+    dense = gather(projection(site.run, site.kind).kernel[...])
+    groups = dense.reshape(group_count(site.run, kind), -1, dense.shape[-1])
+    kept, kernel = found["kept"], np.zeros(groups.shape, np.float64 if "kernel" in found else dense.dtype)
+    kernel[kept] = found["kernel"].reshape(-1, *groups.shape[1:]) if "kernel" in found else groups[kept]
+    return with_projection(site.run, PROJECTIONS[site.kind], kernel, found.get("shift"), site.mesh)
 
 
 def with_projection(
-    run: Block, name: str, kernel: Float[np.ndarray, "kept D"], shift: Float[np.ndarray, " D"] | None, mesh: Mesh | None
+    run: Block, name: str, kernel: Shaped[np.ndarray, "..."], shift: Float[np.ndarray, " D"] | None, mesh: Mesh | None
 ) -> Block:
     """The layer with a new kernel of one projection and `shift` added to its bias, rounded to the types of both.
 
-    Each device receives its shard of the kernel.
+    Each device receives its shard of the kernel, whose elements are in the order of the projection.
     """
     places = {} if mesh is None else dict(named_arrays(run_shardings(run, mesh)))
 

@@ -1,6 +1,6 @@
 """Removal of groups, hidden dimensions and layers: slices of every array, along the axes of the table."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -134,6 +134,34 @@ def take(run: Block, kept: dict[str, Int[Array, "L kept"]], start: int, stop: in
             return constrain(sliced, name, sizes, mesh)
 
         return jax.lax.map(one_layer, (array[start:stop], kept))
+
+    return jax.tree_util.tree_map_with_path(leaf, run)
+
+
+def take_layer(kept: Mapping[str, Int[np.ndarray, " _"]], run: Block, mesh: Mesh | None) -> Block:
+    """A run of one layer with only the kept groups.
+
+    On one device the host slices: a program for every number of kept groups would take longer to compile.
+
+    Args:
+      kept: kind of group -> the indices of the kept groups, ascending. Groups of other kinds are all kept.
+      run: a run of one layer.
+      mesh: the devices of the layer; None for one device.
+    """
+    counts = {kind: group_count(run, kind) for kind in kept}
+    fewer = {kind: np.asarray(rows, np.int32) for kind, rows in kept.items() if len(rows) < counts[kind]}
+    if not fewer or mesh is not None:
+        return take(run, {kind: jnp.asarray(rows)[None] for kind, rows in fewer.items()}, 0, 1, mesh) if fewer else run
+
+    def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
+        axes, whole = f"L{axis_table.BLOCK_AXES[axis_table.array_path(path)]}", np.asarray(array)
+        taken = whole
+        for kind, rows in fewer.items():
+            axis = axis_table.group_axis(axes, kind)
+            if axis is not None:
+                features = np.arange(taken.shape[axis]).reshape(counts[kind], -1)[rows].ravel()
+                taken = np.take(taken, features, axis)
+        return array if taken is whole else jnp.asarray(taken)
 
     return jax.tree_util.tree_map_with_path(leaf, run)
 

@@ -2,8 +2,12 @@
 
 The walk carries two copies of the calibration activations: the residual stream of the dense model, and that of the
 model pruned so far. At each output projection (attention.o, mlp.down) it calls `replace(site)`, which may ask for the
-Gram matrix of the projection's inputs and returns the layer to use from there on: sliced, refitted, or unchanged.
-Structured OBS, the refit and the measured losses of a budget are functions of what the walk shows.
+Gram matrix of the projection's inputs and returns the layer to use from there on: refitted, with zeros in the rows of
+removed groups, or unchanged. Structured OBS, the refit and the measured losses of a budget are functions of what the
+walk shows.
+
+All layers keep their full width during the walk, so that layers with other numbers of kept groups share one compiled
+program. `finish(layer)` slices a layer when the walk has passed it.
 
 On a mesh, every array of the walk is shared between the devices: the weights of a layer over `model`, the residual
 streams over `data`. Each device sums the moments of its own windows. The devices add their sums once, after the last
@@ -122,7 +126,8 @@ class Site:
     Attributes:
       layer: index of its layer.
       kind: kind of the groups that it reads: `head` for attention.o, `channel` for mlp.down.
-      run: its layer, a run of one layer. This sublayer has its full width; the other one may be pruned already.
+      run: its layer, a run of one layer at full width. The other sublayer may be pruned already: zeros in the rows of
+        its output projection.
       tokens: number of calibration tokens.
       mesh: the devices of the walk; None for one device.
       moments: collects the moments of the projection's input when it is called first; valid until `replace` returns.
@@ -155,8 +160,9 @@ def walk(
     refit_inputs: RefitInputs | None = None,
     held_out: int = 0,
     pruned_decoder: Decoder | None = None,
+    finish: Callable[[int, Block], Block] | None = None,
 ) -> list[Block]:
-    """Every layer as `replace` returned it, each a run of one layer.
+    """Every layer as `replace` and `finish` returned it, each a run of one layer.
 
     Memory at a time: two float32 residual streams of all windows (four with parallel sublayers), one layer's
     activations of one batch, and the moments of one projection.
@@ -165,13 +171,14 @@ def walk(
       decoder: the dense model; computes in float32 whatever its type is.
       batches: calibration windows.
       replace: called with each site in the order of the forward pass; returns the site's layer, changed in this
-        sublayer only.
+        sublayer only. A layer of another width is correct too, and compiles programs of its own.
       progress: called with the number of sublayers done, and of all.
       refit_inputs: called before `replace` with the layer index, the kind, the layer, and a function that collects the
         moments of the sublayer's inputs; returns the layer with refitted matrices in this sublayer.
       held_out: number of windows at the end whose moments are collected alone as well.
       pruned_decoder: a model pruned before, with as many layers and the same stream; the sites show its layers in the
         place of the dense ones.
+      finish: called with the index of a layer and the layer when both sublayers are done; returns what becomes of it.
     """
     angles = rotary_angles(decoder, batches.length)
     parts = batches.split(batches.count - held_out) if held_out else (batches,)
@@ -204,7 +211,7 @@ def walk(
             done += 1
             if progress is not None:
                 progress(done, len(PROJECTIONS) * layer_count(decoder))
-        layers.append(layer)
+        layers.append(layer if finish is None else finish(index, layer))
     return layers
 
 
@@ -349,10 +356,18 @@ def sums_about_means(
         pair = pair_of(*batch)
         centers = centers or tuple(_mean(part) for part in pair)
         shares = sharding.shares(len(pair[0]), mesh)
-        sums[shares] = add_pair(sums.get(shares), pair, centers, shares=shares, mesh=mesh)
+        total = sums.get(shares) or no_sums(pair, shares)
+        sums[shares] = add_pair(total, pair, centers, shares=shares, mesh=mesh)
     assert centers is not None, "there is at least one batch"
     parts = (_over_devices(part) for part in sums.values())
     return *reduce(lambda total, part: jax.tree.map(jnp.add, total, part), parts), *centers
+
+
+def no_sums(pair: Pair, shares: int) -> tuple[Array, ...]:
+    """The sums over no windows: the first batch is added by the same program as all others."""
+    inputs, targets = (part.shape[-1] for part in pair)
+    shapes = (inputs, inputs), (inputs,), (inputs, targets), (targets,)
+    return tuple(jnp.zeros((shares, *shape)) for shape in shapes)
 
 
 @jax.jit
@@ -362,7 +377,7 @@ def _mean(x: Float[Array, "B T I"]) -> Float[Array, " I"]:
 
 @partial(jax.jit, static_argnames=("shares", "mesh"))
 def add_pair(
-    total: tuple[Array, ...] | None, pair: Pair, centers: tuple[Array, Array], *, shares: int, mesh: Mesh | None
+    total: tuple[Array, ...], pair: Pair, centers: tuple[Array, Array], *, shares: int, mesh: Mesh | None
 ) -> tuple[Array, ...]:
     """The sums over the windows of each device, [S, ...], with those of one more batch."""
     x, target = (part - jnp.broadcast_to(mean, part.shape) for part, mean in zip(pair, centers, strict=True))
@@ -372,7 +387,7 @@ def add_pair(
     sums = gram, jnp.sum(x, axis=(1, 2)), cross, jnp.sum(target, axis=(1, 2))
     # The rows of the matrices are shared over `model` like the features of x.
     sums = tuple(sharding.spread(part, mesh, sharding.MODEL if part.ndim == 3 else None, 1) for part in sums)
-    return sums if total is None else jax.tree.map(jnp.add, total, sums)
+    return jax.tree.map(jnp.add, total, sums)
 
 
 @jax.jit

@@ -160,7 +160,7 @@ def bytes_during_the_walk() -> dict[str, Any]:
     settings = refit.resolve(Refit(), decoder.config)
 
     def replace(site: walk.Site) -> Block:
-        layer = refit.slice_site(site, site.kind, KEPT[site.kind][site.layer], settings)
+        layer = refit.prune_site(site, site.kind, KEPT[site.kind][site.layer], settings)
         on_device: Counter[int] = Counter()
         cut = [array for array in jax.tree.leaves(layer) if array.ndim > 2]
         for shard in (shard for array in cut for shard in array.addressable_shards):
@@ -196,7 +196,7 @@ def programs(decoder: Decoder, batches: Batches) -> dict[str, float]:
     lowered = {
         "advance": walk.advance.lower(layer, state, **settings),
         "inputs": walk.inputs_and_gaps.lower(layer, state, state.stream, **settings),
-        "moments": walk.add_pair.lower(None, pair, centers, shares=shares, mesh=mesh),
+        "moments": walk.add_pair.lower(walk.no_sums(pair, shares), pair, centers, shares=shares, mesh=mesh),
     }
     return {name: program.compile().cost_analysis()["flops"] for name, program in lowered.items()}
 

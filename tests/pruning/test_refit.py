@@ -18,13 +18,14 @@ from minillm_jax.model.decoder import Decoder, final_hidden
 from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import group_counts, named_arrays, sizes_of
 from minillm_jax.pruning import removal_order, solve, system
-from minillm_jax.pruning.refit import can_compensate, prune_by_obs, resolve, slice_and_refit, slice_site, system_at
+from minillm_jax.pruning.refit import can_compensate, prune_by_obs, prune_site, resolve, slice_and_refit, system_at
 from minillm_jax.pruning.slicing import slice_groups, slice_sizes
 from minillm_jax.pruning.walk import Site, projection, walk
 from minillm_jax.settings import SOLVERS, Refit
 from tests.helpers import (
     CONFIGURATIONS,
     arrays_equal,
+    compilations,
     hugging_face_folder,
     quickly,
     random_tokens,
@@ -133,9 +134,11 @@ def test_refitted_projection_is_nearer_to_its_target_than_the_sliced_one() -> No
 
     def check(site: Site) -> Block:
         fit, old_bias = system_at(site, settings), run_kernel_and_bias(site.run, site.kind)[1]
-        smaller = slice_site(site, site.kind, KEPT[site.kind], settings)
+        smaller = prune_site(site, site.kind, KEPT[site.kind], settings)
         kernel, bias = run_kernel_and_bias(smaller, site.kind)
         rows = feature_rows(site.kind, len(fit.kernel))
+        assert not np.delete(kernel, rows, axis=0).any()
+        kernel = kernel[rows]
         hessian, right = fit.hessian[np.ix_(rows, rows)], fit.right[rows]
 
         def error(kernel: np.ndarray) -> float:  # up to a constant
@@ -398,9 +401,18 @@ def test_update_of_obs_equals_the_least_squares_refit(alpha: float) -> None:
         rows = np.arange(len(weights)).reshape(count, -1)[groups].ravel()
         updated = obs_update(inverse, weights, order, count)
         np.testing.assert_allclose(updated, fit.rows(rows, "host"), rtol=1e-6, atol=1e-9)
-        return slice_site(site, site.kind, groups, resolve(settings, decoder.config))
+        return prune_site(site, site.kind, groups, resolve(settings, decoder.config))
 
     walk(decoder, BATCHES, check)
+
+
+def test_layers_with_other_numbers_of_kept_groups_share_the_programs_of_the_walk() -> None:
+    """The dense and the pruned streams too: one program a sublayer, whatever the layers keep."""
+    decoder = small_decoder()
+    jax.clear_caches()  # two sizes of batches: the held-out window is one
+    with compilations("advance") as advanced, compilations("add_pair") as added, compilations("take") as taken:
+        prune_by_obs(decoder, {"head": [3, 2, 1], "channel": [9, 7, 11]}, BATCHES)
+    assert (len(advanced), len(added), len(taken)) == (4, 6, 0)
 
 
 def test_obs_on_the_device_chooses_and_refits_as_on_the_host() -> None:
