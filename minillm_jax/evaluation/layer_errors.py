@@ -20,10 +20,12 @@ from minillm_jax.data.batches import Batches
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.model import ops
+from minillm_jax.model.build import with_runs
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder, embed, rotary_angles
 from minillm_jax.model.layer import attention_sublayer, mlp_sublayer
 from minillm_jax.model.modules import Angles, Block
+from minillm_jax.model.padded_runs import one_run, worth_padding
 from minillm_jax.model.tree import hidden_size, layer_count
 
 # Windows that are enough for a median over tokens.
@@ -67,7 +69,7 @@ def layer_errors(
     """The error of every layer, on two residual streams side by side.
 
     Memory at a time beside the weights of both models: two float32 residual streams of all windows, one layer of each
-    model, and the activations of one batch.
+    model, and the activations of one batch; where the layers are padded to equal sizes, a copy of the pruned layers.
 
     Args:
       dense: the dense model.
@@ -85,7 +87,7 @@ def layer_errors(
     mesh = batches.mesh
     angles = rotary_angles(dense, batches.length)
     ours, theirs = ([_begin(one, batch.tokens, mesh=mesh) for batch in batches] for one in (pruned, dense))
-    smaller = iter(sharding.layers_of(pruned, mesh))
+    smaller = iter(sharding.layers_of(_few_programs(pruned), mesh))
     rows = []
     for index, layer in enumerate(sharding.layers_of(dense, mesh)):
         kept = next(smaller) if index in layers else None
@@ -112,6 +114,13 @@ def _check(pruned: Decoder, layers: list[int], dimensions: list[int]) -> None:
                 f"the pruned model has {found} {what}, where {kept} of the dense model are kept; compare it with the "
                 "model that it was pruned from"
             )
+
+
+def _few_programs(pruned: Decoder) -> Decoder:
+    """The model with layers of equal sizes, where programs for every size would take long to compile."""
+    if not worth_padding(pruned.runs):
+        return pruned
+    return with_runs(pruned, jax.jit(one_run)(list(pruned.runs)))
 
 
 @partial(jax.jit, static_argnames="mesh")

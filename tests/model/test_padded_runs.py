@@ -9,6 +9,8 @@ import pytest
 from jax import numpy as jnp
 
 from convert.reader import read_model
+from minillm_jax.data.batches import Batches
+from minillm_jax.evaluation.layer_errors import layer_errors
 from minillm_jax.model import padded_runs
 from minillm_jax.model.decoder import Decoder, final_hidden
 from minillm_jax.model.modules import depth
@@ -113,3 +115,13 @@ def test_one_scan_is_compiled(padding: None) -> None:
     decoder = unequal(small_decoder(layers=6))
     text = jax.jit(final_hidden).lower(decoder, jnp.zeros((1, 8), jnp.int32)).as_text()
     assert text.count("stablehlo.while") == 1
+
+
+def test_errors_of_layers_are_those_of_every_run(request: Any) -> None:
+    dense, windows = small_decoder(), Batches(random_tokens(61, 3, 12))
+    pruned = unequal(dense)
+    every = layer_errors(dense, pruned, windows)
+    request.getfixturevalue("padding")
+    padded = layer_errors(dense, pruned, windows)
+    for field in ("stream", "attention", "mlp"):
+        np.testing.assert_allclose(getattr(padded, field), getattr(every, field), rtol=1e-4)
