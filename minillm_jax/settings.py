@@ -57,6 +57,8 @@ DISTRIBUTIONS = ("gaussian", "rademacher", "sphere")
 RNGS = ("threefry2x32", "threefry4x32")
 METHODS = ("least-squares", "bias", "none")
 SOLVERS = ("host", "device")
+# `auto` is the host where JAX runs on a CPU, and the device elsewhere.
+SOLVER_CHOICES = ("auto", *SOLVERS)
 FORMATS = ("stock", "per-layer", "padded", "flax", "gguf")
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 # Where the beginning-of-sequence token stands; in the text of an evaluation also once, before the whole text.
@@ -417,7 +419,8 @@ class Refit:
         each projection to three quarters of the calibration windows predicts the others best.
       inputs: β, how far the matrices that read the residual stream are refitted to the pruned one, from 0 (not at all)
         to 1. None for half-way with least squares, and 0 with `bias`.
-      solver: where linear systems are solved and OBS orders groups: `host` (NumPy, float64) or `device` (float32).
+      solver: where linear systems are solved and OBS orders groups: `host` (NumPy, float64) or `device` (float32);
+        `auto` for the host where JAX runs on a CPU, and the device elsewhere.
     """
 
     method: str = option(
@@ -448,7 +451,12 @@ class Refit:
         flag="refit_inputs",
         aliases=("inner",),
     )
-    solver: str = option("host", str, "Solve on the host in float64, or on the device in float32.", choices=SOLVERS)
+    solver: str = option(
+        "auto",
+        str,
+        "Solve on the host in float64, or on the device in float32; auto: on the device of a GPU or TPU.",
+        choices=SOLVER_CHOICES,
+    )
 
 
 @dataclass(frozen=True)

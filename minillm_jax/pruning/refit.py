@@ -42,20 +42,20 @@ from minillm_jax.pruning.refit_inputs import refit_sublayer_inputs
 from minillm_jax.pruning.removal_order import Removal, greedy_removal, products_of_best
 from minillm_jax.pruning.system import HELD_OUT, Solver, System, system_of, system_with_ridge
 from minillm_jax.pruning.walk import PROJECTIONS, Collected, InputMoments, RefitInputs, Site, projection, walk
-from minillm_jax.settings import METHODS, SOLVERS, Refit
+from minillm_jax.settings import METHODS, SOLVER_CHOICES, Refit
 
 # Default of α and β. Measured: better than 0 and 1 at a ratio of 50 %, equal to the better of both at 20 %.
 HALF_WAY = 0.5
 
 
 def resolve(settings: Refit, config: DecoderConfig) -> Refit:
-    """The settings for a model, with α and β filled in.
+    """The settings for a model, with α, β and the solver filled in.
 
     Raises:
       InputError: a name is unknown, a number out of its range, or the model lacks what the method needs.
     """
     one_of("refit", settings.method, METHODS)
-    one_of("solver", settings.solver, SOLVERS)
+    one_of("solver", settings.solver, SOLVER_CHOICES)
     if settings.method == "bias" and not can_compensate(config):
         raise InputError(
             f"refit by bias needs output projections with biases, which this {config.family} model does not have; use "
@@ -63,7 +63,15 @@ def resolve(settings: Refit, config: DecoderConfig) -> Refit:
         )
     if settings.ridge is not None and not 0 < settings.ridge < np.inf:
         raise InputError(f"the refit's ridge must be a positive number, found {settings.ridge:g}")
-    return replace(settings, alpha=_alpha(settings, config), inputs=_inputs(settings))
+    solver = _solver_of(settings.solver)
+    return replace(settings, alpha=_alpha(settings, config), inputs=_inputs(settings), solver=solver)
+
+
+def _solver_of(name: str) -> str:
+    """`host` or `device`."""
+    if name != "auto":
+        return name
+    return "host" if jax.default_backend() == "cpu" else "device"
 
 
 def _alpha(settings: Refit, config: DecoderConfig) -> float:

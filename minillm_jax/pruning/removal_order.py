@@ -109,10 +109,11 @@ def greedy_removal(
     """
     if solver == "device" and keep < count:
         matrices = (jnp.asarray(matrix, jnp.float32) for matrix in (inverse, products))
-        order, errors = order_on_device(*matrices, count=count, removed=count - keep, parts=parts, gathered=gathered)
-        if not np.isfinite(np.asarray(errors)).all():
+        found = order_on_device(*matrices, jnp.int32(count - keep), count=count, parts=parts, gathered=gathered)
+        order, errors = (np.asarray(array)[: count - keep] for array in found)
+        if not np.isfinite(errors).all():
             raise np.linalg.LinAlgError("the order of removal takes more precision than float32 has")
-        return Removal(np.asarray(order, np.int64), np.asarray(errors, np.float64))
+        return Removal(order.astype(np.int64), errors.astype(np.float64))
     inverse, products = (np.require(matrix, np.float64, "W") for matrix in (inverse, products))
     state = _begin(inverse, products, count, count - keep, parts, gathered)
     groups, errors, width = [], [], len(inverse) // count
@@ -129,11 +130,21 @@ def greedy_removal(
     return Removal(np.asarray(groups, np.int64), np.asarray(errors, np.float64))
 
 
-@partial(jax.jit, static_argnames=("count", "removed", "parts", "gathered"))
+@partial(jax.jit, static_argnames=("count", "parts", "gathered"))
 def order_on_device(
-    inverse: Float[Array, "I I"], products: Float[Array, "I I"], *, count: int, removed: int, parts: int, gathered: int
-) -> tuple[Int[Array, " removed"], Float[Array, " removed"]]:
-    """The removed groups in order, and the error of each removal: not finite where float32 is not precise enough."""
+    inverse: Float[Array, "I I"],
+    products: Float[Array, "I I"],
+    removed: Int[Array, ""],
+    *,
+    count: int,
+    parts: int,
+    gathered: int,
+) -> tuple[Int[Array, " count"], Float[Array, " count"]]:
+    """The removed groups in order, and the error of each removal: not finite where float32 is not precise enough.
+
+    The number of removed groups is an argument of the program, so that all layers share it. The entries behind that
+    number mean nothing.
+    """
     width = len(inverse) // count
     per_update = max(1, gathered // width)
 
@@ -150,12 +161,12 @@ def order_on_device(
 
     with jax.default_matmul_precision("highest"):
         state = _begin(inverse, products, count, removed, parts, gathered)
-        carry = (state, jnp.zeros(removed, jnp.int32), jnp.zeros(removed))
+        carry = (state, jnp.zeros(count, jnp.int32), jnp.zeros(count))
         _, order, errors = lax.fori_loop(0, -(-removed // per_update), steps_and_update, carry)
     return order, errors
 
 
-def _begin(inverse: Matrix, products: Matrix, count: int, removed: int, parts: int, gathered: int) -> _State:
+def _begin(inverse: Matrix, products: Matrix, count: int, removed: int | Array, parts: int, gathered: int) -> _State:
     """The state before the first removal."""
     xp, width = inverse.__array_namespace__(), len(inverse) // count
     groups = xp.arange(count)

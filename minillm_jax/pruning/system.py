@@ -11,10 +11,12 @@ the input of a sublayer, W the identity, the target the dense input, and Î³ is Î
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 import jax
 import numpy as np
+from jax import numpy as jnp
 from jaxtyping import Float, Int
 from numpy.linalg import LinAlgError
 
@@ -84,10 +86,21 @@ class System:
         Raises:
           LinAlgError: see `solve.solve`.
         """
-        hessian, more = self.hessian[np.ix_(rows, rows)], ridge - self.ridge
+        more = ridge - self.ridge
+        if solver == "device":
+            matrix, right, kernel = self.on_device
+            right, kept = right[:, columns] + more * kernel[:, columns], solve.mask(rows, len(matrix))
+            found = np.asarray(solve.rows_on_device(matrix, right, kept, jnp.float32(more)))
+            return solve.checked(found[rows], "float32").astype(np.float64)
+        hessian = self.hessian[np.ix_(rows, rows)]
         np.fill_diagonal(hessian, hessian.diagonal() + more)
         right = self.right[rows, columns] + more * self.kernel[rows, columns]
         return solve.solve(hessian, right, solver)
+
+    @cached_property
+    def on_device(self) -> solve.OnDevice:
+        """The system in float32 on the device, for all its solutions there."""
+        return solve.OnDevice(*(jnp.asarray(array, jnp.float32) for array in (self.hessian, self.right, self.kernel)))
 
     def shift(self, rows: Int[np.ndarray, " kept"], kernel: Float[np.ndarray, "kept D"]) -> np.ndarray | None:
         """The change of the bias that gives the output with these rows the mean of the target; None without a bias."""
@@ -123,18 +136,35 @@ class HeldOut:
         largest ridge is chosen where none has a gain.
         """
         columns = slice(None, None, -(-self.fit.kernel.shape[1] // COLUMNS))
+        gains = (self._gains_on_device if solver == "device" else self._gains)(rows, columns)
+        most = max(gains.values(), default=0.0)
+        return next((ridge for ridge, gain in gains.items() if gain >= ENOUGH * most > 0), CHOICES[-1])
+
+    def _gains(self, rows: Int[np.ndarray, " kept"], columns: slice) -> dict[float, float]:
+        """The gain of every ridge that has a solution, in float64 on the host."""
         gram, right = self.held.hessian[np.ix_(rows, rows)], self.held.right[rows, columns]
 
         def error(kernel: np.ndarray) -> float:
-            return float(np.sum(kernel * (solve.product(gram, kernel, solver) - 2 * right)))
+            return float(np.sum(kernel * (gram @ kernel - 2 * right)))
 
         before, gains = error(self.fit.kernel[rows, columns]), {}
         for ridge in CHOICES:
             # A small ridge may leave the system singular. Where all do, the largest is tried on the whole system.
             with suppress(LinAlgError):
-                gains[ridge] = before - error(self.fit.solution(rows, ridge * self.fit.diagonal, columns, solver))
-        most = max(gains.values(), default=0.0)
-        return next((ridge for ridge, gain in gains.items() if gain >= ENOUGH * most > 0), CHOICES[-1])
+                gains[ridge] = before - error(self.fit.solution(rows, ridge * self.fit.diagonal, columns, "host"))
+        return gains
+
+    def _gains_on_device(self, rows: Int[np.ndarray, " kept"], columns: slice) -> dict[float, float]:
+        """The same in float32 on the device, by one program for any number of rows."""
+        fit, held = (solve.OnDevice(m, r[:, columns], k[:, columns]) for m, r, k in self._on_device)
+        more = np.asarray(CHOICES) * self.fit.diagonal - self.fit.ridge
+        kept = solve.mask(rows, len(self.fit.kernel))
+        gains = np.asarray(solve.gains_on_device(fit, held, kept, jnp.asarray(more, jnp.float32)), np.float64)
+        return {ridge: gain for ridge, gain in zip(CHOICES, gains.tolist(), strict=True) if np.isfinite(gain)}
+
+    @property
+    def _on_device(self) -> tuple[solve.OnDevice, solve.OnDevice]:
+        return self.fit.on_device, self.held.on_device
 
 
 def system_of(

@@ -22,7 +22,7 @@ from minillm_jax.settings import (
     MEASURED,
     METHODS,
     SAME_IN_LAYERS,
-    SOLVERS,
+    SOLVER_CHOICES,
     Budget,
     Data,
     Estimation,
@@ -188,7 +188,7 @@ def _refit(refit: Refit, budget: Budget, criterion: Criterion | None) -> Refit:
     least_squares, obs = refit.method == "least-squares", criterion is not None and criterion.while_pruning
     solves = least_squares or obs
     if solves:
-        one_of("solver", refit.solver, SOLVERS)
+        one_of("solver", refit.solver, SOLVER_CHOICES)
     return Refit(
         refit.method,
         alpha=refit.alpha if solves or refit.method == "bias" else None,

@@ -10,7 +10,7 @@ from math import isfinite
 
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.options import WORDS, Spelling, option
-from minillm_jax.settings import BOS, FORMATS, LOSS_ON, PACKINGS, SOLVERS, STEP, TEMPLATES, Output, Refit
+from minillm_jax.settings import BOS, FORMATS, LOSS_ON, PACKINGS, SOLVER_CHOICES, STEP, TEMPLATES, Output, Refit
 
 METHODS = ("lora", "full", "forward", "refit")
 LOSSES = ("ce", "kd", "both")
@@ -314,7 +314,7 @@ class ClosedForm:
         "How far --method refit refits the matrices that read the residual stream, from 0 to 1.",
         flag="refit_inputs",
     )
-    solver: str = option("host", str, "Where --method refit solves its systems.", choices=SOLVERS)
+    solver: str = option("auto", str, "Where --method refit solves its systems.", choices=SOLVER_CHOICES)
 
     @property
     def refit(self) -> Refit:

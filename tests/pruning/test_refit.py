@@ -1,6 +1,7 @@
 """The refit against independent least squares, structured OBS against brute force."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -413,6 +414,25 @@ def test_layers_with_other_numbers_of_kept_groups_share_the_programs_of_the_walk
     with compilations("advance") as advanced, compilations("add_pair") as added, compilations("take") as taken:
         prune_by_obs(decoder, {"head": [3, 2, 1], "channel": [9, 7, 11]}, BATCHES)
     assert (len(advanced), len(added), len(taken)) == (4, 6, 0)
+
+
+def test_layers_with_other_numbers_of_kept_groups_share_the_programs_of_the_device() -> None:
+    """The solver has one program for the heads and one for the channels."""
+    decoder, names = small_decoder(), ("rows_on_device", "gains_on_device", "order_on_device")
+    jax.clear_caches()
+    with ExitStack() as stack:
+        compiled = [stack.enter_context(compilations(name)) for name in names]
+        counts = {"head": [3, 2, 1], "channel": [9, 7, 11]}
+        prune_by_obs(decoder, counts, Batches(random_tokens(61, 16, 11)), Refit(inputs=0.0, solver="device"))
+    assert [len(programs) for programs in compiled] == [2, 2, 2]
+
+
+def test_a_device_solves_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_decoder().config
+    assert resolve(Refit(), config).solver == "host"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert resolve(Refit(), config).solver == "device"
+    assert resolve(Refit(solver="host"), config).solver == "host"
 
 
 def test_obs_on_the_device_chooses_and_refits_as_on_the_host() -> None:
