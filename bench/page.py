@@ -12,11 +12,12 @@ from pathlib import Path
 
 import evaluation_tables
 import recover_tables
+import speed_tables
 import study_tables
 import tables
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/evaluation.md", "docs/quality.md", "docs/recovery.md")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("evaluation", "quality", "recovery", "scale", "speed")))
 
 _PART = re.compile(r"(<!-- made: (\w+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -47,6 +48,10 @@ PARTS: dict[str, Callable[[str], list[str]]] = {
     "evaluation": evaluation_tables.evaluation_table,
     "recovery": recover_tables.recovery_table,
     "training": recover_tables.speed_table,
+    "speed": speed_tables.speed_table,
+    "tpu": speed_tables.tpu_table,
+    "flags": speed_tables.flags_table,
+    "memory": speed_tables.memory_table,
     "refit": under(["part", "host", "device"], tables.refit_rows),
 }
 

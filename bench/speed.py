@@ -1,7 +1,7 @@
 """Speed of models beside each other: prompts, further tokens, memory, in this package and in transformers.
 
     python bench/speed.py NAME=FOLDER [NAME=FOLDER ...] [--rounded NAME=COUNT ...] [--target-params 110M]
-        [--no-torch] [--prompt 128] [--tokens 32] [--batch-sizes 1,8] [--rounds 3]
+        [--no-torch] [--prompt 128] [--tokens 32] [--batch-sizes 1,8] [--rounds 3] [--dtype float32]
         --output bench/results/speed-NAME.json
 
 The first model is the dense one; all take turns, as in `minillm-jax bench`, which measures them. `--rounded 64=64`
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--batch-sizes", default="1,8")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", help="type of the weights; the stored one if not given")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     load = Load(arguments.prompt, arguments.tokens, tuple(int(size) for size in arguments.batch_sizes.split(",")))
@@ -59,8 +60,8 @@ def main() -> None:
         for name, multiple in arguments.rounded:
             models[name] = rounded(dense, int(multiple), int(arguments.target_params), Path(scratch) / name)
         timing.check(list(models.values()), load, arguments.rounds, libraries)
-        found = timing.time_models(list(models.values()), load, arguments.rounds, libraries)
-    result = result_json(found, load, arguments.rounds)
+        found = timing.time_models(list(models.values()), load, arguments.rounds, libraries, arguments.dtype)
+    result = result_json(found, load, arguments.rounds) | {"dtype": arguments.dtype or "stored"}
     for name, row in zip([name for name in models for _ in libraries], result["models"], strict=True):
         row["model"] = name
         print(json.dumps(row), flush=True)

@@ -1,0 +1,86 @@
+"""Tables of bench/speed.py, bench/tpu.py and of the runs on a GPU, as Markdown, for docs/speed.md and docs/scale.md."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from study_tables import RESULTS, table
+
+Row = dict[str, Any]
+
+
+def speed_table(model: str, results: Path = RESULTS) -> list[str]:
+    """A row for each model and library: parameters, memory, load time, speeds with the ratio to the dense model."""
+    path = results / f"speed-{model}.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    batches = [str(batch) for batch in found["load"]["batches"]]
+    rows = [
+        [
+            row["model"],
+            row["library"],
+            f"{row['parameters'] / 1e6:.1f}M",
+            f"{row['disk'] / 1e6:,.0f} MB",
+            f"{row['load_seconds']:.1f}",
+            f"{row['peak_bytes'] / 1e6:,.0f} MB",
+            _with_ratio(1000 * row["speed"]["first_token"], row["ratio"]["first_token"]),
+            *(_with_ratio(row["speed"]["prefill"][b], row["ratio"]["prefill"][b]) for b in batches),
+            *(_with_ratio(row["speed"]["decoding"][b], row["ratio"]["decoding"][b]) for b in batches),
+        ]
+        for row in sorted(found["models"], key=lambda row: row["library"])
+    ]
+    heads = ["model", "library", "parameters", "on disk", "load, s", "peak memory", "first token, ms"]
+    prompts, tokens = ([f"{what} × {b}, tokens/s" for b in batches] for what in ("prompts", "decoding"))
+    return table([*heads, *prompts, *tokens], rows)
+
+
+def _with_ratio(value: float, ratio: float) -> str:
+    return f"{value:,.0f} (× {ratio:.2f})"
+
+
+def tpu_table(model: str, results: Path = RESULTS) -> list[str]:
+    """A row for each model: operations and traffic; compile time and memory with a scan of every run, and padded."""
+    path = results / f"tpu-{model}.json"
+    if not path.exists():
+        return []
+    found: dict[str, dict[str, Row]] = {}
+    for row in json.loads(path.read_text())["rows"]:
+        found.setdefault(row["model"], {})[row["way"]] = row
+    dense = next(iter(found.values()))["runs"]
+    rows = [
+        [
+            name,
+            f"{ways['runs']['parameters'] / 1e6:.1f}M",
+            f"{ways['runs']['flops'] / 1e12:.2f} (× {ways['runs']['flops'] / dense['flops']:.2f})",
+            f"{ways['runs']['traffic'] / 1e9:.1f} GB (× {ways['runs']['traffic'] / dense['traffic']:.2f})",
+            *(
+                f"{ways[way]['compile_seconds']:.0f} s, {ways[way]['bytes'] / 1e6:,.0f} MB"
+                for way in ("runs", "padded")
+            ),
+        ]
+        for name, ways in found.items()
+    ]
+    heads = ["model", "parameters", "TFLOP", "memory traffic", "every run scanned: compilation, memory", "padded"]
+    return table(heads, rows)
+
+
+def flags_table(device: str, results: Path = RESULTS) -> list[str]:
+    """A row for each setting of XLA_FLAGS: the first training step, and a later one."""
+    names = {
+        "default": "none",
+        "notriton": "`--xla_gpu_enable_triton_gemm=false`",
+        "autotune0": "`--xla_gpu_autotune_level=0`",
+        "both": "both",
+    }
+    found = json.loads((results / f"compilation-{device}.json").read_text())["training_step"]["rows"]
+    by_name = {row["flags"]: row for row in found}
+    rows = [[words, f"{by_name[n]['first_s']:.1f} s", f"{by_name[n]['step_ms']:.0f} ms"] for n, words in names.items()]
+    return table(["XLA_FLAGS", "first step, with compilation", "a step"], rows)
+
+
+def memory_table(name: str, results: Path = RESULTS) -> list[str]:
+    """A row for each program of bench/estimate.py that ran in a process of its own."""
+    found = json.loads((results / f"memory-{name}.json").read_text())["rows"]
+    rows = [[row["program"], row["library"], f"{row['peak_bytes'] / 1e9:.2f} GB"] for row in found]
+    return table(["program", "library", "peak on the device"], rows)
