@@ -36,9 +36,8 @@ def worth_padding(runs: Sequence[Block]) -> bool:
     if jax.default_backend() in SCAN_EVERY_RUN or len(runs) <= MOST_RUNS:
         return False
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    arrays = [array for run in runs for array in jax.tree.leaves(jax.eval_shape(lambda run=run: run))]
-    weights = sum(array.size * array.dtype.itemsize for array in arrays)
-    return limit is None or weights <= SHARE_OF_MEMORY * limit
+    shapes = jax.tree.leaves(jax.eval_shape(one_run, list(runs)))
+    return limit is None or sum(one.size * one.dtype.itemsize for one in shapes) <= SHARE_OF_MEMORY * limit
 
 
 def largest(runs: Sequence[Block]) -> dict[str, int]:

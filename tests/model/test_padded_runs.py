@@ -111,6 +111,20 @@ def test_few_runs_and_fast_compilers_scan_every_run(monkeypatch: pytest.MonkeyPa
     assert not padded_runs.worth_padding(decoder.runs[:4])
 
 
+def test_a_copy_that_a_device_has_no_memory_for_is_not_made(padding: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        def memory_stats(self) -> dict[str, int]:
+            return {"bytes_limit": limit}
+
+    decoder = unequal(small_decoder(layers=6))
+    padded = sum(array.nbytes for array in jax.tree.leaves(padded_runs.one_run(decoder.runs)))
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    limit = 4 * padded
+    assert padded_runs.worth_padding(decoder.runs)
+    limit -= 1
+    assert not padded_runs.worth_padding(decoder.runs)
+
+
 def test_one_scan_is_compiled(padding: None) -> None:
     decoder = unequal(small_decoder(layers=6))
     text = jax.jit(final_hidden).lower(decoder, jnp.zeros((1, 8), jnp.int32)).as_text()
