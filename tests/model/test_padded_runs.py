@@ -12,6 +12,7 @@ from convert.reader import read_model
 from minillm_jax.data.batches import Batches
 from minillm_jax.evaluation.layer_errors import layer_errors
 from minillm_jax.model import padded_runs
+from minillm_jax.model.build import with_runs
 from minillm_jax.model.decoder import Decoder, final_hidden
 from minillm_jax.model.modules import depth
 from minillm_jax.pruning.slicing import slice_groups
@@ -26,10 +27,13 @@ QUICK = ("llama", "gemma2", "opt", "bloom", "gpt_neox", "phi3")
 
 
 @pytest.fixture
-def padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The policy of an accelerator, for two runs already."""
-    monkeypatch.setattr(padded_runs, "SCAN_EVERY_RUN", ())
-    monkeypatch.setattr(padded_runs, "MOST_RUNS", 1)
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs are made for a platform with a slow compiler."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+def as_one(decoder: Decoder) -> Decoder:
+    return with_runs(decoder, jax.jit(padded_runs.one_run)(list(decoder.runs)))
 
 
 def unequal(decoder: Decoder, seed: int = 0) -> Decoder:
@@ -49,29 +53,25 @@ def hidden(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", quickly(CONFIGURATIONS, QUICK))
-def test_padded_layers_compute_the_same_in_every_family(name: str, tmp_path: Path, request: Any) -> None:
+def test_padded_layers_compute_the_same_in_every_family(name: str, tmp_path: Path) -> None:
     family, changes = CONFIGURATIONS[name]
     torch_model(family, **changes).save_pretrained(tmp_path / "model")
     decoder, tokens = unequal(read_model(tmp_path / "model").decoder), random_tokens(97, 2, 20)
-    every = hidden(decoder, tokens)
-    request.getfixturevalue("padding")
-    assert padded_runs.worth_padding(decoder.runs)
-    assert len(padded_runs.one_run(decoder.runs)) == 1
-    np.testing.assert_allclose(hidden(decoder, tokens), every, rtol=1e-5, atol=1e-5)
+    padded = as_one(decoder)
+    assert (len(decoder.runs), len(padded.runs)) == (3, 1)
+    np.testing.assert_allclose(hidden(padded, tokens), hidden(decoder, tokens), rtol=1e-5, atol=1e-5)
 
 
-def test_query_heads_keep_their_key_value_heads(request: Any) -> None:
+def test_query_heads_keep_their_key_value_heads() -> None:
     """Layers with 2, 1 and 2 query heads a key/value head: padding comes behind those of each key/value head."""
     decoder = slice_groups(small_decoder(), {"query": [np.arange(8), np.arange(0, 8, 2), np.arange(8)]})
     tokens = random_tokens(61, 2, 20)
-    every = hidden(decoder, tokens)
-    request.getfixturevalue("padding")
-    np.testing.assert_allclose(hidden(decoder, tokens), every, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(hidden(as_one(decoder), tokens), hidden(decoder, tokens), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("trained", [TrainedAdapter(Lora(rank=2)), TrainedArrays("all")], ids=["adapter", "arrays"])
 def test_gradients_reach_the_real_elements_alone(trained: Any, request: Any) -> None:
-    decoder, tokens = unequal(small_decoder()), jnp.asarray(random_tokens(61, 2, 12))
+    decoder, tokens = unequal(small_decoder(layers=5)), jnp.asarray(random_tokens(61, 2, 12))
     parameters = jax.tree.map(
         lambda array: array + 0.01 * jax.random.normal(jax.random.key(array.size), array.shape),
         trained.initial(decoder, 0),
@@ -83,7 +83,7 @@ def test_gradients_reach_the_real_elements_alone(trained: Any, request: Any) -> 
         return jax.jit(lambda p, d: gradients.backward(trained)(p, d, part))(parameters, decoder)
 
     every = found()
-    request.getfixturevalue("padding")
+    request.getfixturevalue("on_gpu")
     jax.tree.map(lambda left, right: np.testing.assert_allclose(left, right, rtol=2e-4, atol=2e-6), found(), every)
 
 
@@ -103,15 +103,15 @@ def adapters_of(decoder: Decoder) -> Any:
     return adapter.one_run(decoder.runs, initial(decoder, Lora(rank=2), 0))
 
 
-def test_few_runs_and_fast_compilers_scan_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_runs_and_fast_compilers_scan_every_run(request: Any) -> None:
     decoder = unequal(small_decoder(layers=6))
     assert not padded_runs.worth_padding(decoder.runs)
-    monkeypatch.setattr(padded_runs, "SCAN_EVERY_RUN", ())
+    request.getfixturevalue("on_gpu")
     assert padded_runs.worth_padding(decoder.runs)
     assert not padded_runs.worth_padding(decoder.runs[:4])
 
 
-def test_a_copy_that_a_device_has_no_memory_for_is_not_made(padding: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_a_device_has_no_memory_for_is_not_made(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     class Device:
         def memory_stats(self) -> dict[str, int]:
             return {"bytes_limit": limit}
@@ -125,17 +125,17 @@ def test_a_copy_that_a_device_has_no_memory_for_is_not_made(padding: None, monke
     assert not padded_runs.worth_padding(decoder.runs)
 
 
-def test_one_scan_is_compiled(padding: None) -> None:
+def test_one_scan_is_compiled(on_gpu: None) -> None:
     decoder = unequal(small_decoder(layers=6))
     text = jax.jit(final_hidden).lower(decoder, jnp.zeros((1, 8), jnp.int32)).as_text()
     assert text.count("stablehlo.while") == 1
 
 
 def test_errors_of_layers_are_those_of_every_run(request: Any) -> None:
-    dense, windows = small_decoder(), Batches(random_tokens(61, 3, 12))
+    dense, windows = small_decoder(layers=5), Batches(random_tokens(61, 3, 12))
     pruned = unequal(dense)
     every = layer_errors(dense, pruned, windows)
-    request.getfixturevalue("padding")
+    request.getfixturevalue("on_gpu")
     padded = layer_errors(dense, pruned, windows)
     for field in ("stream", "attention", "mlp"):
         np.testing.assert_allclose(getattr(padded, field), getattr(every, field), rtol=1e-4)
