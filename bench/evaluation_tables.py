@@ -50,6 +50,22 @@ def evaluation_table(model: str, results: Path = RESULTS) -> list[str]:
     return table(["", *names], [[figure, *(cells.get(name, "") for name in names)] for figure, cells in lines.items()])
 
 
+def samples_table(model: str, results: Path = RESULTS) -> list[str]:
+    """A row for each prompt and model: what it writes, greedily."""
+    path = results / f"evaluation-{model}.json"
+    if not path.exists():
+        return []
+    found = [row for row in json.loads(path.read_text())["rows"] if "samples" in row]
+    prompts = found[0]["samples"] if found else {}
+    rows = [[_one_line(prompt), row["name"], _one_line(row["samples"][prompt])] for prompt in prompts for row in found]
+    return table(["prompt", "model", "continuation"], rows)
+
+
+def _one_line(text: str) -> str:
+    """A text as a cell of a table."""
+    return text.strip().replace("\n", " ⏎ ").replace("|", "\\|")
+
+
 def _figures(row: Row) -> dict[str, str]:
     """Name of a figure -> its text, of one row."""
     if "perplexity" in row:

@@ -46,6 +46,7 @@ PARTS: dict[str, Callable[[str], list[str]]] = {
     "cost": under(["recipe", *tables.MODELS], tables.cost_rows),
     "harness": evaluation_tables.harness_table,
     "evaluation": evaluation_tables.evaluation_table,
+    "samples": evaluation_tables.samples_table,
     "recovery": recover_tables.recovery_table,
     "training": recover_tables.speed_table,
     "speed": speed_tables.speed_table,
