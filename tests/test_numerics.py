@@ -60,7 +60,7 @@ def paired(space: Space) -> Callable[..., Any]:
 
 def moments(decoder: Any, tokens: Any) -> Any:
     pair = (decoder.embedding[tokens],) * 2
-    return walk.add_pair(walk.no_sums(pair, 1), pair, (pair[0][0, 0],) * 2, shares=1, mesh=None)
+    return walk.add_pair(walk.no_sums(pair, 1, None), pair, (pair[0][0, 0],) * 2, shares=1, mesh=None)
 
 
 def input_refit(decoder: Any, tokens: Any) -> Any:

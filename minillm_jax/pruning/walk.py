@@ -17,7 +17,7 @@ batch.
     S    devices that share the windows of a batch
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial, reduce
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -356,18 +356,24 @@ def sums_about_means(
         pair = pair_of(*batch)
         centers = centers or tuple(_mean(part) for part in pair)
         shares = sharding.shares(len(pair[0]), mesh)
-        total = sums.get(shares) or no_sums(pair, shares)
+        total = sums.get(shares) or no_sums(pair, shares, mesh)
         sums[shares] = add_pair(total, pair, centers, shares=shares, mesh=mesh)
     assert centers is not None, "there is at least one batch"
     parts = (_over_devices(part) for part in sums.values())
     return *reduce(lambda total, part: jax.tree.map(jnp.add, total, part), parts), *centers
 
 
-def no_sums(pair: Pair, shares: int) -> tuple[Array, ...]:
+@partial(jax.jit, static_argnames=("shares", "mesh"))
+def no_sums(pair: Pair, shares: int, mesh: Mesh | None) -> tuple[Array, ...]:
     """The sums over no windows: the first batch is added by the same program as all others."""
     inputs, targets = (part.shape[-1] for part in pair)
     shapes = (inputs, inputs), (inputs,), (inputs, targets), (targets,)
-    return tuple(jnp.zeros((shares, *shape)) for shape in shapes)
+    return _spread_sums((jnp.zeros((shares, *shape)) for shape in shapes), mesh)
+
+
+def _spread_sums(sums: Iterable[Array], mesh: Mesh | None) -> tuple[Array, ...]:
+    """The sums of each device on it. The rows of the matrices are shared over `model` like the features of x."""
+    return tuple(sharding.spread(part, mesh, sharding.MODEL if part.ndim == 3 else None, 1) for part in sums)
 
 
 @jax.jit
@@ -385,9 +391,7 @@ def add_pair(
     x = sharding.spread(x, mesh, sharding.MODEL)
     gram, cross = ops.einsum("SBTI,SBTJ->SIJ", x, x), ops.einsum("SBTI,SBTJ->SIJ", x, target)
     sums = gram, jnp.sum(x, axis=(1, 2)), cross, jnp.sum(target, axis=(1, 2))
-    # The rows of the matrices are shared over `model` like the features of x.
-    sums = tuple(sharding.spread(part, mesh, sharding.MODEL if part.ndim == 3 else None, 1) for part in sums)
-    return jax.tree.map(jnp.add, total, sums)
+    return jax.tree.map(jnp.add, total, _spread_sums(sums, mesh))
 
 
 @jax.jit

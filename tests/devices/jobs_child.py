@@ -196,7 +196,7 @@ def programs(decoder: Decoder, batches: Batches) -> dict[str, float]:
     lowered = {
         "advance": walk.advance.lower(layer, state, **settings),
         "inputs": walk.inputs_and_gaps.lower(layer, state, state.stream, **settings),
-        "moments": walk.add_pair.lower(walk.no_sums(pair, shares), pair, centers, shares=shares, mesh=mesh),
+        "moments": walk.add_pair.lower(walk.no_sums(pair, shares, mesh), pair, centers, shares=shares, mesh=mesh),
     }
     return {name: program.compile().cost_analysis()["flops"] for name, program in lowered.items()}
 
