@@ -156,15 +156,12 @@ class HeldOut:
 
     def _gains_on_device(self, rows: Int[np.ndarray, " kept"], columns: slice) -> dict[float, float]:
         """The same in float32 on the device, by one program for any number of rows."""
-        fit, held = (solve.OnDevice(m, r[:, columns], k[:, columns]) for m, r, k in self._on_device)
+        both = self.fit.on_device, self.held.on_device
+        fit, held = (solve.OnDevice(m, r[:, columns], k[:, columns]) for m, r, k in both)
         more = np.asarray(CHOICES) * self.fit.diagonal - self.fit.ridge
         kept = solve.mask(rows, len(self.fit.kernel))
         gains = np.asarray(solve.gains_on_device(fit, held, kept, jnp.asarray(more, jnp.float32)), np.float64)
         return {ridge: gain for ridge, gain in zip(CHOICES, gains.tolist(), strict=True) if np.isfinite(gain)}
-
-    @property
-    def _on_device(self) -> tuple[solve.OnDevice, solve.OnDevice]:
-        return self.fit.on_device, self.held.on_device
 
 
 def system_of(
