@@ -61,11 +61,12 @@ def main() -> None:
             models[name] = rounded(dense, int(multiple), int(arguments.target_params), Path(scratch) / name)
         timing.check(list(models.values()), load, arguments.rounds, libraries)
         found = timing.time_models(list(models.values()), load, arguments.rounds, libraries, arguments.dtype)
-    result = result_json(found, load, arguments.rounds) | {"dtype": arguments.dtype or "stored"}
+    result = result_json(found, load, arguments.rounds)
     for name, row in zip([name for name in models for _ in libraries], result["models"], strict=True):
         row["model"] = name
         print(json.dumps(row), flush=True)
-    arguments.output.write_text(json.dumps({"environment": environment()} | result, indent=1) + "\n")
+    written = {"environment": environment(), **result, "dtype": arguments.dtype or "stored"}
+    arguments.output.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":
