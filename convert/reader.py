@@ -99,7 +99,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_model(
-    model: str | Path, dtype: str | None = None, mesh: Mesh | None = None, revision: str | None = None
+    model: str | Path,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    stream: bool = False,
 ) -> Model:
     """Load a model from a local folder or a Hub id.
 
@@ -109,22 +113,28 @@ def read_model(
       dtype: type that the weights are cast to, float32, bfloat16 or float16; the stored type by default.
       mesh: the devices that the weights are sharded over; one device by default.
       revision: branch, tag or commit on the Hub; the main branch by default.
+      stream: leave the layers in the files, and read each when it is needed (`model.streamed`).
 
     Raises:
       InputError: the folder does not exist, its configuration is not supported, or its weights are damaged or do not
-        match the configuration.
+        match the configuration; or a Flax checkpoint is to be streamed.
     """
     described = describe_model(model, dtype, revision, weights=True)
     folder, abstract = described.folder, build(described.abstract.config, described.sizes)
     numpy_dtype = None if dtype is None else np.dtype(dtype)
     places = {} if mesh is None else shardings(abstract, mesh)
     if (folder / FLAX_WEIGHTS).is_dir():
+        if stream:
+            raise InputError(
+                f"{model}: the layers of a Flax checkpoint cannot be read one at a time; convert it first with python "
+                "-m convert to-torch"
+            )
         decoder = _read_flax(abstract, folder / FLAX_WEIGHTS, numpy_dtype, places)
     else:
         source = sources.open_folder(folder)
         if isinstance(source, gguf_read.GgufSource):
             source.warn_of_rounding()
-        decoder = rules.fill(abstract, source, numpy_dtype, places)
+        decoder = (rules.stream if stream else rules.fill)(abstract, source, numpy_dtype, places)
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else None
     return Model(decoder, described.raw_config, folder, str(model), record, described.revision)
 

@@ -5,7 +5,8 @@ Reading checks the name, shape and type of every tensor, and raises an `InputErr
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -18,8 +19,10 @@ from convert.families import TABLES, FamilyTable, Part, Rule
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
+from minillm_jax.model.build import assemble
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.modules import depth, run_letters
+from minillm_jax.model.modules import Block, depth, run_letters
+from minillm_jax.model.streamed import StreamedDecoder
 from minillm_jax.model.tree import named_arrays, outer_letters
 
 # What wrappers of PyTorch modules add to the names of tensors: torch.compile, FSDP and activation checkpointing
@@ -61,6 +64,7 @@ class Binding:
       paths: paths of the arrays in the decoder, one per part of the rule.
       index: index of the layer in its run, None for arrays outside the layers.
       sizes: axis letter → size.
+      layer: index of the layer in the model, None for arrays outside the layers.
     """
 
     rule: Rule
@@ -68,6 +72,7 @@ class Binding:
     paths: tuple[str, ...]
     index: int | None
     sizes: dict[str, int]
+    layer: int | None = None
 
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of the stored tensor: a word is the product of its letters' sizes; parts are concatenated on axis 0."""
@@ -128,7 +133,8 @@ def bindings(decoder: Decoder) -> list[Binding]:
     for position, run in enumerate(decoder.runs):
         sizes = run_letters(run)
         for index in range(depth(run)):
-            bound += _bind(table.block, decoder, table.layer.format(layer=layer), f"runs.{position}.", index, sizes)
+            of_layer = _bind(table.block, decoder, table.layer.format(layer=layer), f"runs.{position}.", index, sizes)
+            bound += [replace(binding, layer=layer) for binding in of_layer]
             layer += 1
     return bound
 
@@ -182,6 +188,81 @@ def fill(
     decoder = fill_tree(abstract, arrays, places)
     _check_tied_copy(decoder, stored_names, source)
     return decoder
+
+
+def stream(
+    abstract: Decoder,
+    source: TensorSource,
+    dtype: np.dtype | None = None,
+    places: Mapping[str, NamedSharding] | None = None,
+) -> StreamedDecoder:
+    """A decoder whose layers are read from a source one at a time; the arguments and errors are those of `fill`.
+
+    The names and shapes of all tensors are checked at once. The values of a layer are checked whenever it is read.
+    """
+    layers = _LayersOfSource(abstract, source, dtype, places or {})
+    outer = assemble(abstract.config, layers.arrays(None), abstract.runs)
+    _check_tied_copy(outer, layers.stored_names, source)
+    types = {path: leaf.dtype for path, leaf in named_arrays(layers.read(0))}
+
+    def leaf(path: jax.tree_util.KeyPath, expected: Any) -> Any:
+        name = axis_table.array_path(path)
+        return expected if axis_table.is_data(name) else jax.ShapeDtypeStruct(expected.shape, types[name])
+
+    runs = [jax.tree_util.tree_map_with_path(leaf, run) for run in abstract.runs]
+    return StreamedDecoder(outer, runs, partial(layers.read, types=types))
+
+
+class _LayersOfSource:
+    """Reads the arrays of one layer, or those outside the layers, from a source."""
+
+    def __init__(
+        self, abstract: Decoder, source: TensorSource, dtype: np.dtype | None, places: Mapping[str, NamedSharding]
+    ):
+        self.source, self.dtype, self.places = source, dtype, places
+        self.runs, self.shapes = abstract.runs, dict(named_arrays(abstract))
+        self.bound: dict[int | None, list[Binding]] = {}
+        bound = bindings(abstract)
+        self.stored_names = _match_names(bound, source, table_of(abstract))
+        for binding in bound:
+            self.bound.setdefault(binding.layer, []).append(binding)
+        self.scratch = memory.Scratch()
+
+    def read(self, index: int, types: Mapping[str, np.dtype] | None = None) -> Block:
+        """A layer on its devices; `types` of its arrays, which are those of the first layer."""
+        first = self.bound[index][0]
+        parent = first.paths[0].removesuffix(first.rule.parts[0].path)
+        arrays = self.arrays(index)
+        for name, dtype in (types or {}).items():
+            found = arrays.get(f"{parent}{name}")
+            if found is not None and found.dtype != dtype:
+                raise InputError(
+                    f"{self.source.where}: {name} of layer {index} is {found.dtype}, that of the first layer {dtype}; "
+                    "load the model with one dtype (float32, bfloat16 or float16)"
+                )
+
+        def leaf(path: jax.tree_util.KeyPath, expected: Any) -> jax.Array:
+            name = f"{parent}{axis_table.array_path(path)}"
+            if not axis_table.is_data(name):
+                return arrays[name]
+            assert first.index is not None
+            return sharding.place(jnp.asarray(expected[first.index : first.index + 1]), self.places.get(name))
+
+        return jax.tree_util.tree_map_with_path(leaf, self.runs[int(parent.split(".")[1])])
+
+    def arrays(self, layer: int | None) -> dict[str, jax.Array]:
+        """The arrays by their paths; those of a layer with a leading axis L of one."""
+        arrays: dict[str, jax.Array] = {}
+        for binding in self.bound[layer]:
+            shapes = [self.shapes[path].shape for path in binding.paths]
+            if binding.index is not None:
+                binding, shapes = replace(binding, index=0), [(1, *shape[1:]) for shape in shapes]
+            parts = _assemble(
+                [binding], self.stored_names, self.source, shapes, self.dtype, self.scratch, memory.aligned_empty
+            )
+            for path, part in zip(binding.paths, parts, strict=True):
+                arrays[path] = sharding.place(part, self.places.get(path))
+        return arrays
 
 
 def fill_tree(
@@ -343,10 +424,19 @@ def tensors(decoder: Decoder, names: Container[str]) -> Iterator[tuple[str, np.n
     A tensor may be a view of the decoder's memory, so callers must not change it. With several processes, every process
     must request the same tensors, since each process holds only a part of them.
     """
-    arrays = dict(named_arrays(decoder))
+    arrays, read = dict(named_arrays(decoder)), None
     for binding in bindings(decoder):
-        if binding.name in names:
-            yield binding.name, binding.to_torch([_on_host(arrays[path], binding.index) for path in binding.paths])
+        if binding.name not in names:
+            continue
+        index = binding.index
+        if isinstance(decoder, StreamedDecoder) and index is not None:
+            if binding.layer != read:
+                read = binding.layer
+                assert read is not None
+                prefix = ".".join(binding.paths[0].split(".")[:2])
+                arrays |= {f"{prefix}.{path}": array for path, array in named_arrays(decoder.read(read))}
+            index = 0
+        yield binding.name, binding.to_torch([_on_host(arrays[path], index) for path in binding.paths])
 
 
 def _on_host(array: jax.Array, index: int | None) -> np.ndarray:

@@ -46,10 +46,14 @@ Text = str | Path | Iterable[Any]
 
 
 def load(
-    model: str | Path, dtype: str | None = None, devices: Mesh | None = None, revision: str | None = None
+    model: str | Path,
+    dtype: str | None = None,
+    devices: Mesh | None = None,
+    revision: str | None = None,
+    stream: bool = False,
 ) -> Model:
     """Load a Hugging Face folder, a Flax checkpoint folder, or a Hub id; see `convert.reader.read_model`."""
-    return reader.read_model(model, dtype_name(dtype), devices, revision)
+    return reader.read_model(model, dtype_name(dtype), devices, revision, stream)
 
 
 def describe(model: str | Path, dtype: str | None = None, revision: str | None = None) -> Model:

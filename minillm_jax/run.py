@@ -1,12 +1,16 @@
 """One run from folder to folder: checked early, then load, calibrate, evaluate, prune, save, evaluate, document.
 
 The pruned weights are saved before anything else is done with them. A failure of the evaluation or of the report then
-costs nothing but the figures.
+costs nothing but the figures. Finished layers lie in a work folder beside the output until then, so that the same
+command continues an interrupted run.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
+
+import numpy as np
 
 import minillm_jax.hidden  # noqa: F401  before the first import of convert
 from convert import folders, formats, gguf_write, reader, writer
@@ -19,12 +23,14 @@ from minillm_jax.data.documents import check_source
 from minillm_jax.data.mixture import check_one_text, shares_of
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts, sharding
-from minillm_jax.errors import InputError, LastSteps
+from minillm_jax.devices.work_folder import WorkFolder
+from minillm_jax.errors import InputError, LastSteps, size_text, warn
 from minillm_jax.evaluation.layer_errors import WINDOWS, LayerErrors, layer_errors
 from minillm_jax.evaluation.perplexity import Perplexity
 from minillm_jax.generating import continuations
 from minillm_jax.model import costs
-from minillm_jax.model.build import build
+from minillm_jax.model.build import build, without_layers
+from minillm_jax.model.digest import tree_digest
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import hidden_size, layer_count
 from minillm_jax.progress import Clock, StageProgress
@@ -32,7 +38,8 @@ from minillm_jax.pruning.refit import resolve
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.recipes.sized import filled, sized, warn_of_few_tokens
-from minillm_jax.recipes.used import Used, used
+from minillm_jax.recipes.used import Used, check_streamed, used
+from minillm_jax.scoring.score import resolve as resolve_scoring
 from minillm_jax.settings import SAME_IN_LAYERS
 from minillm_jax.stages import biased_config, output_holds, prune_model, versions
 
@@ -134,25 +141,34 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
     recipe = _of_windows(described, settings.recipe, calibration.batches)
     if needed is not None:
         writer.check_space(job.output, needed)
-    model = load(job.model, recipe.output.dtype, sharding.make_mesh(shape), job.revision)
+    stream, mesh = streams(described, settings.recipe), sharding.make_mesh(shape)
+    model = load(job.model, recipe.output.dtype, mesh, job.revision, stream)
     calibration = replace(calibration, batches=replace(calibration.batches, mesh=sharding.mesh_of(model.decoder)))
     costs_before = costs.all_costs(model.decoder, recipe.budget.window)
     warn_of_few_tokens(recipe, calibration.batches, model.decoder)
     clock.lap("load")
     before = _measured(model, measured_on, progress)
     clock.lap("evaluate")
-    pruned = prune_model(model, calibration, recipe, progress=progress)
+    work = WorkFolder.of(
+        f"{job.output.rstrip('/')}.checkpoint", _identity(settings, recipe, model, calibration), "a pruning"
+    )
+    pruned = prune_model(model, calibration, recipe, progress=progress, work=work)
     clock.lap("prune")
     repeats = {RECIPE_FILE: _written_recipe(job, replace(settings, recipe=recipe), pruned, calibration)}
     output = recipe.output
     written = save(pruned, job.output, output.format, output.max_shard_size, repeats, output.gguf_type)
+    work.remove()
+    if stream:  # its layers were in the work folder
+        pruned = replace(pruned, decoder=load(job.output, output.dtype, mesh, stream=True).decoder)
     clock.lap("save")
     last = LastSteps(f"the pruned model is saved in {job.output}")
     seen = calibration.batches if measured_on is None else measured_on
     errors = last.attempt("the errors of its layers were not measured", partial(errors_of, model, pruned, seen))
     written_texts = last.attempt(
         "its texts were not written",
-        lambda: continuations_of({"dense": model, "pruned": pruned}, measured_on, recipe.evaluation.continuations),
+        lambda: continuations_of(
+            {"dense": model, "pruned": pruned}, measured_on, 0 if stream else recipe.evaluation.continuations
+        ),
     )
     del model  # the dense weights
     clock.lap("evaluate")
@@ -168,6 +184,39 @@ def run(job: Job, progress: StageProgress | None = None, documents: Documents | 
         last.attempt("its report was not written", lambda: folders.add_texts(job.output, documents(result)))
     last.check()
     return result
+
+
+def streams(described: reader.Description, recipe: Recipe) -> bool:
+    """Whether the layers are read one at a time: if that is asked for, or if the model would not fit and it can be.
+
+    All processes must call it.
+    """
+    if recipe.output.stream:
+        return True
+    _, gradient = resolve_scoring(recipe.scoring)
+    try:
+        check_streamed(recipe.budget, gradient, recipe.output.format)
+    except InputError:
+        return False
+    plan = plans.plan(described, described.folder.name, recipe)
+    stored = (described.folder / reader.FLAX_WEIGHTS).is_dir()
+    larger = hosts.of_first(lambda: {"than the memory": np.bool_(plan.fits is False and not stored)})
+    if larger["than the memory"]:
+        memory = size_text(plan.device_memory or 0)
+        warn(
+            f"the run needs {size_text(plan.device_bytes)} of memory and there are {memory}; one layer is read at a "
+            "time, as with --stream"
+        )
+    return bool(larger["than the memory"])
+
+
+def _identity(settings: Used, recipe: Recipe, model: Model, calibration: Calibration) -> dict[str, Any]:
+    """Whatever decides the pruned weights, by name; each finished layer knows the weights that it was made from."""
+    table = recipes.as_table(recipe, settings.keys)
+    sections = ("budget", "scoring", "gradient", "refit")
+    flat = {f"{name}.{key}": value for name in sections for key, value in table.get(name, {}).items()}
+    outer = tree_digest(without_layers(model.decoder), repr(model.decoder.config))
+    return flat | versions() | {"calibration text": calibration.fingerprint()[:16], "model": outer[:16]}
 
 
 def _measured(model: Model, windows: Batches | None, progress: StageProgress | None) -> Perplexity | None:

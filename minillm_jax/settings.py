@@ -469,6 +469,7 @@ class Output:
       dtype: type of the weights, in memory and in the files; None for the stored type.
       checkpoint: folder of the gradient estimate, from which an interrupted run continues.
       gguf_type: type of the matrices in a GGUF file; None for that of the weights.
+      stream: read one layer of the model at a time, and write each when it is finished.
     """
 
     format: str | None = option(
@@ -492,6 +493,13 @@ class Output:
     )
     gguf_type: str | None = option(
         None, str, "Type of the matrices in a GGUF file; that of the weights if unset.", choices=GGUF_TYPES
+    )
+    stream: bool = option(
+        False,
+        bool,
+        "Read one layer of the model at a time, for models larger than the memory; done without asking for a model "
+        "that does not fit.",
+        recorded=False,
     )
 
 

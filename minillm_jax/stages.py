@@ -17,17 +17,20 @@ from minillm_jax.budget.budget import Counts, by_ratio, choose, kept_count
 from minillm_jax.data.calibration_size import widest_mlp
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts, sharding
+from minillm_jax.devices.work_folder import Part, WorkFolder, computed_once
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
-from minillm_jax.model.build import build
+from minillm_jax.model.build import assemble, build
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
+from minillm_jax.model.streamed import StreamedDecoder, as_model_of
 from minillm_jax.model.tree import (
     group_counts,
     hidden_size,
     layer_count,
     named_arrays,
+    outer_arrays,
     parameter_count,
     part_counts,
     sizes_of,
@@ -39,6 +42,7 @@ from minillm_jax.pruning.slicing import slice_groups, slice_hidden, slice_layers
 from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.scoring.criteria import check_finite
 from minillm_jax.scoring.score import ChosenWhilePruning, Scores, hidden_scores, score, summaries
+from minillm_jax.scoring.score import resolve as resolve_scoring
 from minillm_jax.settings import Budget, Refit, Scoring
 from minillm_jax.version import __version__
 
@@ -51,6 +55,7 @@ def prune_model(
     recipe: Recipe,
     scores: Scores | ChosenWhilePruning | None = None,
     progress: StageProgress | None = None,
+    work: WorkFolder | None = None,
 ) -> Model:
     """A model pruned by a recipe: layers, hidden dimensions, then heads and channels, as far as the recipe names them.
 
@@ -60,6 +65,7 @@ def prune_model(
       recipe: settings as `recipes.used` completes them.
       scores: of the heads and channels of the dense model; scored by the recipe when None.
       progress: called with how far each stage is.
+      work: the folder of the finished work, from which an interrupted pruning continues.
 
     Raises:
       InputError: a setting does not suit the model, nothing would be removed, or an activation, score or loss is not
@@ -73,8 +79,9 @@ def prune_model(
     smaller, whole = _prune_whole_model(replace(model, record=None), calibration, recipe, progress)
     if budget.kinds:
         fits = output_holds(smaller.decoder, smaller.raw_config, recipe.output.format)
+        stored = _folder_of_estimate(recipe, work)
         smaller = prune_in_rounds(
-            smaller, calibration, recipe.scoring, budget, recipe.refit, scores, progress, recipe.output.checkpoint, fits
+            smaller, calibration, recipe.scoring, budget, recipe.refit, scores, progress, stored, fits, work
         )
         smaller, whole = _without_empty_layers(smaller, whole)
     else:
@@ -86,6 +93,15 @@ def prune_model(
     record |= {"tokens_per_channel": calibration.batches.tokens / widest}
     record |= {} if model.record is None else {"pruned_before": model.record}
     return replace(smaller, record=record)
+
+
+def _folder_of_estimate(recipe: Recipe, work: WorkFolder | None) -> str | Path | None:
+    """The folder of the gradient estimate: the user's, or one in the work folder where an estimate can be resumed."""
+    _, estimation = resolve_scoring(recipe.scoring)
+    resumable = estimation is not None and estimation.estimator != "exact" and recipe.budget.rounds == 1
+    if recipe.output.checkpoint is not None or work is None or not resumable or jax.process_count() > 1:
+        return recipe.output.checkpoint
+    return work.subfolder("estimate")
 
 
 def _prune_whole_model(
@@ -155,6 +171,7 @@ def prune_in_rounds(
     progress: StageProgress | None = None,
     checkpoint: str | Path | None = None,
     fits: Callable[[Counts], bool] = lambda counts: True,
+    work: WorkFolder | None = None,
 ) -> Model:
     """Score and prune, in `budget.rounds` rounds with new scores of the smaller model in each.
 
@@ -170,6 +187,7 @@ def prune_in_rounds(
       progress: called with how far each stage is.
       checkpoint: see `scoring.score.score`; for a single round.
       fits: whether the output format can hold counts of the allocation `equal`.
+      work: the folder of the finished work, from which an interrupted pruning continues.
 
     Raises:
       InputError: see `prune_groups` and `score`; or the number of rounds does not suit the rest.
@@ -182,7 +200,7 @@ def prune_in_rounds(
     decoder, rounds = model.decoder, budget.rounds
     refit = resolve(refit or Refit("none"), decoder.config)
     scores = scores or score(model, calibration, scoring, progress, checkpoint)
-    allocated = _allocate(decoder, scores, budget, refit, calibration, progress, fits)
+    allocated = _allocate(decoder, scores, budget, refit, calibration, progress, fits, work)
     more = {"scores": summaries(scores), "losses": allocated.losses, "searched": allocated.searched}
     more |= {"rounds": rounds}
     before = {kind: group_counts(decoder, kind) for kind in scores.kinds}
@@ -190,7 +208,8 @@ def prune_in_rounds(
     for number, counts in enumerate(allocate.steps_between(before, allocated.counts, parts, rounds)):
         if number:
             scores = score(replace(model, decoder=decoder), calibration, scoring, progress)
-        decoder, kept_now = _remove(decoder, scores, counts, refit, calibration, progress)
+        of_round = None if work is None else work.within(f"round-{number}")
+        decoder, kept_now = _remove(decoder, scores, counts, refit, calibration, progress, of_round)
         kept = kept_now if kept is None else axis_table.kept_of_kept(kept, kept_now)
     assert kept is not None, "there is at least one round"
     return record_pruning(model, decoder, kept, scores, budget, refit, more)
@@ -204,6 +223,7 @@ def _allocate(
     calibration: Calibration | None,
     progress: StageProgress | None,
     fits: Callable[[Counts], bool] = lambda counts: True,
+    work: WorkFolder | None = None,
 ) -> allocate.Allocated:
     before = {kind: group_counts(decoder, kind) for kind in scores.kinds}
     if isinstance(scores, ChosenWhilePruning):
@@ -215,7 +235,12 @@ def _allocate(
             if scored != before[kind]:
                 raise InputError(f"the scores are for {scored} groups of kind {kind}, the model has {before[kind]}")
         check_finite(groups)
-    allocated = allocate.counts_for(decoder, scores.kinds, groups, per_cost, budget, refit, calibration, progress, fits)
+
+    def compute() -> Part:
+        arguments = scores.kinds, groups, per_cost, budget, refit, calibration, progress, fits, work
+        return Part({}, asdict(allocate.counts_for(decoder, *arguments)))
+
+    allocated = allocate.Allocated.from_note(computed_once(work, "budget", compute).note)
     expected.warn_of_idle_kinds(before, allocated.counts, budget)
     return allocated
 
@@ -252,6 +277,7 @@ def _remove(
     refit: Refit,
     calibration: Calibration | None,
     progress: StageProgress | None,
+    work: WorkFolder | None = None,
 ) -> tuple[Decoder, axis_table.Kept]:
     """The smaller decoder, and the indices of its groups."""
     layer_done = partial(tell, progress, "refit")
@@ -260,10 +286,10 @@ def _remove(
         raise InputError("the refit and the criterion obs walk over calibration windows; give the calibration")
     if isinstance(scores, ChosenWhilePruning):
         assert calibration is not None
-        return prune_by_obs(decoder, counts, calibration.batches, refit, layer_done)
+        return prune_by_obs(decoder, counts, calibration.batches, refit, layer_done, work)
     kept = hosts.rows_of_first(lambda: choose(scores.groups, counts, part_counts(decoder, scores.kinds)))
     if calibration is not None and refitted:
-        return slice_and_refit(decoder, kept, calibration.batches, refit, layer_done), kept
+        return slice_and_refit(decoder, kept, calibration.batches, refit, layer_done, work), kept
     return slice_groups(decoder, kept), kept
 
 
@@ -355,16 +381,25 @@ def with_biases(model: Model) -> Model:
     biased = biased_config(model.decoder.config)
     if biased == model.decoder.config:
         return model
-    abstract = build(biased, sizes_of(model.decoder), model.decoder.embedding.dtype)
-    arrays = dict(named_arrays(model.decoder))
+    decoder = _biased(model.decoder, biased)
+    raw = {**model.raw_config, "attention_bias": True, "mlp_bias": True}
+    return replace(model, decoder=decoder, raw_config=raw)
+
+
+def _biased(decoder: Decoder, biased: DecoderConfig) -> Decoder:
+    """A decoder with zeros in the biases that a configuration adds to its own."""
+    if isinstance(decoder, StreamedDecoder):
+        read, outer = decoder.read, assemble(biased, outer_arrays(decoder), [])
+        runs = build(biased, sizes_of(decoder), decoder.embedding.dtype).runs
+        return StreamedDecoder(outer, runs, lambda index: _biased(as_model_of(decoder, read(index)), biased).runs[0])
+    abstract = build(biased, sizes_of(decoder), decoder.embedding.dtype)
+    arrays = dict(named_arrays(decoder))
 
     def leaf(path: jax.tree_util.KeyPath, shape: Any) -> jax.Array:
         name = axis_table.array_path(path)
         return arrays[name] if name in arrays else jnp.zeros(shape.shape, shape.dtype)
 
-    decoder = sharding.shard(jax.tree_util.tree_map_with_path(leaf, abstract), sharding.mesh_of(model.decoder))
-    raw = {**model.raw_config, "attention_bias": True, "mlp_bias": True}
-    return replace(model, decoder=decoder, raw_config=raw)
+    return sharding.shard(jax.tree_util.tree_map_with_path(leaf, abstract), sharding.mesh_of(decoder))
 
 
 def biased_config(config: DecoderConfig) -> DecoderConfig:

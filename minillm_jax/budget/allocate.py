@@ -1,10 +1,11 @@
 """Allocation: the number of groups that every layer keeps, from the budget, the model, its scores and its losses."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from minillm_jax.budget.measured_losses import level_losses
 from minillm_jax.data.calibration_size import widest_mlp
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts
+from minillm_jax.devices.work_folder import WorkFolder
 from minillm_jax.errors import InputError, shortened
 from minillm_jax.model import costs
 from minillm_jax.model.decoder import Decoder
@@ -46,6 +48,14 @@ class Allocated:
     counts: Counts
     losses: dict[str, list[list[tuple[int, float | None]]]] | None = None
     searched: list[float | None] | None = None
+
+    @classmethod
+    def from_note(cls, note: Mapping[str, Any]) -> "Allocated":
+        """From the same fields after they were JSON, which has no tuples."""
+        losses = note["losses"] and {
+            kind: [[(count, loss) for count, loss in row] for row in rows] for kind, rows in note["losses"].items()
+        }
+        return cls(note["counts"], losses, note["searched"])
 
 
 def expected(decoder: Decoder, kinds: tuple[str, ...], budget: Budget) -> Counts | None:
@@ -128,6 +138,7 @@ def counts_for(
     calibration: Calibration | None,
     progress: StageProgress | None = None,
     fits: Callable[[Counts], bool] = lambda counts: True,
+    work: WorkFolder | None = None,
 ) -> Allocated:
     """The number of groups of every kind that each layer keeps.
 
@@ -141,6 +152,7 @@ def counts_for(
       calibration: the windows on which losses are measured; None for other allocations.
       progress: called with the number of losses measured, and of all.
       fits: whether the output format can hold counts of the allocation `equal`.
+      work: the folder of the measured sublayers, from which an interrupted measurement continues.
 
     Raises:
       InputError: see `expected`; or the allocation needs scores or windows that are missing.
@@ -160,8 +172,8 @@ def counts_for(
     if budget.allocation in BY_CURVES:
         check_curves("obs" if scores is None else "a criterion with scores", budget.allocation)
         if budget.allocation == "search":
-            return _search(decoder, inventory, limit, budget, refit, calibration, report)
-        levels, losses = _by_curves(decoder, inventory, budget, refit, calibration, report)
+            return _search(decoder, inventory, limit, budget, refit, calibration, report, work)
+        levels, losses = _by_curves(decoder, inventory, budget, refit, calibration, report, work)
         return _cheapest(inventory, limit, levels, losses, budget, fits)
     levels = budgets.levels(inventory, budget, SHARES)
 
@@ -172,7 +184,7 @@ def counts_for(
         return np.asarray(kept[kind][0])
 
     chosen = None if scores is None else choose
-    losses = level_losses(decoder, calibration.batches, levels, chosen, refit, report).divergences
+    losses = level_losses(decoder, calibration.batches, levels, chosen, refit, report, work=work).divergences
     return _cheapest(inventory, limit, levels, losses, budget)
 
 
@@ -183,6 +195,7 @@ def _by_curves(
     refit: Refit,
     calibration: Calibration,
     report: Callable[[int, int], None],
+    work: WorkFolder | None = None,
 ) -> tuple[Levels, Losses]:
     """All levels and their losses, from a few measured levels of every sublayer, and from that without any groups."""
     levels = budgets.levels(inventory, budget, curves.SHARES)
@@ -190,7 +203,7 @@ def _by_curves(
     fewest = {kind: [row[-1] for row in rows] for kind, rows in levels.items()}
     batches = curves.windows_of_curves(calibration.batches, widest_mlp(decoder))
     windows = batches.first(max(1, curves.MEASURED_TOKENS // batches.length))
-    found = level_losses(decoder, batches, tried, None, refit, report, fewest, windows)
+    found = level_losses(decoder, batches, tried, None, refit, report, fewest, windows, work)
     assert found.errors is not None, "structured OBS has errors"
     return levels, curves.curve_losses(levels, tried, found.divergences, found.errors)
 
@@ -209,12 +222,13 @@ def _search(
     refit: Refit,
     calibration: Calibration,
     report: Callable[[int, int], None],
+    work: WorkFolder | None = None,
 ) -> Allocated:
     """The counts of `curves` after a search of steps between sublayers, and the record of both."""
     batches, generations = calibration.batches, searches.generations_of(len(inventory.layers))
     measured = sum(len(row) - 1 for rows in _measured_levels(inventory, budget).values() for row in rows)
     told = in_turn(report, (measured, len(PROJECTIONS) * layer_count(decoder), generations))
-    tried, losses = _by_curves(decoder, inventory, budget, refit, calibration, next(told))
+    tried, losses = _by_curves(decoder, inventory, budget, refit, calibration, next(told), work)
     start = _cheapest(inventory, limit, tried, losses, budget)
     levels = searches.levels_around(inventory, budget, start.counts)
     dense = [dense_on(decoder, part) for part in searches.windows(batches)]

@@ -209,7 +209,12 @@ def composed(
 
     ranges = {kind: [range(count) for count in row] for kind, row in start.items()}  # only their lengths matter
     refit_inputs = input_refit(settings, ranges, batches, solver)
-    layers = walk(decoder, batches, replace, progress, refit_inputs, held_out_windows(settings, batches))
+    layers: list[Block] = []
+
+    def finish(_: int, __: Block, layer: Block) -> None:
+        layers.append(layer)
+
+    walk(decoder, batches, replace, progress, refit_inputs, held_out_windows(settings, batches), finish=finish)
     pruned = sharding.shard(with_runs(decoder, slicing.merge(layers)), batches.mesh)
     return Composed(pruned, library, start, batches.mesh)
 

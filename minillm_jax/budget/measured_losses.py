@@ -12,21 +12,23 @@ takes fewer tokens to tell two levels apart.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from minillm_jax.data.batches import Batches
 from minillm_jax.devices import hosts, sharding
+from minillm_jax.devices.work_folder import Part, WorkFolder, computed_once
+from minillm_jax.evaluation.layerwise import Stream, advance
 from minillm_jax.evaluation.perplexity import check_dense_loss
-from minillm_jax.model.decoder import Decoder, finish, layers_from, rotary_angles
-from minillm_jax.model.layer import apply_layer
+from minillm_jax.model.build import without_layers
+from minillm_jax.model.decoder import Decoder, finish
 from minillm_jax.model.loss import Top, token_divergences, token_losses, top_tokens
 from minillm_jax.model.modules import Block
+from minillm_jax.model.streamed import StreamedDecoder
 from minillm_jax.model.tree import group_count, layer_count, part_count
 from minillm_jax.pruning.refit import (
     gathered,
@@ -44,6 +46,9 @@ from minillm_jax.settings import Refit
 
 # Kind of group, layer index, number of kept groups -> indices of the kept groups, ascending.
 Choose = Callable[[str, int, int], Int[np.ndarray, " kept"]]
+
+# The residual stream of a trial on its devices, or in the memory of the host.
+Parked = Stream | Float[np.ndarray, "B T D"]
 
 
 class Measured(NamedTuple):
@@ -70,6 +75,7 @@ def level_losses(
     progress: Callable[[int, int], None] | None = None,
     fewest: Mapping[str, Sequence[int]] | None = None,
     measured: Batches | None = None,
+    work: WorkFolder | None = None,
 ) -> Measured:
     """The cross entropy and the divergence at every level.
 
@@ -85,46 +91,62 @@ def level_losses(
       progress: called with the number of levels measured, and of all.
       fewest: kind -> for each layer, the number of kept groups that the errors reach; the last level by default.
       measured: windows on which losses are measured; the calibration windows by default.
+      work: the folder of the measured sublayers, from which an interrupted measurement continues.
 
     Raises:
       InputError: see `slice_and_refit`; or the loss of the dense model is not finite.
     """
     settings = resolve(refit, decoder.config)
-    solver, streams = Solver(settings.solver), Streams(decoder, measured or batches)
+    solver, trials = Solver(settings.solver), trials_of(decoder, measured or batches)
     total = sum(len(counts) - 1 for rows in levels.values() for counts in rows)
     found, errors, done = {kind: [] for kind in levels}, {kind: [] for kind in levels}, 0
+
+    def measure_site(site: Site, kind: str) -> Part:
+        """The losses of the levels of a sublayer, and the errors of structured OBS."""
+        counts, started, of_site = levels[kind][site.layer], [], np.zeros(1)
+        least = min(counts) if fewest is None else fewest[kind][site.layer]
+        for kernel, shift, now in projections(site, kind, counts[1:], least, choose, settings, solver):
+            run = with_projection(site.run, PROJECTIONS[site.kind], kernel, shift, site.mesh)
+            started.append(trials.start(site.layer, run))
+            of_site = now
+            if progress is not None:
+                progress(done + len(started), total)
+        arrays, note = trials.to_part(started)
+        return Part(arrays | {"errors": of_site}, note)
 
     def measure(site: Site) -> Block:
         nonlocal done
         kind = pruned_kind(site.kind, levels)
         if kind is not None:
-            counts, changes, of_site = levels[kind][site.layer], [(0.0, 0.0)], np.zeros(1)
-            least = min(counts) if fewest is None else fewest[kind][site.layer]
-            for kernel, shift, now in projections(site, kind, counts[1:], least, choose, settings, solver):
-                run = with_projection(site.run, PROJECTIONS[site.kind], kernel, shift, site.mesh)
-                changes.append(streams.after(site.layer, run))
-                of_site, done = now, done + 1
-                if progress is not None:
-                    progress(done, total)
-            found[kind].append(changes)
-            errors[kind].append(of_site)
+            part = computed_once(work, f"{trials.NAME}-{kind}-{site.layer:05}", lambda: measure_site(site, kind))
+            found[kind].append(trials.from_part(part))
+            errors[kind].append(part.arrays["errors"])
+            done += len(found[kind][-1])
         if site.kind == list(PROJECTIONS)[-1]:
-            streams.advance(site.run)
+            trials.advance(site.run)
         return site.run
 
     walk(decoder, batches, measure, held_out=held_out_windows(settings, batches))
     assert all(len(rows) == layer_count(decoder) for rows in found.values())
+    changes = {kind: [[(0.0, 0.0), *map(trials.changes, row)] for row in rows] for kind, rows in found.items()}
     losses, divergences = (
-        {kind: [[pair[place] for pair in row] for row in rows] for kind, rows in found.items()} for place in range(2)
+        {kind: [[pair[place] for pair in row] for row in rows] for kind, rows in changes.items()} for place in range(2)
     )
     return Measured(losses, divergences, errors if choose is None else None)
 
 
-class Streams:
-    """The residual streams of the dense model before a layer, and what a changed layer there costs the model.
+# The change of the mean cross entropy, and the mean divergence, nats.
+Changes = tuple[float, float]
 
-    Memory: one float32 residual stream of the windows, and the top tokens of the dense model at each position.
+
+class Trials:
+    """What a changed layer costs the model: forward passes from the residual stream of the dense model on.
+
+    A trial of a model in memory ends when it starts. Memory: one float32 residual stream of the windows, and the top
+    tokens of the dense model at each position.
     """
+
+    NAME = "losses"  # of the parts in a work folder
 
     def __init__(self, decoder: Decoder, batches: Batches) -> None:
         """Takes one forward pass over the windows.
@@ -136,34 +158,124 @@ class Streams:
         Raises:
           InputError: the loss of the dense model is not finite.
         """
-        self.decoder, self.batches = decoder, batches
-        self.streams = [begin(decoder, batch.tokens, mesh=batches.mesh).stream for batch in batches]
-        found = [_dense(decoder, x, batch.tokens) for x, batch in zip(self.streams, batches, strict=True)]
-        self.top = [top for top, _ in found]
-        self.dense = float(sum(sharding.gather(losses).sum(dtype=np.float64) for _, losses in found))
-        check_dense_loss(self.dense, "no loss can be compared with it")
+        self.decoder, self.batches, self.outer = decoder, batches, without_layers(decoder)
+        self.streams = [begin(self.outer, batch.tokens, mesh=batches.mesh).stream for batch in batches]
+        self._measure_dense(self._through(0, self.streams))
 
-    def after(self, layer: int, run: Block) -> tuple[float, float]:
-        """The change of the mean cross entropy, and the mean divergence, with another layer in the place of one.
+    def start(self, layer: int, run: Block) -> Any:
+        """A trial of another layer in the place of one.
 
         Args:
           layer: index of the layer before which the streams are.
           run: the layer, a run of one layer.
         """
-        mesh, index = self.batches.mesh, jnp.int32(layer)
+        return self._changes(self._through(layer + 1, self._advanced(run, self.streams)))
+
+    def changes(self, trial: Any) -> Changes:
+        """The result of a trial, when all layers are done."""
+        change, divergence = trial
+        return change, divergence
+
+    def to_part(self, trials: list[Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Trials as the work folder holds them."""
+        return {}, {"trials": trials}
+
+    def from_part(self, part: Part) -> list[Any]:
+        """Trials from the work folder."""
+        return part.note["trials"]
+
+    def advance(self, run: Block) -> None:
+        """Moves the streams past a layer, a run of one layer."""
+        self.streams = self._advanced(run, self.streams)
+
+    def _advanced(self, run: Block, streams: list[Stream]) -> list[Stream]:
+        return [advance(self.outer, run, x, mesh=self.batches.mesh) for x in streams]
+
+    def _through(self, first: int, streams: list[Stream]) -> list[Stream]:
+        """The residual streams after the last layer, from those before layer `first`."""
+        for layer in sharding.layers_of(self.decoder, self.batches.mesh, first):
+            streams = self._advanced(layer, streams)
+        return streams
+
+    def _measure_dense(self, last: list[Stream]) -> None:
+        """The top tokens and the loss of the dense model, from its last streams."""
+        found = [_dense(self.outer, x, batch.tokens) for x, batch in zip(last, self.batches, strict=True)]
+        self.top = [top for top, _ in found]
+        self.dense = float(sum(sharding.gather(losses).sum(dtype=np.float64) for _, losses in found))
+        check_dense_loss(self.dense, "no loss can be compared with it")
+
+    def _changes(self, last: list[Stream]) -> Changes:
+        """The result of a trial from its last streams."""
         rows = [
-            sharding.gather(_after(self.decoder, run, index, x, batch.tokens, top, mesh=mesh))
-            for x, batch, top in zip(self.streams, self.batches, self.top, strict=True)
+            sharding.gather(_both(self.outer, x, batch.tokens, top))
+            for x, batch, top in zip(last, self.batches, self.top, strict=True)
         ]
         loss, divergence = np.concatenate(rows, axis=-1).sum(axis=-1, dtype=np.float64)
         changes = (float(total) / self.batches.predictions for total in (loss - self.dense, divergence))
         change, divergence = (one if np.isfinite(one) else np.inf for one in changes)
         return change, divergence
 
+
+class StreamedTrials(Trials):
+    """The same for a model whose layers are read one at a time: all trials pass a layer before the next one is read.
+
+    The programs are those of `Trials`, so that the results are the same to the bit. A trial is the number of its
+    residual streams, which lie in the memory of the host while the devices work on others.
+    """
+
+    NAME = "streams"
+
+    def __init__(self, decoder: Decoder, batches: Batches) -> None:
+        self.decoder, self.batches, self.outer = decoder, batches, without_layers(decoder)
+        self.streams = [begin(self.outer, batch.tokens, mesh=batches.mesh).stream for batch in batches]
+        self.trials: list[list[Parked]] = []
+        self.before = 0  # the trials of earlier layers; those of the present one are past it
+        self.top = []
+
+    def start(self, layer: int, run: Block) -> list[Parked]:
+        """The streams of the trial after the layer."""
+        return self._parked(self._advanced(run, self.streams))
+
+    def changes(self, trial: Any) -> Changes:
+        """The result of a trial, when its streams have passed all layers."""
+        if not self.top:
+            self._measure_dense(self.streams)
+        return self._changes(self._unparked(self.trials[trial]))
+
+    def to_part(self, trials: list[Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The streams of trials after their layer."""
+        arrays = {
+            f"trial.{number}.{place}": sharding.gather(x) if isinstance(x, jax.Array) else x
+            for number, streams in enumerate(trials)
+            for place, x in enumerate(streams)
+        }
+        return arrays, {"trials": len(trials)}
+
+    def from_part(self, part: Part) -> list[Any]:
+        """The numbers of trials whose streams stand after their layer."""
+        first, count = len(self.trials), part.note["trials"]
+        for number in range(count):
+            streams = [part.arrays[f"trial.{number}.{place}"] for place in range(len(self.batches))]
+            self.trials.append(self._parked(self._unparked(streams)))
+        return list(range(first, first + count))
+
     def advance(self, run: Block) -> None:
-        """Moves the streams past a layer, a run of one layer."""
-        mesh = self.batches.mesh
-        self.streams = [_advance(self.decoder, run, x, mesh=mesh) for x in self.streams]
+        """Moves the streams of the dense model and of all trials of earlier layers past a layer."""
+        for number in range(self.before):
+            self.trials[number] = self._parked(self._advanced(run, self._unparked(self.trials[number])))
+        self.before = len(self.trials)
+        super().advance(run)
+
+    def _parked(self, streams: list[Stream]) -> list[Parked]:
+        return [sharding.parked(x) for x in streams]
+
+    def _unparked(self, streams: list[Parked]) -> list[Stream]:
+        return [sharding.like(x, dense) for x, dense in zip(streams, self.streams, strict=True)]
+
+
+def trials_of(decoder: Decoder, batches: Batches) -> Trials:
+    """The trials of a model in memory, or of one whose layers are read one at a time."""
+    return (StreamedTrials if isinstance(decoder, StreamedDecoder) else Trials)(decoder, batches)
 
 
 def projections(
@@ -213,31 +325,14 @@ def projections(
 
 
 @jax.jit
-def _dense(decoder: Decoder, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]) -> tuple[Top, Float[Array, " B"]]:
-    """The top tokens of the dense model, and the summed cross entropy of every sequence, from its first stream."""
-    hidden = finish(decoder, layers_from(decoder, x, jnp.int32(0), x.shape[1]))
-    return top_tokens(decoder, hidden), jnp.sum(token_losses(decoder, hidden, tokens), axis=-1)
+def _dense(outer: Decoder, x: Stream, tokens: Int[Array, "B T"]) -> tuple[Top, Float[Array, " B"]]:
+    """The top tokens of the dense model, and the summed cross entropy of every sequence, from its last stream."""
+    hidden = finish(outer, x)
+    return top_tokens(outer, hidden), jnp.sum(token_losses(outer, hidden, tokens), axis=-1)
 
 
-@partial(jax.jit, static_argnames="mesh")
-def _advance(decoder: Decoder, run: Block, x: Float[Array, "B T D"], *, mesh: Mesh | None) -> Float[Array, "B T D"]:
-    """The residual stream after a layer."""
-    block, angles = jax.tree.map(lambda array: array[0], run), rotary_angles(decoder, x.shape[1])
-    return sharding.spread(apply_layer(block, decoder.config, x, angles)[0], mesh)
-
-
-@partial(jax.jit, static_argnames="mesh")
-def _after(
-    decoder: Decoder,
-    run: Block,
-    layer: Int[Array, ""],
-    x: Float[Array, "B T D"],
-    tokens: Int[Array, "B T"],
-    dense: Top,
-    *,
-    mesh: Mesh | None,
-) -> Float[Array, "2 B"]:
-    """Summed cross entropy and divergence of every sequence, with `run` in the place of one layer."""
-    x = layers_from(decoder, _advance(decoder, run, x, mesh=mesh), layer + 1, x.shape[1])
-    sums = (jnp.sum(part, axis=-1) for part in token_divergences(decoder, finish(decoder, x), tokens, dense))
+@jax.jit
+def _both(outer: Decoder, x: Stream, tokens: Int[Array, "B T"], dense: Top) -> Float[Array, "2 B"]:
+    """Summed cross entropy and divergence of every sequence, from the last stream."""
+    sums = (jnp.sum(part, axis=-1) for part in token_divergences(outer, finish(outer, x), tokens, dense))
     return jnp.stack(list(sums))

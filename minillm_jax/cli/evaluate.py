@@ -65,6 +65,9 @@ def evaluate(
         str | None, typer.Option(metavar="TEXT", help="Several processes: auto, or ADDRESS:PORT,COUNT,NUMBER.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub, of MODEL.")] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read one layer at a time, for the perplexity of a model of any size.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: ShownQuietOption = False,
 ) -> None:
@@ -83,6 +86,8 @@ def evaluate(
     questions = _task_settings(tasks, fewshot, limit, include_path)
     if text is None and questions is None:
         raise InputError("nothing is to be measured; give a text with --text, tasks with --tasks, or both")
+    if stream and questions is not None:
+        raise InputError("--stream reads one layer at a time, for the perplexity on a text; leave it out for tasks")
     folder = reports.check_report(model, against or [], questions) if report else None
     shape, kind = sharding.parse_mesh(mesh), settings.output.dtype
     if hosts is not None:
@@ -103,7 +108,7 @@ def evaluate(
     with progress(quiet or as_json) as told:
         asked = [] if questions is None else of_tasks.questions_of(questions)
         for name, commit in names.items():
-            loaded = api.load(name, kind, devices, commit)
+            loaded = api.load(name, kind, devices, commit, stream)
             found.append(_measured(name, loaded, windows[name], asked, questions, told))
             del loaded  # one model is in memory at a time
     if processes.is_writer():

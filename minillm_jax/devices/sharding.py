@@ -23,7 +23,8 @@ from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block, depth, run_letters
-from minillm_jax.model.tree import named_arrays, outer_letters
+from minillm_jax.model.streamed import StreamedDecoder
+from minillm_jax.model.tree import layer_count, named_arrays, outer_letters
 
 DATA, MODEL = "data", "model"
 
@@ -164,11 +165,16 @@ def constrain(
     return jax.lax.with_sharding_constraint(array, _rule(name, axis_table.BLOCK_AXES[name], sizes, mesh))
 
 
-def layers_of(decoder: Decoder, mesh: Mesh | None) -> Iterator[Block]:
-    """Every layer of a decoder, each a run of one layer, in its shards on the mesh."""
+def layers_of(decoder: Decoder, mesh: Mesh | None, first: int = 0) -> Iterator[Block]:
+    """The layers of a decoder from `first` on, each a run of one layer, in its shards on the mesh."""
+    if isinstance(decoder, StreamedDecoder):
+        yield from map(decoder.read, range(first, layer_count(decoder)))
+        return
+    start = 0
     for run in decoder.runs:
-        for index in range(depth(run)):
+        for index in range(max(first - start, 0), depth(run)):
             yield take_layer(run, jnp.asarray(index, jnp.int32), mesh=mesh)
+        start += depth(run)
 
 
 # The index is an argument of the compiled program, so that all layers of a shape share one compilation.
@@ -217,6 +223,12 @@ def with_mesh(array: Shaped[Array, "..."], mesh: Mesh | None) -> Array:
 def like(array: Shaped[np.ndarray, "..."] | Shaped[Array, "..."], other: Shaped[Array, "..."]) -> Array:
     """An array on the devices of another one, in its shards."""
     return place(array, other.sharding if isinstance(other.sharding, NamedSharding) else None)
+
+
+def parked(array: Shaped[Array, "..."]) -> Shaped[Array, "..."] | Shaped[np.ndarray, "..."]:
+    """An array in the memory of the host, where that is another memory and this process holds the whole array."""
+    on_host = any(device.platform == "cpu" for device in array.devices())
+    return array if on_host or not array.is_fully_addressable else np.asarray(array)
 
 
 def shard(decoder: Decoder, mesh: Mesh | None) -> Decoder:

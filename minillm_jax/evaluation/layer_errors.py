@@ -20,12 +20,13 @@ from minillm_jax.data.batches import Batches
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.model import ops
-from minillm_jax.model.build import with_runs
+from minillm_jax.model.build import with_runs, without_layers
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder, embed, rotary_angles
 from minillm_jax.model.layer import attention_sublayer, mlp_sublayer
 from minillm_jax.model.modules import Angles, Block
 from minillm_jax.model.padded_runs import one_run, worth_padding
+from minillm_jax.model.streamed import StreamedDecoder
 from minillm_jax.model.tree import hidden_size, layer_count
 
 # Windows that are enough for a median over tokens.
@@ -86,7 +87,8 @@ def layer_errors(
     _check(pruned, layers, dimensions)
     mesh = batches.mesh
     angles = rotary_angles(dense, batches.length)
-    ours, theirs = ([_begin(one, batch.tokens, mesh=mesh) for batch in batches] for one in (pruned, dense))
+    outer = without_layers(pruned), without_layers(dense)
+    ours, theirs = ([_begin(one, batch.tokens, mesh=mesh) for batch in batches] for one in outer)
     smaller = iter(sharding.layers_of(_few_programs(pruned), mesh))
     rows = []
     for index, layer in enumerate(sharding.layers_of(dense, mesh)):
@@ -118,7 +120,7 @@ def _check(pruned: Decoder, layers: list[int], dimensions: list[int]) -> None:
 
 def _few_programs(pruned: Decoder) -> Decoder:
     """The model with layers of equal sizes, where programs for every size would take long to compile."""
-    if not worth_padding(pruned.runs):
+    if isinstance(pruned, StreamedDecoder) or not worth_padding(pruned.runs):
         return pruned
     return with_runs(pruned, jax.jit(one_run)(list(pruned.runs)))
 

@@ -9,8 +9,10 @@ from jaxtyping import Array, Float, Int
 
 from minillm_jax.data.batches import Batches
 from minillm_jax.errors import InputError
+from minillm_jax.evaluation.layerwise import layerwise_losses
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import sequence_losses
+from minillm_jax.model.streamed import StreamedDecoder
 
 # Nats per token. The exponential of a larger loss overflows a float64.
 LARGEST_LOSS = 700.0
@@ -82,7 +84,8 @@ def perplexity(decoder: Decoder, batches: Batches, progress: Callable[[int, int]
     """
     if batches.length < 2:
         raise InputError(f"windows of {batches.length} tokens have nothing to predict; use at least 2")
-    losses = window_losses(decoder, batches, progress=progress).astype(np.float64)
+    measure = layerwise_losses if isinstance(decoder, StreamedDecoder) else window_losses
+    losses = measure(decoder, batches, progress=progress).astype(np.float64)
     loss = float(losses.sum()) / batches.predictions
     value = exponential(loss, "the model")
     error = value * standard_error(losses / (batches.length - 1)) if batches.count > 1 else None

@@ -34,6 +34,16 @@ def with_runs(decoder: Decoder, runs: Sequence[Block]) -> Decoder:
     )
 
 
+def without_layers(decoder: Decoder) -> Decoder:
+    """A decoder with one run of no layers, which embeds tokens and projects to the vocabulary.
+
+    It is a small argument for programs that take one layer after the other. It keeps the shapes of a layer.
+    """
+    shapes = decoder.runs[0]
+    empty = jax.tree.map(lambda array: np.zeros((0, *array.shape[1:]), array.dtype), shapes)
+    return with_runs(decoder, [empty])
+
+
 def build(config: DecoderConfig, sizes: Sizes, dtype: DTypeLike = jnp.float32) -> Decoder:
     """An abstract decoder: its leaves are `jax.ShapeDtypeStruct`, and data of the layers are NumPy arrays.
 

@@ -1,6 +1,7 @@
 """A hash of a model, of its configuration and every bit of its weights: the same on every mesh and from every file."""
 
 import hashlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,8 +23,13 @@ def model_digest(decoder: Decoder) -> str:
     The devices hash the weights where they lie, with sums of integers: these do not depend on their order, so that
     every mesh gives the same digest.
     """
-    total = hashlib.sha256(repr(decoder.config).encode())
-    for path, array in named_arrays(decoder):
+    return tree_digest(decoder, repr(decoder.config))
+
+
+def tree_digest(tree: Any, configuration: str = "") -> str:
+    """The same of a tree of arrays, a layer for example, and of a text."""
+    total = hashlib.sha256(configuration.encode())
+    for path, array in named_arrays(tree):
         words = np.asarray(array_hash(array))
         total.update(f"{path} {array.dtype} {array.shape} {words.tolist()}".encode())
     return total.hexdigest()

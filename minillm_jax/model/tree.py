@@ -115,6 +115,11 @@ def named_arrays(tree: Any) -> Iterator[tuple[str, Any]]:
         yield axis_table.array_path(path), leaf
 
 
+def outer_arrays(decoder: Decoder) -> dict[str, Any]:
+    """The arrays outside the layers, by the names of `axis_table.OUTER_AXES`."""
+    return {path: array for path, array in named_arrays(decoder) if not path.startswith("runs.")}
+
+
 def parameter_count(decoder: Decoder) -> int:
     """Number of parameters; tied embeddings count once."""
     return sum(leaf.size for path, leaf in named_arrays(decoder) if not axis_table.is_data(path))

@@ -1,5 +1,6 @@
 """Padding, the opposite of slicing: groups of zeros in place of removed groups, so that all layers have equal sizes."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,6 +13,7 @@ from minillm_jax.model.build import build, with_runs
 from minillm_jax.model.config import Sizes
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block, depth, run_letters
+from minillm_jax.model.streamed import StreamedDecoder, as_model_of, map_layers
 from minillm_jax.model.tree import group_count, named_arrays
 
 # Kind of group -> for each layer, the indices of its groups in the padded layer. Key/value heads (`head`) and channels
@@ -30,6 +32,8 @@ def pad_groups(decoder: Decoder, sizes: Sizes, places: Places) -> Decoder:
       sizes: the sizes of the padded decoder, equal in all layers.
       places: the places of the groups in the padded layers.
     """
+    if isinstance(decoder, StreamedDecoder):
+        return map_layers(decoder, sizes, partial(_padded_layer, decoder, sizes, places))
     target, first = sizes.layers[0], 0
     counts = (("query", target.N // target.K), ("head", target.K), ("channel", target.F))
     pieces: list[Block] = []
@@ -40,6 +44,13 @@ def pad_groups(decoder: Decoder, sizes: Sizes, places: Places) -> Decoder:
         first = last
     padded = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pieces)
     return _with_data(with_runs(decoder, [padded]), sizes)
+
+
+def _padded_layer(decoder: StreamedDecoder, sizes: Sizes, places: Places, index: int, layer: Block) -> Block:
+    """One layer of the padded decoder."""
+    of_layer = {kind: rows[index : index + 1] for kind, rows in places.items()}
+    single = replace(sizes, layers=sizes.layers[index : index + 1])
+    return pad_groups(as_model_of(decoder, layer), single, of_layer).runs[0]
 
 
 @partial(jax.jit, static_argnames="counts")

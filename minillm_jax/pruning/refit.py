@@ -20,7 +20,7 @@ With several processes, process 0 chooses the groups and solves the systems. The
 
 from collections.abc import Callable, Container, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,15 +29,16 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from minillm_jax.data.batches import Batches
 from minillm_jax.devices import hosts
-from minillm_jax.devices.sharding import gather, mesh_of, place, run_shardings, shard
+from minillm_jax.devices.sharding import gather, place, run_shardings
+from minillm_jax.devices.work_folder import WorkFolder
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.model import axis_table
-from minillm_jax.model.build import with_runs
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import group_count, named_arrays, part_count
-from minillm_jax.pruning import slicing, solve
+from minillm_jax.pruning import solve
+from minillm_jax.pruning.finished import FinishedLayers
 from minillm_jax.pruning.refit_inputs import refit_sublayer_inputs
 from minillm_jax.pruning.removal_order import Removal, greedy_removal, products_of_best
 from minillm_jax.pruning.system import HELD_OUT, Solver, System, system_of, system_with_ridge
@@ -104,6 +105,7 @@ def slice_and_refit(
     batches: Batches,
     refit: Refit | None = None,
     progress: Callable[[int, int], None] | None = None,
+    work: WorkFolder | None = None,
 ) -> Decoder:
     """A decoder with only the kept groups of every layer, and with refitted output projections.
 
@@ -115,26 +117,26 @@ def slice_and_refit(
       batches: calibration windows.
       refit: the method and its settings.
       progress: called with the number of sublayers done, and of all.
+      work: the folder of the finished layers, from which an interrupted walk continues.
 
     Raises:
-      InputError: see `resolve`; or the activations are not finite.
+      InputError: see `resolve`; or the activations are not finite, or the work folder cannot be used.
     """
     settings = resolve(refit or Refit(), decoder.config)
-    solver = Solver(settings.solver)
+    solver, finished = Solver(settings.solver), FinishedLayers(decoder, work)
 
     def replace_layer(site: Site) -> Block:
         kind = pruned_kind(site.kind, kept)
         return site.run if kind is None else prune_site(site, kind, kept[kind][site.layer], settings, solver)
 
+    def finish(index: int, dense: Block, layer: Block) -> None:
+        finished.add(dense, layer, {kind: rows[index] for kind, rows in kept.items()})
+
     refit_inputs = input_refit(settings, kept, batches, solver)
-    held_out, finish = held_out_windows(settings, batches), partial(_sliced, kept, batches.mesh)
-    layers = walk(decoder, batches, replace_layer, progress, refit_inputs, held_out, finish=finish)
-    return shard(with_runs(decoder, slicing.merge(layers)), mesh_of(decoder))
-
-
-def _sliced(kept: axis_table.Kept, mesh: Mesh | None, layer: int, run: Block) -> Block:
-    """A layer with only its kept groups, a run of one layer."""
-    return slicing.take_layer({kind: rows[layer] for kind, rows in kept.items()}, run, mesh)
+    held_out = held_out_windows(settings, batches)
+    hooks: dict[str, Any] = {"finish": finish, "restore": finished.restore}
+    walk(decoder, batches, replace_layer, progress, refit_inputs, held_out, **hooks)
+    return finished.pruned()
 
 
 def prune_by_obs(
@@ -143,6 +145,7 @@ def prune_by_obs(
     batches: Batches,
     refit: Refit | None = None,
     progress: Callable[[int, int], None] | None = None,
+    work: WorkFolder | None = None,
 ) -> tuple[Decoder, dict[str, list[Int[np.ndarray, " _"]]]]:
     """A decoder as from `slice_and_refit`, with groups chosen by structured OBS during the walk.
 
@@ -155,30 +158,34 @@ def prune_by_obs(
       batches: calibration windows.
       refit: the method and its settings.
       progress: called with the number of sublayers done, and of all.
+      work: the folder of the finished layers, from which an interrupted walk continues.
 
     Returns:
       The pruned decoder, and kind of group -> for each layer, the indices of the kept groups, ascending.
 
     Raises:
-      InputError: see `resolve`; or the activations are not finite.
+      InputError: see `resolve`; or the activations are not finite, or the work folder cannot be used.
     """
     settings = resolve(refit or Refit(), decoder.config)
-    solver = Solver(settings.solver)
-    kept: dict[str, list[np.ndarray]] = {kind: [] for kind in counts}
+    solver, finished = Solver(settings.solver), FinishedLayers(decoder, work)
+    kept: dict[str, np.ndarray] = {}  # of the present layer
 
     def replace_layer(site: Site) -> Block:
         kind = pruned_kind(site.kind, counts)
         if kind is None:
             return site.run
-        groups, layer = _choose_and_refit(site, kind, counts[kind][site.layer], settings, solver)
-        kept[kind].append(groups)
+        kept[kind], layer = _choose_and_refit(site, kind, counts[kind][site.layer], settings, solver)
         return layer
+
+    def finish(_: int, dense: Block, layer: Block) -> None:
+        finished.add(dense, layer, dict(kept))
 
     kept_ranges = {kind: [range(count) for count in rows] for kind, rows in counts.items()}  # only their lengths matter
     refit_inputs = input_refit(settings, kept_ranges, batches, solver)
-    held_out, finish = held_out_windows(settings, batches), partial(_sliced, kept, batches.mesh)
-    layers = walk(decoder, batches, replace_layer, progress, refit_inputs, held_out, finish=finish)
-    return shard(with_runs(decoder, slicing.merge(layers)), mesh_of(decoder)), kept
+    held_out = held_out_windows(settings, batches)
+    hooks: dict[str, Any] = {"finish": finish, "restore": finished.restore}
+    walk(decoder, batches, replace_layer, progress, refit_inputs, held_out, **hooks)
+    return finished.pruned(), finished.kept
 
 
 def input_refit(

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,13 +12,14 @@ from jax import numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from minillm_jax.devices.sharding import constrain, mesh_of
+from minillm_jax.devices.sharding import constrain, like, mesh_of
 from minillm_jax.model import axis_table
 from minillm_jax.model.build import with_runs
 from minillm_jax.model.config import Sizes
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block, depth, run_letters
-from minillm_jax.model.tree import group_count
+from minillm_jax.model.streamed import StreamedDecoder, map_layers, sizes_of_layers
+from minillm_jax.model.tree import group_count, sizes_of
 
 
 def slice_groups(decoder: Decoder, kept: axis_table.Kept) -> Decoder:
@@ -30,6 +32,11 @@ def slice_groups(decoder: Decoder, kept: axis_table.Kept) -> Decoder:
       decoder: the model.
       kept: kind of group -> for each layer, the indices of the kept groups, ascending.
     """
+    if isinstance(decoder, StreamedDecoder):
+        mesh, sizes = mesh_of(decoder), slice_sizes(sizes_of(decoder), kept)
+        return map_layers(
+            decoder, sizes, lambda index, layer: take_layer({kind: kept[kind][index] for kind in kept}, layer, mesh)
+        )
     pieces: list[Block] = []
     first = 0
     for run in decoder.runs:
@@ -84,6 +91,8 @@ def slice_hidden(decoder: Decoder, kept: Int[np.ndarray, " kept"]) -> Decoder:
 
 def slice_layers(decoder: Decoder, kept: Sequence[int]) -> Decoder:
     """A decoder with only the kept layers, given in ascending order. Each keeps its attention window and slopes."""
+    if isinstance(decoder, StreamedDecoder):
+        return map_layers(decoder, sizes_of_layers(decoder, kept), lambda _, layer: layer, kept)
     pieces: list[Block] = []
     first = 0
     for run in decoder.runs:
@@ -154,16 +163,45 @@ def take_layer(kept: Mapping[str, Int[np.ndarray, " _"]], run: Block, mesh: Mesh
         return take(run, {kind: jnp.asarray(rows)[None] for kind, rows in fewer.items()}, 0, 1, mesh) if fewer else run
 
     def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
-        axes, whole = f"L{axis_table.BLOCK_AXES[axis_table.array_path(path)]}", np.asarray(array)
-        taken = whole
-        for kind, rows in fewer.items():
-            axis = axis_table.group_axis(axes, kind)
-            if axis is not None:
-                features = np.arange(taken.shape[axis]).reshape(counts[kind], -1)[rows].ravel()
-                taken = np.take(taken, features, axis)
-        return array if taken is whole else jnp.asarray(taken)
+        places = _places(axis_table.array_path(path), array.shape, fewer, counts)
+        return array if places is None else jnp.asarray(np.asarray(array)[places])
 
     return jax.tree_util.tree_map_with_path(leaf, run)
+
+
+def put_layer(kept: Mapping[str, Int[np.ndarray, " _"]], arrays: Mapping[str, np.ndarray], run: Block) -> Block:
+    """The inverse of `take_layer`: a run of one layer at full width, with zeros in the place of the removed groups.
+
+    Args:
+      kept: kind of group -> the indices of the kept groups, ascending.
+      arrays: the arrays of the sliced layer on the host, by name.
+      run: the layer before it was sliced; its shapes, types and shards are those of the result.
+    """
+    counts = {kind: group_count(run, kind) for kind in kept}
+    fewer = {kind: rows for kind, rows in kept.items() if len(rows) < counts[kind]}
+
+    def leaf(path: jax.tree_util.KeyPath, before: Array) -> Array:
+        name = axis_table.array_path(path)
+        whole, places = arrays[name], _places(name, before.shape, fewer, counts)
+        if places is not None:
+            whole = np.zeros(before.shape, before.dtype)
+            whole[places] = arrays[name]
+        return like(whole, before)
+
+    return jax.tree_util.tree_map_with_path(leaf, run)
+
+
+def _places(
+    name: str, shape: Sequence[int], kept: Mapping[str, Int[np.ndarray, " _"]], counts: Mapping[str, int]
+) -> tuple[Any, ...] | None:
+    """The index of the kept groups in an array of a run of one layer; None for an array without such groups."""
+    axes = f"L{axis_table.BLOCK_AXES[name]}"
+    for kind, rows in kept.items():  # an array has groups of one pruned kind at most
+        axis = axis_table.group_axis(axes, kind)
+        if axis is not None:
+            features = np.arange(shape[axis]).reshape(counts[kind], -1)[rows].ravel()
+            return (*(slice(None),) * axis, features)
+    return None
 
 
 def _layer_shapes(run: Block) -> tuple[tuple[int, ...], ...]:

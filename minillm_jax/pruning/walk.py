@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int
 from minillm_jax.data.batches import Batches
 from minillm_jax.devices import sharding
 from minillm_jax.model import ops
+from minillm_jax.model.build import without_layers
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder, embed, rotary_angles
 from minillm_jax.model.layer import Sublayer, attention_sublayer, mlp_sublayer
@@ -160,9 +161,10 @@ def walk(
     refit_inputs: RefitInputs | None = None,
     held_out: int = 0,
     pruned_decoder: Decoder | None = None,
-    finish: Callable[[int, Block], Block] | None = None,
-) -> list[Block]:
-    """Every layer as `replace` and `finish` returned it, each a run of one layer.
+    finish: Callable[[int, Block, Block], None] | None = None,
+    restore: Callable[[Block], Block | None] | None = None,
+) -> None:
+    """Shows every output projection of the model to `replace`, and every finished layer to `finish`.
 
     Memory at a time: two float32 residual streams of all windows (four with parallel sublayers), one layer's
     activations of one batch, and the moments of one projection.
@@ -178,32 +180,40 @@ def walk(
       held_out: number of windows at the end whose moments are collected alone as well.
       pruned_decoder: a model pruned before, with as many layers and the same stream; the sites show its layers in the
         place of the dense ones.
-      finish: called with the index of a layer and the layer when both sublayers are done; returns what becomes of it.
+      finish: called with the index of a layer, the dense layer, and the layer when both sublayers are done.
+      restore: called with each dense layer before its sublayers; returns the layer at full width if an earlier walk has
+        finished it, and else None. A restored layer moves the streams; neither `replace` nor `finish` is called.
     """
     angles = rotary_angles(decoder, batches.length)
     parts = batches.split(batches.count - held_out) if held_out else (batches,)
 
     def begun(model: Decoder) -> list[State]:
-        return [begin(model, batch.tokens, mesh=batches.mesh) for part in parts for batch in part]
+        outer = without_layers(model)
+        return [begin(outer, batch.tokens, mesh=batches.mesh) for part in parts for batch in part]
 
     dense = begun(decoder)
-    pruned, layers, done = list(dense) if pruned_decoder is None else begun(pruned_decoder), [], 0
+    pruned, done = list(dense) if pruned_decoder is None else begun(pruned_decoder), 0
+    held_tokens = held_out * batches.length
     for index, (dense_layer, layer) in enumerate(_pairs_of_layers(decoder, pruned_decoder, batches.mesh)):
+        restored = None if restore is None else restore(dense_layer)
         for kind in PROJECTIONS:
             settings = {"kind": kind, "config": decoder.config, "mesh": batches.mesh, "angles": angles}
             collected = partial(_collected, lengths=[len(part) for part in parts], mesh=batches.mesh)
-            if refit_inputs is not None:
+            if refit_inputs is not None and restored is None:
                 pairs = partial(inputs_of_both, layer, dense_layer, **settings)
                 inputs = list(zip(pruned, dense, strict=True))
                 layer = refit_inputs(index, kind, layer, partial(collected, InputMoments, pairs, inputs))
                 del inputs
             same = all(left is right for left, right in zip(pruned, dense, strict=True))
             dense_totals = _advance_all(dense_layer, dense, settings)
-            pairs = partial(inputs_and_gaps, layer, **settings)
-            moments = cache(partial(collected, Moments, pairs, list(zip(pruned, dense_totals, strict=True))))
-            held_tokens = held_out * batches.length
-            layer = replace(Site(index, kind, layer, batches.tokens, batches.mesh, moments, held_tokens))
-            del dense_totals, moments  # they would live on through the next sublayer
+            if restored is None:
+                pairs = partial(inputs_and_gaps, layer, **settings)
+                moments = cache(partial(collected, Moments, pairs, list(zip(pruned, dense_totals, strict=True))))
+                layer = replace(Site(index, kind, layer, batches.tokens, batches.mesh, moments, held_tokens))
+                del moments  # it would live on through the next sublayer
+            else:
+                layer = restored
+            del dense_totals
             if same and layer is dense_layer:  # both streams are still one
                 pruned = list(dense)
             else:
@@ -211,8 +221,8 @@ def walk(
             done += 1
             if progress is not None:
                 progress(done, len(PROJECTIONS) * layer_count(decoder))
-        layers.append(layer if finish is None else finish(index, layer))
-    return layers
+        if finish is not None and restored is None:
+            finish(index, dense_layer, layer)
 
 
 def _pairs_of_layers(decoder: Decoder, pruned: Decoder | None, mesh: Mesh | None) -> Iterator[tuple[Block, Block]]:

@@ -235,7 +235,37 @@ def _output(output: Output, budget: Budget, gradient: Estimation | None) -> Outp
         )
     size = Output.max_shard_size if output.format in ("flax", "gguf") else output.max_shard_size
     gguf_type = output.gguf_type if output.format == "gguf" else None
-    return Output(output.format, size, output.dtype, checkpoint, gguf_type)
+    if output.stream:
+        check_streamed(budget, gradient, output.format)
+    return Output(output.format, size, output.dtype, checkpoint, gguf_type, output.stream)
+
+
+def check_streamed(budget: Budget, gradient: Estimation | None, format_name: str | None) -> None:
+    """Check that a run needs one layer of the model at a time, and never all of its weights.
+
+    Args:
+      budget: of the run.
+      gradient: the gradient estimate; None for a criterion that reads none.
+      format_name: of the output.
+
+    Raises:
+      InputError: it needs all weights.
+    """
+    whole = [structure for structure in ("hidden", "layers") if structure in budget.structures]
+    if gradient is not None:
+        what = f"the {gradient.estimator} gradient needs"
+    elif whole:
+        what = f"the removal of {' and '.join(whole)} needs"
+    elif budget.allocation in ("search", "measured"):
+        what = f"--budget {budget.allocation} needs"
+    elif format_name == "flax":
+        what = "the format flax needs"
+    else:
+        return
+    raise InputError(
+        f"{what} all weights of the model in memory, and --stream reads one layer at a time; use --criterion obs, "
+        "wanda, flap, magnitude or random for heads and channels, --budget curves, equal or uniform, and another format"
+    )
 
 
 def _evaluation(evaluation: Evaluation) -> Evaluation:

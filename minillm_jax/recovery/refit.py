@@ -61,7 +61,8 @@ def refit_towards(
     def refit_inputs(layer: int, kind: str, run: Block, moments: Callable[[], Collected[InputMoments]]) -> Block:
         return refit_any(layer, kind, run, moments) if group_count(run, kind) else run
 
-    layers = walk(
+    layers: list[Block] = []
+    walk(
         teacher,
         batches,
         lambda site: refitted_site(site, settings, solver),
@@ -69,6 +70,7 @@ def refit_towards(
         refit_inputs if settings.inputs else None,
         held_out_windows(settings, batches),
         decoder,
+        lambda index, of_teacher, layer: layers.append(layer),
     )
     return shard(with_runs(decoder, slicing.merge(layers)), mesh_of(decoder))
 

@@ -17,6 +17,7 @@ from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.modules import Block, depth, run_letters
+from minillm_jax.model.streamed import StreamedDecoder
 from minillm_jax.model.tree import group_count, group_counts, hidden_size, kernels, layer_count
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.scoring import criteria
@@ -272,8 +273,10 @@ def _score_matrices(
     progress: StageProgress | None,
 ) -> dict[str, list[np.ndarray]]:
     scores: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
-    first = 0
-    for position, run in enumerate(decoder.runs):
+    first, runs = 0, decoder.runs
+    if isinstance(decoder, StreamedDecoder):  # each layer is a run
+        runs = sharding.layers_of(decoder, sharding.mesh_of(decoder))
+    for position, run in enumerate(runs):
         of_run = [None if of is None else of[position] for of in (norms, slopes.exact, slopes.curvature)]
         for kind, values in _score_run(run, first, of_run, slopes, criterion, kinds).items():
             scores[kind].extend(values)

@@ -1,6 +1,6 @@
 """The walk through the layers, against plain loops over layers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -87,6 +87,12 @@ def collect_moments(decoder: Decoder, batches: Batches) -> dict[tuple[int, str],
     return moments
 
 
+def walked_model(decoder: Decoder, batches: Batches, replace: Callable[[Site], Block]) -> Decoder:
+    layers: list[Block] = []
+    walk(decoder, batches, replace, finish=lambda index, dense, layer: layers.append(layer))
+    return with_runs(decoder, slicing.merge(layers))
+
+
 def test_moments_equal_those_of_a_plain_loop_over_both_residual_streams() -> None:
     decoder, windows = small_decoder(**BIASED), random_tokens(61, 5, 9)
     sliced = slicing.slice_groups(decoder, {kind: [rows] * 3 for kind, rows in KEPT.items()})
@@ -128,7 +134,7 @@ def test_gap_of_an_unpruned_model_is_the_output_of_the_projection(tmp_path: Path
         np.testing.assert_allclose(gaps, inputs @ kernel, atol=1e-4 * np.abs(cross).max())
         return site.run
 
-    walked = with_runs(decoder, slicing.merge(walk(decoder, Batches(random_tokens(97, 3, 20)), check)))
+    walked = walked_model(decoder, Batches(random_tokens(97, 3, 20)), check)
     assert arrays_equal(walked, decoder)
 
 
@@ -137,7 +143,7 @@ def test_walk_that_slices_returns_the_sliced_model(tmp_path: Path, name: str) ->
     """With norms after the sublayers, attention windows and ALiBi slopes."""
     family, changes = CONFIGURATIONS[name]
     decoder = read_model(hugging_face_folder(tmp_path / "model", family, **changes)).decoder
-    walked = with_runs(decoder, slicing.merge(walk(decoder, Batches(random_tokens(97, 2, 20)), slice_sublayer)))
+    walked = walked_model(decoder, Batches(random_tokens(97, 2, 20)), slice_sublayer)
     sliced = slicing.slice_groups(decoder, {kind: [rows] * 3 for kind, rows in KEPT.items()})
     assert arrays_equal(walked, sliced)
     tokens = random_tokens(97, 2, 30)

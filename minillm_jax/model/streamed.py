@@ -1,0 +1,89 @@
+"""Decoders that are larger than the memory: their layers are read one at a time."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import jax
+from jaxtyping import Array
+
+from minillm_jax.model import axis_table
+from minillm_jax.model.build import build, with_runs
+from minillm_jax.model.config import Sizes
+from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.modules import Block
+from minillm_jax.model.tree import layer_count, named_arrays, sizes_of
+
+# Index of a layer -> the layer on its devices, a run of one layer.
+ReadLayer = Callable[[int], Block]
+
+
+class StreamedDecoder(Decoder):
+    """A decoder whose layers are read when they are needed: its runs have shapes alone, and all other arrays values.
+
+    Functions that take one layer after the other (`devices.sharding.layers_of`) compute with it. Functions of shapes
+    take it as they take an abstract decoder.
+
+    Args:
+      outer: a decoder with the arrays outside the layers.
+      runs: the shapes of the layers.
+      read: reads a layer.
+    """
+
+    def __init__(self, outer: Decoder, runs: Sequence[Block], read: ReadLayer):
+        position = outer.position_embedding
+        super().__init__(
+            outer.config,
+            outer.embedding[...],
+            runs,
+            final_norm=outer.final_norm,
+            head=outer.head,
+            position_embedding=None if position is None else position[...],
+            embedding_norm=outer.embedding_norm,
+            project_in=outer.project_in,
+            project_out=outer.project_out,
+        )
+        self.read = read
+
+
+def resized(decoder: StreamedDecoder, sizes: Sizes, read: ReadLayer) -> StreamedDecoder:
+    """The decoder with layers of other sizes, or with other layers.
+
+    Args:
+      decoder: the decoder; the arrays of its first layer have the types of all layers.
+      sizes: the new sizes.
+      read: reads the new layers.
+    """
+    types = {path.split(".", 2)[2]: leaf.dtype for path, leaf in named_arrays(decoder) if path.startswith("runs.")}
+
+    def leaf(path: jax.tree_util.KeyPath, shape: Array) -> Array:
+        name = axis_table.array_path(path)
+        return shape if axis_table.is_data(name) else jax.ShapeDtypeStruct(shape.shape, types[name])
+
+    shapes = build(decoder.config, sizes).runs
+    return StreamedDecoder(decoder, [jax.tree_util.tree_map_with_path(leaf, run) for run in shapes], read)
+
+
+def map_layers(
+    decoder: StreamedDecoder, sizes: Sizes, change: Callable[[int, Block], Block], layers: Sequence[int] | None = None
+) -> StreamedDecoder:
+    """The decoder with changed layers, each of which is read and changed when it is needed.
+
+    Args:
+      decoder: the decoder.
+      sizes: the sizes of the result.
+      change: index of a layer and the layer -> the changed layer.
+      layers: the layers of the result; all by default.
+    """
+    numbers = list(range(layer_count(decoder)) if layers is None else layers)
+    return resized(decoder, sizes, lambda index: change(numbers[index], decoder.read(numbers[index])))
+
+
+def as_model_of(decoder: StreamedDecoder, layer: Block) -> Decoder:
+    """A decoder in memory with a single layer."""
+    return with_runs(decoder, [layer])
+
+
+def sizes_of_layers(decoder: Decoder, layers: Sequence[int]) -> Sizes:
+    """The sizes of a decoder with only some layers."""
+    sizes = sizes_of(decoder)
+    return replace(sizes, layers=tuple(sizes.layers[layer] for layer in layers))
