@@ -21,6 +21,7 @@ from minillm_jax.budget.inventory import kept_count
 from minillm_jax.data.batches import TOKENS_PER_BATCH
 from minillm_jax.data.calibration_size import widest_mlp
 from minillm_jax.errors import InputError, shortened
+from minillm_jax.evaluation.layerwise import STREAMS
 from minillm_jax.model import costs
 from minillm_jax.model.build import build
 from minillm_jax.model.config import DecoderConfig, Sizes
@@ -30,8 +31,10 @@ from minillm_jax.model.modules import depth, run_letters
 from minillm_jax.model.tree import hidden_size, layer_count, named_arrays
 from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.recipes.sized import few_tokens, sized
+from minillm_jax.recipes.used import check_streamed
 from minillm_jax.scoring.criteria import CRITERIA
 from minillm_jax.scoring.gradient.plan import direction_bytes
+from minillm_jax.scoring.score import resolve
 from minillm_jax.settings import BY_CURVES, MEASURED, Output
 from minillm_jax.stages import biased_config
 
@@ -86,6 +89,8 @@ class Plan:
       device_bytes: peak memory of one device.
       host_bytes: peak memory of the host process beside the device's.
       device_memory: memory of one device; None where it is not known.
+      streamed_bytes: peak memory of the device with --stream; None for a run that needs all weights in memory.
+      work_bytes: disk space of the work folder beside the output; None where the shapes are not known.
     """
 
     model: str
@@ -105,6 +110,8 @@ class Plan:
     device_bytes: int
     host_bytes: int
     device_memory: int | None
+    streamed_bytes: int | None
+    work_bytes: int | None
 
     @property
     def fits(self) -> bool | None:
@@ -156,6 +163,8 @@ def plan(described: Description, name: str, recipe: Recipe, devices: str | None 
         device_bytes=device_bytes(dense, small or dense, recipe, count, kind == "cpu"),
         host_bytes=host_bytes(dense, recipe, on_cpu=kind == "cpu"),
         device_memory=memory,
+        streamed_bytes=streamed_bytes(dense, recipe, count),
+        work_bytes=None if small is None else costs.block_parameters(small) * dtype.itemsize,
     )
 
 
@@ -237,6 +246,23 @@ def device_bytes(dense: Decoder, pruned: Decoder, recipe: Recipe, count: int = 1
     walked = smaller // count + walk_bytes(dense, recipe) if walks(recipe) else 0
     composed = smaller // count + scores if recipe.budget.allocation == "search" else 0
     return weights // count + max(scores, walked, composed, 2 * smaller // count)
+
+
+def streamed_bytes(dense: Decoder, recipe: Recipe, count: int = 1) -> int | None:
+    """Peak memory of one device where one layer is read at a time: that layer in the dense and the pruned model, the
+    arrays outside the layers, and the walk or the residual streams of the evaluation.
+
+    None for a run that needs all weights in memory.
+    """
+    try:
+        check_streamed(recipe.budget, resolve(recipe.scoring)[1], recipe.output.format)
+    except InputError:
+        return None
+    width = np.dtype(dense.embedding.dtype).itemsize
+    outer = (costs.cost(dense, "parameters") - costs.block_parameters(dense)) * width
+    evaluated = 0 if recipe.evaluation.text is None else STREAMS + forward_bytes(dense, recipe)
+    walked = walk_bytes(dense, recipe) if walks(recipe) else forward_bytes(dense, recipe)
+    return (outer + 2 * _layer_parameters(dense) * width) // count + max(walked, evaluated)
 
 
 def score_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:

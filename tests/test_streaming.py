@@ -5,13 +5,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from convert.reader import read_model
+from minillm_jax import api
+from minillm_jax.data.batches import Batches
+from minillm_jax.errors import InputError
+from minillm_jax.evaluation import layerwise
+from minillm_jax.model.modules import Block
 from minillm_jax.model.streamed import StreamedDecoder
+from minillm_jax.model.tree import parameter_count
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.run import Job, Result, run
 from minillm_jax.settings import Data, Evaluation
-from tests.test_resuming import make_model
+from tests import test_resuming as interrupted
+from tests.helpers import hugging_face_folder, load_torch, logits_of, random_tokens, torch_logits
+from tests.test_resuming import check_equal, make_model
 
 
 def prune(root: Path, output: str, **options: Any) -> Result:
@@ -52,3 +62,91 @@ def test_streamed_pruning_writes_the_weights_of_a_pruning_in_memory(
     assert in_memory.errors is not None
     assert streamed.errors is not None
     np.testing.assert_allclose(streamed.errors.stream, in_memory.errors.stream, rtol=1e-5)
+
+
+def test_an_interrupted_streamed_pruning_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """The streams of the trials of the budget are in the work folder too."""
+    root = make_model(tmp_path)
+    calls = interrupted.prune(root, "whole", None, stream=True)
+    for share in (0.3, 0.5, 0.8):
+        with pytest.raises(interrupted.Interrupted):
+            interrupted.prune(root, "resumed", (calls, int(share * len(calls))), stream=True)
+    names = {path.name.split("-")[0] for path in (root / "resumed.checkpoint").glob("*.safetensors")}
+    assert names == {"streams", "budget.safetensors", "round"}
+    interrupted.prune(root, "resumed", None, stream=True)
+    check_equal(root / "whole", root / "resumed")
+
+
+def test_a_streamed_model_in_python(tmp_path: Path) -> None:
+    """Loaded, evaluated, pruned and saved without a work folder."""
+    folder = hugging_face_folder(tmp_path / "model", num_hidden_layers=3)
+    tokens = random_tokens(97, 8, 24)
+    streamed, in_memory = (api.load(folder, stream=stream) for stream in (True, False))
+    assert parameter_count(streamed.decoder) == parameter_count(in_memory.decoder)
+    losses = [api.evaluate(model, tokens, 24).loss for model in (streamed, in_memory)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    pruned = api.prune(streamed, tokens, 0.5, seq_len=24, samples=8)
+    saved = tmp_path / "pruned"
+    api.save(pruned, saved)
+    expected = torch_logits(load_torch(saved, remote_code=True), tokens)
+    np.testing.assert_allclose(logits_of(read_model(saved).decoder, tokens), expected, atol=1e-4)
+
+
+def test_windows_that_do_not_fit_pass_the_layers_in_parts(tmp_path: Path) -> None:
+    """The losses are the same whatever the number of windows on the devices."""
+    model = api.load(hugging_face_folder(tmp_path / "model"), stream=True)
+    batches = Batches(random_tokens(97, 7, 20), tokens_per_batch=40)
+    reads: list[int] = []
+
+    def read(index: int) -> Block:
+        reads.append(index)
+        return model.decoder.read(index)
+
+    decoder = StreamedDecoder(model.decoder, model.decoder.runs, read)
+    whole = layerwise.layerwise_losses(decoder, batches)
+    few = layerwise.layerwise_losses(decoder, batches, most_bytes=2 * 40 * 64 * 4)
+    np.testing.assert_array_equal(few, whole)
+    assert reads == [0, 1] + 2 * [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"criterion": "fms"}, "the spsa gradient needs all weights of the model in memory"),
+        ({"structures": ("layers",)}, "the removal of layers needs all weights"),
+        ({"allocation": "search"}, "--budget search needs all weights"),
+        ({"format": "flax"}, "the format flax needs all weights"),
+    ],
+)
+def test_runs_that_need_all_weights_are_not_streamed(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    root = make_model(tmp_path)
+    with pytest.raises(InputError, match=message):
+        prune(root, "pruned", stream=True, **options)
+
+
+def test_damaged_layers_are_found_when_they_are_read(tmp_path: Path) -> None:
+    folder = hugging_face_folder(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    model = api.load(folder, stream=True)
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*(NaN|nan|finite)"):
+        api.evaluate(model, random_tokens(97, 4, 24), 24)
+
+
+def test_a_flax_checkpoint_is_not_streamed(tmp_path: Path) -> None:
+    model = api.load(hugging_face_folder(tmp_path / "model"))
+    api.save(model, tmp_path / "flax", "flax")
+    with pytest.raises(InputError, match="layers of a Flax checkpoint cannot be read one at a time"):
+        api.load(tmp_path / "flax", stream=True)
+
+
+def test_layers_of_other_types_are_refused(tmp_path: Path) -> None:
+    folder = hugging_face_folder(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(weights | {name: weights[name].astype(np.float16)}, folder / "model.safetensors", {"format": "pt"})
+    model = api.load(folder, stream=True)
+    with pytest.raises(InputError, match=r"mlp\.up\.kernel of layer 1 is float16, that of the first layer float32"):
+        api.evaluate(model, random_tokens(97, 4, 24), 24)
+    api.evaluate(api.load(folder, "float32", stream=True), random_tokens(97, 4, 24), 24)

@@ -269,7 +269,7 @@ class StreamedTrials(Trials):
     def _parked(self, streams: list[Stream]) -> list[Parked]:
         return [sharding.parked(x) for x in streams]
 
-    def _unparked(self, streams: list[Parked]) -> list[Stream]:
+    def _unparked(self, streams: Sequence[Parked]) -> list[Stream]:
         return [sharding.like(x, dense) for x, dense in zip(streams, self.streams, strict=True)]
 
 

@@ -24,7 +24,10 @@ STREAMS = 2**30
 
 
 def layerwise_losses(
-    decoder: Decoder, batches: Batches, progress: Callable[[int, int], None] | None = None
+    decoder: Decoder,
+    batches: Batches,
+    progress: Callable[[int, int], None] | None = None,
+    most_bytes: int = STREAMS,
 ) -> Float[np.ndarray, " B"]:
     """The summed cross entropy of every window, float32, nats.
 
@@ -34,9 +37,10 @@ def layerwise_losses(
       decoder: the model.
       batches: windows of token ids.
       progress: called with the number of windows done, and of all.
+      most_bytes: of the residual streams on the devices.
     """
     outer, mesh, losses, done = without_layers(decoder), batches.mesh, [], 0
-    for part in _parts(decoder, batches):
+    for part in _parts(decoder, batches, most_bytes):
         streams = [_begin(outer, batch.tokens, mesh=mesh) for batch in part]
         for layer in sharding.layers_of(decoder, mesh):
             streams = [advance(outer, layer, x, mesh=mesh) for x in streams]
@@ -48,12 +52,12 @@ def layerwise_losses(
     return np.concatenate(losses)
 
 
-def _parts(decoder: Decoder, batches: Batches) -> Iterator[list[Batch]]:
-    """The batches, as many at a time as `STREAMS` allows, and one at least."""
+def _parts(decoder: Decoder, batches: Batches, most_bytes: int) -> Iterator[list[Batch]]:
+    """The batches, as many at a time as the bytes of their streams allow, and one at least."""
     part, used = [], 0
     for batch in batches:
         needed = batch.tokens.size * decoder.embedding.shape[1] * decoder.embedding.dtype.itemsize
-        if part and used + needed > STREAMS:
+        if part and used + needed > most_bytes:
             yield part
             part, used = [], 0
         part.append(batch)

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
-from jaxtyping import Array
 
 from minillm_jax.model import axis_table
 from minillm_jax.model.build import build, with_runs
@@ -55,7 +55,7 @@ def resized(decoder: StreamedDecoder, sizes: Sizes, read: ReadLayer) -> Streamed
     """
     types = {path.split(".", 2)[2]: leaf.dtype for path, leaf in named_arrays(decoder) if path.startswith("runs.")}
 
-    def leaf(path: jax.tree_util.KeyPath, shape: Array) -> Array:
+    def leaf(path: jax.tree_util.KeyPath, shape: Any) -> Any:
         name = axis_table.array_path(path)
         return shape if axis_table.is_data(name) else jax.ShapeDtypeStruct(shape.shape, types[name])
 

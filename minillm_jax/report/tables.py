@@ -91,6 +91,9 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
         places = [("memory of the process at its peak", f"{size(plan.device_bytes + plan.host_bytes)}")]
     else:
         places = [("memory of one device at its peak", memory), ("memory of the host beside it", size(plan.host_bytes))]
+    if plan.streamed_bytes is not None:
+        beside = plan.host_bytes if plan.devices == "cpu" else 0
+        places.append(("the same with --stream, one layer at a time", size(plan.streamed_bytes + beside)))
     files = (
         "per-layer folder, shapes by scores or losses" if plan.files is None else f"{plan.format}, {size(plan.files)}"
     )

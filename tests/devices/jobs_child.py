@@ -53,10 +53,13 @@ JOBS: dict[str, dict[str, Any]] = {
     "search": RIDGE | {"allocation": "search"},
     "held-out ridge": {},
     "layers": {"structures": "hidden,layers", "criterion": "wanda"},
+    "streamed": RIDGE | {"stream": True},
+    "resumed": RIDGE,
+    "streamed, resumed": RIDGE | {"stream": True, "criterion": "wanda"},
 }
 
 # Runs of the quick tests; the slow ones take all.
-QUICK = ("obs", "flap")
+QUICK = ("obs", "flap", "streamed, resumed")
 
 MESHES = {"data": "data=4,model=1", "model": "data=1,model=4", "both": "data=2,model=2"}
 
@@ -67,7 +70,18 @@ def run_job(folder: str, name: str, output: Path, mesh: str | None = None, check
     options |= {} if mesh is None else {"mesh": mesh}
     options |= {"checkpoint": f"{output} saved"} if checkpoint else {}
     recipe, given = recipes.with_options(recipes.load(recipes.DEFAULT), options)
-    run(Job(f"{folder}/model", str(output), recipe, given))
+    job = Job(f"{folder}/model", str(output), recipe, given)
+    if "resumed" in name:
+        with pytest.raises(InterruptedError):
+            run(job, interrupt)
+        assert (output.parent / f"{output.name}.checkpoint").is_dir()
+    run(job)
+
+
+def interrupt(stage: str, done: int, total: int) -> None:
+    """Ends a run in the second of its three layers, in all processes."""
+    if stage == "refit" and done == 3:
+        raise InterruptedError
 
 
 def joined_jobs(folder: str, out: str, meshes: str, names: str, address: str) -> dict[str, Any]:

@@ -166,6 +166,7 @@ VALUES: dict[str, list[Any]] = {
     "inputs": [0.25],
     "max_shard_size": ["1MB"],
     "checkpoint": ["saved"],
+    "stream": [True],
     "mesh": ["data=2"],
     "hosts": ["auto"],
     "text": ["held-out.txt"],
