@@ -249,10 +249,10 @@ def device_bytes(dense: Decoder, pruned: Decoder, recipe: Recipe, count: int = 1
 
 
 def streamed_bytes(dense: Decoder, recipe: Recipe, count: int = 1) -> int | None:
-    """Peak memory of one device where one layer is read at a time: that layer in the dense and the pruned model, the
-    arrays outside the layers, and the walk or the residual streams of the evaluation.
+    """Peak memory of one device with --stream; None for a run that needs all weights in memory.
 
-    None for a run that needs all weights in memory.
+    It holds one layer of the dense and of the pruned model, the arrays outside the layers, and the walk or the residual
+    streams of the evaluation.
     """
     try:
         check_streamed(recipe.budget, resolve(recipe.scoring)[1], recipe.output.format)
