@@ -51,6 +51,7 @@ PARTS: dict[str, Callable[[str], list[str]]] = {
     "training": recover_tables.speed_table,
     "speed": speed_tables.speed_table,
     "tpu": speed_tables.tpu_table,
+    "stream": speed_tables.stream_table,
     "flags": speed_tables.flags_table,
     "memory": speed_tables.memory_table,
     "refit": under(["part", "host", "device"], tables.refit_rows),

@@ -1,4 +1,4 @@
-"""Tables of bench/speed.py, bench/tpu.py and of the runs on a GPU, as Markdown, for docs/speed.md and docs/scale.md."""
+"""Tables of bench/speed.py, bench/tpu.py, bench/stream.py and of the runs on a GPU, as Markdown, for docs/speed.md and docs/scale.md."""
 
 import json
 from pathlib import Path
@@ -84,3 +84,19 @@ def memory_table(name: str, results: Path = RESULTS) -> list[str]:
     found = json.loads((results / f"memory-{name}.json").read_text())["rows"]
     rows = [[row["program"], row["library"], f"{row['peak_bytes'] / 1e9:.2f} GB"] for row in found]
     return table(["program", "library", "peak on the device"], rows)
+
+
+def stream_table(model: str, results: Path = RESULTS) -> list[str]:
+    """A row for each way to prune: time, peak of memory, whether the weights are those of the first."""
+    path = results / f"stream-{model}.json"
+    if not path.exists():
+        return []
+    rows = []
+    for row in json.loads(path.read_text())["rows"]:
+        if "kills" in row:
+            says = f"{row['kills']} times; {row['ends']} jobs ended, {row['other weights']} with other weights"
+            rows.append([row["way"], f"{row['seconds']:,.0f} in all", "", says])
+        else:
+            says = "equal" if row["equal"] else "other weights"
+            rows.append([row["way"], f"{row['seconds']:,.0f}", f"{row['peak_bytes'] / 1e6:,.0f} MB", says])
+    return table(["way", "seconds", "peak memory", "weights"], rows)
