@@ -1,4 +1,4 @@
-"""Tables of bench/speed.py, bench/tpu.py, bench/stream.py and of the runs on a GPU, as Markdown, for docs/speed.md and docs/scale.md."""
+"""Tables of bench/speed.py, bench/tpu.py, bench/stream.py and of the runs on a GPU, as Markdown."""
 
 import json
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 import atexit
 import importlib
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -11,8 +12,9 @@ from types import ModuleType
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Compilation for the CPU takes a quarter less time with this flag. A version without the flag would end the process.
-if version("jaxlib") == "0.10.2":
+# Compilation for the CPU takes a quarter less time with this flag. A version without the flag, and libtpu, would end the
+# process.
+if version("jaxlib") == "0.10.2" and importlib.util.find_spec("libtpu") is None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 
 # All test processes, and those that tests start, share compiled programs: a sixth of the time goes into programs that

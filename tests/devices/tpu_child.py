@@ -1,0 +1,52 @@
+"""Compiles programs for four chips of a TPU v5e, without one; prints what the compiled programs hold as JSON."""
+
+import json
+import sys
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from minillm_jax.devices.sharding import DATA, MODEL, shardings
+from minillm_jax.model import axis_table
+from minillm_jax.model.build import build
+from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
+from minillm_jax.model.loss import sequence_losses
+from minillm_jax.model.ops import Rope
+from minillm_jax.pruning.blocked import solve_on_device
+
+SIZES = Sizes(V=256, D=128, H=32, layers=(LayerSizes(N=4, K=4, F=256),) * 2)
+
+
+def main() -> None:
+    """Compile both programs."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh = jax.make_mesh((1, 4), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    found = {"all-reduce": loss_on(mesh).count("all-reduce("), "whiles": solution_on(devices[0]).count("while(")}
+    sys.stdout.write(json.dumps(found))
+
+
+def loss_on(mesh: Mesh) -> str:
+    """The forward loss of a small model in bfloat16, its weights shared over `model`, as HLO."""
+    decoder = build(DecoderConfig("llama", 1e-5, Rope(10000.0)), SIZES, jnp.bfloat16)
+    places = shardings(decoder, mesh)
+
+    def leaf(path: jax.tree_util.KeyPath, shape: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=places[axis_table.array_path(path)])
+
+    tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    program = jax.jit(lambda decoder, tokens: sequence_losses(decoder, tokens))
+    return program.lower(jax.tree_util.tree_map_with_path(leaf, decoder), tokens).compile().as_text()
+
+
+def solution_on(device: Any) -> str:
+    """The solution of a system of 300 rows, as HLO."""
+    place = SingleDeviceSharding(device)
+    matrix, right = (jax.ShapeDtypeStruct((300, count), jnp.float32, sharding=place) for count in (300, 64))
+    return jax.jit(lambda m, r: solve_on_device(m, r, True)).lower(matrix, right).compile().as_text()
+
+
+if __name__ == "__main__":
+    main()
