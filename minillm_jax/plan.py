@@ -163,7 +163,7 @@ def plan(described: Description, name: str, recipe: Recipe, devices: str | None 
         device_bytes=device_bytes(dense, small or dense, recipe, count, kind == "cpu"),
         host_bytes=host_bytes(dense, recipe, on_cpu=kind == "cpu"),
         device_memory=memory,
-        streamed_bytes=streamed_bytes(dense, recipe, count),
+        streamed_bytes=streamed_bytes(dense, recipe, count, kind == "cpu"),
         work_bytes=None if small is None else costs.block_parameters(small) * dtype.itemsize,
     )
 
@@ -248,7 +248,7 @@ def device_bytes(dense: Decoder, pruned: Decoder, recipe: Recipe, count: int = 1
     return weights // count + max(scores, walked, composed, 2 * smaller // count)
 
 
-def streamed_bytes(dense: Decoder, recipe: Recipe, count: int = 1) -> int | None:
+def streamed_bytes(dense: Decoder, recipe: Recipe, count: int = 1, on_cpu: bool = False) -> int | None:
     """Peak memory of one device with --stream; None for a run that needs all weights in memory.
 
     It holds one layer of the dense and of the pruned model, the arrays outside the layers, and the walk or the residual
@@ -261,7 +261,7 @@ def streamed_bytes(dense: Decoder, recipe: Recipe, count: int = 1) -> int | None
     width = np.dtype(dense.embedding.dtype).itemsize
     outer = (costs.cost(dense, "parameters") - costs.block_parameters(dense)) * width
     evaluated = 0 if recipe.evaluation.text is None else STREAMS + forward_bytes(dense, recipe)
-    walked = walk_bytes(dense, recipe) if walks(recipe) else forward_bytes(dense, recipe)
+    walked = walk_bytes(dense, recipe, parked=not on_cpu) if walks(recipe) else forward_bytes(dense, recipe)
     return (outer + 2 * _layer_parameters(dense) * width) // count + max(walked, evaluated)
 
 
@@ -287,9 +287,14 @@ def score_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
     return upcast + gradient + forward_bytes(dense, recipe)
 
 
-def walk_bytes(dense: Decoder, recipe: Recipe) -> int:
-    """Memory of the walk through the layers beside the weights of both models."""
+def walk_bytes(dense: Decoder, recipe: Recipe, parked: bool = False) -> int:
+    """Memory of the walk through the layers beside the weights of both models.
+
+    The residual streams of a streamed model are `parked` on the host, and on an accelerator for one batch at a time.
+    """
     letters, tokens = _letters(dense), prod(_windows(recipe))
+    if parked:
+        tokens = _tokens_per_batch(recipe)
     streams = (4 if dense.config.parallel else 2) * tokens * letters["D"]
     inputs = max(letters["N"] * letters["H"], letters["F"])
     sums = 2 if recipe.refit.ridge is not None else 3  # with those of the held-out windows

@@ -12,8 +12,7 @@ from types import ModuleType
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Compilation for the CPU takes a quarter less time with this flag. A version without the flag, and libtpu, would end the
-# process.
+# Compilation for the CPU takes a quarter less time with this flag. Another version, and libtpu, would end the process.
 if version("jaxlib") == "0.10.2" and importlib.util.find_spec("libtpu") is None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -75,6 +76,17 @@ def test_an_interrupted_streamed_pruning_goes_on_bit_for_bit(tmp_path: Path) -> 
     assert names == {"streams", "budget.safetensors", "round"}
     interrupted.prune(root, "resumed", None, stream=True)
     check_equal(root / "whole", root / "resumed")
+
+
+def test_streams_in_the_memory_of_the_host_do_not_change_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator, whose memory holds the residual streams of one batch."""
+    root = make_model(tmp_path)
+    prune(root, "whole", stream=True, solver="host", allocation="curves")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    prune(root, "parked", stream=True, solver="host", allocation="curves")
+    check_equal(root / "whole", root / "parked")
 
 
 def test_a_streamed_model_in_python(tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ class StreamedTrials(Trials):
         return [sharding.parked(x) for x in streams]
 
     def _unparked(self, streams: Sequence[Parked]) -> list[Stream]:
-        return [sharding.like(x, dense) for x, dense in zip(streams, self.streams, strict=True)]
+        return [sharding.unparked(x, self.batches.mesh) for x in streams]
 
 
 def trials_of(decoder: Decoder, batches: Batches) -> Trials:

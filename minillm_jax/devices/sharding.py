@@ -227,8 +227,13 @@ def like(array: Shaped[np.ndarray, "..."] | Shaped[Array, "..."], other: Shaped[
 
 def parked(array: Shaped[Array, "..."]) -> Shaped[Array, "..."] | Shaped[np.ndarray, "..."]:
     """An array in the memory of the host, where that is another memory and this process holds the whole array."""
-    on_host = any(device.platform == "cpu" for device in array.devices())
+    on_host = jax.default_backend() == "cpu"
     return array if on_host or not array.is_fully_addressable else np.asarray(array)
+
+
+def unparked(array: Shaped[Array, "B ..."] | Shaped[np.ndarray, "B ..."], mesh: Mesh | None) -> Shaped[Array, "B ..."]:
+    """A parked array whose first axis counts windows, on its devices again."""
+    return array if isinstance(array, jax.Array) else shard_batch(array, mesh)
 
 
 def shard(decoder: Decoder, mesh: Mesh | None) -> Decoder:

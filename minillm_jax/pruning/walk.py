@@ -36,6 +36,7 @@ from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder, embed, rotary_angles
 from minillm_jax.model.layer import Sublayer, attention_sublayer, mlp_sublayer
 from minillm_jax.model.modules import Angles, Block, Linear
+from minillm_jax.model.streamed import StreamedDecoder
 from minillm_jax.model.tree import layer_count
 
 # The output projection that reads the groups of a kind, and no other groups.
@@ -52,6 +53,10 @@ class State(NamedTuple):
 
     stream: Float[Array, "B T D"]
     before: Float[Array, "B T D"] | None = None
+
+    def moved(self, move: Callable[[Any], Any]) -> "State":
+        """The same in another memory: `move` takes an array there."""
+        return State(move(self.stream), None if self.before is None else move(self.before))
 
 
 class Moments(NamedTuple):
@@ -187,9 +192,12 @@ def walk(
     angles = rotary_angles(decoder, batches.length)
     parts = batches.split(batches.count - held_out) if held_out else (batches,)
 
+    # A model that is streamed may leave no room on the device for the streams of all windows.
+    park = sharding.parked if isinstance(decoder, StreamedDecoder) else None
+
     def begun(model: Decoder) -> list[State]:
         outer = without_layers(model)
-        return [begin(outer, batch.tokens, mesh=batches.mesh) for part in parts for batch in part]
+        return [parked(begin(outer, batch.tokens, mesh=batches.mesh), park) for part in parts for batch in part]
 
     dense = begun(decoder)
     pruned, done = list(dense) if pruned_decoder is None else begun(pruned_decoder), 0
@@ -205,7 +213,7 @@ def walk(
                 layer = refit_inputs(index, kind, layer, partial(collected, InputMoments, pairs, inputs))
                 del inputs
             same = all(left is right for left, right in zip(pruned, dense, strict=True))
-            dense_totals = _advance_all(dense_layer, dense, settings)
+            dense_totals = _advance_all(dense_layer, dense, settings, park)
             if restored is None:
                 pairs = partial(inputs_and_gaps, layer, **settings)
                 moments = cache(partial(collected, Moments, pairs, list(zip(pruned, dense_totals, strict=True))))
@@ -217,7 +225,7 @@ def walk(
             if same and layer is dense_layer:  # both streams are still one
                 pruned = list(dense)
             else:
-                _advance_all(layer, pruned, settings)
+                _advance_all(layer, pruned, settings, park)
             done += 1
             if progress is not None:
                 progress(done, len(PROJECTIONS) * layer_count(decoder))
@@ -232,13 +240,28 @@ def _pairs_of_layers(decoder: Decoder, pruned: Decoder | None, mesh: Mesh | None
     return zip(sharding.layers_of(decoder, mesh), sharding.layers_of(pruned, mesh), strict=True)
 
 
-def _advance_all(run: Block, states: list[State], settings: dict[str, Any]) -> Sequence[Float[Array, "_ T D"]]:
+# Takes an array into the memory of the host; None to leave it on the devices.
+Park = Callable[[Array], Any] | None
+
+
+def parked(state: State, park: Park) -> State:
+    """A state in the memory of the host, or as it is."""
+    return state if park is None else state.moved(park)
+
+
+def _advance_all(run: Block, states: list[State], settings: dict[str, Any], park: Park) -> Sequence[Any]:
     """Moves every batch one sublayer further, in place. Returns the residual sums before a norm that follows them."""
     totals = []
     for index, state in enumerate(states):
-        states[index], total = advance(run, state, **settings)
-        totals.append(states[index].stream if total is None else total)
+        after, total = advance(run, _on_devices(state, settings["mesh"]), **settings)
+        states[index] = parked(after, park)
+        totals.append(states[index].stream if total is None else total if park is None else park(total))
     return totals
+
+
+def _on_devices(values: Any, mesh: Mesh | None) -> Any:
+    """States and totals of a batch on the devices again."""
+    return jax.tree.map(lambda array: sharding.unparked(array, mesh), values)
 
 
 @partial(jax.jit, static_argnames="mesh")
@@ -363,7 +386,7 @@ def sums_about_means(
     """
     sums = {}
     for batch in batches:
-        pair = pair_of(*batch)
+        pair = pair_of(*_on_devices(batch, mesh))
         centers = centers or tuple(_mean(part) for part in pair)
         shares = sharding.shares(len(pair[0]), mesh)
         total = sums.get(shares) or no_sums(pair, shares, mesh)
