@@ -45,7 +45,7 @@ def layerwise_losses(
         for layer in sharding.layers_of(decoder, mesh):
             streams = [advance(outer, layer, x, mesh=mesh) for x in streams]
         for x, batch in zip(streams, part, strict=True):
-            losses.append(sharding.gather(_losses(outer, x, batch.tokens)))
+            losses.append(sharding.gather(last_losses(outer, x, batch.tokens)))
             done += len(batch.numbers)
             if progress is not None:
                 progress(done, batches.count)
@@ -82,6 +82,6 @@ def advance(outer: Decoder, run: Block, x: Stream, *, mesh: Mesh | None) -> Stre
 
 
 @jax.jit
-def _losses(outer: Decoder, x: Stream, tokens: Int[Array, "B T"]) -> Float[Array, " B"]:
+def last_losses(outer: Decoder, x: Stream, tokens: Int[Array, "B T"]) -> Float[Array, " B"]:
     """The summed cross entropy of every sequence, from the last stream."""
     return jnp.sum(token_losses(outer, finish(outer, x), tokens), axis=1)

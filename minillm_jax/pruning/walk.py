@@ -19,7 +19,7 @@ batch.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial, reduce
+from functools import partial, reduce
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -136,7 +136,8 @@ class Site:
         its output projection.
       tokens: number of calibration tokens.
       mesh: the devices of the walk; None for one device.
-      moments: collects the moments of the projection's input when it is called first; valid until `replace` returns.
+      moments: collects the moments of the projection's input, anew at every call; valid until `replace` returns. The
+        walk keeps no copy, so that they leave the device with the caller's.
       held_tokens: number of tokens of the held-out windows.
     """
 
@@ -216,7 +217,7 @@ def walk(
             dense_totals = _advance_all(dense_layer, dense, settings, park)
             if restored is None:
                 pairs = partial(inputs_and_gaps, layer, **settings)
-                moments = cache(partial(collected, Moments, pairs, list(zip(pruned, dense_totals, strict=True))))
+                moments = partial(collected, Moments, pairs, list(zip(pruned, dense_totals, strict=True)))
                 layer = replace(Site(index, kind, layer, batches.tokens, batches.mesh, moments, held_tokens))
                 del moments  # it would live on through the next sublayer
             else:

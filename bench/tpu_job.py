@@ -1,0 +1,152 @@
+"""The programs of a streamed pruning compiled for one TPU chip, without one: compile time and memory at 7B, 8B and 70B.
+
+    python bench/tpu_job.py [--shapes 7B 8B 70B] [--topology v5e:2x2] [--memory 16] --output RESULT.json
+
+The default recipe with bfloat16 weights, one layer in memory, batches of 4,096 tokens in windows of 2,048. It needs the
+package libtpu. A row for each program:
+
+    compile_seconds     of lowering and compiling, on this machine
+    bytes               of the compiler: argument + output + temp - alias
+    resident            bytes that are on the chip beside it: the arrays outside the layers, the layer in the dense and
+                        the pruned model where the program does not take it, the sums of the other windows
+    fits                whether both fit the memory of the chip
+
+A study that was interrupted goes on with the programs that its file lacks.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+from environment import environment
+from jax import numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from shapes import CONFIG, SHAPES
+
+from minillm_jax.evaluation import layerwise
+from minillm_jax.model.build import build, without_layers
+from minillm_jax.model.config import LayerSizes, Sizes
+from minillm_jax.model.tree import named_arrays
+from minillm_jax.pruning import removal_order, solve, walk
+
+BATCH, LENGTH, FLOAT = 2, 2048, 4
+MORE = {
+    "8B": Sizes(V=128256, D=4096, H=128, layers=(LayerSizes(N=32, K=8, F=14336),) * 32),
+    "70B": Sizes(V=128256, D=8192, H=128, layers=(LayerSizes(N=64, K=8, F=28672),) * 80),
+}
+RIDGES = 7
+
+
+class Program(NamedTuple):
+    """A function with its abstract arguments, and the bytes that are on the chip beside it."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    resident: int
+
+
+def programs(sizes: Sizes, place: SingleDeviceSharding) -> Iterator[Program]:
+    """The programs of one layer of the walk, of its systems, and of the evaluation."""
+
+    def array(*shape: int, kind: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, kind, sharding=place)
+
+    def placed(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: array(*leaf.shape, kind=leaf.dtype), tree)
+
+    decoder = build(CONFIG, replace(sizes, layers=sizes.layers[:1]), jnp.bfloat16)
+    outer, run, layer = placed(jax.eval_shape(without_layers, decoder)), placed(decoder.runs[0]), sizes.layers[0]
+    outside, of_layer = size_of(outer), size_of(run)
+    stream = array(BATCH, LENGTH, sizes.D)
+    angles = tuple(array(LENGTH, sizes.H // 2) for _ in range(2))
+    settings = {"config": decoder.config, "mesh": None}
+    yield Program("layer, bfloat16", partial(layerwise.advance, mesh=None), (outer, run, half(stream)), 0)
+    for kind, inputs, groups in (("head", layer.N * sizes.H, layer.K), ("channel", layer.F, layer.F)):
+        word = {"head": "attention", "channel": "mlp"}[kind]
+        state, pair = walk.State(stream), (array(BATCH, LENGTH, inputs), stream)
+        sums = array(1, inputs, inputs), array(1, inputs), array(1, inputs, sizes.D), array(1, sizes.D)
+        moments, matrix, right = size_of(sums), array(inputs, inputs), array(inputs, sizes.D)
+        both = 2 * of_layer + outside
+
+        def advanced(run: Any, state: Any, angles: Any, kind: str = kind) -> Any:
+            return walk.advance(run, state, kind=kind, angles=angles, **settings)
+
+        def inputs_of(run: Any, state: Any, total: Any, angles: Any, kind: str = kind) -> Any:
+            return walk.inputs_and_gaps(run, state, total, kind=kind, angles=angles, **settings)
+
+        yield Program(f"{word}: advance", advanced, (run, state, angles), outside + of_layer)
+        yield Program(f"{word}: inputs and gaps", inputs_of, (run, state, stream, angles), outside + of_layer)
+        centers = array(inputs), array(sizes.D)
+        add = partial(walk.add_pair, shares=1, mesh=None)
+        yield Program(f"{word}: Gram matrix", add, (sums, pair, centers), both + moments)
+        order = partial(removal_order.order_on_device, count=groups, parts=1, gathered=removal_order.GATHERED)
+        yield Program(f"{word}: inverse", solve.cholesky_solve, (matrix, matrix), both)
+        yield Program(f"{word}: order of removal", order, (matrix, matrix, array(kind=jnp.int32)), both)
+        kept, columns = array(inputs, kind=jnp.bool_), array(inputs, 256)
+        system, less = solve.OnDevice(matrix, right, right), solve.OnDevice(matrix, columns, columns)
+        ridges = array(RIDGES)
+        yield Program(f"{word}: ridges", solve.gains_on_device, (less, less, kept, ridges), both + 4 * size_of(right))
+        yield Program(f"{word}: refit", solve.rows_on_device, (matrix, right, kept, array()), both + size_of(system))
+    tokens = array(BATCH, LENGTH, kind=jnp.int32)
+    yield Program("loss", layerwise.last_losses, (outer, half(stream), tokens), of_layer)
+
+
+def half(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The same array in bfloat16."""
+    return jax.ShapeDtypeStruct(array.shape, jnp.bfloat16, sharding=array.sharding)
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of a tree of arrays."""
+    return sum(leaf.size * leaf.dtype.itemsize for _, leaf in named_arrays(tree))
+
+
+def compiled(program: Program, memory: float) -> dict[str, Any]:
+    """The row of a program."""
+    started = time.perf_counter()
+    try:
+        made = jax.jit(program.function).lower(*program.arguments).compile()
+    except jax.errors.JaxRuntimeError as error:  # the compiler says that the chip has too little memory
+        return {"program": program.name, "resident": program.resident, "fits": False, "says": str(error)[:200]}
+    seconds, held = time.perf_counter() - started, made.memory_analysis()
+    taken = held.argument_size_in_bytes + held.output_size_in_bytes + held.temp_size_in_bytes - held.alias_size_in_bytes
+    row = {"program": program.name, "compile_seconds": round(seconds, 1), "bytes": taken, "resident": program.resident}
+    return row | {"fits": taken + program.resident <= memory * 1e9}
+
+
+def main() -> None:
+    """Compile all programs and write the JSON after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["7B", "8B", "70B"])
+    parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--memory", type=float, default=16.0, help="GB of a chip")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology).devices
+    settings = {"topology": arguments.topology, "memory": arguments.memory, "tokens": BATCH * LENGTH, "length": LENGTH}
+    rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
+    done = {(row["shape"], row["program"]) for row in rows}
+    for name in arguments.shapes:
+        for program in programs((SHAPES | MORE)[name], SingleDeviceSharding(devices[0])):
+            if (name, program.name) in done:
+                continue
+            rows.append({"shape": name} | compiled(program, arguments.memory))
+            print(json.dumps(rows[-1]), flush=True)
+            result = {"environment": environment(), "compiled_for": devices[0].device_kind, "settings": settings}
+            arguments.output.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
