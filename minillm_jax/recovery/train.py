@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from minillm_jax.data.examples import Examples
-from minillm_jax.devices import sharding
+from minillm_jax.devices import hosts, sharding
 from minillm_jax.devices.store import State, Store
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import Top
@@ -195,14 +195,16 @@ def course(first: float, last: float, update: int, updates: int) -> float:
 def mean_loss(
     decoder: Decoder, trained: Trained, parameters: Parameters, examples: Examples, micro_batch: int
 ) -> float:
-    """The mean cross entropy of the counted tokens of some sequences, nats."""
+    """The mean cross entropy of the counted tokens of some sequences, nats; that of process 0 in every process."""
     mesh, totals = sharding.mesh_of(decoder), []
     for start in range(0, examples.count, micro_batch):
         rows = np.arange(start, start + micro_batch)
         tokens, counted = examples.take(np.minimum(rows, examples.count - 1))
         inside = (rows < examples.count)[:, None]
         totals.append(_measured(parameters, decoder, _placed(tokens, counted & inside, mesh), trained))
-    return float(np.sum([np.float64(total) for total in totals]) / examples.targets)
+    mean = np.sum([np.float64(total) for total in totals]) / examples.targets
+    # Processes whose losses differ in their last digits would keep the states of different updates as the best one.
+    return float(hosts.of_first(lambda: {"mean": mean})["mean"])
 
 
 @partial(jax.jit, static_argnames="trained")
@@ -218,6 +220,13 @@ def _placed(tokens: np.ndarray, counted: np.ndarray, mesh: Mesh | None) -> Seque
 def _best(points: tuple[Point, ...]) -> int:
     """The update of the least validation loss, the first of several."""
     return min((point.validation, point.update) for point in points if point.validation is not None)[1]
+
+
+def _not_finite(update: int, loss: float) -> str:
+    return (
+        f"update {update}: the loss is {loss:g} or its gradient is not finite; use a lower --learning-rate, or "
+        "--dtype float32"
+    )
 
 
 class _Loop:
@@ -261,11 +270,9 @@ class _Loop:
             found.append(sums)
         loss = sum(float(objective.loss(sums, weights)) for sums in found) / targets
         after = state._replace(parameters=parameters, optimizer=optimizer_state)
-        if not self._rule.was_finite(optimizer_state):
-            return after, (
-                f"update {state.update + 1}: the loss is {loss:g} or its gradient is not finite; use a lower "
-                "--learning-rate, or --dtype float32"
-            )
+        stopped = hosts.agree("" if self._rule.was_finite(optimizer_state) else _not_finite(state.update + 1, loss))
+        if stopped:
+            return after, stopped
         done = after._replace(update=state.update + 1, tokens=state.tokens + targets, loss=state.loss + loss)
         return done, None
 
