@@ -22,7 +22,7 @@ from minillm_jax.api import describe, evaluate, held_out, load, save
 from minillm_jax.data.batches import Batches
 from minillm_jax.data.documents import check_source
 from minillm_jax.data.examples import Examples
-from minillm_jax.data.mixture import check_one_text
+from minillm_jax.data.mixture import check_one_text, shares_of
 from minillm_jax.devices import hosts, memory, sharding
 from minillm_jax.devices.store import Store
 from minillm_jax.errors import InputError, LastSteps
@@ -211,12 +211,13 @@ def _checked_texts(job: RecoveryJob, outline: Model) -> tuple[Texts, Batches | N
         check_teacher(outline, describe(recipe.distillation.teacher, output.dtype))
     writer.check_space(job.output, writer.weight_bytes(outline, output.format, output.gguf_type))
     field_name, evaluation = recipe.data.field, recipe.evaluation
-    for source in (recipe.data.data, evaluation.text, evaluation.watch):
-        check_one_text(source)
-    for source in (evaluation.text, evaluation.watch):
-        if source is not None:
-            check_source(source, field_name, most=1)  # both, before the training text is read as a whole
     assert recipe.data.data is not None, "checked before"
+    for source in (evaluation.text, evaluation.watch):
+        check_one_text(source)
+    mixture = [share.source for share in shares_of(recipe.data.data, "--data")]
+    for source in (evaluation.text, evaluation.watch, *mixture):
+        if source is not None:
+            check_source(source, field_name, most=1)  # all, before one is read as a whole
     texts = texts_of(recipe, outline, recipe.data.data)
     hosts.check_same("settings", (job.model, recipes.to_toml(recipe), versions()))
     hosts.check_same("training sequences", texts.training.fingerprint())
