@@ -1,4 +1,4 @@
-"""Tables of bench/harness.py, bench/harness_folders.py and bench/evaluation.py, as Markdown; bench/page.py puts them into docs/evaluation.md."""
+"""Tables of harness.py, harness_folders.py and evaluation.py as Markdown, which page.py puts into docs/evaluation.md."""
 
 import json
 from pathlib import Path
