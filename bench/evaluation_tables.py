@@ -1,4 +1,4 @@
-"""Tables of harness.py, harness_folders.py and evaluation.py as Markdown, which page.py puts into docs/evaluation.md."""
+"""Tables of harness.py, harness_folders.py and evaluation.py as Markdown, which page.py puts into evaluation.md."""
 
 import json
 from pathlib import Path

@@ -38,7 +38,7 @@ from minillm_jax.recovering import check_teacher, record_of, recover_model, text
 from minillm_jax.recovery import teacher as teachers
 from minillm_jax.recovery.adapter import Adapter, Lora
 from minillm_jax.recovery.recover import Recovered, Texts
-from minillm_jax.recovery.train import Teacher
+from minillm_jax.recovery.train import Point, Teacher
 from minillm_jax.run import RECIPE_FILE, continuations_of, errors_of
 from minillm_jax.stages import versions
 
@@ -262,6 +262,7 @@ def _identity(job: RecoveryJob, model: Model, dense: _Dense, texts: Texts) -> di
         "text": texts.training.fingerprint()[:16],
         "model": model_digest(model.decoder)[:16],
         "teacher": dense.digest,
+        "state": list(Point._fields),
     }
 
 

@@ -33,7 +33,9 @@ class Point(NamedTuple):
     Attributes:
       update: number of updates before it.
       tokens: number of counted tokens before it.
-      loss: mean loss of the updates since the last validation; None before the first update.
+      loss: mean loss of the updates since the last validation; None before the first update. Its weights may change
+        from update to update, so that two points need not compare.
+      cross_entropy: mean cross entropy of the training sequences in the same updates, nats, which compares.
       validation: mean cross entropy of the validation sequences, nats; None without such sequences.
       watched: mean cross entropy of the second text, nats; None without one.
     """
@@ -41,6 +43,7 @@ class Point(NamedTuple):
     update: int
     tokens: int
     loss: float | None
+    cross_entropy: float | None
     validation: float | None
     watched: float | None
 
@@ -110,6 +113,7 @@ class Progress(NamedTuple):
       update: number of finished updates.
       tokens: number of counted tokens of these updates.
       loss: sum of the mean losses of the updates since the last validation.
+      cross_entropy: sum of their mean cross entropies.
     """
 
     parameters: Parameters
@@ -119,6 +123,7 @@ class Progress(NamedTuple):
     update: int = 0
     tokens: int = 0
     loss: float = 0.0
+    cross_entropy: float = 0.0
 
 
 # Numbers of sequences -> the dense model, or its most probable tokens for these sequences; None for no teacher.
@@ -269,12 +274,20 @@ class _Loop:
             parameters, optimizer_state, sums = self._program(parameters, optimizer_state, self._decoder, read)
             found.append(sums)
         loss = sum(float(objective.loss(sums, weights)) for sums in found) / targets
+        cross_entropy = sum(float(sums.cross_entropy) for sums in found) / targets
         after = state._replace(parameters=parameters, optimizer=optimizer_state)
         stopped = hosts.agree("" if self._rule.was_finite(optimizer_state) else _not_finite(state.update + 1, loss))
         if stopped:
             return after, stopped
-        done = after._replace(update=state.update + 1, tokens=state.tokens + targets, loss=state.loss + loss)
-        return done, None
+        return (
+            after._replace(
+                update=state.update + 1,
+                tokens=state.tokens + targets,
+                loss=state.loss + loss,
+                cross_entropy=state.cross_entropy + cross_entropy,
+            ),
+            None,
+        )
 
     def _weights(self, update: int) -> Weights:
         settings, updates = self._task.distillation, self._task.updates
@@ -284,7 +297,8 @@ class _Loop:
     def validated(self, state: Progress) -> Progress:
         """The state with one more point, and its parameters as the best if they are."""
         before = state.points[-1].update if state.points else 0
-        loss = state.loss / (state.update - before) if state.update > before else None
+        since = state.update - before
+        loss, cross_entropy = (total / since if since else None for total in (state.loss, state.cross_entropy))
         validation, watched = (
             self._mean_loss(state, examples) for examples in (self._task.validation, self._task.watched)
         )
@@ -292,8 +306,8 @@ class _Loop:
         least = min((point.validation for point in state.points if point.validation is not None), default=None)
         if best is not None and validation is not None and least is not None and validation < least:
             best = jax.tree.map(jnp.copy, state.parameters)
-        point = Point(state.update, state.tokens, loss, validation, watched)
-        return state._replace(points=(*state.points, point), best=best, loss=0.0)
+        point = Point(state.update, state.tokens, loss, cross_entropy, validation, watched)
+        return state._replace(points=(*state.points, point), best=best, loss=0.0, cross_entropy=0.0)
 
     def _mean_loss(self, state: Progress, examples: Examples | None) -> float | None:
         if examples is None:
@@ -304,8 +318,8 @@ class _Loop:
     def save(self, store: Store, state: Progress) -> None:
         """Saves a state."""
         arrays = {str(place): sharding.gather(leaf) for place, leaf in enumerate(jax.tree.leaves(state[:3]))}
-        numbers = {"points": [list(point) for point in state.points], "loss": state.loss}
-        store.save(state.update, State(arrays, numbers | {"update": state.update, "tokens": state.tokens}))
+        numbers = {name: getattr(state, name) for name in ("update", "tokens", "loss", "cross_entropy")}
+        store.save(state.update, State(arrays, numbers | {"points": [list(point) for point in state.points]}))
 
 
 def _restored(state: Progress, stored: State) -> Progress:
@@ -315,4 +329,5 @@ def _restored(state: Progress, stored: State) -> Progress:
     parameters, optimizer_state, best = jax.tree.unflatten(structure, arrays)
     numbers = stored.metadata
     points = tuple(Point(*point) for point in numbers["points"])
-    return Progress(parameters, optimizer_state, best, points, numbers["update"], numbers["tokens"], numbers["loss"])
+    counts, sums = (numbers["update"], numbers["tokens"]), (numbers["loss"], numbers["cross_entropy"])
+    return Progress(parameters, optimizer_state, best, points, *counts, *sums)
