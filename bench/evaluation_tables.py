@@ -1,4 +1,4 @@
-"""Tables of bench/harness.py and bench/evaluation.py, as Markdown; bench/page.py puts them into docs/evaluation.md."""
+"""Tables of harness.py, harness_folders.py and evaluation.py as Markdown, which page.py puts into evaluation.md."""
 
 import json
 from pathlib import Path
@@ -34,6 +34,20 @@ def harness_table(model: str, results: Path = RESULTS) -> list[str]:
     rows.append(["all", str(requests), *(f"{one:.1f}" for one in speeds), f"{speeds[0] / speeds[1]:.2f}", *[""] * 4])
     heads = ["task", "requests", "ours, a second", "lm-eval's class", "ratio"]
     return table([*heads, "largest difference", "error of ours", "error of lm-eval's class", "same choices"], rows)
+
+
+def folders_table(model: str, results: Path = RESULTS) -> list[str]:
+    """A row for each task and metric: the score by lm_eval and by this package, of a folder of every format."""
+    path = results / f"harness-folders-{model}.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())["rows"]
+    forms = list(dict.fromkeys(row["format"] for row in found))
+    lines: dict[str, dict[str, str]] = {}
+    for row in found:
+        scores = f"{100 * row['lm_eval']:.1f} / {100 * row['ours']:.1f}"
+        lines.setdefault(f"{row['task'].removesuffix('_local')}, {row['metric']}", {})[row["format"]] = scores
+    return table(["", *forms], [[name, *(cells.get(form, "") for form in forms)] for name, cells in lines.items()])
 
 
 def evaluation_table(model: str, results: Path = RESULTS) -> list[str]:

@@ -45,6 +45,7 @@ PARTS: dict[str, Callable[[str], list[str]]] = {
     "beaten": under(["model", "ratio", "recipe", "× dense", "the default"], tables.beaten_rows),
     "cost": under(["recipe", *tables.MODELS], tables.cost_rows),
     "harness": evaluation_tables.harness_table,
+    "folders": evaluation_tables.folders_table,
     "evaluation": evaluation_tables.evaluation_table,
     "samples": evaluation_tables.samples_table,
     "recovery": recover_tables.recovery_table,

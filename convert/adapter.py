@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax import numpy as jnp
 from safetensors import SafetensorError
@@ -25,7 +26,7 @@ from convert.adapter_config import CONFIG, Settings
 from convert.families import Part, Rule
 from convert.rules import Binding
 from convert.sources import SafetensorsFolder
-from minillm_jax.devices import hosts, sharding
+from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError, reason
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder
@@ -89,13 +90,18 @@ def _part_shape(binding: Binding, part: Part) -> tuple[int, ...]:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
+def gathered(adapter: Adapter) -> Adapter:
+    """An adapter whole on a device of this process; every process must call it."""
+    return jax.tree.map(lambda factor: jnp.asarray(sharding.gather(factor)), adapter)
+
+
 def write_adapter(adapter: Adapter, lora: Lora, decoder: Decoder, folder: Path, base_model: str) -> None:
-    """Write an adapter in the form of PEFT. With several processes all must call it, and process 0 writes.
+    """Write an adapter in the form of PEFT. With several processes, process 0 alone calls it.
 
     `PeftModel.from_pretrained` loads the folder on the model of the decoder, in the formats stock and per-layer.
 
     Args:
-      adapter: the factors.
+      adapter: the factors; with several processes those of `gathered`.
       lora: rank, α and dropout.
       decoder: the model of the adapter; its configuration and its shapes alone are read.
       folder: an existing folder, as `folders.new_folder` makes it.
@@ -104,7 +110,7 @@ def write_adapter(adapter: Adapter, lora: Lora, decoder: Decoder, folder: Path, 
     Raises:
       OSError: a file cannot be written.
     """
-    host = [{name: tuple(map(sharding.gather, factors)) for name, factors in run.items()} for run in adapter]
+    host = [{name: tuple(map(np.asarray, factors)) for name, factors in run.items()} for run in adapter]
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     for binding in _modules(decoder):
@@ -114,9 +120,7 @@ def write_adapter(adapter: Adapter, lora: Lora, decoder: Decoder, folder: Path, 
             module = _module_name(binding)
             tensors |= {f"{_PREFIX}{module}{_A}": a, f"{_PREFIX}{module}{_B}": b}
             ranks[module] = len(a)
-    if hosts.is_writer():
-        document = adapter_config.document(lora, _shortened(ranks, _modules(decoder)), base_model)
-        _write_files(folder, document, tensors)
+    _write_files(folder, adapter_config.document(lora, _shortened(ranks, _modules(decoder)), base_model), tensors)
 
 
 def _stored(binding: Binding, factors: Mapping[str, Pair]) -> Pair:

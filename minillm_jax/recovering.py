@@ -16,8 +16,10 @@ from convert import adapter as adapters
 from minillm_jax.api import Text, held_out
 from minillm_jax.data import text
 from minillm_jax.data.examples import Examples, read_examples, whole_windows
+from minillm_jax.data.mixed_examples import mixed
+from minillm_jax.data.mixture import shares_of
 from minillm_jax.data.tokenizer import has_vocabulary
-from minillm_jax.data.windows import check_positions
+from minillm_jax.data.windows import check_positions, check_seed
 from minillm_jax.devices.store import Store
 from minillm_jax.errors import InputError
 from minillm_jax.model.loaded import Model
@@ -47,7 +49,8 @@ def recover(
 
     Args:
       model: the pruned model.
-      data: the text to train on: a path, a Hub data set, texts, rows of conversations, or token ids.
+      data: the text to train on: a path, a Hub data set, a mixture of these with weights, `a.txt:0.7,b.jsonl:0.3`;
+        texts, rows of conversations, or token ids.
       recipe: a recipe of the package, the path of a TOML file, or a `Recovery`.
       teacher: the dense model.
       progress: called with a stage's name, how much of it is done, and how much there is.
@@ -100,18 +103,19 @@ def texts_of(recipe: Recovery, outline: Model, given: Text) -> Texts:
     Args:
       recipe: the settings.
       outline: the pruned model; its weights are not read and may be abstract.
-      given: the text to train on.
+      given: the text to train on, or a mixture of several.
 
     Raises:
       InputError: a text cannot be used, or is too short.
     """
     data, decoder = recipe.data, outline.decoder
     check_positions(decoder, data.seq_len, "--seq-len")
-    examples = read_examples(
-        given,
-        text.tokenizer_of(outline.folder),
-        decoder.embedding.shape[0],
-        data.seq_len,
+    check_seed(data.seed)
+    read = partial(
+        read_examples,
+        tokenizer=text.tokenizer_of(outline.folder),
+        vocabulary=decoder.embedding.shape[0],
+        length=data.seq_len,
         template=data.template,
         loss_on=data.loss_on,
         packing=data.packing,
@@ -119,6 +123,8 @@ def texts_of(recipe: Recovery, outline: Model, given: Text) -> Texts:
         family=decoder.config.family,
         field=data.field,
     )
+    shares = shares_of(str(given), "--data") if isinstance(given, str | Path) else ()
+    examples = mixed(shares, read, str(given), data.seed) if shares else read(given)
     held = min(MOST_HELD_OUT, examples.count // 10) if data.held_out is None else data.held_out
     training, validation = examples.split(held, data.seed)
     return Texts(training, validation if held else None, _watched(recipe, outline))

@@ -6,11 +6,13 @@ beside the output until then, so that the same command continues an interrupted 
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 
 import minillm_jax.hidden  # noqa: F401  before the first import of convert
@@ -20,7 +22,7 @@ from minillm_jax.api import describe, evaluate, held_out, load, save
 from minillm_jax.data.batches import Batches
 from minillm_jax.data.documents import check_source
 from minillm_jax.data.examples import Examples
-from minillm_jax.data.mixture import check_one_text
+from minillm_jax.data.mixture import check_one_text, shares_of
 from minillm_jax.devices import hosts, memory, sharding
 from minillm_jax.devices.store import Store
 from minillm_jax.errors import InputError, LastSteps
@@ -34,8 +36,9 @@ from minillm_jax.recipes import used_recovery
 from minillm_jax.recipes.recovery import Recovery
 from minillm_jax.recovering import check_teacher, record_of, recover_model, texts_of
 from minillm_jax.recovery import teacher as teachers
+from minillm_jax.recovery.adapter import Adapter, Lora
 from minillm_jax.recovery.recover import Recovered, Texts
-from minillm_jax.recovery.train import Teacher
+from minillm_jax.recovery.train import Point, Teacher
 from minillm_jax.run import RECIPE_FILE, continuations_of, errors_of
 from minillm_jax.stages import versions
 
@@ -208,12 +211,13 @@ def _checked_texts(job: RecoveryJob, outline: Model) -> tuple[Texts, Batches | N
         check_teacher(outline, describe(recipe.distillation.teacher, output.dtype))
     writer.check_space(job.output, writer.weight_bytes(outline, output.format, output.gguf_type))
     field_name, evaluation = recipe.data.field, recipe.evaluation
-    for source in (recipe.data.data, evaluation.text, evaluation.watch):
-        check_one_text(source)
-    for source in (evaluation.text, evaluation.watch):
-        if source is not None:
-            check_source(source, field_name, most=1)  # both, before the training text is read as a whole
     assert recipe.data.data is not None, "checked before"
+    for source in (evaluation.text, evaluation.watch):
+        check_one_text(source)
+    mixture = [share.source for share in shares_of(recipe.data.data, "--data")]
+    for source in (evaluation.text, evaluation.watch, *mixture):
+        if source is not None:
+            check_source(source, field_name, most=1)  # all, before one is read as a whole
     texts = texts_of(recipe, outline, recipe.data.data)
     hosts.check_same("settings", (job.model, recipes.to_toml(recipe), versions()))
     hosts.check_same("training sequences", texts.training.fingerprint())
@@ -258,6 +262,7 @@ def _identity(job: RecoveryJob, model: Model, dense: _Dense, texts: Texts) -> di
         "text": texts.training.fingerprint()[:16],
         "model": model_digest(model.decoder)[:16],
         "teacher": dense.digest,
+        "state": list(Point._fields),
     }
 
 
@@ -276,11 +281,12 @@ def _dense(
     decoder = model.decoder
     known, folder = teachers.in_memory(decoder), settings.teacher_logits
     if folder is not None:
-        if not Path(folder).exists():
+        if not hosts.of_first(lambda: {"exists": np.bool_(Path(folder).exists())})["exists"]:
             told = partial(tell, progress, "teacher")
-            with folders.new_folder(folder) as scratch:
+            with folders.new_folder(folder) if hosts.is_writer() else nullcontext() as scratch:
                 teachers.write(scratch, decoder, examples, settings.top, recipe.training.micro_batch, told)
-        known = teachers.read(folder, teachers.identity_of(decoder, examples, settings.top))
+            hosts.wait()
+        known = teachers.read(folder, teachers.identity_of(decoder, examples, settings.top), mesh)
     return _Dense(known, measure(model), model_digest(decoder)[:16], model if folder is None else None)
 
 
@@ -298,7 +304,8 @@ def _save(job: RecoveryJob, model: Model, better: Model, recovered: Recovered) -
         raise InputError(stopped)
     extra: dict[str, Any] = {RECIPE_FILE: recipes.to_toml(job.recipe, recipes.all_keys(Recovery))}
     if recovered.adapter is not None:
-        extra[ADAPTER] = partial(_write_adapter, recovered, model)
+        # Process 0 alone writes, and could not gather what lies on the devices of others.
+        extra[ADAPTER] = partial(_write_adapter, adapters.gathered(recovered.adapter), recovered.lora, model)
     output = job.recipe.output
     written = save(better, job.output, output.format, output.max_shard_size, extra, output.gguf_type)
     if output.checkpoint is None and hosts.is_writer():
@@ -308,7 +315,6 @@ def _save(job: RecoveryJob, model: Model, better: Model, recovered: Recovered) -
     return written
 
 
-def _write_adapter(recovered: Recovered, model: Model, folder: Path) -> None:
-    assert recovered.adapter is not None
+def _write_adapter(adapter: Adapter, lora: Lora, model: Model, folder: Path) -> None:
     folder.mkdir()
-    adapters.write_adapter(recovered.adapter, recovered.lora, model.decoder, folder, model.name)
+    adapters.write_adapter(adapter, lora, model.decoder, folder, model.name)

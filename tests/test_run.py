@@ -325,7 +325,7 @@ def test_a_mixture_is_recorded_and_repeated(folder: Path, tmp_path: Path) -> Non
     )
     with pytest.raises(InputError, match=r"nowhere\.txt: no such file"):
         job(folder, tmp_path / "none", calibration=f"{tmp_path / 'other.npy'}:1,nowhere.txt:1")
-    with pytest.raises(InputError, match="a mixture is for calibration alone"):
+    with pytest.raises(InputError, match="a mixture is for --calibration of prune"):
         job(folder, tmp_path / "none", evaluate=mixture)
 
 

@@ -70,4 +70,7 @@ DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or floa
 MeshOption = Annotated[
     str | None, typer.Option(metavar="TEXT", help="Mesh of devices, data=2,model=4; one device if unset.")
 ]
+HostsOption = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="Several processes: auto, or ADDRESS:PORT,COUNT,NUMBER.")
+]
 ShownQuietOption = Annotated[bool, typer.Option("--quiet", help="Print no progress on standard error.")]

@@ -8,6 +8,7 @@ from minillm_jax.cli.arguments import (
     BosOption,
     DtypeOption,
     FieldOption,
+    HostsOption,
     JsonOption,
     MeshOption,
     ShownQuietOption,
@@ -51,6 +52,8 @@ def compare(
     ] = None,
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
+    hosts: HostsOption = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub, of DENSE.")] = None,
     as_json: JsonOption = False,
     quiet: ShownQuietOption = False,
 ) -> None:
@@ -59,23 +62,30 @@ def compare(
     from minillm_jax import api, comparing
     from minillm_jax.data.documents import check_source
     from minillm_jax.data.mixture import check_one_text
+    from minillm_jax.devices import hosts as processes
     from minillm_jax.devices import sharding
     from minillm_jax.report import compare as reports
 
     settings = _settings(window, windows, draft, prompts, new_tokens)
     chosen, _ = recipes.with_options(recipes.Recipe(), {} if dtype is None else {"dtype": dtype})
-    kind, devices = chosen.output.dtype, sharding.make_mesh(sharding.parse_mesh(mesh))
+    shape, kind = sharding.parse_mesh(mesh), chosen.output.dtype
+    if hosts is not None:
+        processes.initialise_hosts(processes.parse_hosts(hosts))
+    devices = sharding.make_mesh(shape)
     check_one_text(text)
     check_source(text, field, most=1)  # the whole text is read below, before the weights
-    names = (dense, *pruned)
+    names = [(dense, revision), *((name, None) for name in pruned)]
     if output is not None:
-        for name in names:
+        for name, _ in names:
             check_new(output, name)
     with progress(quiet or as_json) as told:
-        first, *others = (api.describe(name, kind) for name in names)
+        first, *others = (api.describe(name, kind, commit) for name, commit in names)
         batches = comparing.windows_of(first, others, text, settings, bos, field)
-        first, *others = (api.load(name, kind, devices) for name in names)
+        processes.check_same("windows", batches.fingerprint())
+        first, *others = (api.load(name, kind, devices, commit) for name, commit in names)
         found = reports.summary(comparing.measure(first, others, batches, text, settings, told))
+    if not processes.is_writer():
+        return
     if output is not None:
         with new_folder(output) as folder:
             for name, content in reports.documents(found).items():

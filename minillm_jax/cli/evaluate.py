@@ -10,6 +10,7 @@ from minillm_jax.cli.arguments import (
     BosOption,
     DtypeOption,
     FieldOption,
+    HostsOption,
     JsonOption,
     MeshOption,
     ModelArgument,
@@ -61,9 +62,7 @@ def evaluate(
     bos: BosOption = "auto",
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
-    hosts: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Several processes: auto, or ADDRESS:PORT,COUNT,NUMBER.")
-    ] = None,
+    hosts: HostsOption = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub, of MODEL.")] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Read one layer at a time, for the perplexity of a model of any size.")

@@ -1,4 +1,4 @@
-"""Calibration windows of several texts, mixed by weight: `a.txt:0.7,b.jsonl:0.3`."""
+"""Calibration windows, or sequences to train on, of several texts mixed by weight: `a.txt:0.7,b.jsonl:0.3`."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Shaped
 
 from minillm_jax.errors import InputError, shortened
 
@@ -29,8 +29,8 @@ class Share(NamedTuple):
 
     Attributes:
       source: a file or a Hub data set.
-      weight: share of the windows; all weights together are 1.
-      samples: number of windows; 0 before they are counted.
+      weight: share of the windows or sequences; all weights together are 1.
+      samples: number of windows or sequences; 0 before they are counted.
     """
 
     source: str
@@ -38,10 +38,14 @@ class Share(NamedTuple):
     samples: int = 0
 
 
-def shares_of(text: str) -> tuple[Share, ...]:
+def shares_of(text: str, flag: str = "--calibration") -> tuple[Share, ...]:
     """The texts of a mixture; empty where a text names one source without a weight.
 
     The name of a file that exists is a source, whatever colons and commas are in it.
+
+    Args:
+      text: the mixture as the user writes it.
+      flag: the option that it belongs to, for messages.
 
     Raises:
       InputError: a source has no weight, or one that is no number above 0.
@@ -53,19 +57,19 @@ def shares_of(text: str) -> tuple[Share, ...]:
         names = [part.rpartition(":")[0] for part in parts]
         if not any(_exists(name) for name in names):
             return ()
-    shares = [_share(part) for part in parts]
+    shares = [_share(part, flag) for part in parts]
     total = sum(share.weight for share in shares)
     return tuple(share._replace(weight=share.weight / total) for share in shares)
 
 
 def check_one_text(text: Any) -> None:
-    """Checks that a text to evaluate on is no mixture.
+    """Checks that a text to evaluate on, or to watch, is no mixture.
 
     Raises:
       InputError: it is one.
     """
     if isinstance(text, str | Path) and shares_of(str(text)):
-        raise InputError(f"{text}: a mixture is for calibration alone; give one text to evaluate on")
+        raise InputError(f"{text}: a mixture is for --calibration of prune and --data of recover; give one text here")
 
 
 def _parts(text: str) -> list[str]:
@@ -86,18 +90,18 @@ def _source(part: str) -> str:
     return part.strip() if match is None else match[1]
 
 
-def _share(part: str) -> Share:
+def _share(part: str, flag: str) -> Share:
     match = _WEIGHTED.fullmatch(part)
     if match is None:
         _, colon, word = part.rpartition(":")
         found = f", found {shortened(word)!r}" if colon and not {"/", os.sep} & set(word) else ""
         raise InputError(
-            f"--calibration {shortened(part)!r}: every source of a mixture has a weight{found}; give numbers, "
+            f"{flag} {shortened(part)!r}: every source of a mixture has a weight{found}; give numbers, "
             "a.txt:0.7,b.jsonl:0.3 for example"
         )
     weight = float(match[2])
     if not (isfinite(weight) and weight > 0):
-        raise InputError(f"--calibration {shortened(match[1], 200)}: the weight must be above 0, found {match[2]}")
+        raise InputError(f"{flag} {shortened(match[1], 200)}: the weight must be above 0, found {match[2]}")
     return Share(match[1], weight)
 
 
@@ -105,8 +109,16 @@ def _exists(name: str) -> bool:
     return os.path.exists(os.path.expanduser(name))  # noqa: PTH110, PTH111  Path raises for a name that is too long
 
 
-def counted(shares: Sequence[Share], samples: int) -> tuple[Share, ...]:
+def counted(
+    shares: Sequence[Share], samples: int, noun: str = "window", remedy: str = "more --samples"
+) -> tuple[Share, ...]:
     """The texts with their numbers of windows, by the largest remainders.
+
+    Args:
+      shares: the texts.
+      samples: number of all windows.
+      noun: what is counted, for messages.
+      remedy: what gives more, for messages.
 
     Raises:
       InputError: a text would have no window.
@@ -119,13 +131,13 @@ def counted(shares: Sequence[Share], samples: int) -> tuple[Share, ...]:
     for share, count in zip(shares, counts, strict=True):
         if count == 0:
             raise InputError(
-                f"{share.source}: a weight of {share.weight:.3g} gives no window of {samples}; use a larger weight or "
-                "more --samples"
+                f"{share.source}: a weight of {share.weight:.3g} gives no {noun} of {samples}; use a larger weight or "
+                f"{remedy}"
             )
     return tuple(share._replace(samples=count) for share, count in zip(shares, counts, strict=True))
 
 
-def interleaved(parts: Sequence[Int[np.ndarray, "_ T"]]) -> Int[np.ndarray, "B T"]:
+def interleaved(parts: Sequence[Shaped[np.ndarray, "_ T"]]) -> Shaped[np.ndarray, "B T"]:
     """The windows of all texts, in an order in which every stretch has about the shares of the whole."""
     places = np.concatenate([(np.arange(len(part)) + 0.5) / len(part) for part in parts])
     return np.concatenate(parts)[np.argsort(places, kind="stable")]

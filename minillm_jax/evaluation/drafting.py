@@ -26,6 +26,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from minillm_jax.devices import sharding
 from minillm_jax.model.cache import Cache, empty, extend
 from minillm_jax.model.decoder import Decoder, project_to_vocabulary
 
@@ -201,7 +202,7 @@ def decode_alone(decoder: Decoder, prompt: Int[np.ndarray, " T"], count: int, si
     started = time.perf_counter()
     for number in range(count):
         token, cache = step(decoder, cache, token, _folded(key, number))
-        tokens.append(int(token[0]))  # a decoder waits for each token, to see whether it is the last
+        tokens.append(int(sharding.gather(token)[0]))  # a decoder waits for each token, to see whether it is the last
     return Decoded(tokens, count, 0, 0, time.perf_counter() - started)
 
 
@@ -234,7 +235,9 @@ def decode_with_draft(
         last, length = jnp.asarray([tokens[-2:]], jnp.int32), jnp.asarray([len(tokens)], jnp.int32)
         proposal, of_draft = propose(draft, of_draft, last, length, gamma, _folded(key, 2 * passes))
         verdict, of_dense = verify(dense, of_dense, last[:, 1], length, proposal, _folded(key, 2 * passes + 1))
-        number, token, proposed = jax.device_get((verdict.accepted[0], verdict.token[0], proposal.tokens[0]))
+        number, token, proposed = (
+            sharding.gather(array)[0] for array in (verdict.accepted, verdict.token, proposal.tokens)
+        )
         tokens += [*proposed[:number].tolist(), int(token)]
         passes, accepted = passes + 1, accepted + int(number)
     seconds = time.perf_counter() - started

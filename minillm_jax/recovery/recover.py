@@ -135,7 +135,7 @@ def _refitted(
     after = refit_towards(decoder, dense, windows, sections.refit.refit, progress)
     tokens = windows.count * (windows.length - 1)
     measured = [
-        Point(update, read, None, *(_loss(one, text, training) for text in (texts.validation, texts.watched)))
+        Point(update, read, None, None, *(_loss(one, text, training) for text in (texts.validation, texts.watched)))
         for update, read, one in ((0, 0, decoder), (1, tokens, after))
     ]
     matrices = [kernels(run) for run in after.runs]

@@ -48,7 +48,7 @@ class TrainingData:
     """The text to train on.
 
     Attributes:
-      data: a file, a Hub data set as `owner/name[/config][:split]`.
+      data: a file, a Hub data set as `owner/name[/config][:split]`, or a mixture, `a.txt:0.7,b.jsonl:0.3`.
       seq_len: tokens of a sequence at most.
       packing: one example a sequence, `padded`, or examples one after the other, `packed`; `auto` pads conversations
         and packs plain text.
@@ -65,7 +65,8 @@ class TrainingData:
         None,
         str,
         "Text, .json, .jsonl, .csv, .parquet or .npy (token ids) file, or a Hub data set OWNER/NAME[:SPLIT], to train "
-        "on: plain text, or rows of Alpaca, messages, prompt and response.",
+        "on: plain text, or rows of Alpaca, messages, prompt and response; or a mixture of these, "
+        "a.txt:0.7,b.jsonl:0.3.",
         common=True,
     )
     seq_len: int = option(256, int, "Tokens of a training sequence at most.")

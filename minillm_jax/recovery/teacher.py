@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from minillm_jax.data.examples import Examples
-from minillm_jax.devices import hosts, sharding
+from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError, reason
 from minillm_jax.model.decoder import Decoder, final_hidden
 from minillm_jax.model.digest import model_digest
@@ -38,12 +39,19 @@ def identity_of(teacher: Decoder, examples: Examples, top: int) -> dict[str, Any
 
 
 def write(
-    folder: Path, teacher: Decoder, examples: Examples, top: int, batch: int, progress: Callable[[int, int], None]
+    folder: Path | None,
+    teacher: Decoder,
+    examples: Examples,
+    top: int,
+    batch: int,
+    progress: Callable[[int, int], None],
 ) -> None:
     """Writes the most probable tokens of all sequences, in float32, into an empty folder.
 
+    With several processes, all of them call it, because all of them compute.
+
     Args:
-      folder: exists; the caller gives it its name when it is complete.
+      folder: exists; the caller gives it its name when it is complete. None in a process that does not write.
       teacher: the dense model.
       examples: the training sequences.
       top: number of tokens at a position, at most the vocabulary.
@@ -51,10 +59,9 @@ def write(
       progress: called with the number of finished sequences, and of all.
     """
     count, mesh = min(top, teacher.embedding.shape[0]), sharding.mesh_of(teacher)
-    shape = (examples.count, examples.length - 1, count)
-    writes = hosts.is_writer()
+    shape, identity = (examples.count, examples.length - 1, count), identity_of(teacher, examples, top)
     ids, logs = (
-        np.lib.format.open_memmap(folder / name, "w+", dtype, shape) if writes else None
+        None if folder is None else np.lib.format.open_memmap(folder / name, "w+", dtype, shape)
         for name, dtype in ((IDS, np.int32), (LOGS, np.float32))
     )
     for start in range(0, examples.count, batch):
@@ -67,8 +74,8 @@ def write(
             if array is not None:
                 array[start : start + size] = values[:size]
         progress(start + size, examples.count)
-    if writes:
-        (folder / IDENTITY).write_text(json.dumps(identity_of(teacher, examples, top)), encoding="utf-8")
+    if folder is not None:
+        (folder / IDENTITY).write_text(json.dumps(identity), encoding="utf-8")
 
 
 @partial(jax.jit, static_argnames="count")
@@ -76,12 +83,13 @@ def _top(teacher: Decoder, tokens: Int[Array, "B T"], count: int) -> Top:
     return top_tokens(teacher, final_hidden(teacher, tokens), count)
 
 
-def read(folder: str | Path, expected: dict[str, Any]) -> Teacher:
+def read(folder: str | Path, expected: dict[str, Any], mesh: Mesh | None = None) -> Teacher:
     """The teacher of a folder.
 
     Args:
       folder: that `write` has filled.
       expected: `identity_of` the teacher and the training sequences.
+      mesh: that of the student.
 
     Raises:
       InputError: the folder is not whole, or belongs to another teacher or text.
@@ -98,4 +106,4 @@ def read(folder: str | Path, expected: dict[str, Any]) -> Teacher:
                 f"{path}: holds tokens with another {name} ({found.get(name)}, not {value}); give another "
                 "--teacher-logits"
             )
-    return lambda rows: Top(*(sharding.shard_batch(np.asarray(array[rows]), None) for array in (ids, logs)))
+    return lambda rows: Top(*(sharding.shard_batch(np.asarray(array[rows]), mesh) for array in (ids, logs)))

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from minillm_jax.data.examples import Examples
-from minillm_jax.devices import sharding
+from minillm_jax.devices import hosts, sharding
 from minillm_jax.devices.store import State, Store
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import Top
@@ -33,7 +33,9 @@ class Point(NamedTuple):
     Attributes:
       update: number of updates before it.
       tokens: number of counted tokens before it.
-      loss: mean loss of the updates since the last validation; None before the first update.
+      loss: mean loss of the updates since the last validation; None before the first update. Its weights may change
+        from update to update, so that two points need not compare.
+      cross_entropy: mean cross entropy of the training sequences in the same updates, nats, which compares.
       validation: mean cross entropy of the validation sequences, nats; None without such sequences.
       watched: mean cross entropy of the second text, nats; None without one.
     """
@@ -41,6 +43,7 @@ class Point(NamedTuple):
     update: int
     tokens: int
     loss: float | None
+    cross_entropy: float | None
     validation: float | None
     watched: float | None
 
@@ -110,6 +113,7 @@ class Progress(NamedTuple):
       update: number of finished updates.
       tokens: number of counted tokens of these updates.
       loss: sum of the mean losses of the updates since the last validation.
+      cross_entropy: sum of their mean cross entropies.
     """
 
     parameters: Parameters
@@ -119,6 +123,7 @@ class Progress(NamedTuple):
     update: int = 0
     tokens: int = 0
     loss: float = 0.0
+    cross_entropy: float = 0.0
 
 
 # Numbers of sequences -> the dense model, or its most probable tokens for these sequences; None for no teacher.
@@ -195,14 +200,16 @@ def course(first: float, last: float, update: int, updates: int) -> float:
 def mean_loss(
     decoder: Decoder, trained: Trained, parameters: Parameters, examples: Examples, micro_batch: int
 ) -> float:
-    """The mean cross entropy of the counted tokens of some sequences, nats."""
+    """The mean cross entropy of the counted tokens of some sequences, nats; that of process 0 in every process."""
     mesh, totals = sharding.mesh_of(decoder), []
     for start in range(0, examples.count, micro_batch):
         rows = np.arange(start, start + micro_batch)
         tokens, counted = examples.take(np.minimum(rows, examples.count - 1))
         inside = (rows < examples.count)[:, None]
         totals.append(_measured(parameters, decoder, _placed(tokens, counted & inside, mesh), trained))
-    return float(np.sum([np.float64(total) for total in totals]) / examples.targets)
+    mean = np.sum([np.float64(total) for total in totals]) / examples.targets
+    # Processes whose losses differ in their last digits would keep the states of different updates as the best one.
+    return float(hosts.of_first(lambda: {"mean": mean})["mean"])
 
 
 @partial(jax.jit, static_argnames="trained")
@@ -218,6 +225,13 @@ def _placed(tokens: np.ndarray, counted: np.ndarray, mesh: Mesh | None) -> Seque
 def _best(points: tuple[Point, ...]) -> int:
     """The update of the least validation loss, the first of several."""
     return min((point.validation, point.update) for point in points if point.validation is not None)[1]
+
+
+def _not_finite(update: int, loss: float) -> str:
+    return (
+        f"update {update}: the loss is {loss:g} or its gradient is not finite; use a lower --learning-rate, or "
+        "--dtype float32"
+    )
 
 
 class _Loop:
@@ -260,14 +274,20 @@ class _Loop:
             parameters, optimizer_state, sums = self._program(parameters, optimizer_state, self._decoder, read)
             found.append(sums)
         loss = sum(float(objective.loss(sums, weights)) for sums in found) / targets
+        cross_entropy = sum(float(sums.cross_entropy) for sums in found) / targets
         after = state._replace(parameters=parameters, optimizer=optimizer_state)
-        if not self._rule.was_finite(optimizer_state):
-            return after, (
-                f"update {state.update + 1}: the loss is {loss:g} or its gradient is not finite; use a lower "
-                "--learning-rate, or --dtype float32"
-            )
-        done = after._replace(update=state.update + 1, tokens=state.tokens + targets, loss=state.loss + loss)
-        return done, None
+        stopped = hosts.agree("" if self._rule.was_finite(optimizer_state) else _not_finite(state.update + 1, loss))
+        if stopped:
+            return after, stopped
+        return (
+            after._replace(
+                update=state.update + 1,
+                tokens=state.tokens + targets,
+                loss=state.loss + loss,
+                cross_entropy=state.cross_entropy + cross_entropy,
+            ),
+            None,
+        )
 
     def _weights(self, update: int) -> Weights:
         settings, updates = self._task.distillation, self._task.updates
@@ -277,7 +297,8 @@ class _Loop:
     def validated(self, state: Progress) -> Progress:
         """The state with one more point, and its parameters as the best if they are."""
         before = state.points[-1].update if state.points else 0
-        loss = state.loss / (state.update - before) if state.update > before else None
+        since = state.update - before
+        loss, cross_entropy = (total / since if since else None for total in (state.loss, state.cross_entropy))
         validation, watched = (
             self._mean_loss(state, examples) for examples in (self._task.validation, self._task.watched)
         )
@@ -285,8 +306,8 @@ class _Loop:
         least = min((point.validation for point in state.points if point.validation is not None), default=None)
         if best is not None and validation is not None and least is not None and validation < least:
             best = jax.tree.map(jnp.copy, state.parameters)
-        point = Point(state.update, state.tokens, loss, validation, watched)
-        return state._replace(points=(*state.points, point), best=best, loss=0.0)
+        point = Point(state.update, state.tokens, loss, cross_entropy, validation, watched)
+        return state._replace(points=(*state.points, point), best=best, loss=0.0, cross_entropy=0.0)
 
     def _mean_loss(self, state: Progress, examples: Examples | None) -> float | None:
         if examples is None:
@@ -297,8 +318,8 @@ class _Loop:
     def save(self, store: Store, state: Progress) -> None:
         """Saves a state."""
         arrays = {str(place): sharding.gather(leaf) for place, leaf in enumerate(jax.tree.leaves(state[:3]))}
-        numbers = {"points": [list(point) for point in state.points], "loss": state.loss}
-        store.save(state.update, State(arrays, numbers | {"update": state.update, "tokens": state.tokens}))
+        numbers = {name: getattr(state, name) for name in ("update", "tokens", "loss", "cross_entropy")}
+        store.save(state.update, State(arrays, numbers | {"points": [list(point) for point in state.points]}))
 
 
 def _restored(state: Progress, stored: State) -> Progress:
@@ -308,4 +329,5 @@ def _restored(state: Progress, stored: State) -> Progress:
     parameters, optimizer_state, best = jax.tree.unflatten(structure, arrays)
     numbers = stored.metadata
     points = tuple(Point(*point) for point in numbers["points"])
-    return Progress(parameters, optimizer_state, best, points, numbers["update"], numbers["tokens"], numbers["loss"])
+    counts, sums = (numbers["update"], numbers["tokens"]), (numbers["loss"], numbers["cross_entropy"])
+    return Progress(parameters, optimizer_state, best, points, *counts, *sums)

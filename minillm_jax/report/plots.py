@@ -28,7 +28,7 @@ _CSS = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)", KEPT: "
 _WIDTH, _PANEL = 4.3, 1.7
 
 _CURVES = {
-    "loss": "training loss, mean since the last validation",
+    "cross_entropy": "cross entropy of the training sequences",
     "validation": "cross entropy of the validation sequences",
     "watched": "cross entropy of the second text",
 }
@@ -136,15 +136,15 @@ def drawn(draw: Callable[[], Mapping[str, Drawing | None]], first: str = "p") ->
 def _curves(summary: Summary) -> Drawing | None:
     """Losses of a training run against the tokens, each in a panel of its own."""
     points = summary.get("points", ())
-    shown = {key: name for key, name in _CURVES.items() if any(point[key] is not None for point in points)}
+    shown = {key: name for key, name in _CURVES.items() if any(point.get(key) is not None for point in points)}
 
     def panel(axes: "Axes", key: str) -> None:
-        found = [(point["tokens"], point[key]) for point in points if point[key] is not None]
+        found = [(point["tokens"], point[key]) for point in points if point.get(key) is not None]
         axes.plot(*zip(*found, strict=True), color=KEPT, marker=".", linewidth=1.2)
         axes.set_ylabel("nats")
 
     def description(key: str, name: str) -> str:
-        values = [point[key] for point in points if point[key] is not None]
+        values = [point[key] for point in points if point.get(key) is not None]
         return f"{name}: {values[0]:.3f} at first, {values[-1]:.3f} at last"
 
     text = "; ".join(description(key, name) for key, name in shown.items())

@@ -74,6 +74,8 @@ def test_python_and_json_give_the_same_figures(
     ("options", "message"),
     [
         (["--windows", "0"], "--windows must be at least 1, found 0"),
+        (["--hosts", "nowhere"], "hosts 'nowhere' is not understood; expected auto or ADDRESS:PORT,COUNT,NUMBER"),
+        (["--mesh", "data=99"], "99 devices"),
         (["--draft", "many"], "--draft must be a whole number, found 'many'"),
         (["--draft", "0", "--prompts", "2"], "--prompts does nothing with --draft 0"),
         (["--window", "1"], "a window of 1 tokens has nothing to predict"),

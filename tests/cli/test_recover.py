@@ -116,7 +116,10 @@ def test_pruning_and_recovery_in_one_command(
 @pytest.mark.slow
 def test_a_killed_run_continues(tmp_path: Path, text: Path, pruned: Path) -> None:
     """SIGKILL behind the first saved state; the same command then gives the weights of a run that was not killed."""
-    options = ["--data", text, "--seq-len", 32, "--steps", 12, "--batch", 4, "--micro-batch", 2, "--quiet"]
+    rows = [{"prompt": f"Count to {number}.", "response": "One, two, three."} for number in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixture = f"{text}:0.7,{tmp_path / 'rows.jsonl'}:0.3"
+    options = ["--data", mixture, "--seq-len", 32, "--steps", 12, "--batch", 4, "--micro-batch", 2, "--quiet"]
 
     def command(name: str) -> list[str]:
         made = ["recover", pruned, "--output", tmp_path / name, *options]

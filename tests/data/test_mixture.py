@@ -133,5 +133,7 @@ def test_a_text_of_the_mixture_that_is_too_short_is_named(folder: Path, model: M
 def test_evaluation_takes_one_text() -> None:
     check_one_text("a.txt")
     check_one_text(["a.txt:0.5,b.jsonl:0.5"])
-    with pytest.raises(InputError, match="a mixture is for calibration alone; give one text to evaluate on"):
+    with pytest.raises(
+        InputError, match="a mixture is for --calibration of prune and --data of recover; give one text here"
+    ):
         evaluate(load(demo.FOLDER), "a.txt:0.5,b.jsonl:0.5")

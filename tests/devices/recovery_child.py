@@ -1,11 +1,18 @@
-"""The program that test_recovery.py runs in processes of their own: the losses of a recovery on a mesh, as JSON."""
+"""The programs that test_recovery.py runs in processes of their own: recoveries on meshes and in two processes.
+
+`python -m tests.devices.recovery_child NAME ARGUMENTS...` calls the function of that name and prints its JSON result.
+"""
 
 import json
 import sys
 from typing import Any
 
+import jax
+import numpy as np
+import pytest
+
 import minillm_jax as mj
-from minillm_jax import demo
+from minillm_jax import cli, demo
 from minillm_jax.devices import sharding
 
 OPTIONS = {"seq_len": 32, "steps": 3, "batch": 8, "micro_batch": 4, "validate_every": 1, "learning_rate": 1e-3}
@@ -17,6 +24,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "mezo": {"recipe": "mezo", "method": "forward", **OPTIONS},
     "refit": {"method": "refit", "seq_len": 32, "steps": 8, "refit_alpha": 1.0},
 }
+
+# Commands whose processes are joined; the teacher's tokens come from memory and from a folder that they write.
+COMMANDS = {
+    "lora": ["--loss", "both"],
+    "full": ["--method", "full", "--teacher-logits", "teacher"],
+}
+COMMON = ["--seq-len", "16", "--steps", "3", "--batch", "4", "--micro-batch", "2", "--validate-every", "1"]
+COMMON += ["--learning-rate", "1e-2", "--held-out", "4", "--watch-windows", "4", "--quiet"]
 
 
 def losses(mesh: str) -> dict[str, Any]:
@@ -32,6 +47,41 @@ def losses(mesh: str) -> dict[str, Any]:
     return points
 
 
+def commands(folder: str, out: str, *joined: str) -> dict[str, Any]:
+    """The command recover on a text and two models of a folder, in one process or in one of two joined ones.
+
+    The second process reads all validation losses with the wrong sign: by them it would keep the worst state.
+
+    Args:
+      folder: with the models `pruned` and `dense` and the texts `text.txt` and `other.txt`.
+      out: folder of the outputs.
+      *joined: the address of the job; nothing for one process.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    if joined and joined[0].endswith(",1"):
+        total = np.sum
+        patch = pytest.MonkeyPatch()
+        patch.setattr(np, "sum", lambda a, *rest, **more: (-1 if is_losses(a) else 1) * total(a, *rest, **more))
+    data = ["--data", f"{folder}/text.txt", "--watch", f"{folder}/other.txt", "--evaluate", f"{folder}/other.txt"]
+    statuses = []
+    for name, options in COMMANDS.items():
+        given = [f"{out}/{option}" if option == "teacher" else option for option in options]
+        where = ["--mesh", "data=1,model=4"] if joined else []
+        where += ["--hosts", joined[0]] if joined and not statuses else []  # processes join once
+        sys.argv = ["minillm-jax", "recover", f"{folder}/pruned", "--teacher", f"{folder}/dense", *data]
+        sys.argv += [*COMMON, *given, *where, "--output", f"{out}/{name}"]
+        try:
+            cli.main()
+        except SystemExit as ended:
+            statuses.append(ended.code or 0)
+    return {"statuses": statuses}
+
+
+def is_losses(array: Any) -> bool:
+    """Whether these are the losses of the batches of a validation, which the mean takes as numbers of NumPy."""
+    return isinstance(array, list) and all(isinstance(value, np.float64) for value in array)
+
+
 if __name__ == "__main__":
     _, name, *arguments = sys.argv
-    sys.stdout.write(json.dumps({"losses": losses}[name](*arguments)) + "\n")
+    sys.stdout.write("\n" + json.dumps({"losses": losses, "commands": commands}[name](*arguments)) + "\n")

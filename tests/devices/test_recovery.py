@@ -1,12 +1,22 @@
-"""A recovery on several devices has the losses of one device."""
+"""A recovery on several devices has the losses of one device, and one in two processes the weights of one process.
 
+`recovery_child` runs in processes of its own.
+"""
+
+import json
+import shutil
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from tests.devices.processes import finish, start
+from minillm_jax import demo
+from tests.devices.processes import finish, start, two_hosts
+from tests.devices.recovery_child import COMMANDS
+from tests.helpers import hugging_face_folder
 
 
 @cache
@@ -25,3 +35,47 @@ def test_a_mesh_gives_the_losses_of_one_device(mesh: str) -> None:
         tolerance = 1e-4 if method == "refit" else 3e-6
         np.testing.assert_allclose(np.asarray(found, dtype=float), expected, rtol=tolerance, err_msg=method)
         assert expected[-1, 1] != expected[0, 1]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders `one` and `two`, written by the commands of `recovery_child` in one process and in two."""
+    root, count = tmp_path_factory.mktemp("recovery"), json.loads((demo.FOLDER / "config.json").read_text())
+    for seed, name in enumerate(("dense", "pruned")):
+        hugging_face_folder(root / name, vocab_size=count["vocab_size"], seed=seed)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(demo.FOLDER / file, root / name)
+    text = demo.training_text()
+    (root / "text.txt").write_text(text[:3000])
+    (root / "other.txt").write_text(text[-3000:])
+    finished = finish([start(1, "recovery_child", "commands", root, root / "one")])
+    finished += two_hosts(2, "recovery_child", "commands", root, root / "two")
+    assert [process["statuses"] for process in finished] == [[0, 0]] * 3
+    return root
+
+
+def losses_of(folder: Path) -> np.ndarray:
+    """Training, validation and watched losses of every point of a report."""
+    points = json.loads((folder / "report.json").read_text())["points"]
+    return np.asarray([[point[key] for key in ("loss", "validation", "watched")] for point in points], float)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_recovery_in_two_processes_is_that_of_one(root: Path, name: str) -> None:
+    """Although the second process would keep another state as the best.
+
+    Sums over two devices have another order than on one. An update of AdamW divides a gradient by its size, so that
+    the rounding of its smallest entries counts as much as that of its largest: 1e-5 is a thousandth of an update.
+    """
+    one, two = (root / which / name for which in ("one", "two"))
+    for file in ("model.safetensors", *(["adapter/adapter_model.safetensors"] if name == "lora" else [])):
+        left, right = (load_file(folder / file) for folder in (two, one))
+        assert left.keys() == right.keys()
+        for tensor, expected in right.items():
+            np.testing.assert_allclose(left[tensor], expected, rtol=0, atol=1e-5, err_msg=tensor)
+    found, expected = (losses_of(folder) for folder in (two, one))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert expected[-1, 1] < expected[0, 1], "the best state is not the first one"
+    assert sorted(path.name for path in (root / "two").iterdir()) == sorted(
+        path.name for path in (root / "one").iterdir()
+    )

@@ -181,6 +181,19 @@ METHODS = {
 }
 
 
+def test_curves_are_cross_entropies_whatever_the_weights_of_the_loss(decoder: Decoder, dense: Decoder) -> None:
+    """A model that hardly moves: the loss changes with its weights, the curves do not."""
+    data = examples()
+    training = replace(TRAINING, batch=data.count, micro_batch=data.count, steps=3, validate_every=1, warmup=0)
+    made = sections(replace(training, learning_rate=1e-9))
+    points = run(decoder, made, teacher=teacher.in_memory(dense)).outcome.points
+    losses = np.asarray([[p.loss, p.cross_entropy, p.validation, p.watched] for p in points[1:]], float)
+    assert np.ptp(losses[:, 0]) > 0.1, "weights and temperature of the loss change"
+    assert np.ptp(losses[:, 1:], axis=0).max() < 1e-5
+    own = mean_loss(decoder, TrainedArrays("norms"), {}, data, data.count)
+    np.testing.assert_allclose(losses[:, 1], own, rtol=1e-5)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_an_interrupted_run_continues_bit_for_bit(decoder: Decoder, tmp_path: Path, method: str) -> None:
     made = METHODS[method]
