@@ -45,6 +45,7 @@ class FamilyTable:
       stock_heads: head counts that the stock class accepts: `any`; `divide`, the divisors of the hidden size; or
         `dense`, only the original count, because the class computes the head size as hidden size / heads.
       stock_width: whether the stock class accepts every MLP width.
+      stock_scale: whether the stock class scales the embedding by the square root of the hidden size.
     """
 
     stem: str
@@ -57,6 +58,7 @@ class FamilyTable:
     ignored: tuple[str, ...] = ()
     stock_heads: str = "any"
     stock_width: bool = True
+    stock_scale: bool = False
 
 
 def array(name: str, axes: str, path: str) -> tuple[Rule, ...]:
@@ -100,7 +102,7 @@ FUSED_MLP = (*fused("mlp.gate_up_proj", "mlp.gate", "mlp.up"), *linear("mlp.down
 LLAMA_NORMS = (*norm("input_layernorm", "attention_norm"), *norm("post_attention_layernorm", "mlp_norm"))
 
 
-def _llama_like(stem: str, *block: Rule, stock_heads: str = "any") -> FamilyTable:
+def _llama_like(stem: str, *block: Rule, stock_heads: str = "any", stock_scale: bool = False) -> FamilyTable:
     """The table of a family whose tensor names follow Llama's."""
     return FamilyTable(
         stem=stem,
@@ -115,6 +117,7 @@ def _llama_like(stem: str, *block: Rule, stock_heads: str = "any") -> FamilyTabl
         # transformers stored the rotary frequencies as buffers until 4.32; the configuration determines them.
         ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq"),
         stock_heads=stock_heads,
+        stock_scale=stock_scale,
     )
 
 
@@ -122,25 +125,30 @@ LLAMA = _llama_like("Llama", *LLAMA_NORMS, *SEPARATE_QKV, *LLAMA_MLP, stock_head
 
 MISTRAL = _llama_like("Mistral", *LLAMA_NORMS, *SEPARATE_QKV, *LLAMA_MLP)
 
-QWEN3 = _llama_like(
-    "Qwen3",
-    *LLAMA_NORMS,
-    *SEPARATE_QKV,
+QK_NORMS = (
     *array("self_attn.q_norm.weight", "H", "attention.q_norm.scale"),
     *array("self_attn.k_norm.weight", "H", "attention.k_norm.scale"),
-    *LLAMA_MLP,
+)
+
+QWEN3 = _llama_like("Qwen3", *LLAMA_NORMS, *SEPARATE_QKV, *QK_NORMS, *LLAMA_MLP)
+
+POST_NORMS = (
+    *array("post_attention_layernorm.weight", "D", "attention_post_norm.scale"),
+    *array("post_feedforward_layernorm.weight", "D", "mlp_post_norm.scale"),
 )
 
 GEMMA2 = _llama_like(
     "Gemma2",
     *norm("input_layernorm", "attention_norm"),
-    *array("post_attention_layernorm.weight", "D", "attention_post_norm.scale"),
     *norm("pre_feedforward_layernorm", "mlp_norm"),
-    *array("post_feedforward_layernorm.weight", "D", "mlp_post_norm.scale"),
+    *POST_NORMS,
     *SEPARATE_QKV,
     *LLAMA_MLP,
     stock_heads="divide",
+    stock_scale=True,
 )
+
+GEMMA3 = replace(GEMMA2, stem="Gemma3", block=(*GEMMA2.block, *QK_NORMS))
 
 GLM = _llama_like("Glm", *LLAMA_NORMS, *SEPARATE_QKV, *FUSED_MLP)
 
@@ -232,8 +240,9 @@ TABLES: dict[str, FamilyTable] = {
     "mistral": MISTRAL,
     "qwen2": replace(MISTRAL, stem="Qwen2"),
     "qwen3": QWEN3,
-    "gemma": replace(MISTRAL, stem="Gemma"),
+    "gemma": replace(MISTRAL, stem="Gemma", stock_scale=True),
     "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
     "opt": OPT,
     "bloom": BLOOM,
     "gpt_neox": GPT_NEOX,

@@ -231,22 +231,53 @@ def _common_keys(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]) ->
     if family.windows == "layer_types":
         kinds = {True: "sliding_attention", False: "full_attention"}
         keys["layer_types"] = [kinds[layer.window is not None] for layer in sizes.layers]
-    return keys if config.rope is None else keys | rope_keys(config.rope, config.family)
+    if config.rope is None:
+        return keys
+    keys |= rope_keys(config.rope, config.family, raw.get("rope_scaling"))
+    if family.rope_by_type:
+        other = config.other_rope or config.rope
+        by_type = {"full_attention": config.rope, "sliding_attention": other}
+        keys["rope_parameters"] = {kind: _rope_parameters(rope) for kind, rope in by_type.items()}
+        if "rope_local_base_freq" in raw:
+            keys["rope_local_base_freq"] = other.theta
+    return keys
 
 
-def rope_keys(rope: Rope, family: str) -> dict[str, Any]:
-    """Rotary settings under the current key and under the keys that old versions of transformers and llama.cpp read."""
-    scaling: dict[str, Any] = {"rope_type": rope.kind}
+def _rope_parameters(rope: Rope) -> dict[str, Any]:
+    """The rotary settings under the key `rope_parameters`, without the share of rotated features."""
+    scaling: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
     if rope.kind != "default":
         scaling["factor"] = rope.factor
-    if rope.kind == "llama3":
-        scaling["low_freq_factor"] = rope.low_freq_factor
-        scaling["high_freq_factor"] = rope.high_freq_factor
+    match rope.kind:
+        case "llama3":
+            scaling["low_freq_factor"] = rope.low_freq_factor
+            scaling["high_freq_factor"] = rope.high_freq_factor
+        case "yarn":
+            scaling |= {"attention_factor": rope.attention_factor, "truncate": rope.truncate}
+            scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+        case "longrope":
+            scaling |= {"attention_factor": rope.attention_factor}
+            scaling |= {"short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
+    if rope.kind in ("llama3", "yarn", "longrope"):
         scaling["original_max_position_embeddings"] = rope.original_length
+    return scaling
+
+
+def rope_keys(rope: Rope, family: str, read: Any = None) -> dict[str, Any]:
+    """Rotary settings under the current key and under the keys that old versions of transformers and llama.cpp read.
+
+    Args:
+      rope: the rotary positions.
+      family: the family.
+      read: `rope_scaling` of the config.json that was read. It is kept for the kinds of scaling whose keys differ
+        between versions.
+    """
+    parameters = _rope_parameters(rope)
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
     # transformers up to version 4.42 accepts a `linear` entry only with exactly these two keys.
     linear = {"type": "linear", "factor": rope.factor}
-    old = {"default": None, "linear": linear}.get(rope.kind, scaling | {"type": rope.kind})
-    keys = {"rope_parameters": scaling | {"rope_theta": rope.theta}, "rope_theta": rope.theta, "rope_scaling": old}
+    old = {"default": None, "linear": linear, "llama3": scaling | {"type": rope.kind}}.get(rope.kind, read)
+    keys = {"rope_parameters": parameters, "rope_theta": rope.theta, "rope_scaling": old}
     if family in ("glm", "glm4", "phi3", "gpt_neox"):
         keys["rope_parameters"] |= {"partial_rotary_factor": rope.fraction}
         keys["partial_rotary_factor"] = rope.fraction
@@ -268,8 +299,8 @@ def _as_mistral(llama_keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def _has_stock_scale(config: DecoderConfig, sizes: Sizes) -> bool:
-    """Whether the embedding scale is the one that the stock class computes from the hidden size."""
-    return config.embedding_scale == sizes.D**0.5
+    """Whether the embedding scale is the one that the stock class computes from the hidden size, or reads."""
+    return not TABLES[config.family].stock_scale or config.embedding_scale == sizes.D**0.5
 
 
 def _keeps_all_slopes(config: DecoderConfig, sizes: Sizes) -> bool:

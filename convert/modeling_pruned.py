@@ -21,12 +21,17 @@ class _Family(NamedTuple):
     """Names that transformers uses for a model family."""
 
     stem: str  # prefix of the class names
+    text: str = ""  # what follows the stem in the names of the configuration and the base model
     layer: str = "DecoderLayer"  # class name of a layer, without the stem
     layers: str = "layers"  # path of the list of layers in the base model
     # The modules of the two sublayers, with the linear map to the hidden size in each.
     attention: tuple[str, str] = ("self_attn", "o_proj")
     mlp: tuple[str, str] = ("mlp", "down_proj")
     divides: bool = False  # whether the attention computes the head size as hidden size / heads
+
+    def stock(self, kind: str) -> Any:
+        """The stock class of a kind of `_KINDS`."""
+        return getattr(transformers, self.stem + (self.text if kind != "ForCausalLM" else "") + kind)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -41,12 +46,13 @@ _FAMILIES = {
     "qwen3": _Family("Qwen3"),
     "gemma": _Family("Gemma"),
     "gemma2": _Family("Gemma2"),
+    "gemma3_text": _Family("Gemma3", text="Text"),
     "glm": _Family("Glm"),
     "glm4": _Family("Glm4"),
     "phi3": _Family("Phi3"),
-    "opt": _Family("OPT", "DecoderLayer", "decoder.layers", ("self_attn", "out_proj"), ("", "fc2"), True),
-    "bloom": _Family("Bloom", "Block", "h", ("self_attention", "dense"), ("mlp", "dense_4h_to_h"), True),
-    "gpt_neox": _Family("GPTNeoX", "Layer", "layers", ("attention", "dense"), ("mlp", "dense_4h_to_h"), True),
+    "opt": _Family("OPT", "", "DecoderLayer", "decoder.layers", ("self_attn", "out_proj"), ("", "fc2"), True),
+    "bloom": _Family("Bloom", "", "Block", "h", ("self_attention", "dense"), ("mlp", "dense_4h_to_h"), True),
+    "gpt_neox": _Family("GPTNeoX", "", "Layer", "layers", ("attention", "dense"), ("mlp", "dense_4h_to_h"), True),
 }
 
 # Suffix of a class name, and the Auto class that loads the class.
@@ -134,7 +140,7 @@ def _layer(family: _Family, config: Any, index: int) -> nn.Module:
     }
     if family.divides:
         sizes["hidden_size"] = (kept.num_attention_heads or 1) * kept.head_dim
-    code = sys.modules[getattr(transformers, f"{family.stem}Model").__module__]
+    code = sys.modules[family.stock("Model").__module__]
     layer = getattr(code, family.stem + family.layer)(_LayerConfig(config, sizes), index)
     if family.divides:
         _set_hidden_size(layer, family.outputs, kept)
@@ -222,7 +228,7 @@ def _create_class(name: str) -> type:
     """A class of `_CLASSES`, created on first access because creation imports the code of its family."""
     model_type, kind = _CLASSES[name]
     family = _FAMILIES[model_type]
-    stock = getattr(transformers, family.stem + kind)
+    stock = family.stock(kind)
     bases: tuple[type, ...] = (_PrunedModel, stock)
     members: dict[str, Any] = {"__module__": __name__, "__doc__": f"`{stock.__name__}` with layers of unequal sizes."}
     if kind == "Config":

@@ -57,6 +57,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "qwen3": _GROUPED,
     "gemma": _GROUPED,
     "gemma2": _GROUPED | {"sliding_window": 13, "query_pre_attn_scalar": 20},
+    "gemma3_text": _GROUPED | {"sliding_window": 13, "query_pre_attn_scalar": 20, "sliding_window_pattern": 2},
     "opt": _SIZES | {"ffn_dim": 40},
     "bloom": {"vocab_size": 97, "hidden_size": 48, "n_layer": 3, "n_head": 6, "bos_token_id": 0, "eos_token_id": 0},
     "gpt_neox": _SIZES | {"num_attention_heads": 4},
@@ -87,6 +88,17 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) fo
     "gemma, biases, untied": ("gemma", {"attention_bias": True, "tie_word_embeddings": False}),
     "gemma2, tight caps": ("gemma2", {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.5}),
     "gemma2, no caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3_text, scaled rope, capped logits, untied": (
+        "gemma3_text",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+            "final_logit_softcapping": 2.5,
+            "tie_word_embeddings": False,
+        },
+    ),
     "opt, projected, post norm": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
     "opt, projected, pre norm, untied": ("opt", {"word_embed_proj_dim": 56, "tie_word_embeddings": False}),
     "opt, no final norm": ("opt", {"_remove_final_layer_norm": True, "activation_function": "gelu"}),

@@ -42,6 +42,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", GROUPED),
     "gemma": ("Gemma", GROUPED),
     "gemma2": ("Gemma2", GROUPED | {"sliding_window": 5, "query_pre_attn_scalar": HEAD_SIZE}),
+    "gemma3_text": (
+        "Gemma3",
+        GROUPED | {"sliding_window": 5, "query_pre_attn_scalar": HEAD_SIZE, "sliding_window_pattern": 2},
+    ),
     "glm": ("Glm", GROUPED),
     "glm4": ("Glm4", GROUPED),
     "phi3": ("Phi3", GROUPED | {"sliding_window": 7}),

@@ -122,7 +122,7 @@ def random_sizes(family: str, integer: Callable[[int, int], int]) -> dict[str, A
     if family == "opt":
         sizes["word_embed_proj_dim"] = (sizes["hidden_size"], 10)[integer(0, 1)]
         sizes["do_layer_norm_before"] = bool(integer(0, 1))
-    if family in ("mistral", "phi3", "gemma2"):
+    if family in ("mistral", "phi3", "gemma2", "gemma3_text"):
         sizes["sliding_window"] = integer(1, 40)
     sizes["tie_word_embeddings"] = bool(integer(0, 1))
     return {names.get(key, key): value for key, value in sizes.items()}
@@ -151,6 +151,8 @@ DROPPED = [
     ("gemma", "post_attention_layernorm.weight"),
     ("gemma2", "pre_feedforward_layernorm.weight"),
     ("gemma2", "post_feedforward_layernorm.weight"),
+    ("gemma3_text", "q_norm.weight"),
+    ("gemma3_text", "pre_feedforward_layernorm.weight"),
     ("opt", "embed_positions.weight"),
     ("opt", "fc1.bias"),
     ("opt", "self_attn_layer_norm.bias"),
@@ -193,6 +195,8 @@ def copied(decoder: Decoder) -> Decoder:
         ("mistral, sliding window", "window", NO_WINDOW),
         ("qwen2, some layers sliding", "window", NO_WINDOW),
         ("gemma2", "window", NO_WINDOW),
+        ("gemma3_text", "window", NO_WINDOW),
+        ("gemma3_text", "rope", 0),
     ],
 )
 def test_parity_fails_without_data_of_the_layers(

@@ -1,0 +1,203 @@
+"""One function for each family: its Hugging Face configuration becomes the `DecoderConfig` of the decoder.
+
+`FAMILIES` lists them with the keys of their sizes. A feature that the decoder lacks raises an `InputError`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from minillm_jax.model.config import DecoderConfig
+from minillm_jax.model.config_values import activation, cap, is_pruned, positive, read_rope
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the configuration of a family is read.
+
+    Attributes:
+      read: configuration, its file (for errors) -> how the decoder computes.
+      heads: key of the number of query heads.
+      kv_heads: key of the number of key/value heads; None for a family with one key/value head per query head.
+      width: key of the MLP width, which is four times the hidden size if the key is missing.
+      layers: key of the number of layers.
+      windows: the layers with `sliding_window`: `none`, `all`, or `layer_types` for the layers listed under that key.
+      other_rope: the layers with the decoder's `other_rope`: those of a type listed under `layer_types`, or those with
+        a zero under `no_rope_layers`.
+      rope_by_type: whether `rope_parameters` lists the settings by the type of layer.
+    """
+
+    read: Callable[[Mapping[str, Any], str], DecoderConfig]
+    heads: str = "num_attention_heads"
+    kv_heads: str | None = "num_key_value_heads"
+    width: str = "intermediate_size"
+    layers: str = "num_hidden_layers"
+    windows: str = "none"
+    other_rope: str | None = None
+    rope_by_type: bool = False
+
+
+def _llama(
+    raw: Mapping[str, Any], where: str, partial_rope: bool = False, layer_type: str | None = None
+) -> DecoderConfig:
+    bias = bool(raw.get("attention_bias"))
+    return DecoderConfig(
+        family="llama",
+        norm_epsilon=positive(raw, "rms_norm_eps", where),
+        rope=read_rope(raw, where, partial_rope, layer_type),
+        activation=activation(raw["hidden_act"], where),
+        tie_embeddings=bool(raw["tie_word_embeddings"]),
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=bool(raw.get("mlp_bias")),
+    )
+
+
+def _mistral(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    # transformers ignores the bias keys of a Mistral configuration.
+    return replace(_llama(raw, where), family="mistral", qkv_bias=False, output_bias=False, mlp_bias=False)
+
+
+def _qwen2(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    return replace(_mistral(raw, where), family="qwen2", qkv_bias=True)
+
+
+def _qwen3(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    return replace(_llama(raw, where), family="qwen3", mlp_bias=False, qk_norm=True)
+
+
+def _gemma(raw: Mapping[str, Any], where: str, layer_type: str | None = None) -> DecoderConfig:
+    scale = positive(raw, "embedding_scale", where) if is_pruned(raw) and "embedding_scale" in raw else None
+    return replace(
+        _llama(raw, where, layer_type=layer_type),
+        family="gemma",
+        norm="rms_plus_one",
+        mlp_bias=False,
+        embedding_scale=scale or raw["hidden_size"] ** 0.5,
+    )
+
+
+def _gemma2(raw: Mapping[str, Any], where: str, layer_type: str | None = None) -> DecoderConfig:
+    return replace(
+        _gemma({**raw, "hidden_act": raw["hidden_activation"]}, where, layer_type),
+        family="gemma2",
+        post_norms=True,
+        query_scale=positive(raw, "query_pre_attn_scalar", where) ** -0.5,
+        attention_cap=cap(raw, "attn_logit_softcapping", where),
+        logit_cap=cap(raw, "final_logit_softcapping", where),
+    )
+
+
+def _gemma3(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    # transformers does not apply the cap of the attention scores of a Gemma 3 configuration.
+    return replace(
+        _gemma2(raw, where, "full_attention"),
+        family="gemma3_text",
+        other_rope=read_rope(raw, where, layer_type="sliding_attention"),
+        qk_norm=True,
+        attention_cap=None,
+    )
+
+
+def _glm(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    llama = _llama(raw, where, partial_rope=True)
+    assert llama.rope is not None, "_llama always sets rope"
+    rope = replace(llama.rope, interleaved=True)
+    return replace(llama, family="glm", rope=rope, output_bias=False, mlp_bias=False)
+
+
+def _glm4(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    return replace(_glm(raw, where), family="glm4", post_norms=True)
+
+
+def _phi3(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    llama = _llama(raw, where, partial_rope=True)
+    return replace(llama, family="phi3", qkv_bias=False, output_bias=False, mlp_bias=False)
+
+
+def _opt(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    bias, before = bool(raw["enable_bias"]), bool(raw["do_layer_norm_before"])
+    return DecoderConfig(
+        family="opt",
+        norm_epsilon=1e-5,
+        rope=None,
+        norm="layer",
+        norm_scale=bool(raw["layer_norm_elementwise_affine"]),
+        norm_bias=True,
+        norm_after=not before,
+        final_norm=before and not raw["_remove_final_layer_norm"],
+        activation=activation(raw["activation_function"], where),
+        gated=False,
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=bias,
+        position_offset=2,
+        embedding_projection=raw["word_embed_proj_dim"] != raw["hidden_size"],
+        tie_embeddings=bool(raw["tie_word_embeddings"]),
+    )
+
+
+def _bloom(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    return DecoderConfig(
+        family="bloom",
+        norm_epsilon=positive(raw, "layer_norm_epsilon", where),
+        rope=None,
+        norm="layer",
+        norm_bias=True,
+        residual_from_norm=bool(raw["apply_residual_connection_post_layernorm"]),
+        activation="gelu_tanh",
+        gated=False,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        alibi_heads=raw["n_head"],
+        embedding_norm=True,
+        tie_embeddings=bool(raw["tie_word_embeddings"]),
+    )
+
+
+def _gpt_neox(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    bias = bool(raw["attention_bias"])
+    return DecoderConfig(
+        family="gpt_neox",
+        norm_epsilon=positive(raw, "layer_norm_eps", where),
+        rope=read_rope(raw, where, partial=True),
+        norm="layer",
+        norm_bias=True,
+        parallel=bool(raw["use_parallel_residual"]),
+        activation=activation(raw["hidden_act"], where),
+        gated=False,
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=True,
+        tie_embeddings=bool(raw["tie_word_embeddings"]),
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(_llama),
+    "mistral": Family(_mistral, windows="all"),
+    "qwen2": Family(_qwen2, windows="layer_types"),
+    "qwen3": Family(_qwen3, windows="layer_types"),
+    "gemma": Family(_gemma),
+    "gemma2": Family(_gemma2, windows="layer_types"),
+    "gemma3_text": Family(_gemma3, windows="layer_types", other_rope="sliding_attention", rope_by_type=True),
+    "opt": Family(_opt, kv_heads=None, width="ffn_dim"),
+    "bloom": Family(_bloom, heads="n_head", kv_heads=None, layers="n_layer"),
+    "gpt_neox": Family(_gpt_neox, kv_heads=None),
+    "glm": Family(_glm),
+    "glm4": Family(_glm4),
+    "phi3": Family(_phi3, windows="all"),
+}
+
+# Well-known families that are not supported, and the reason.
+NOT_SUPPORTED = {
+    "mixtral": "mixture of experts",
+    "qwen2_moe": "mixture of experts",
+    "qwen3_moe": "mixture of experts",
+    "olmoe": "mixture of experts",
+    "deepseek_v2": "multi-head latent attention",
+    "deepseek_v3": "multi-head latent attention",
+    "baichuan": "model code outside transformers",
+    "chatglm": "model code outside transformers; convert it to glm or glm4 first",
+}
