@@ -150,6 +150,14 @@ GEMMA2 = _llama_like(
 
 GEMMA3 = replace(GEMMA2, stem="Gemma3", block=(*GEMMA2.block, *QK_NORMS))
 
+# The norms of OLMo's queries and keys are over all heads together.
+JOINT_QK_NORMS = (
+    *array("self_attn.q_norm.weight", "NH", "attention.q_joint_norm.scale"),
+    *array("self_attn.k_norm.weight", "KH", "attention.k_joint_norm.scale"),
+)
+
+OLMO2 = _llama_like("Olmo2", *POST_NORMS, *SEPARATE_QKV, *JOINT_QK_NORMS, *LLAMA_MLP)
+
 GLM = _llama_like("Glm", *LLAMA_NORMS, *SEPARATE_QKV, *FUSED_MLP)
 
 GLM4 = _llama_like(
@@ -243,6 +251,8 @@ TABLES: dict[str, FamilyTable] = {
     "gemma": replace(MISTRAL, stem="Gemma", stock_scale=True),
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
+    "olmo2": OLMO2,
+    "olmo3": replace(OLMO2, stem="Olmo3"),
     "opt": OPT,
     "bloom": BLOOM,
     "gpt_neox": GPT_NEOX,

@@ -112,6 +112,12 @@ def padded_sizes(config: DecoderConfig, sizes: Sizes) -> Sizes:
     width = max(layer.F for layer in sizes.layers) if TABLES[config.family].stock_width else 4 * sizes.D
     kv_heads, per_group = _stock_heads(config, sizes)
     slopes = () if config.alibi_heads is None else tuple(map(float, alibi_slopes(config.alibi_heads)))
+    heads = kv_heads * per_group
+    if config.joint_qk_norm and any(heads != layer.N for layer in sizes.layers):
+        raise InputError(
+            f"heads of zeros would change the norms of {TABLES[config.family].stem}, which are over the queries and "
+            "the keys of all heads; use the format per-layer"
+        )
     layers = (LayerSizes(kv_heads * per_group, kv_heads, width, layer.window, slopes) for layer in sizes.layers)
     padded = replace(sizes, layers=tuple(layers))
     if (refusal := stock_refusal(config, padded)) is not None:

@@ -28,6 +28,7 @@ class _Family(NamedTuple):
     attention: tuple[str, str] = ("self_attn", "o_proj")
     mlp: tuple[str, str] = ("mlp", "down_proj")
     divides: bool = False  # whether the attention computes the head size as hidden size / heads
+    joint_norms: bool = False  # whether the norms of queries and keys have a factor for every feature of every head
 
     def stock(self, kind: str) -> Any:
         """The stock class of a kind of `_KINDS`."""
@@ -50,6 +51,8 @@ _FAMILIES = {
     "glm": _Family("Glm"),
     "glm4": _Family("Glm4"),
     "phi3": _Family("Phi3"),
+    "olmo2": _Family("Olmo2", joint_norms=True),
+    "olmo3": _Family("Olmo3", joint_norms=True),
     "opt": _Family("OPT", "", "DecoderLayer", "decoder.layers", ("self_attn", "out_proj"), ("", "fc2"), True),
     "bloom": _Family("Bloom", "", "Block", "h", ("self_attention", "dense"), ("mlp", "dense_4h_to_h"), True),
     "gpt_neox": _Family("GPTNeoX", "", "Layer", "layers", ("attention", "dense"), ("mlp", "dense_4h_to_h"), True),
@@ -146,6 +149,8 @@ def _layer(family: _Family, config: Any, index: int) -> nn.Module:
         _set_hidden_size(layer, family.outputs, kept)
     if not kept.num_attention_heads:
         _remove_attention(layer, *family.attention)
+        if family.joint_norms:
+            _remove_norms(layer.get_submodule(family.attention[0]))
     if 0 in (getattr(kept, "intermediate_size", None), getattr(kept, "ffn_dim", None)):
         name, output = family.mlp
         _remove_features(layer.get_submodule(name), output)
@@ -159,6 +164,12 @@ def _remove_attention(layer: nn.Module, name: str, output: str) -> None:
     attention = layer.get_submodule(name)
     _remove_features(attention, output)
     attention.forward = partial(_attend_without_heads, attention, getattr(attention, output))
+
+
+def _remove_norms(attention: Any) -> None:
+    """Leave the norms of the queries and keys of no heads without factors."""
+    for module in (attention.q_norm, attention.k_norm):
+        module.weight = nn.Parameter(module.weight[:0].detach())
 
 
 def _attend_without_heads(attention: Any, output: nn.Linear, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

@@ -58,6 +58,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "gemma": _GROUPED,
     "gemma2": _GROUPED | {"sliding_window": 13, "query_pre_attn_scalar": 20},
     "gemma3_text": _GROUPED | {"sliding_window": 13, "query_pre_attn_scalar": 20, "sliding_window_pattern": 2},
+    "olmo2": _GROUPED,
+    "olmo3": _SIZES | {"num_key_value_heads": 4, "sliding_window": 11},
     "opt": _SIZES | {"ffn_dim": 40},
     "bloom": {"vocab_size": 97, "hidden_size": 48, "n_layer": 3, "n_head": 6, "bos_token_id": 0, "eos_token_id": 0},
     "gpt_neox": _SIZES | {"num_attention_heads": 4},
@@ -99,6 +101,25 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) fo
             "tie_word_embeddings": False,
         },
     ),
+    "olmo2, biases, grouped, tied": (
+        "olmo2",
+        {"attention_bias": True, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    ),
+    "olmo3, yarn in the layers without a window": (
+        "olmo3",
+        {
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 10000.0,
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 64,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
     "opt, projected, post norm": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
     "opt, projected, pre norm, untied": ("opt", {"word_embed_proj_dim": 56, "tie_word_embeddings": False}),
     "opt, no final norm": ("opt", {"_remove_final_layer_norm": True, "activation_function": "gelu"}),
@@ -122,6 +143,9 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) fo
     ),
 }
 
+
+# The families whose norms of queries and keys are over all heads: heads of zeros would change them.
+JOINT_NORMS = ("olmo2", "olmo3")
 
 # One family of each kind of block: rotary and grouped, learned positions, ALiBi, norms after the projections.
 KINDS_OF_FAMILIES = ("llama", "opt", "bloom", "gemma2")

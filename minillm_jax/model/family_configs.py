@@ -99,6 +99,23 @@ def _gemma3(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     )
 
 
+def _olmo2(raw: Mapping[str, Any], where: str, layer_type: str | None = None) -> DecoderConfig:
+    return replace(
+        _llama(raw, where, layer_type=layer_type),
+        family="olmo2",
+        norm="rms_float32",
+        pre_norms=False,
+        post_norms=True,
+        mlp_bias=False,
+        joint_qk_norm=True,
+    )
+
+
+def _olmo3(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    olmo2, other = _olmo2(raw, where, "full_attention"), read_rope(raw, where, layer_type="sliding_attention")
+    return replace(olmo2, family="olmo3", other_rope=None if other == olmo2.rope else other)
+
+
 def _glm(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     llama = _llama(raw, where, partial_rope=True)
     assert llama.rope is not None, "_llama always sets rope"
@@ -182,6 +199,8 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family(_gemma),
     "gemma2": Family(_gemma2, windows="layer_types"),
     "gemma3_text": Family(_gemma3, windows="layer_types", other_rope="sliding_attention", rope_by_type=True),
+    "olmo2": Family(_olmo2),
+    "olmo3": Family(_olmo3, windows="layer_types", other_rope="sliding_attention", rope_by_type=True),
     "opt": Family(_opt, kv_heads=None, width="ffn_dim"),
     "bloom": Family(_bloom, heads="n_head", kv_heads=None, layers="n_layer"),
     "gpt_neox": Family(_gpt_neox, kv_heads=None),

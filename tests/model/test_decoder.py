@@ -122,7 +122,7 @@ def random_sizes(family: str, integer: Callable[[int, int], int]) -> dict[str, A
     if family == "opt":
         sizes["word_embed_proj_dim"] = (sizes["hidden_size"], 10)[integer(0, 1)]
         sizes["do_layer_norm_before"] = bool(integer(0, 1))
-    if family in ("mistral", "phi3", "gemma2", "gemma3_text"):
+    if family in ("mistral", "phi3", "gemma2", "gemma3_text", "olmo3"):
         sizes["sliding_window"] = integer(1, 40)
     sizes["tie_word_embeddings"] = bool(integer(0, 1))
     return {names.get(key, key): value for key, value in sizes.items()}
@@ -153,6 +153,9 @@ DROPPED = [
     ("gemma2", "post_feedforward_layernorm.weight"),
     ("gemma3_text", "q_norm.weight"),
     ("gemma3_text", "pre_feedforward_layernorm.weight"),
+    ("olmo2", "q_norm.weight"),
+    ("olmo2", "k_norm.weight"),
+    ("olmo2", "post_feedforward_layernorm.weight"),
     ("opt", "embed_positions.weight"),
     ("opt", "fc1.bias"),
     ("opt", "self_attn_layer_norm.bias"),
@@ -197,6 +200,8 @@ def copied(decoder: Decoder) -> Decoder:
         ("gemma2", "window", NO_WINDOW),
         ("gemma3_text", "window", NO_WINDOW),
         ("gemma3_text", "rope", 0),
+        ("olmo3", "window", NO_WINDOW),
+        ("olmo3, yarn in the layers without a window", "rope", 0),
     ],
 )
 def test_parity_fails_without_data_of_the_layers(
