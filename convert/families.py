@@ -253,6 +253,8 @@ TABLES: dict[str, FamilyTable] = {
     "gemma3_text": GEMMA3,
     "olmo2": OLMO2,
     "olmo3": replace(OLMO2, stem="Olmo3"),
+    "smollm3": replace(MISTRAL, stem="SmolLM3"),
+    "granite": replace(MISTRAL, stem="Granite"),
     "opt": OPT,
     "bloom": BLOOM,
     "gpt_neox": GPT_NEOX,

@@ -118,7 +118,7 @@ def padded_sizes(config: DecoderConfig, sizes: Sizes) -> Sizes:
             f"heads of zeros would change the norms of {TABLES[config.family].stem}, which are over the queries and "
             "the keys of all heads; use the format per-layer"
         )
-    layers = (LayerSizes(kv_heads * per_group, kv_heads, width, layer.window, slopes) for layer in sizes.layers)
+    layers = (replace(layer, N=heads, K=kv_heads, F=width, slopes=slopes) for layer in sizes.layers)
     padded = replace(sizes, layers=tuple(layers))
     if (refusal := stock_refusal(config, padded)) is not None:
         raise InputError(f"padding cannot fit this model into a stock class: {refusal}; use the format per-layer")
@@ -237,6 +237,8 @@ def _common_keys(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]) ->
     if family.windows == "layer_types":
         kinds = {True: "sliding_attention", False: "full_attention"}
         keys["layer_types"] = [kinds[layer.window is not None] for layer in sizes.layers]
+    if family.other_rope == "no_rope_layers":
+        keys["no_rope_layers"] = [1 - layer.rope for layer in sizes.layers]
     if config.rope is None:
         return keys
     keys |= rope_keys(config.rope, config.family, raw.get("rope_scaling"))

@@ -53,6 +53,8 @@ _FAMILIES = {
     "phi3": _Family("Phi3"),
     "olmo2": _Family("Olmo2", joint_norms=True),
     "olmo3": _Family("Olmo3", joint_norms=True),
+    "smollm3": _Family("SmolLM3"),
+    "granite": _Family("Granite"),
     "opt": _Family("OPT", "", "DecoderLayer", "decoder.layers", ("self_attn", "out_proj"), ("", "fc2"), True),
     "bloom": _Family("Bloom", "", "Block", "h", ("self_attention", "dense"), ("mlp", "dense_4h_to_h"), True),
     "gpt_neox": _Family("GPTNeoX", "", "Layer", "layers", ("attention", "dense"), ("mlp", "dense_4h_to_h"), True),

@@ -116,6 +116,23 @@ def _olmo3(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     return replace(olmo2, family="olmo3", other_rope=None if other == olmo2.rope else other)
 
 
+def _smollm3(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    llama = _llama(raw, where)
+    assert llama.rope is not None, "_llama always sets rope"
+    return replace(llama, family="smollm3", other_rope=replace(llama.rope, kind="none"))
+
+
+def _granite(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    return replace(
+        _llama(raw, where),
+        family="granite",
+        embedding_scale=positive(raw, "embedding_multiplier", where),
+        query_scale=positive(raw, "attention_multiplier", where),
+        residual_scale=positive(raw, "residual_multiplier", where),
+        logit_scale=1.0 / positive(raw, "logits_scaling", where),
+    )
+
+
 def _glm(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     llama = _llama(raw, where, partial_rope=True)
     assert llama.rope is not None, "_llama always sets rope"
@@ -201,6 +218,8 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(_gemma3, windows="layer_types", other_rope="sliding_attention", rope_by_type=True),
     "olmo2": Family(_olmo2),
     "olmo3": Family(_olmo3, windows="layer_types", other_rope="sliding_attention", rope_by_type=True),
+    "smollm3": Family(_smollm3, windows="layer_types", other_rope="no_rope_layers"),
+    "granite": Family(_granite),
     "opt": Family(_opt, kv_heads=None, width="ffn_dim"),
     "bloom": Family(_bloom, heads="n_head", kv_heads=None, layers="n_layer"),
     "gpt_neox": Family(_gpt_neox, kv_heads=None),

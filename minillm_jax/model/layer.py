@@ -151,7 +151,9 @@ def mlp_sublayer(
 
 def scaled(update: Float[Array, "B T D"], config: DecoderConfig) -> Float[Array, "B T D"]:
     """The output of a sublayer times the factor of the residual sum, if the model has one."""
-    return update if config.residual_scale is None else update * config.residual_scale
+    if config.residual_scale is None:
+        return update
+    return (update.astype(jnp.float32) * config.residual_scale).astype(update.dtype)
 
 
 def widen(mlp: MLP, config: DecoderConfig, m: Float[Array, "B T D"]) -> Float[Array, "B T F"]:

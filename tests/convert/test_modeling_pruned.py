@@ -51,6 +51,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3", GROUPED | {"sliding_window": 7}),
     "olmo2": ("Olmo2", GROUPED),
     "olmo3": ("Olmo3", GROUPED | {"sliding_window": 5}),
+    "smollm3": ("SmolLM3", GROUPED | {"no_rope_layer_interval": 2}),
+    "granite": ("Granite", GROUPED | {"residual_multiplier": 0.7, "attention_multiplier": 0.4}),
     "opt": ("OPT", PLAIN | {"ffn_dim": CHANNELS, "dropout": 0.0}),
     "bloom": ("Bloom", PLAIN),
     "gpt_neox": ("GPTNeoX", PLAIN),

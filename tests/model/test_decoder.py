@@ -156,6 +156,7 @@ DROPPED = [
     ("olmo2", "q_norm.weight"),
     ("olmo2", "k_norm.weight"),
     ("olmo2", "post_feedforward_layernorm.weight"),
+    ("granite, biases, tied", "o_proj.bias"),
     ("opt", "embed_positions.weight"),
     ("opt", "fc1.bias"),
     ("opt", "self_attn_layer_norm.bias"),
@@ -201,6 +202,7 @@ def copied(decoder: Decoder) -> Decoder:
         ("gemma3_text", "window", NO_WINDOW),
         ("gemma3_text", "rope", 0),
         ("olmo3", "window", NO_WINDOW),
+        ("smollm3", "rope", 0),
         ("olmo3, yarn in the layers without a window", "rope", 0),
     ],
 )
@@ -214,10 +216,12 @@ def test_parity_fails_without_data_of_the_layers(
     assert largest_difference(logits_of(decoder, TOKENS), dense(name).torch) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("setting", ["rope", "attention_cap", "logit_cap", "query_scale", "embedding_scale"])
-def test_parity_fails_without_one_setting(dense: Callable[[str], Dense], setting: str) -> None:
-    """Gemma 2 has all of these settings."""
-    name = "gemma2, tight caps"
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("gemma2, tight caps", name) for name in ("rope", "attention_cap", "logit_cap", "query_scale", "embedding_scale")]
+    + [("granite", name) for name in ("query_scale", "embedding_scale", "residual_scale", "logit_scale")],
+)
+def test_parity_fails_without_one_setting(dense: Callable[[str], Dense], name: str, setting: str) -> None:
     decoder = copied(dense(name).model.decoder)
     decoder.config = dataclasses.replace(decoder.config, **{setting: None})
     assert largest_difference(logits_of(decoder, TOKENS), dense(name).torch) > 100 * TOLERANCE
