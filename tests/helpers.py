@@ -36,6 +36,8 @@ LLAMA_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
 _SIZES = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -84,6 +86,21 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) fo
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, dynamic rope": (
+        "llama",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+            "max_position_embeddings": 32,
+        },
+    ),
+    "qwen2, yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen3, yarn with all settings": (
+        "qwen3",
+        {
+            "rope_parameters": YARN
+            | {"attention_factor": 0.9, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False, "rope_theta": 500.0}
+        },
+    ),
     "mistral, sliding window": ("mistral", {"sliding_window": 17}),
     "qwen2, some layers sliding": ("qwen2", _SLIDING),
     "qwen3, biases, some layers sliding, tied": (
@@ -156,6 +173,20 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) fo
     "phi3, sliding window, partial rotary": (
         "phi3",
         {"sliding_window": 19, "head_dim": 8, "partial_rotary_factor": 0.5},
+    ),
+    "phi3, longrope, partial rotary, tied": (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.1, 1.5],
+                "long_factor": [1.0, 2.5, 9.0],
+            },
+            "original_max_position_embeddings": 32,
+            "partial_rotary_factor": 0.75,
+            "tie_word_embeddings": True,
+        },
     ),
 }
 
