@@ -44,6 +44,7 @@ class FamilyTable:
       ignored: regular expressions of the full names of buffers in official checkpoints, which hold no weights.
       stock_heads: head counts that the stock class accepts: `any`; `divide`, the divisors of the hidden size; or
         `dense`, only the original count, because the class computes the head size as hidden size / heads.
+      stock: whether transformers has a class of the family.
       stock_width: whether the stock class accepts every MLP width.
       stock_scale: whether the stock class scales the embedding by the square root of the hidden size.
     """
@@ -57,6 +58,7 @@ class FamilyTable:
     head_alias: str | None = None
     ignored: tuple[str, ...] = ()
     stock_heads: str = "any"
+    stock: bool = True
     stock_width: bool = True
     stock_scale: bool = False
 
@@ -243,6 +245,32 @@ GPT_NEOX = FamilyTable(
     stock_heads="dense",
 )
 
+# Llama with ALiBi. transformers has no class for it; the classes of `modeling_pruned` have the tensors of Llama.
+BAICHUAN = replace(LLAMA, stem="Baichuan", stock=False)
+
+# The official layouts of models whose code stands outside transformers (`convert.official`).
+OFFICIAL_BAICHUAN = _llama_like("Baichuan", *LLAMA_NORMS, *fused("self_attn.W_pack", *QKV), *LLAMA_MLP)
+
+OFFICIAL_CHATGLM = FamilyTable(
+    stem="ChatGLM",
+    prefix="transformer.",
+    outer=(
+        *array("transformer.embedding.word_embeddings.weight", "V E", "embedding"),
+        *norm("transformer.encoder.final_layernorm", "final_norm"),
+        *linear("transformer.output_layer", "head", bias=False),
+    ),
+    layer="transformer.encoder.layers.{layer}.",
+    block=(
+        *LLAMA_NORMS,
+        *fused("self_attention.query_key_value", *QKV),
+        *linear("self_attention.dense", "attention.o"),
+        *fused("mlp.dense_h_to_4h", "mlp.gate", "mlp.up"),
+        *linear("mlp.dense_4h_to_h", "mlp.down"),
+    ),
+    head="transformer.output_layer.weight",
+    ignored=(r"transformer\.rotary_pos_emb\.inv_freq",),
+)
+
 TABLES: dict[str, FamilyTable] = {
     "llama": LLAMA,
     "mistral": MISTRAL,
@@ -255,6 +283,7 @@ TABLES: dict[str, FamilyTable] = {
     "olmo3": replace(OLMO2, stem="Olmo3"),
     "smollm3": replace(MISTRAL, stem="SmolLM3"),
     "granite": replace(MISTRAL, stem="Granite"),
+    "baichuan": BAICHUAN,
     "opt": OPT,
     "bloom": BLOOM,
     "gpt_neox": GPT_NEOX,

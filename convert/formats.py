@@ -82,6 +82,8 @@ def check_format(format_name: str | None) -> None:
 def stock_refusal(config: DecoderConfig, sizes: Sizes) -> str | None:
     """The reason why no stock class of transformers holds these shapes, or None where one does."""
     table, first = TABLES[config.family], sizes.layers[0]
+    if not table.stock:
+        return f"transformers has no class for {table.stem}"
     for counted, counts in (
         ("query heads", [layer.N for layer in sizes.layers]),
         ("key/value heads", [layer.K for layer in sizes.layers]),
@@ -175,7 +177,10 @@ def per_layer_config(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]
     widest = LayerSizes(heads, kv_heads, width)
     global_keys = _size_keys(family, widest)
     if config.alibi_heads is not None:
-        global_keys[family.heads] = config.alibi_heads  # transformers computes the slopes from this head count
+        # The slopes are computed from this head count.
+        global_keys[family.heads] = config.alibi_heads
+        if family.kv_heads is not None:
+            global_keys[family.kv_heads] = config.alibi_heads
     layers: dict[str, dict[str, Any]] = {}
     for number, layer in enumerate(sizes.layers):
         layer_keys: dict[str, Any] = {

@@ -12,6 +12,7 @@ import sys
 from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,11 +29,17 @@ class _Family(NamedTuple):
     attention: tuple[str, str] = ("self_attn", "o_proj")
     mlp: tuple[str, str] = ("mlp", "down_proj")
     divides: bool = False  # whether the attention computes the head size as hidden size / heads
+    own: str | None = None  # what the classes are called here, where transformers has the family under no name
     joint_norms: bool = False  # whether the norms of queries and keys have a factor for every feature of every head
 
     def stock(self, kind: str) -> Any:
         """The stock class of a kind of `_KINDS`."""
         return getattr(transformers, self.stem + (self.text if kind != "ForCausalLM" else "") + kind)
+
+    @property
+    def name(self) -> str:
+        """Prefix of the class names here, behind `Pruned`."""
+        return self.own or self.stem
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -55,6 +62,7 @@ _FAMILIES = {
     "olmo3": _Family("Olmo3", joint_norms=True),
     "smollm3": _Family("SmolLM3"),
     "granite": _Family("Granite"),
+    "baichuan": _Family("Llama", own="Baichuan"),
     "opt": _Family("OPT", "", "DecoderLayer", "decoder.layers", ("self_attn", "out_proj"), ("", "fc2"), True),
     "bloom": _Family("Bloom", "", "Block", "h", ("self_attention", "dense"), ("mlp", "dense_4h_to_h"), True),
     "gpt_neox": _Family("GPTNeoX", "", "Layer", "layers", ("attention", "dense"), ("mlp", "dense_4h_to_h"), True),
@@ -63,7 +71,7 @@ _FAMILIES = {
 # Suffix of a class name, and the Auto class that loads the class.
 _KINDS = {"Config": "AutoConfig", "Model": "AutoModel", "ForCausalLM": "AutoModelForCausalLM"}
 _CLASSES = {
-    f"Pruned{family.stem}{kind}": (model_type, kind) for model_type, family in _FAMILIES.items() for kind in _KINDS
+    f"Pruned{family.name}{kind}": (model_type, kind) for model_type, family in _FAMILIES.items() for kind in _KINDS
 }
 
 
@@ -156,7 +164,12 @@ def _layer(family: _Family, config: Any, index: int) -> nn.Module:
     if 0 in (getattr(kept, "intermediate_size", None), getattr(kept, "ffn_dim", None)):
         name, output = family.mlp
         _remove_features(layer.get_submodule(name), output)
-    if getattr(kept, "alibi_heads", None) is not None:
+    if family.own == "Baichuan":
+        dense = _without_layer_sizes(config).num_attention_heads
+        heads = getattr(kept, "alibi_heads", None)
+        slopes = [_alibi_slopes(dense)[head] for head in (range(dense) if heads is None else heads)]
+        layer.register_forward_pre_hook(partial(_add_alibi, slopes), with_kwargs=True)
+    elif getattr(kept, "alibi_heads", None) is not None:
         layer.register_forward_pre_hook(partial(_select_slopes, kept.alibi_heads), with_kwargs=True)
     return layer
 
@@ -230,6 +243,34 @@ def _select_slopes(heads: list[int], layer: nn.Module, args: tuple[Any, ...], kw
     return args, kwargs | {"alibi": alibi}
 
 
+def _alibi_slopes(heads: int) -> list[float]:
+    """The slope of each head: 2^(-8i/n) for the largest power of two n, then every second one of the series for 2n."""
+    power = 2 ** (heads.bit_length() - 1)
+    first = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
+    between = [2.0 ** (-4.0 * i / power) for i in range(1, 2 * (heads - power) + 1, 2)]
+    return first + between
+
+
+def _add_alibi(slopes: list[float], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of a Llama layer: no rotary positions, and ALiBi in the mask of its attention."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    cos, sin = kwargs["position_embeddings"]
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    length = hidden.shape[1]
+    past = 0 if cache is None else cache.get_seq_length(layer.self_attn.layer_idx)
+    if mask is None:
+        mask = torch.ones(length, past + length, dtype=torch.bool, device=hidden.device).tril(past)[None, None]
+    if mask.dtype == torch.bool:
+        floor = torch.finfo(hidden.dtype).min
+        mask = torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~mask, floor)
+    keys = torch.arange(mask.shape[-1], device=hidden.device)
+    queries = past + torch.arange(length, device=hidden.device)
+    distances = (keys[None, :] - queries[:, None]).clamp(max=0)
+    bias = torch.tensor(slopes, device=hidden.device)[:, None, None] * distances
+    positions = (torch.ones_like(cos), torch.zeros_like(sin))
+    return args, kwargs | {"attention_mask": mask + bias.to(mask.dtype), "position_embeddings": positions}
+
+
 def _scale_embedding(embedding: Any, scale: float) -> None:
     """Set the scale of Gemma's embedding to sqrt(hidden size of the dense model) after the hidden size was pruned."""
     embedding.scalar_embed_scale = scale  # from_pretrained fills the buffer with this value
@@ -247,7 +288,7 @@ def _create_class(name: str) -> type:
     if kind == "Config":
         bases, members["model_type"] = (_PrunedConfig, stock), f"pruned_{model_type}"
     else:
-        members |= {"family": family, "config_class": _create_class(f"Pruned{family.stem}Config")}
+        members |= {"family": family, "config_class": _create_class(f"Pruned{family.name}Config")}
     if kind == "ForCausalLM":  # an Auto class would otherwise subclass the class for Phi3 to add this base
         bases += (transformers.GenerationMixin,)
     created: Any = type(name, bases, members)
@@ -265,7 +306,7 @@ def __getattr__(name: str) -> Any:
 def register() -> None:
     """Register the classes with transformers, which then loads pruned models without `trust_remote_code`."""
     for model_type, family in _FAMILIES.items():
-        config, model, causal = (_create_class(f"Pruned{family.stem}{kind}") for kind in _KINDS)
+        config, model, causal = (_create_class(f"Pruned{family.name}{kind}") for kind in _KINDS)
         transformers.AutoConfig.register(f"pruned_{model_type}", config, exist_ok=True)
         transformers.AutoModel.register(config, model, exist_ok=True)
         transformers.AutoModelForCausalLM.register(config, causal, exist_ok=True)

@@ -24,6 +24,7 @@ class Family:
       windows: the layers with `sliding_window`: `none`, `all`, or `layer_types` for the layers listed under that key.
       other_rope: the layers with the decoder's `other_rope`: those of a type listed under `layer_types`, or those with
         a zero under `no_rope_layers`.
+      defaults: the model type whose class in transformers knows the default values; None for the family itself.
       rope_by_type: whether `rope_parameters` lists the settings by the type of layer.
     """
 
@@ -35,6 +36,7 @@ class Family:
     windows: str = "none"
     other_rope: str | None = None
     rope_by_type: bool = False
+    defaults: str | None = None
 
 
 def _llama(
@@ -133,6 +135,10 @@ def _granite(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     )
 
 
+def _baichuan(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    return replace(_llama(raw, where), family="baichuan", rope=None, alibi_heads=raw["num_attention_heads"])
+
+
 def _glm(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     llama = _llama(raw, where, partial_rope=True)
     assert llama.rope is not None, "_llama always sets rope"
@@ -220,6 +226,7 @@ FAMILIES: dict[str, Family] = {
     "olmo3": Family(_olmo3, windows="layer_types", other_rope="sliding_attention", rope_by_type=True),
     "smollm3": Family(_smollm3, windows="layer_types", other_rope="no_rope_layers"),
     "granite": Family(_granite),
+    "baichuan": Family(_baichuan, defaults="llama"),
     "opt": Family(_opt, kv_heads=None, width="ffn_dim"),
     "bloom": Family(_bloom, heads="n_head", kv_heads=None, layers="n_layer"),
     "gpt_neox": Family(_gpt_neox, kv_heads=None),
@@ -236,6 +243,4 @@ NOT_SUPPORTED = {
     "olmoe": "mixture of experts",
     "deepseek_v2": "multi-head latent attention",
     "deepseek_v3": "multi-head latent attention",
-    "baichuan": "model code outside transformers",
-    "chatglm": "model code outside transformers; convert it to glm or glm4 first",
 }

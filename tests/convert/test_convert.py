@@ -165,7 +165,7 @@ BUFFERS = {
 }
 
 
-@pytest.mark.parametrize("family", TABLES)
+@pytest.mark.parametrize("family", SMALL)
 def test_base_model_names_and_buffers_of_official_checkpoints_are_accepted(tmp_path: Path, family: str) -> None:
     """Names without the prefix (BLOOM, OPT), buffers, and the alias of GPT-NeoX's head; other names are refused."""
     folder = hugging_face_folder(tmp_path / "model", family)

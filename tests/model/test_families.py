@@ -8,7 +8,7 @@ import transformers
 
 from convert.reader import read_model
 from minillm_jax.errors import InputError
-from minillm_jax.model.families import FAMILIES, parse
+from minillm_jax.model.families import parse
 from tests.helpers import SMALL, edit_json, hugging_face_folder
 
 
@@ -17,7 +17,7 @@ def raw(family: str, **changes: Any) -> dict[str, Any]:
     return transformers.AutoConfig.for_model(family, **SMALL[family]).to_dict() | changes
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SMALL)
 def test_small_configurations_are_read_with_their_sizes(family: str) -> None:
     config, sizes = parse(raw(family), "here")
     assert config.family == family
@@ -38,7 +38,6 @@ def longrope(short: list[float], long: list[float]) -> dict[str, Any]:
     [
         ("llama", {"model_type": "mixtral"}, r"'mixtral' \(mixture of experts\) is not supported"),
         ("llama", {"model_type": "deepseek_v3"}, r"'deepseek_v3' \(multi-head latent attention\) is not supported"),
-        ("llama", {"model_type": "baichuan"}, r"'baichuan' \(model code outside transformers\) is not supported"),
         ("llama", {"model_type": "pruned_mamba"}, "'pruned_mamba' is not supported"),
         ("llama", {"hidden_act": "mish"}, "activation 'mish' is not supported"),
         ("llama", rope(rope_type="proportional", factor=2.0), "rope_type 'proportional' is not supported"),
