@@ -245,6 +245,14 @@ GPT_NEOX = FamilyTable(
     stock_heads="dense",
 )
 
+EXAONE4 = _llama_like("Exaone4", *POST_NORMS, *SEPARATE_QKV, *QK_NORMS, *LLAMA_MLP)
+
+COHERE2 = _llama_like("Cohere2", *norm("input_layernorm", "attention_norm"), *SEPARATE_QKV, *LLAMA_MLP)
+
+STARCODER2 = _llama_like(
+    "Starcoder2", *LLAMA_NORMS, *SEPARATE_QKV, *linear("mlp.c_fc", "mlp.up"), *linear("mlp.c_proj", "mlp.down")
+)
+
 # Llama with ALiBi. transformers has no class for it; the classes of `modeling_pruned` have the tensors of Llama.
 BAICHUAN = replace(LLAMA, stem="Baichuan", stock=False)
 
@@ -283,6 +291,11 @@ TABLES: dict[str, FamilyTable] = {
     "olmo3": replace(OLMO2, stem="Olmo3"),
     "smollm3": replace(MISTRAL, stem="SmolLM3"),
     "granite": replace(MISTRAL, stem="Granite"),
+    "exaone4": EXAONE4,
+    "cohere2": COHERE2,
+    "seed_oss": replace(MISTRAL, stem="SeedOss"),
+    "starcoder2": STARCODER2,
+    "stablelm": replace(MISTRAL, stem="StableLm", stock_heads="dense"),
     "baichuan": BAICHUAN,
     "opt": OPT,
     "bloom": BLOOM,

@@ -291,7 +291,7 @@ def rope_keys(rope: Rope, family: str, read: Any = None) -> dict[str, Any]:
     linear = {"type": "linear", "factor": rope.factor}
     old = {"default": None, "linear": linear, "llama3": scaling | {"type": rope.kind}}.get(rope.kind, read)
     keys = {"rope_parameters": parameters, "rope_theta": rope.theta, "rope_scaling": old}
-    if family in ("glm", "glm4", "phi3", "gpt_neox"):
+    if family in ("glm", "glm4", "phi3", "gpt_neox", "stablelm"):
         keys["rope_parameters"] |= {"partial_rotary_factor": rope.fraction}
         keys["partial_rotary_factor"] = rope.fraction
     if family == "gpt_neox":

@@ -31,10 +31,12 @@ class Layout:
     Attributes:
       config: config.json, its file (for errors) -> the config.json of one of our families.
       table: rules of the stored tensors.
+      about: what it is read as, for the page of families.
     """
 
     config: Callable[[Mapping[str, Any], str], dict[str, Any]]
     table: FamilyTable
+    about: str
 
 
 def layout_of(raw: Mapping[str, Any]) -> Layout | None:
@@ -114,4 +116,9 @@ def _chatglm(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-LAYOUTS = {"baichuan": Layout(_baichuan, OFFICIAL_BAICHUAN), "chatglm": Layout(_chatglm, OFFICIAL_CHATGLM)}
+LAYOUTS = {
+    "baichuan": Layout(
+        _baichuan, OFFICIAL_BAICHUAN, "`llama` (7B); `baichuan` with ALiBi (13B), whose output is always per-layer"
+    ),
+    "chatglm": Layout(_chatglm, OFFICIAL_CHATGLM, "`glm`: ChatGLM 2 and 3, GLM 4 in the layout of its first release"),
+}

@@ -59,7 +59,7 @@ def build(config: DecoderConfig, sizes: Sizes, dtype: DTypeLike = jnp.float32) -
     for (n, k, f), equal in groupby(sizes.layers, lambda layer: (layer.N, layer.K, layer.F)):
         run = list(equal)
         arrays = leaves(axis_table.BLOCK_AXES, letters | {"N": n, "K": k, "F": f}, len(run))
-        runs.append(_build_block(arrays | _layer_data(config, run), config.pre_norms))
+        runs.append(_build_block(arrays | _layer_data(config, run), config))
     return assemble(config, leaves(axis_table.OUTER_AXES, letters), runs)
 
 
@@ -99,7 +99,7 @@ def _norm(arrays: Mapping[str, Any], name: str) -> Norm:
     return Norm(arrays.get(f"{name}.scale"), arrays.get(f"{name}.bias"))
 
 
-def _build_block(arrays: Mapping[str, Any], pre_norms: bool) -> Block:
+def _build_block(arrays: Mapping[str, Any], config: DecoderConfig) -> Block:
     def optional_norm(name: str) -> Norm | None:
         return _norm(arrays, name) if f"{name}.scale" in arrays else None
 
@@ -109,9 +109,9 @@ def _build_block(arrays: Mapping[str, Any], pre_norms: bool) -> Block:
     data = {name: arrays.get(f"attention.{name}") for name in ("window", "slopes", "rope")}
     gate, up, down = (_linear(arrays, f"mlp.{name}") for name in ("gate", "up", "down"))
     return Block(
-        _norm(arrays, "attention_norm") if pre_norms else None,
+        _norm(arrays, "attention_norm") if config.pre_norms else None,
         Attention(q, k, v, o, q_norm, k_norm, **data, **joint),
-        _norm(arrays, "mlp_norm") if pre_norms else None,
+        _norm(arrays, "mlp_norm") if config.pre_norms and not config.shared_norm else None,
         MLP(gate, up, down),
         optional_norm("attention_post_norm"),
         optional_norm("mlp_post_norm"),

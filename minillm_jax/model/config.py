@@ -27,6 +27,7 @@ class DecoderConfig:
       post_norms: a further norm of the output of each sublayer, before the residual sum (Gemma 2, GLM 4,
         OLMo 2).
       final_norm: whether there is a norm after the last layer.
+      shared_norm: the MLP reads the stream through the norm of the attention sublayer (Cohere 2).
       parallel: both sublayers read the same residual stream (GPT-NeoX).
       residual_from_norm: the output of each sublayer is added to its normed input, not to its input (a BLOOM option).
       activation: activation of the MLP, a key of `ops.ACTIVATIONS`.
@@ -64,6 +65,7 @@ class DecoderConfig:
     norm_after: bool = False
     post_norms: bool = False
     final_norm: bool = True
+    shared_norm: bool = False
     parallel: bool = False
     residual_from_norm: bool = False
     activation: str = "silu"
@@ -99,7 +101,7 @@ class DecoderConfig:
             "final_norm": self.final_norm,
             "head": not self.tie_embeddings,
             "attention_norm": self.pre_norms,
-            "mlp_norm": self.pre_norms,
+            "mlp_norm": self.pre_norms and not self.shared_norm,
             "attention.q_norm": self.qk_norm,
             "attention.k_norm": self.qk_norm,
             "attention.q_joint_norm": self.joint_qk_norm,

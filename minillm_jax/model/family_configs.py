@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from minillm_jax.errors import InputError
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.config_values import activation, cap, is_pruned, positive, read_rope
 
@@ -17,6 +18,7 @@ class Family:
 
     Attributes:
       read: configuration, its file (for errors) -> how the decoder computes.
+      name: the models of the family, for people.
       heads: key of the number of query heads.
       kv_heads: key of the number of key/value heads; None for a family with one key/value head per query head.
       width: key of the MLP width, which is four times the hidden size if the key is missing.
@@ -29,6 +31,7 @@ class Family:
     """
 
     read: Callable[[Mapping[str, Any], str], DecoderConfig]
+    name: str
     heads: str = "num_attention_heads"
     kv_heads: str | None = "num_key_value_heads"
     width: str = "intermediate_size"
@@ -119,9 +122,55 @@ def _olmo3(raw: Mapping[str, Any], where: str) -> DecoderConfig:
 
 
 def _smollm3(raw: Mapping[str, Any], where: str) -> DecoderConfig:
-    llama = _llama(raw, where)
+    return replace(_without_rope(_llama(raw, where)), family="smollm3")
+
+
+def _without_rope(llama: DecoderConfig) -> DecoderConfig:
+    """With layers that have no rotary positions."""
     assert llama.rope is not None, "_llama always sets rope"
-    return replace(llama, family="smollm3", other_rope=replace(llama.rope, kind="none"))
+    return replace(llama, other_rope=replace(llama.rope, kind="none"))
+
+
+def _exaone4(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    llama = _llama(raw, where)
+    # Without sliding windows, every layer has rotary positions.
+    llama = llama if raw.get("sliding_window") is None else _without_rope(llama)
+    plain = {"qkv_bias": False, "output_bias": False, "mlp_bias": False}
+    return replace(llama, family="exaone4", pre_norms=False, post_norms=True, qk_norm=True, **plain)
+
+
+def _seed_oss(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    return replace(_llama(raw, where), family="seed_oss", output_bias=bool(raw["attention_out_bias"]))
+
+
+def _starcoder2(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    biases = dict.fromkeys(("attention_bias", "mlp_bias"), raw["use_bias"])
+    llama = _llama({**raw, **biases, "rms_norm_eps": raw["norm_epsilon"]}, where)
+    return replace(llama, family="starcoder2", norm="layer", norm_bias=True, gated=False)
+
+
+def _stablelm(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    if raw["qk_layernorm"]:
+        raise InputError(f"{where}: qk_layernorm is not supported: every head has a norm of its own")
+    llama = _llama({**raw, "rms_norm_eps": raw["layer_norm_eps"]}, where, partial_rope=True)
+    parallel = bool(raw["use_parallel_residual"])
+    plain = {"qkv_bias": bool(raw["use_qkv_bias"]), "output_bias": False, "mlp_bias": False}
+    norms = {"norm": "layer", "norm_bias": True, "parallel": parallel, "shared_norm": parallel}
+    return replace(llama, family="stablelm", **plain, **norms)
+
+
+def _cohere2(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    llama = _llama({**raw, "rms_norm_eps": raw["layer_norm_eps"]}, where)
+    assert llama.rope is not None, "_llama always sets rope"
+    return replace(
+        _without_rope(replace(llama, rope=replace(llama.rope, interleaved=True))),
+        family="cohere2",
+        norm="layer",
+        parallel=True,
+        shared_norm=True,
+        mlp_bias=False,
+        logit_scale=positive(raw, "logit_scale", where),
+    )
 
 
 def _granite(raw: Mapping[str, Any], where: str) -> DecoderConfig:
@@ -215,24 +264,29 @@ def _gpt_neox(raw: Mapping[str, Any], where: str) -> DecoderConfig:
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_llama),
-    "mistral": Family(_mistral, windows="all"),
-    "qwen2": Family(_qwen2, windows="layer_types"),
-    "qwen3": Family(_qwen3, windows="layer_types"),
-    "gemma": Family(_gemma),
-    "gemma2": Family(_gemma2, windows="layer_types"),
-    "gemma3_text": Family(_gemma3, windows="layer_types", other_rope="sliding_attention", rope_by_type=True),
-    "olmo2": Family(_olmo2),
-    "olmo3": Family(_olmo3, windows="layer_types", other_rope="sliding_attention", rope_by_type=True),
-    "smollm3": Family(_smollm3, windows="layer_types", other_rope="no_rope_layers"),
-    "granite": Family(_granite),
-    "baichuan": Family(_baichuan, defaults="llama"),
-    "opt": Family(_opt, kv_heads=None, width="ffn_dim"),
-    "bloom": Family(_bloom, heads="n_head", kv_heads=None, layers="n_layer"),
-    "gpt_neox": Family(_gpt_neox, kv_heads=None),
-    "glm": Family(_glm),
-    "glm4": Family(_glm4),
-    "phi3": Family(_phi3, windows="all"),
+    "llama": Family(_llama, "LLaMA 1 to 3.2, Vicuna, TinyLlama, SmolLM 1 and 2"),
+    "mistral": Family(_mistral, "Mistral", windows="all"),
+    "qwen2": Family(_qwen2, "Qwen 2, 2.5", windows="layer_types"),
+    "qwen3": Family(_qwen3, "Qwen 3", windows="layer_types"),
+    "gemma": Family(_gemma, "Gemma 1"),
+    "gemma2": Family(_gemma2, "Gemma 2", windows="layer_types"),
+    "gemma3_text": Family(_gemma3, "Gemma 3", windows="layer_types", other_rope="sliding_attention", rope_by_type=True),
+    "olmo2": Family(_olmo2, "OLMo 2"),
+    "olmo3": Family(_olmo3, "OLMo 3", windows="layer_types", other_rope="sliding_attention", rope_by_type=True),
+    "smollm3": Family(_smollm3, "SmolLM 3", windows="layer_types", other_rope="no_rope_layers"),
+    "granite": Family(_granite, "Granite 3"),
+    "exaone4": Family(_exaone4, "EXAONE 4", windows="layer_types", other_rope="full_attention"),
+    "cohere2": Family(_cohere2, "Command R7B, Command A", windows="layer_types", other_rope="full_attention"),
+    "seed_oss": Family(_seed_oss, "Seed-OSS"),
+    "starcoder2": Family(_starcoder2, "StarCoder 2", windows="all"),
+    "stablelm": Family(_stablelm, "StableLM"),
+    "baichuan": Family(_baichuan, "Baichuan 1 and 2", defaults="llama"),
+    "opt": Family(_opt, "OPT", kv_heads=None, width="ffn_dim"),
+    "bloom": Family(_bloom, "BLOOM", heads="n_head", kv_heads=None, layers="n_layer"),
+    "gpt_neox": Family(_gpt_neox, "GPT-NeoX, Pythia", kv_heads=None),
+    "glm": Family(_glm, "GLM 4 of 2024, ChatGLM 2 and 3"),
+    "glm4": Family(_glm4, "GLM 4 of 2025"),
+    "phi3": Family(_phi3, "Phi 3, 3.5 and 4", windows="all"),
 }
 
 # Well-known families that are not supported, and the reason.

@@ -137,7 +137,8 @@ def mlp_sublayer(
       after: the residual stream after the attention sublayer; the MLP reads it in all other models.
     """
     m = x if config.parallel else after
-    m = m if config.norm_after or block.mlp_norm is None else block.mlp_norm(m, config)
+    norm = block.attention_norm if config.shared_norm else block.mlp_norm
+    m = m if config.norm_after or norm is None else norm(m, config)
     wide = widen(block.mlp, config, m)
     update = block.mlp.down("BTF,FD->BTD", wide)
     if block.mlp_post_norm is not None:

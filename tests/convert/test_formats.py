@@ -105,9 +105,7 @@ def test_unequal_layers_keep_their_outputs_in_every_format(dense: dict[str, Path
 def test_equal_layers_are_stock_where_the_class_accepts_them(tmp_path: Path, name: str) -> None:
     family, changes = CONFIGURATIONS[name]
     model = read_model(hugging_face_folder(tmp_path / "dense", family, **changes))
-    by_class = {"opt": "per-layer", "bloom": "per-layer", "gpt_neox": "per-layer"} | dict.fromkeys(
-        ("gemma2", "gemma3_text"), "per-layer"
-    )
+    by_class = dict.fromkeys(("opt", "bloom", "gpt_neox", "stablelm", "gemma2", "gemma3_text"), "per-layer")
     expected = "per-layer" if name == "llama, biases" else by_class.get(family, "stock")
     if group_counts(model.decoder, "head")[0] == 1:
         expected = "stock"  # a layer always keeps one head

@@ -53,6 +53,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("Olmo3", GROUPED | {"sliding_window": 5}),
     "smollm3": ("SmolLM3", GROUPED | {"no_rope_layer_interval": 2}),
     "granite": ("Granite", GROUPED | {"residual_multiplier": 0.7, "attention_multiplier": 0.4}),
+    "exaone4": ("Exaone4", GROUPED | {"sliding_window": 5, "sliding_window_pattern": 2}),
+    "cohere2": ("Cohere2", GROUPED | {"sliding_window": 5, "sliding_window_pattern": 2}),
+    "seed_oss": ("SeedOss", GROUPED),
+    "starcoder2": ("Starcoder2", GROUPED | {"sliding_window": 5}),
+    "stablelm": ("StableLm", PLAIN | {"num_key_value_heads": 5}),
     "opt": ("OPT", PLAIN | {"ffn_dim": CHANNELS, "dropout": 0.0}),
     "bloom": ("Bloom", PLAIN),
     "gpt_neox": ("GPTNeoX", PLAIN),
@@ -120,9 +125,9 @@ def kept_entries(config: Any, layer: int) -> tuple[dict[str, torch.Tensor], dict
     rows["qkv_proj"] = torch.cat([q, n * HEAD_SIZE + kv, (n + k) * HEAD_SIZE + kv])
     rows["gate_up_proj"] = torch.cat([c, channels + c])
     rows |= {"q_norm": q, "k_norm": kv} if config.model_type in JOINT_NORMS else {}
-    rows |= dict.fromkeys(("gate_proj", "up_proj", "fc1", "dense_h_to_4h"), c)
+    rows |= dict.fromkeys(("gate_proj", "up_proj", "fc1", "c_fc", "dense_h_to_4h"), c)
     columns = dict.fromkeys(("o_proj", "out_proj", "dense"), q)
-    return rows, columns | dict.fromkeys(("down_proj", "fc2", "dense_4h_to_h"), c)
+    return rows, columns | dict.fromkeys(("down_proj", "fc2", "c_proj", "dense_4h_to_h"), c)
 
 
 def channels_of(config: Any) -> int:
@@ -176,7 +181,10 @@ def per_layer_config(config: Any) -> dict[str, dict[str, Any]]:
         if len(groups) < 5:
             sizes[heads] = len(groups)
             if hasattr(config, "num_key_value_heads"):
-                sizes |= {heads: 2 * len(groups), "num_key_value_heads": len(groups)}
+                sizes |= {
+                    heads: config.num_attention_heads // 5 * len(groups),
+                    "num_key_value_heads": len(groups),
+                }
         if family == "bloom":
             sizes["alibi_heads"] = groups
         if sizes:
