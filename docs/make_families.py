@@ -24,12 +24,14 @@ PAGE = Path(__file__).with_name("families.md")
 FEATURES: dict[str, tuple[Any, str]] = {
     "gated": (True, "MLP without a gate"),
     "parallel": (False, "parallel sublayers"),
+    "shared_norm": (False, "one norm for both sublayers"),
     "pre_norms": (True, "norms after the sublayers only"),
     "qk_norm": (False, "norms of each head's queries and keys"),
     "joint_qk_norm": (False, "norms of the queries and keys of all heads"),
     "windowed": (False, "sliding windows"),
     "attention_cap": (None, "capped attention scores"),
     "logit_cap": (None, "capped logits"),
+    "logit_scale": (None, "scaled logits"),
     "residual_scale": (None, "scaled sublayers"),
     "embedding_scale": (None, "scaled embedding"),
     "embedding_norm": (False, "norm of the embedding"),
@@ -95,7 +97,9 @@ def _stock(table: FamilyTable, family: Family) -> str:
     heads = {"any": "any heads", "divide": "heads that divide the hidden size", "dense": ""}[table.stock_heads]
     if heads and family.name.startswith("LLaMA"):
         heads = "any heads (as `mistral`)"
-    return ", ".join(part for part in (heads, "channels" if table.stock_width else "", "layers") if part)
+    hidden = table.stock_heads != "dense" and table.stock_width and not table.stock_scale
+    kinds = {"channels": table.stock_width, "hidden": hidden, "layers": True}
+    return ", ".join([heads] * bool(heads) + [kind for kind, holds in kinds.items() if holds])
 
 
 def _parsed(model_type: str, rope: Rope | None = None, kind: str = "default") -> DecoderConfig | None:
