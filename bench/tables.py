@@ -200,6 +200,17 @@ def gguf_rows(results: Path = RESULTS) -> list[str]:
     return lines + [f"| {row['model']} | `{row['arch']}` | {row['difference']:.1e} |" for row in study["logits"]]
 
 
+def parity_rows(results: Path = RESULTS) -> list[str]:
+    """One row for each family: its configurations, and their largest differences of logits, dense and pruned."""
+    rows = json.loads((results / "parity.json").read_text())["rows"]
+    lines = []
+    for family in dict.fromkeys(row["family"] for row in rows):
+        own = [row for row in rows if row["family"] == family]
+        dense, pruned, logit = (max(row[key] for row in own) for key in ("dense", "pruned", "largest_logit"))
+        lines.append(f"| `{family}` | {len(own)} | {dense:.1e} | {pruned:.1e} | {logit:.1f} |")
+    return lines
+
+
 def fidelity_rows(results: Path = RESULTS) -> list[str]:
     """One row for each model and estimator at its most directions: cosine, then rank correlations with removal."""
     lines = []

@@ -44,7 +44,9 @@ class FamilyTable:
       ignored: regular expressions of the full names of buffers in official checkpoints, which hold no weights.
       stock_heads: head counts that the stock class accepts: `any`; `divide`, the divisors of the hidden size; or
         `dense`, only the original count, because the class computes the head size as hidden size / heads.
+      stock: whether transformers has a class of the family.
       stock_width: whether the stock class accepts every MLP width.
+      stock_scale: whether the stock class scales the embedding by the square root of the hidden size.
     """
 
     stem: str
@@ -56,7 +58,9 @@ class FamilyTable:
     head_alias: str | None = None
     ignored: tuple[str, ...] = ()
     stock_heads: str = "any"
+    stock: bool = True
     stock_width: bool = True
+    stock_scale: bool = False
 
 
 def array(name: str, axes: str, path: str) -> tuple[Rule, ...]:
@@ -100,7 +104,7 @@ FUSED_MLP = (*fused("mlp.gate_up_proj", "mlp.gate", "mlp.up"), *linear("mlp.down
 LLAMA_NORMS = (*norm("input_layernorm", "attention_norm"), *norm("post_attention_layernorm", "mlp_norm"))
 
 
-def _llama_like(stem: str, *block: Rule, stock_heads: str = "any") -> FamilyTable:
+def _llama_like(stem: str, *block: Rule, stock_heads: str = "any", stock_scale: bool = False) -> FamilyTable:
     """The table of a family whose tensor names follow Llama's."""
     return FamilyTable(
         stem=stem,
@@ -115,6 +119,7 @@ def _llama_like(stem: str, *block: Rule, stock_heads: str = "any") -> FamilyTabl
         # transformers stored the rotary frequencies as buffers until 4.32; the configuration determines them.
         ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq"),
         stock_heads=stock_heads,
+        stock_scale=stock_scale,
     )
 
 
@@ -122,25 +127,38 @@ LLAMA = _llama_like("Llama", *LLAMA_NORMS, *SEPARATE_QKV, *LLAMA_MLP, stock_head
 
 MISTRAL = _llama_like("Mistral", *LLAMA_NORMS, *SEPARATE_QKV, *LLAMA_MLP)
 
-QWEN3 = _llama_like(
-    "Qwen3",
-    *LLAMA_NORMS,
-    *SEPARATE_QKV,
+QK_NORMS = (
     *array("self_attn.q_norm.weight", "H", "attention.q_norm.scale"),
     *array("self_attn.k_norm.weight", "H", "attention.k_norm.scale"),
-    *LLAMA_MLP,
+)
+
+QWEN3 = _llama_like("Qwen3", *LLAMA_NORMS, *SEPARATE_QKV, *QK_NORMS, *LLAMA_MLP)
+
+POST_NORMS = (
+    *array("post_attention_layernorm.weight", "D", "attention_post_norm.scale"),
+    *array("post_feedforward_layernorm.weight", "D", "mlp_post_norm.scale"),
 )
 
 GEMMA2 = _llama_like(
     "Gemma2",
     *norm("input_layernorm", "attention_norm"),
-    *array("post_attention_layernorm.weight", "D", "attention_post_norm.scale"),
     *norm("pre_feedforward_layernorm", "mlp_norm"),
-    *array("post_feedforward_layernorm.weight", "D", "mlp_post_norm.scale"),
+    *POST_NORMS,
     *SEPARATE_QKV,
     *LLAMA_MLP,
     stock_heads="divide",
+    stock_scale=True,
 )
+
+GEMMA3 = replace(GEMMA2, stem="Gemma3", block=(*GEMMA2.block, *QK_NORMS))
+
+# The norms of OLMo's queries and keys are over all heads together.
+JOINT_QK_NORMS = (
+    *array("self_attn.q_norm.weight", "NH", "attention.q_joint_norm.scale"),
+    *array("self_attn.k_norm.weight", "KH", "attention.k_joint_norm.scale"),
+)
+
+OLMO2 = _llama_like("Olmo2", *POST_NORMS, *SEPARATE_QKV, *JOINT_QK_NORMS, *LLAMA_MLP)
 
 GLM = _llama_like("Glm", *LLAMA_NORMS, *SEPARATE_QKV, *FUSED_MLP)
 
@@ -227,13 +245,58 @@ GPT_NEOX = FamilyTable(
     stock_heads="dense",
 )
 
+EXAONE4 = _llama_like("Exaone4", *POST_NORMS, *SEPARATE_QKV, *QK_NORMS, *LLAMA_MLP)
+
+COHERE2 = _llama_like("Cohere2", *norm("input_layernorm", "attention_norm"), *SEPARATE_QKV, *LLAMA_MLP)
+
+STARCODER2 = _llama_like(
+    "Starcoder2", *LLAMA_NORMS, *SEPARATE_QKV, *linear("mlp.c_fc", "mlp.up"), *linear("mlp.c_proj", "mlp.down")
+)
+
+# Llama with ALiBi. transformers has no class for it; the classes of `modeling_pruned` have the tensors of Llama.
+BAICHUAN = replace(LLAMA, stem="Baichuan", stock=False)
+
+# The official layouts of models whose code stands outside transformers (`convert.official`).
+OFFICIAL_BAICHUAN = _llama_like("Baichuan", *LLAMA_NORMS, *fused("self_attn.W_pack", *QKV), *LLAMA_MLP)
+
+OFFICIAL_CHATGLM = FamilyTable(
+    stem="ChatGLM",
+    prefix="transformer.",
+    outer=(
+        *array("transformer.embedding.word_embeddings.weight", "V E", "embedding"),
+        *norm("transformer.encoder.final_layernorm", "final_norm"),
+        *linear("transformer.output_layer", "head", bias=False),
+    ),
+    layer="transformer.encoder.layers.{layer}.",
+    block=(
+        *LLAMA_NORMS,
+        *fused("self_attention.query_key_value", *QKV),
+        *linear("self_attention.dense", "attention.o"),
+        *fused("mlp.dense_h_to_4h", "mlp.gate", "mlp.up"),
+        *linear("mlp.dense_4h_to_h", "mlp.down"),
+    ),
+    head="transformer.output_layer.weight",
+    ignored=(r"transformer\.rotary_pos_emb\.inv_freq",),
+)
+
 TABLES: dict[str, FamilyTable] = {
     "llama": LLAMA,
     "mistral": MISTRAL,
     "qwen2": replace(MISTRAL, stem="Qwen2"),
     "qwen3": QWEN3,
-    "gemma": replace(MISTRAL, stem="Gemma"),
+    "gemma": replace(MISTRAL, stem="Gemma", stock_scale=True),
     "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "olmo2": OLMO2,
+    "olmo3": replace(OLMO2, stem="Olmo3"),
+    "smollm3": replace(MISTRAL, stem="SmolLM3"),
+    "granite": replace(MISTRAL, stem="Granite"),
+    "exaone4": EXAONE4,
+    "cohere2": COHERE2,
+    "seed_oss": replace(MISTRAL, stem="SeedOss"),
+    "starcoder2": STARCODER2,
+    "stablelm": replace(MISTRAL, stem="StableLm", stock_heads="dense"),
+    "baichuan": BAICHUAN,
     "opt": OPT,
     "bloom": BLOOM,
     "gpt_neox": GPT_NEOX,

@@ -82,6 +82,8 @@ def check_format(format_name: str | None) -> None:
 def stock_refusal(config: DecoderConfig, sizes: Sizes) -> str | None:
     """The reason why no stock class of transformers holds these shapes, or None where one does."""
     table, first = TABLES[config.family], sizes.layers[0]
+    if not table.stock:
+        return f"transformers has no class for {table.stem}"
     for counted, counts in (
         ("query heads", [layer.N for layer in sizes.layers]),
         ("key/value heads", [layer.K for layer in sizes.layers]),
@@ -112,7 +114,13 @@ def padded_sizes(config: DecoderConfig, sizes: Sizes) -> Sizes:
     width = max(layer.F for layer in sizes.layers) if TABLES[config.family].stock_width else 4 * sizes.D
     kv_heads, per_group = _stock_heads(config, sizes)
     slopes = () if config.alibi_heads is None else tuple(map(float, alibi_slopes(config.alibi_heads)))
-    layers = (LayerSizes(kv_heads * per_group, kv_heads, width, layer.window, slopes) for layer in sizes.layers)
+    heads = kv_heads * per_group
+    if config.joint_qk_norm and any(heads != layer.N for layer in sizes.layers):
+        raise InputError(
+            f"heads of zeros would change the norms of {TABLES[config.family].stem}, which are over the queries and "
+            "the keys of all heads; use the format per-layer"
+        )
+    layers = (replace(layer, N=heads, K=kv_heads, F=width, slopes=slopes) for layer in sizes.layers)
     padded = replace(sizes, layers=tuple(layers))
     if (refusal := stock_refusal(config, padded)) is not None:
         raise InputError(f"padding cannot fit this model into a stock class: {refusal}; use the format per-layer")
@@ -169,7 +177,10 @@ def per_layer_config(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]
     widest = LayerSizes(heads, kv_heads, width)
     global_keys = _size_keys(family, widest)
     if config.alibi_heads is not None:
-        global_keys[family.heads] = config.alibi_heads  # transformers computes the slopes from this head count
+        # The slopes are computed from this head count.
+        global_keys[family.heads] = config.alibi_heads
+        if family.kv_heads is not None:
+            global_keys[family.kv_heads] = config.alibi_heads
     layers: dict[str, dict[str, Any]] = {}
     for number, layer in enumerate(sizes.layers):
         layer_keys: dict[str, Any] = {
@@ -231,23 +242,56 @@ def _common_keys(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]) ->
     if family.windows == "layer_types":
         kinds = {True: "sliding_attention", False: "full_attention"}
         keys["layer_types"] = [kinds[layer.window is not None] for layer in sizes.layers]
-    return keys if config.rope is None else keys | rope_keys(config.rope, config.family)
+    if family.other_rope == "no_rope_layers":
+        keys["no_rope_layers"] = [1 - layer.rope for layer in sizes.layers]
+    if config.rope is None:
+        return keys
+    keys |= rope_keys(config.rope, config.family, raw.get("rope_scaling"))
+    if family.rope_by_type:
+        other = config.other_rope or config.rope
+        by_type = {"full_attention": config.rope, "sliding_attention": other}
+        keys["rope_parameters"] = {kind: _rope_parameters(rope) for kind, rope in by_type.items()}
+        if "rope_local_base_freq" in raw:
+            keys["rope_local_base_freq"] = other.theta
+    return keys
 
 
-def rope_keys(rope: Rope, family: str) -> dict[str, Any]:
-    """Rotary settings under the current key and under the keys that old versions of transformers and llama.cpp read."""
-    scaling: dict[str, Any] = {"rope_type": rope.kind}
+def _rope_parameters(rope: Rope) -> dict[str, Any]:
+    """The rotary settings under the key `rope_parameters`, without the share of rotated features."""
+    scaling: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
     if rope.kind != "default":
         scaling["factor"] = rope.factor
-    if rope.kind == "llama3":
-        scaling["low_freq_factor"] = rope.low_freq_factor
-        scaling["high_freq_factor"] = rope.high_freq_factor
+    match rope.kind:
+        case "llama3":
+            scaling["low_freq_factor"] = rope.low_freq_factor
+            scaling["high_freq_factor"] = rope.high_freq_factor
+        case "yarn":
+            scaling |= {"attention_factor": rope.attention_factor, "truncate": rope.truncate}
+            scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+        case "longrope":
+            scaling |= {"attention_factor": rope.attention_factor}
+            scaling |= {"short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
+    if rope.kind in ("llama3", "yarn", "longrope"):
         scaling["original_max_position_embeddings"] = rope.original_length
+    return scaling
+
+
+def rope_keys(rope: Rope, family: str, read: Any = None) -> dict[str, Any]:
+    """Rotary settings under the current key and under the keys that old versions of transformers and llama.cpp read.
+
+    Args:
+      rope: the rotary positions.
+      family: the family.
+      read: `rope_scaling` of the config.json that was read. It is kept for the kinds of scaling whose keys differ
+        between versions.
+    """
+    parameters = _rope_parameters(rope)
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
     # transformers up to version 4.42 accepts a `linear` entry only with exactly these two keys.
     linear = {"type": "linear", "factor": rope.factor}
-    old = {"default": None, "linear": linear}.get(rope.kind, scaling | {"type": rope.kind})
-    keys = {"rope_parameters": scaling | {"rope_theta": rope.theta}, "rope_theta": rope.theta, "rope_scaling": old}
-    if family in ("glm", "glm4", "phi3", "gpt_neox"):
+    old = {"default": None, "linear": linear, "llama3": scaling | {"type": rope.kind}}.get(rope.kind, read)
+    keys = {"rope_parameters": parameters, "rope_theta": rope.theta, "rope_scaling": old}
+    if family in ("glm", "glm4", "phi3", "gpt_neox", "stablelm"):
         keys["rope_parameters"] |= {"partial_rotary_factor": rope.fraction}
         keys["partial_rotary_factor"] = rope.fraction
     if family == "gpt_neox":
@@ -268,8 +312,8 @@ def _as_mistral(llama_keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def _has_stock_scale(config: DecoderConfig, sizes: Sizes) -> bool:
-    """Whether the embedding scale is the one that the stock class computes from the hidden size."""
-    return config.embedding_scale == sizes.D**0.5
+    """Whether the embedding scale is the one that the stock class computes from the hidden size, or reads."""
+    return not TABLES[config.family].stock_scale or config.embedding_scale == sizes.D**0.5
 
 
 def _keeps_all_slopes(config: DecoderConfig, sizes: Sizes) -> bool:

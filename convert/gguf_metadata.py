@@ -73,6 +73,8 @@ def _refusals(config: DecoderConfig, sizes: Sizes, arch: Arch, features: int) ->
             yield f"llama.cpp needs the {kind} biases of {arch.name}"
     if config.rope is not None and config.rope.kind == "llama3" and arch is not LLAMA:
         yield f"llama.cpp reads no Llama 3 scaling of rotary positions for {arch.name}"
+    if config.rope is not None and config.rope.kind in ("dynamic", "yarn", "longrope"):
+        yield f"a GGUF is written without the {config.rope.kind} scaling of rotary positions"
     if config.embedding_scale is not None and config.embedding_scale != sizes.D**0.5:
         yield f"llama.cpp scales the embedding by the square root of the hidden size {sizes.D}"
     if arch.windows == "even":

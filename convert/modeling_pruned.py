@@ -12,6 +12,7 @@ import sys
 from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,12 +22,24 @@ class _Family(NamedTuple):
     """Names that transformers uses for a model family."""
 
     stem: str  # prefix of the class names
+    text: str = ""  # what follows the stem in the names of the configuration and the base model
     layer: str = "DecoderLayer"  # class name of a layer, without the stem
     layers: str = "layers"  # path of the list of layers in the base model
     # The modules of the two sublayers, with the linear map to the hidden size in each.
     attention: tuple[str, str] = ("self_attn", "o_proj")
     mlp: tuple[str, str] = ("mlp", "down_proj")
     divides: bool = False  # whether the attention computes the head size as hidden size / heads
+    own: str | None = None  # what the classes are called here, where transformers has the family under no name
+    joint_norms: bool = False  # whether the norms of queries and keys have a factor for every feature of every head
+
+    def stock(self, kind: str) -> Any:
+        """The stock class of a kind of `_KINDS`."""
+        return getattr(transformers, self.stem + (self.text if kind != "ForCausalLM" else "") + kind)
+
+    @property
+    def name(self) -> str:
+        """Prefix of the class names here, behind `Pruned`."""
+        return self.own or self.stem
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -41,18 +54,29 @@ _FAMILIES = {
     "qwen3": _Family("Qwen3"),
     "gemma": _Family("Gemma"),
     "gemma2": _Family("Gemma2"),
+    "gemma3_text": _Family("Gemma3", text="Text"),
     "glm": _Family("Glm"),
     "glm4": _Family("Glm4"),
     "phi3": _Family("Phi3"),
-    "opt": _Family("OPT", "DecoderLayer", "decoder.layers", ("self_attn", "out_proj"), ("", "fc2"), True),
-    "bloom": _Family("Bloom", "Block", "h", ("self_attention", "dense"), ("mlp", "dense_4h_to_h"), True),
-    "gpt_neox": _Family("GPTNeoX", "Layer", "layers", ("attention", "dense"), ("mlp", "dense_4h_to_h"), True),
+    "olmo2": _Family("Olmo2", joint_norms=True),
+    "olmo3": _Family("Olmo3", joint_norms=True),
+    "smollm3": _Family("SmolLM3"),
+    "granite": _Family("Granite"),
+    "exaone4": _Family("Exaone4"),
+    "cohere2": _Family("Cohere2"),
+    "seed_oss": _Family("SeedOss"),
+    "starcoder2": _Family("Starcoder2", mlp=("mlp", "c_proj")),
+    "stablelm": _Family("StableLm", divides=True),
+    "baichuan": _Family("Llama", own="Baichuan"),
+    "opt": _Family("OPT", "", "DecoderLayer", "decoder.layers", ("self_attn", "out_proj"), ("", "fc2"), True),
+    "bloom": _Family("Bloom", "", "Block", "h", ("self_attention", "dense"), ("mlp", "dense_4h_to_h"), True),
+    "gpt_neox": _Family("GPTNeoX", "", "Layer", "layers", ("attention", "dense"), ("mlp", "dense_4h_to_h"), True),
 }
 
 # Suffix of a class name, and the Auto class that loads the class.
 _KINDS = {"Config": "AutoConfig", "Model": "AutoModel", "ForCausalLM": "AutoModelForCausalLM"}
 _CLASSES = {
-    f"Pruned{family.stem}{kind}": (model_type, kind) for model_type, family in _FAMILIES.items() for kind in _KINDS
+    f"Pruned{family.name}{kind}": (model_type, kind) for model_type, family in _FAMILIES.items() for kind in _KINDS
 }
 
 
@@ -134,16 +158,23 @@ def _layer(family: _Family, config: Any, index: int) -> nn.Module:
     }
     if family.divides:
         sizes["hidden_size"] = (kept.num_attention_heads or 1) * kept.head_dim
-    code = sys.modules[getattr(transformers, f"{family.stem}Model").__module__]
+    code = sys.modules[family.stock("Model").__module__]
     layer = getattr(code, family.stem + family.layer)(_LayerConfig(config, sizes), index)
     if family.divides:
         _set_hidden_size(layer, family.outputs, kept)
     if not kept.num_attention_heads:
         _remove_attention(layer, *family.attention)
+        if family.joint_norms:
+            _remove_norms(layer.get_submodule(family.attention[0]))
     if 0 in (getattr(kept, "intermediate_size", None), getattr(kept, "ffn_dim", None)):
         name, output = family.mlp
         _remove_features(layer.get_submodule(name), output)
-    if getattr(kept, "alibi_heads", None) is not None:
+    if family.own == "Baichuan":
+        dense = _without_layer_sizes(config).num_attention_heads
+        heads = getattr(kept, "alibi_heads", None)
+        slopes = [_alibi_slopes(dense)[head] for head in (range(dense) if heads is None else heads)]
+        layer.register_forward_pre_hook(partial(_add_alibi, slopes), with_kwargs=True)
+    elif getattr(kept, "alibi_heads", None) is not None:
         layer.register_forward_pre_hook(partial(_select_slopes, kept.alibi_heads), with_kwargs=True)
     return layer
 
@@ -153,6 +184,12 @@ def _remove_attention(layer: nn.Module, name: str, output: str) -> None:
     attention = layer.get_submodule(name)
     _remove_features(attention, output)
     attention.forward = partial(_attend_without_heads, attention, getattr(attention, output))
+
+
+def _remove_norms(attention: Any) -> None:
+    """Leave the norms of the queries and keys of no heads without factors."""
+    for module in (attention.q_norm, attention.k_norm):
+        module.weight = nn.Parameter(module.weight[:0].detach())
 
 
 def _attend_without_heads(attention: Any, output: nn.Linear, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -211,6 +248,34 @@ def _select_slopes(heads: list[int], layer: nn.Module, args: tuple[Any, ...], kw
     return args, kwargs | {"alibi": alibi}
 
 
+def _alibi_slopes(heads: int) -> list[float]:
+    """The slope of each head: 2^(-8i/n) for the largest power of two n, then every second one of the series for 2n."""
+    power = 2 ** (heads.bit_length() - 1)
+    first = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
+    between = [2.0 ** (-4.0 * i / power) for i in range(1, 2 * (heads - power) + 1, 2)]
+    return first + between
+
+
+def _add_alibi(slopes: list[float], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of a Llama layer: no rotary positions, and ALiBi in the mask of its attention."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    cos, sin = kwargs["position_embeddings"]
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    length = hidden.shape[1]
+    past = 0 if cache is None else cache.get_seq_length(layer.self_attn.layer_idx)
+    if mask is None:
+        mask = torch.ones(length, past + length, dtype=torch.bool, device=hidden.device).tril(past)[None, None]
+    if mask.dtype == torch.bool:
+        floor = torch.finfo(hidden.dtype).min
+        mask = torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~mask, floor)
+    keys = torch.arange(mask.shape[-1], device=hidden.device)
+    queries = past + torch.arange(length, device=hidden.device)
+    distances = (keys[None, :] - queries[:, None]).clamp(max=0)
+    bias = torch.tensor(slopes, device=hidden.device)[:, None, None] * distances
+    positions = (torch.ones_like(cos), torch.zeros_like(sin))
+    return args, kwargs | {"attention_mask": mask + bias.to(mask.dtype), "position_embeddings": positions}
+
+
 def _scale_embedding(embedding: Any, scale: float) -> None:
     """Set the scale of Gemma's embedding to sqrt(hidden size of the dense model) after the hidden size was pruned."""
     embedding.scalar_embed_scale = scale  # from_pretrained fills the buffer with this value
@@ -222,13 +287,13 @@ def _create_class(name: str) -> type:
     """A class of `_CLASSES`, created on first access because creation imports the code of its family."""
     model_type, kind = _CLASSES[name]
     family = _FAMILIES[model_type]
-    stock = getattr(transformers, family.stem + kind)
+    stock = family.stock(kind)
     bases: tuple[type, ...] = (_PrunedModel, stock)
     members: dict[str, Any] = {"__module__": __name__, "__doc__": f"`{stock.__name__}` with layers of unequal sizes."}
     if kind == "Config":
         bases, members["model_type"] = (_PrunedConfig, stock), f"pruned_{model_type}"
     else:
-        members |= {"family": family, "config_class": _create_class(f"Pruned{family.stem}Config")}
+        members |= {"family": family, "config_class": _create_class(f"Pruned{family.name}Config")}
     if kind == "ForCausalLM":  # an Auto class would otherwise subclass the class for Phi3 to add this base
         bases += (transformers.GenerationMixin,)
     created: Any = type(name, bases, members)
@@ -246,7 +311,7 @@ def __getattr__(name: str) -> Any:
 def register() -> None:
     """Register the classes with transformers, which then loads pruned models without `trust_remote_code`."""
     for model_type, family in _FAMILIES.items():
-        config, model, causal = (_create_class(f"Pruned{family.stem}{kind}") for kind in _KINDS)
+        config, model, causal = (_create_class(f"Pruned{family.name}{kind}") for kind in _KINDS)
         transformers.AutoConfig.register(f"pruned_{model_type}", config, exist_ok=True)
         transformers.AutoModel.register(config, model, exist_ok=True)
         transformers.AutoModelForCausalLM.register(config, causal, exist_ok=True)

@@ -12,7 +12,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from convert import companions, formats, found, gguf_folder, gguf_read, memory, rules, sources
+from convert import companions, formats, found, gguf_folder, gguf_read, memory, official, rules, sources
 from convert.sources import FLOATS, read_json
 from minillm_jax.data.tokenizer import quiet
 from minillm_jax.devices.sharding import parts, shardings
@@ -39,9 +39,10 @@ class Description:
     Attributes:
       abstract: the decoder with `jax.ShapeDtypeStruct` leaves, in the stored type unless another one is asked for.
       sizes: the sizes of the decoder.
-      raw_config: config.json.
+      raw_config: config.json, translated where the layout is an official one.
       folder: the folder of config.json and the weight files.
       revision: the commit on the Hub, None for a local folder.
+      layout: the official layout of a model whose code stands outside transformers.
     """
 
     abstract: Decoder
@@ -49,6 +50,7 @@ class Description:
     raw_config: dict[str, Any]
     folder: Path
     revision: str | None
+    layout: official.Layout | None = None
 
 
 def describe_model(
@@ -68,12 +70,21 @@ def describe_model(
     if dtype is not None and dtype not in FLOATS.values():
         raise InputError(f"dtype {dtype!r} is not supported; expected one of {', '.join(FLOATS.values())}")
     folder, commit = locate(model, revision, weights)
-    raw = _read_config(folder)
+    stored_raw = _read_config(folder)
+    layout = official.layout_of(stored_raw)
+    raw = stored_raw if layout is None else _translated(layout, stored_raw, folder)
     config, sizes = families.parse(_complete(raw, folder), str(folder / CONFIG))
     stored = dtype or sources.stored_type(folder) or raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if stored not in FLOATS.values():
         stored = "float32"
-    return Description(build(config, sizes, np.dtype(stored)), sizes, raw, folder, commit)
+    return Description(build(config, sizes, np.dtype(stored)), sizes, raw, folder, commit, layout)
+
+
+def _translated(layout: official.Layout, raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    try:
+        return layout.config(raw, str(folder / CONFIG))
+    except KeyError as error:
+        raise InputError(f"{folder / CONFIG}: the configuration lacks {error.args[0]}") from error
 
 
 def kept_format(folder: Path) -> str | None:
@@ -134,7 +145,10 @@ def read_model(
         source = sources.open_folder(folder)
         if isinstance(source, gguf_read.GgufSource):
             source.warn_of_rounding()
-        decoder = (rules.stream if stream else rules.fill)(abstract, source, numpy_dtype, places)
+        table = None if described.layout is None else described.layout.table
+        read = rules.stream if stream else rules.fill
+        decoder = read(abstract, source, numpy_dtype, places, table=table)
+        decoder = decoder if described.layout is None else official.finish(decoder, read_json(folder / CONFIG))
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else None
     return Model(decoder, described.raw_config, folder, str(model), record, described.revision)
 
@@ -235,7 +249,8 @@ def _complete(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
             unchanged["hidden_size"] = raw["hidden_size"]
             stock_keys["hidden_size"] = raw[families.FAMILIES[base].heads] * raw["head_dim"]
         with quiet():
-            return AutoConfig.for_model(**stock_keys | {"model_type": base}).to_dict() | unchanged
+            stock = families.FAMILIES[base].defaults or base
+            return AutoConfig.for_model(**stock_keys | {"model_type": stock}).to_dict() | unchanged
     except Exception as error:  # validation raises errors of many types
         raise InputError(f"{folder / CONFIG}: transformers rejects the configuration ({cause(error)})") from error
 

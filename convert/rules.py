@@ -125,9 +125,14 @@ def table_of(decoder: Decoder) -> FamilyTable:
     return TABLES[decoder.config.family]
 
 
-def bindings(decoder: Decoder) -> list[Binding]:
-    """The bindings of all tensors of a decoder, in the order of the layers. The decoder may be abstract."""
-    table = table_of(decoder)
+def bindings(decoder: Decoder, table: FamilyTable | None = None) -> list[Binding]:
+    """The bindings of all tensors of a decoder, in the order of the layers.
+
+    Args:
+      decoder: the decoder, which may be abstract.
+      table: the rules; those of the decoder's family by default.
+    """
+    table = table or table_of(decoder)
     bound = list(_bind(table.outer, decoder, "", "", None, outer_letters(decoder)))
     layer = 0
     for position, run in enumerate(decoder.runs):
@@ -154,6 +159,7 @@ def fill(
     dtype: np.dtype | None = None,
     places: Mapping[str, NamedSharding] | None = None,
     allocate: memory.Allocate = memory.aligned_empty,
+    table: FamilyTable | None = None,
 ) -> Decoder:
     """Fill an abstract decoder with the tensors of a source.
 
@@ -166,13 +172,15 @@ def fill(
       dtype: type that the tensors are cast to; the stored type by default.
       places: path of an array → its sharding; one device by default.
       allocate: gives the host memory of the decoder's arrays. The CPU device aliases it where it is aligned.
+      table: the rules of the stored tensors; those of the decoder's family by default.
 
     Raises:
       InputError: a tensor is unknown, missing or stored twice, has a wrong shape, holds NaN or infinite values, or
         differs in type from the same tensor of other layers.
     """
-    bound = bindings(abstract)
-    stored_names = _match_names(bound, source, table_of(abstract))
+    table = table or table_of(abstract)
+    bound = bindings(abstract, table)
+    stored_names = _match_names(bound, source, table)
     shapes = {path: leaf.shape for path, leaf in named_arrays(abstract)}
     bindings_of: dict[tuple[str, ...], list[Binding]] = {}
     for binding in bound:
@@ -186,7 +194,7 @@ def fill(
         # `pop` frees each host array as soon as its device copy exists.
         arrays |= {path: sharding.place(stacked.pop(0), places.get(path)) for path in paths}
     decoder = fill_tree(abstract, arrays, places)
-    _check_tied_copy(decoder, stored_names, source)
+    _check_tied_copy(decoder, stored_names.get(table.head), source)
     return decoder
 
 
@@ -195,14 +203,16 @@ def stream(
     source: TensorSource,
     dtype: np.dtype | None = None,
     places: Mapping[str, NamedSharding] | None = None,
+    table: FamilyTable | None = None,
 ) -> StreamedDecoder:
     """A decoder whose layers are read from a source one at a time; the arguments and errors are those of `fill`.
 
     The names and shapes of all tensors are checked at once. The values of a layer are checked whenever it is read.
     """
-    layers = _LayersOfSource(abstract, source, dtype, places or {})
+    table = table or table_of(abstract)
+    layers = _LayersOfSource(abstract, source, dtype, places or {}, table)
     outer = assemble(abstract.config, layers.arrays(None), abstract.runs)
-    _check_tied_copy(outer, layers.stored_names, source)
+    _check_tied_copy(outer, layers.stored_names.get(table.head), source)
     types = {path: leaf.dtype for path, leaf in named_arrays(layers.read(0))}
 
     def leaf(path: jax.tree_util.KeyPath, expected: Any) -> Any:
@@ -217,13 +227,18 @@ class _LayersOfSource:
     """Reads the arrays of one layer, or those outside the layers, from a source."""
 
     def __init__(
-        self, abstract: Decoder, source: TensorSource, dtype: np.dtype | None, places: Mapping[str, NamedSharding]
+        self,
+        abstract: Decoder,
+        source: TensorSource,
+        dtype: np.dtype | None,
+        places: Mapping[str, NamedSharding],
+        table: FamilyTable,
     ):
         self.source, self.dtype, self.places = source, dtype, places
         self.runs, self.shapes = abstract.runs, dict(named_arrays(abstract))
         self.bound: dict[int | None, list[Binding]] = {}
-        bound = bindings(abstract)
-        self.stored_names = _match_names(bound, source, table_of(abstract))
+        bound = bindings(abstract, table)
+        self.stored_names = _match_names(bound, source, table)
         for binding in bound:
             self.bound.setdefault(binding.layer, []).append(binding)
         self.scratch = memory.Scratch()
@@ -402,9 +417,8 @@ def _assemble(
     return [array.reshape(shape) for array, shape in zip(arrays, shapes, strict=True)]
 
 
-def _check_tied_copy(decoder: Decoder, stored_names: Mapping[str, str], source: TensorSource) -> None:
-    """Check that a stored head equals the embedding where the configuration ties them."""
-    name = stored_names.get(table_of(decoder).head)
+def _check_tied_copy(decoder: Decoder, name: str | None, source: TensorSource) -> None:
+    """Check that a stored head of that name equals the embedding where the configuration ties them."""
     if name is None or not decoder.config.tie_embeddings:
         return
     head = source.read(name, memory.aligned_empty)

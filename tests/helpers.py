@@ -36,6 +36,8 @@ LLAMA_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
 _SIZES = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -57,6 +59,17 @@ SMALL: dict[str, dict[str, Any]] = {
     "qwen3": _GROUPED,
     "gemma": _GROUPED,
     "gemma2": _GROUPED | {"sliding_window": 13, "query_pre_attn_scalar": 20},
+    "gemma3_text": _GROUPED | {"sliding_window": 13, "query_pre_attn_scalar": 20, "sliding_window_pattern": 2},
+    "olmo2": _GROUPED,
+    "olmo3": _SIZES | {"num_key_value_heads": 4, "sliding_window": 11},
+    "smollm3": _GROUPED | {"no_rope_layer_interval": 2},
+    "granite": _GROUPED
+    | {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.7, "logits_scaling": 1.6},
+    "exaone4": _GROUPED | {"sliding_window": 11, "sliding_window_pattern": 2},
+    "cohere2": _GROUPED | {"sliding_window": 11, "sliding_window_pattern": 2, "logit_scale": 0.6},
+    "seed_oss": _GROUPED,
+    "starcoder2": _GROUPED,
+    "stablelm": _SIZES | {"num_key_value_heads": 4},
     "opt": _SIZES | {"ffn_dim": 40},
     "bloom": {"vocab_size": 97, "hidden_size": 48, "n_layer": 3, "n_head": 6, "bos_token_id": 0, "eos_token_id": 0},
     "gpt_neox": _SIZES | {"num_attention_heads": 4},
@@ -78,6 +91,21 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) fo
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, dynamic rope": (
+        "llama",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+            "max_position_embeddings": 32,
+        },
+    ),
+    "qwen2, yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen3, yarn with all settings": (
+        "qwen3",
+        {
+            "rope_parameters": YARN
+            | {"attention_factor": 0.9, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False, "rope_theta": 500.0}
+        },
+    ),
     "mistral, sliding window": ("mistral", {"sliding_window": 17}),
     "qwen2, some layers sliding": ("qwen2", _SLIDING),
     "qwen3, biases, some layers sliding, tied": (
@@ -87,6 +115,57 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) fo
     "gemma, biases, untied": ("gemma", {"attention_bias": True, "tie_word_embeddings": False}),
     "gemma2, tight caps": ("gemma2", {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.5}),
     "gemma2, no caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3_text, scaled rope, capped logits, untied": (
+        "gemma3_text",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+            "final_logit_softcapping": 2.5,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "olmo2, biases, grouped, tied": (
+        "olmo2",
+        {"attention_bias": True, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    ),
+    "olmo3, yarn in the layers without a window": (
+        "olmo3",
+        {
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 10000.0,
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 64,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "smollm3, windows, biases, scaled rope": (
+        "smollm3",
+        {
+            "no_rope_layers": [0, 1, 1],
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0},
+        },
+    ),
+    "exaone4, no windows, tied": (
+        "exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 3, "tie_word_embeddings": True},
+    ),
+    "cohere2, biases, untied": ("cohere2", {"attention_bias": True, "tie_word_embeddings": False}),
+    "seed_oss, output bias": ("seed_oss", {"attention_out_bias": True, "mlp_bias": True}),
+    "starcoder2, window, no biases": ("starcoder2", {"sliding_window": 15, "use_bias": False}),
+    "stablelm, parallel, biases": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
+    "granite, biases, tied": ("granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "opt, projected, post norm": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
     "opt, projected, pre norm, untied": ("opt", {"word_embed_proj_dim": 56, "tie_word_embeddings": False}),
     "opt, no final norm": ("opt", {"_remove_final_layer_norm": True, "activation_function": "gelu"}),
@@ -108,8 +187,25 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) fo
         "phi3",
         {"sliding_window": 19, "head_dim": 8, "partial_rotary_factor": 0.5},
     ),
+    "phi3, longrope, partial rotary, tied": (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.1, 1.5],
+                "long_factor": [1.0, 2.5, 9.0],
+            },
+            "original_max_position_embeddings": 32,
+            "partial_rotary_factor": 0.75,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
+
+# The families whose norms of queries and keys are over all heads: heads of zeros would change them.
+JOINT_NORMS = ("olmo2", "olmo3")
 
 # One family of each kind of block: rotary and grouped, learned positions, ALiBi, norms after the projections.
 KINDS_OF_FAMILIES = ("llama", "opt", "bloom", "gemma2")

@@ -53,6 +53,7 @@ def test_every_figure_of_the_benchmarks_comes_from_a_committed_result(tables: Mo
         *tables.estimate_memory_rows(),
         *tables.plan_rows(),
         *tables.gguf_rows(),
+        *tables.parity_rows(),
     ]
     assert len(quoted) > 30
     for line in quoted:
@@ -118,21 +119,37 @@ def test_flax_checkpoints_load_as_documented(tmp_path: Path) -> None:
 
 def test_counts_in_words_are_true() -> None:
     families = words_of("docs/families.md")
-    assert f"for all twelve families in {len(CONFIGURATIONS)} configurations" in words_of("docs/benchmarks.md")
-    assert len(FAMILIES) == 12
+    assert f"for every family in {len(CONFIGURATIONS)} configurations" in words_of("docs/benchmarks.md")
     lines = len((ROOT / "convert" / "modeling_pruned.py").read_text().splitlines())
     assert f"the {round(lines, -1)} lines of `modeling_pruned.py`" in families
-    for family in FAMILIES:
-        assert f"`{family}`" in families
 
 
-def test_the_page_of_options_is_made_from_the_settings() -> None:
-    spec = importlib.util.spec_from_file_location("make_options", ROOT / "docs" / "make_options.py")
+def script(name: str) -> ModuleType:
+    """A script of docs/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "options.md").read_text() == module.page(), "run python docs/make_options.py"
+    return module
+
+
+def test_the_page_of_families_is_made_from_the_code() -> None:
+    text = (ROOT / "docs" / "families.md").read_text()
+    assert script("make_families").page(text) == text, "run PYTHONPATH=. python docs/make_families.py"
+    for family in FAMILIES:
+        assert f"| `{family}` |" in text
+
+
+def test_the_readme_names_every_family() -> None:
+    for family in FAMILIES.values():
+        assert re.split(r"[ ,]", family.name)[0] in README.split("these [families]")[1].split("The folder")[0]
+
+
+def test_the_page_of_options_is_made_from_the_settings() -> None:
+    assert (ROOT / "docs" / "options.md").read_text() == script("make_options").page(), (
+        "run python docs/make_options.py"
+    )
 
 
 def test_the_readme_fits_150_lines_and_links_pages_that_exist() -> None:

@@ -10,7 +10,7 @@ from minillm_jax.data.tokenizing import Tokenizer
 from minillm_jax.errors import InputError
 
 # Families whose windows begin with the token, whatever follows. lm-evaluation-harness has the same rule.
-NEED_FIRST_TOKEN = ("gemma", "gemma2")
+NEED_FIRST_TOKEN = ("gemma", "gemma2", "gemma3_text")
 
 # A short text, to see how the tokenizer begins.
 _SOME_TEXT = "x"

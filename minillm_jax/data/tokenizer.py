@@ -85,7 +85,7 @@ def _load_as_base(folder: Path) -> Any:
     base = model_type.removeprefix(PRUNED)
     if base == model_type or base not in FAMILIES:
         return load_plainly(folder)
-    config = AutoConfig.for_model(base, tokenizer_class=raw.get("tokenizer_class"))
+    config = AutoConfig.for_model(FAMILIES[base].defaults or base, tokenizer_class=raw.get("tokenizer_class"))
     return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
 
 

@@ -84,6 +84,7 @@ def steps(
     tokens, numbers = (sharding.shard_batch(array, mesh) for array in (padded, lengths))
     choose = partial(next_tokens, keys=_keys(sampling.seed, len(prompts)), sampling=sampling)
     ended = np.zeros(len(prompts), bool)
+    written = np.pad(padded, ((0, 0), (0, max(0, size - width))))
     logits, kept = read_prompts(decoder, tokens, numbers, size)
     for step in range(count):
         chosen = choose(logits, step=step)
@@ -93,7 +94,21 @@ def steps(
         if ended.all():
             return
         if step + 1 < count:
-            logits, kept = read_token(decoder, kept, chosen)
+            written[np.arange(len(prompts)), lengths + step] = found
+            if begins_anew(decoder, lengths + step + 1):
+                whole, counts = (sharding.shard_batch(array, mesh) for array in (written, lengths + step + 1))
+                logits, kept = read_prompts(decoder, whole, counts, size)
+            else:
+                logits, kept = read_token(decoder, kept, chosen)
+
+
+def begins_anew(decoder: Decoder, lengths: Int[np.ndarray, " B"]) -> bool:
+    """Whether a text has just outgrown the context in which LongRoPE rotates by its short factors.
+
+    All tokens are then read again, because the states of the earlier ones change too.
+    """
+    rope = decoder.config.rope
+    return rope is not None and rope.kind == "longrope" and bool(np.any(lengths == rope.original_length + 1))
 
 
 def sizes_for(decoder: Decoder, lengths: Int[np.ndarray, " B"], count: int) -> tuple[int, int]:

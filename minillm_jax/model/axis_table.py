@@ -43,10 +43,13 @@ BLOCK_AXES = {
     "attention.v.bias": "KH",
     "attention.q_norm.scale": "H",
     "attention.k_norm.scale": "H",
+    "attention.q_joint_norm.scale": "NH",
+    "attention.k_joint_norm.scale": "KH",
     "attention.o.kernel": "NH D",
     "attention.o.bias": "D",
     "attention.window": "",
     "attention.slopes": "N",
+    "attention.rope": "",
     "attention_post_norm.scale": "D",
     "mlp_norm.scale": "D",
     "mlp_norm.bias": "D",
@@ -60,7 +63,7 @@ BLOCK_AXES = {
 }
 
 # Data of a layer: computed from the configuration, sliced and scanned with the layer, neither trained nor stored.
-DATA = ("attention.window", "attention.slopes")
+DATA = ("attention.window", "attention.slopes", "attention.rope")
 
 # The letters that a kind of group slices; the first letter counts the groups. A head is sliced with its query heads
 # (`head`), or single query heads are sliced (`query`). Hidden dimensions are sliced from the embedding too, except in

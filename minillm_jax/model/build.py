@@ -69,17 +69,19 @@ def build(config: DecoderConfig, sizes: Sizes, dtype: DTypeLike = jnp.float32) -
     for (n, k, f), equal in groupby(sizes.layers, lambda layer: (layer.N, layer.K, layer.F)):
         run = list(equal)
         arrays = leaves(axis_table.BLOCK_AXES, letters | {"N": n, "K": k, "F": f}, len(run))
-        runs.append(_build_block(arrays | _layer_data(config, run)))
+        runs.append(_build_block(arrays | _layer_data(config, run), config))
     return assemble(config, leaves(axis_table.OUTER_AXES, letters), runs)
 
 
 def _layer_data(config: DecoderConfig, run: Sequence[LayerSizes]) -> dict[str, np.ndarray]:
-    """Windows and slopes of the layers of a run, stacked, if the configuration has them."""
+    """Windows, slopes and rotary positions of the layers of a run, stacked, if the configuration has them."""
     data: dict[str, np.ndarray] = {}
     if config.windowed:
         data["attention.window"] = np.asarray([layer.window or NO_WINDOW for layer in run], np.int32)
     if config.alibi_heads is not None:
         data["attention.slopes"] = np.asarray([layer.slopes for layer in run], np.float32)
+    if config.other_rope is not None:
+        data["attention.rope"] = np.asarray([layer.rope for layer in run], np.int32)
     return data
 
 
@@ -107,18 +109,19 @@ def _norm(arrays: Mapping[str, Any], name: str) -> Norm:
     return Norm(arrays.get(f"{name}.scale"), arrays.get(f"{name}.bias"))
 
 
-def _build_block(arrays: Mapping[str, Any]) -> Block:
+def _build_block(arrays: Mapping[str, Any], config: DecoderConfig) -> Block:
     def optional_norm(name: str) -> Norm | None:
         return _norm(arrays, name) if f"{name}.scale" in arrays else None
 
     q, k, v, o = (_linear(arrays, f"attention.{name}") for name in "qkvo")
     q_norm, k_norm = optional_norm("attention.q_norm"), optional_norm("attention.k_norm")
-    data = (arrays.get("attention.window"), arrays.get("attention.slopes"))
+    joint = {f"{name}_joint_norm": optional_norm(f"attention.{name}_joint_norm") for name in "qk"}
+    data = {name: arrays.get(f"attention.{name}") for name in ("window", "slopes", "rope")}
     gate, up, down = (_linear(arrays, f"mlp.{name}") for name in ("gate", "up", "down"))
     return Block(
-        _norm(arrays, "attention_norm"),
-        Attention(q, k, v, o, q_norm, k_norm, *data),
-        _norm(arrays, "mlp_norm"),
+        _norm(arrays, "attention_norm") if config.pre_norms else None,
+        Attention(q, k, v, o, q_norm, k_norm, **data, **joint),
+        _norm(arrays, "mlp_norm") if config.pre_norms and not config.shared_norm else None,
         MLP(gate, up, down),
         optional_norm("attention_post_norm"),
         optional_norm("mlp_post_norm"),

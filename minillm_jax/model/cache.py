@@ -78,7 +78,8 @@ def extend(
       counts: number of new tokens of each sequence; T by default.
     """
     positions = jnp.expand_dims(cache.lengths, 1) + jnp.expand_dims(jnp.arange(tokens.shape[1]), 0)
-    angles, x = angles_at(decoder, positions), embed(decoder, tokens, positions)
+    added = tokens.shape[1] if counts is None else counts
+    angles, x = angles_at(decoder, positions, cache.lengths + added), embed(decoder, tokens, positions)
     runs = []
     for run, stored in zip(decoder.runs, cache.runs, strict=True):
 
@@ -93,5 +94,4 @@ def extend(
 
         (x, stored), _ = scan_layers([run], step, (x, stored))
         runs.append(stored)
-    added = tokens.shape[1] if counts is None else counts
     return finish(decoder, x), Cache(tuple(runs), cache.lengths + added)

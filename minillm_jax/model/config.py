@@ -17,12 +17,17 @@ class DecoderConfig:
       family: the Hugging Face model type.
       norm_epsilon: epsilon of every norm.
       rope: rotary positions, or None.
-      norm: kind of all norms: `rms`, `rms_plus_one` or `layer`.
+      other_rope: the rotary positions of some layers, which hold that as data (Gemma 3: those with a window; SmolLM 3:
+        the layers without rotary positions); None where all layers have `rope`.
+      norm: kind of all norms: `rms`, `rms_float32`, `rms_plus_one` or `layer`.
       norm_scale: whether norms have learned factors.
       norm_bias: whether norms have learned offsets.
+      pre_norms: the norm of each sublayer's input, before its matrices; a model without them has `post_norms`.
       norm_after: the norm of each sublayer stands after its residual sum instead of before its matrices (OPT-350m).
-      post_norms: a further norm of the output of each sublayer, before the residual sum (Gemma 2, GLM 4).
+      post_norms: a further norm of the output of each sublayer, before the residual sum (Gemma 2, GLM 4,
+        OLMo 2).
       final_norm: whether there is a norm after the last layer.
+      shared_norm: the MLP reads the stream through the norm of the attention sublayer (Cohere 2).
       parallel: both sublayers read the same residual stream (GPT-NeoX).
       residual_from_norm: the output of each sublayer is added to its normed input, not to its input (a BLOOM option).
       activation: activation of the MLP, a key of `ops.ACTIVATIONS`.
@@ -31,16 +36,19 @@ class DecoderConfig:
       output_bias: bias of the output projection.
       mlp_bias: biases of the MLP.
       qk_norm: norms of each head's queries and keys (Qwen 3).
+      joint_qk_norm: one norm of the queries of all heads together, and one of the keys (OLMo 2).
       query_scale: factor of the attention scores; H^-1/2 when None.
       attention_cap: soft cap of the attention scores.
       logit_cap: soft cap of the logits.
+      logit_scale: factor of the logits (Granite).
+      residual_scale: factor of the output of each sublayer, before the residual sum (Granite).
       alibi_heads: number of heads of the dense model, from which the ALiBi slopes follow; each layer holds the slopes
         of its kept heads. None for a model without ALiBi.
       windowed: whether some layer has a sliding window; if so, every layer holds its window as data.
       position_offset: row of the first learned position; None for a model without learned positions.
       trained_length: positions that a model with rotary positions was trained for, scaled ones counted; None where the
         configuration does not say, or positions have no limit (ALiBi) or are learned.
-      embedding_scale: factor of the embedding (Gemma: the square root of the dense model's hidden size).
+      embedding_scale: factor of the embedding (Gemma: the square root of the dense model's hidden size; Granite).
       embedding_norm: whether there is a norm of the embedding (BLOOM).
       embedding_projection: whether the embedding is projected to the hidden size and back (OPT-350m).
       tie_embeddings: whether the embedding is also the head.
@@ -49,12 +57,15 @@ class DecoderConfig:
     family: str
     norm_epsilon: float
     rope: Rope | None
+    other_rope: Rope | None = None
     norm: str = "rms"
     norm_scale: bool = True
     norm_bias: bool = False
+    pre_norms: bool = True
     norm_after: bool = False
     post_norms: bool = False
     final_norm: bool = True
+    shared_norm: bool = False
     parallel: bool = False
     residual_from_norm: bool = False
     activation: str = "silu"
@@ -63,9 +74,12 @@ class DecoderConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    joint_qk_norm: bool = False
     query_scale: float | None = None
     attention_cap: float | None = None
     logit_cap: float | None = None
+    logit_scale: float | None = None
+    residual_scale: float | None = None
     alibi_heads: int | None = None
     windowed: bool = False
     position_offset: int | None = None
@@ -86,9 +100,14 @@ class DecoderConfig:
             "embedding_norm": self.embedding_norm,
             "final_norm": self.final_norm,
             "head": not self.tie_embeddings,
+            "attention_norm": self.pre_norms,
+            "mlp_norm": self.pre_norms and not self.shared_norm,
             "attention.q_norm": self.qk_norm,
             "attention.k_norm": self.qk_norm,
+            "attention.q_joint_norm": self.joint_qk_norm,
+            "attention.k_joint_norm": self.joint_qk_norm,
             "attention.window": self.windowed,
+            "attention.rope": self.other_rope is not None,
             "attention.slopes": self.alibi_heads is not None,
             "attention_post_norm": self.post_norms,
             "mlp_post_norm": self.post_norms,
@@ -121,6 +140,7 @@ class LayerSizes:
       F: MLP width.
       window: sliding window in tokens; None for a layer without one.
       slopes: ALiBi slope of every query head; empty for a model without ALiBi.
+      rope: 1 for a layer with the configuration's `other_rope`, else 0.
     """
 
     N: int
@@ -128,6 +148,7 @@ class LayerSizes:
     F: int
     window: int | None = None
     slopes: tuple[float, ...] = ()
+    rope: int = 0
 
 
 @dataclass(frozen=True)

@@ -164,16 +164,28 @@ def embed(
 
 def rotary_angles(decoder: Decoder, length: int) -> Angles:
     """The rotary angles of all layers for sequences of `length` tokens; None for a model without rotary positions."""
-    return angles_at(decoder, jnp.arange(length))
+    return angles_at(decoder, jnp.arange(length), length)
 
 
-def angles_at(decoder: Decoder, positions: Int[Array, "*batch T"]) -> Angles:
-    """The rotary angles of all layers at some positions; None for a model without rotary positions."""
-    rope = decoder.config.rope
-    if rope is None:
+def angles_at(decoder: Decoder, positions: Int[Array, "*batch T"], lengths: Int[Array, "*batch"] | int) -> Angles:
+    """The rotary angles of all layers at some positions; None for a model without rotary positions.
+
+    Args:
+      decoder: the model.
+      positions: of the tokens.
+      lengths: number of tokens of each sequence, the earlier ones included.
+    """
+    config = decoder.config
+    if config.rope is None:
         return None
     head_size = decoder.runs[0].attention.k.kernel.shape[-1]
-    return ops.rotary_angles(rope, head_size, positions.astype(jnp.float32))
+    places = positions.astype(jnp.float32)
+    angles = ops.rotary_angles(config.rope, head_size, places, lengths)
+    if config.other_rope is None:
+        return angles
+    others = ops.rotary_angles(config.other_rope, head_size, places, lengths)
+    cos, sin = (jnp.stack(pair) for pair in zip(angles, others, strict=True))
+    return cos, sin
 
 
 def final_hidden(
@@ -187,7 +199,12 @@ def final_hidden(
       branches: where the tokens stand, if a sequence holds several continuations of a prefix.
     """
     positions = None if branches is None else jnp.asarray(branches.positions)
-    angles = rotary_angles(decoder, tokens.shape[1]) if positions is None else angles_at(decoder, positions)
+    length = tokens.shape[1]
+    angles = (
+        rotary_angles(decoder, length)
+        if positions is None
+        else angles_at(decoder, positions, jnp.max(positions, axis=1) + 1)
+    )
 
     def step(x: Array, block: Block, layer: Array, extra: None) -> tuple[Array, None]:
         return apply_layer(block, decoder.config, x, angles, branches)[0], None
@@ -209,4 +226,5 @@ def project_to_vocabulary(decoder: Decoder, hidden: Float[Array, "*batch E"]) ->
         logits = ops.einsum("...E,VE->...V", hidden, decoder.embedding[...], out=jnp.float32)
     else:
         logits = ops.einsum("...E,EV->...V", hidden, decoder.head.kernel[...], out=jnp.float32)
-    return ops.soft_cap(logits, decoder.config.logit_cap)
+    config = decoder.config
+    return ops.soft_cap(logits if config.logit_scale is None else logits * config.logit_scale, config.logit_cap)

@@ -78,14 +78,14 @@ def attention_sublayer(
       context: keys and values of earlier tokens, if x holds only the tokens after them; or where the tokens stand, if
         a sequence holds several continuations of a prefix.
     """
-    h = x if config.norm_after else block.attention_norm(x, config)
+    h = x if config.norm_after or block.attention_norm is None else block.attention_norm(x, config)
     mixed, cache = attend(block.attention, config, h, angles, context)
     update = block.attention.o("BTNH,NHD->BTD", mixed)
     if block.attention_post_norm is not None:
         update = block.attention_post_norm(update, config)
     base = h if config.residual_from_norm else x
-    total = base + update.astype(x.dtype)
-    stream = block.attention_norm(total, config) if config.norm_after else total
+    total = base + scaled(update, config).astype(x.dtype)
+    stream = block.attention_norm(total, config) if config.norm_after and block.attention_norm is not None else total
     inputs = {"attention.q": h, "attention.k": h, "attention.v": h, "attention.o": mixed}
     return Sublayer(stream, total, base, inputs, cache)
 
@@ -103,7 +103,12 @@ def attend(
     v = attention.v("BTD,DKH->BTKH", h)
     if attention.q_norm is not None and attention.k_norm is not None:
         q, k = attention.q_norm(q, config), attention.k_norm(k, config)
+    if attention.q_joint_norm is not None and attention.k_joint_norm is not None:
+        q, k = attention.q_joint_norm.of_heads(q, config), attention.k_joint_norm.of_heads(k, config)
     if angles is not None and config.rope is not None:
+        if attention.rope is not None:
+            cos, sin = (jnp.take(angle, attention.rope[...], axis=0) for angle in angles)
+            angles = cos, sin
         q, k = (ops.rotate(heads, angles, config.rope.interleaved) for heads in (q, k))
     window = None if attention.window is None else attention.window[...]
     slopes = None if attention.slopes is None else attention.slopes[...]
@@ -132,16 +137,24 @@ def mlp_sublayer(
       after: the residual stream after the attention sublayer; the MLP reads it in all other models.
     """
     m = x if config.parallel else after
-    m = m if config.norm_after else block.mlp_norm(m, config)
+    norm = block.attention_norm if config.shared_norm else block.mlp_norm
+    m = m if config.norm_after or norm is None else norm(m, config)
     wide = widen(block.mlp, config, m)
     update = block.mlp.down("BTF,FD->BTD", wide)
     if block.mlp_post_norm is not None:
         update = block.mlp_post_norm(update, config)
     base = m if config.residual_from_norm else after
-    total = base + update.astype(x.dtype)
-    stream = block.mlp_norm(total, config) if config.norm_after else total
+    total = base + scaled(update, config).astype(x.dtype)
+    stream = block.mlp_norm(total, config) if config.norm_after and block.mlp_norm is not None else total
     gate = {} if block.mlp.gate is None else {"mlp.gate": m}
     return Sublayer(stream, total, base, gate | {"mlp.up": m, "mlp.down": wide})
+
+
+def scaled(update: Float[Array, "B T D"], config: DecoderConfig) -> Float[Array, "B T D"]:
+    """The output of a sublayer times the factor of the residual sum, if the model has one."""
+    if config.residual_scale is None:
+        return update
+    return (update.astype(jnp.float32) * config.residual_scale).astype(update.dtype)
 
 
 def widen(mlp: MLP, config: DecoderConfig, m: Float[Array, "B T D"]) -> Float[Array, "B T F"]:

@@ -14,8 +14,9 @@ from minillm_jax.model.config import DecoderConfig
 # Name of the outputs of linear maps, for the policies of `jax.checkpoint`.
 PRODUCT = "product"
 
-# Cosine and sine of the rotary angles; None for a model without rotary positions.
-Angles = tuple[Float[Array, "*batch T half"], Float[Array, "*batch T half"]] | None
+# Cosine and sine of the rotary angles; None for a model without rotary positions. In a model with two kinds of them, a
+# first axis of size two comes before the batch, and the data of a layer choose one.
+Angles = tuple[Float[Array, "*places half"], Float[Array, "*places half"]] | None
 
 
 class Branches(NamedTuple):
@@ -56,7 +57,7 @@ class LayerCache(NamedTuple):
 
 
 class LayerData(nnx.Variable):
-    """Data of a layer that are not parameters: its sliding window, the ALiBi slopes of its heads."""
+    """Data of a layer that are not parameters: its sliding window, its rotary positions, the ALiBi slopes."""
 
 
 class Linear(nnx.Module):
@@ -89,9 +90,18 @@ class Norm(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         return ops.norm(x, scale, bias, config.norm, config.norm_epsilon)
 
+    def of_heads(self, x: Float[Array, "B T N H"], config: DecoderConfig) -> Float[Array, "B T N H"]:
+        """The norm over the features of all heads of a token; the scale has the axes N and H."""
+        scale = None if self.scale is None else self.scale[...].reshape(-1)
+        joined = ops.norm(ops.merge_last(x, 2), scale, None, config.norm, config.norm_epsilon)
+        return joined.reshape(x.shape)
+
 
 class Attention(nnx.Module):
-    """Projections of grouped-query attention, norms of each head's queries and keys, and data: window, slopes."""
+    """Projections of grouped-query attention, norms of queries and keys, and data: window, slopes, rotary positions.
+
+    The norms are of each head (`q_norm`, `k_norm`) or of all heads together (`q_joint_norm`, `k_joint_norm`).
+    """
 
     def __init__(
         self,
@@ -103,11 +113,16 @@ class Attention(nnx.Module):
         k_norm: Norm | None = None,
         window: Any = None,
         slopes: Any = None,
+        rope: Any = None,
+        q_joint_norm: Norm | None = None,
+        k_joint_norm: Norm | None = None,
     ):
         self.q, self.k, self.v, self.o = q, k, v, o
         self.q_norm, self.k_norm = q_norm, k_norm
+        self.q_joint_norm, self.k_joint_norm = q_joint_norm, k_joint_norm
         self.window = None if window is None else LayerData(window)
         self.slopes = None if slopes is None else LayerData(slopes)
+        self.rope = None if rope is None else LayerData(rope)
 
 
 class MLP(nnx.Module):
@@ -122,9 +137,9 @@ class Block(nnx.Module):
 
     def __init__(
         self,
-        attention_norm: Norm,
+        attention_norm: Norm | None,
         attention: Attention,
-        mlp_norm: Norm,
+        mlp_norm: Norm | None,
         mlp: MLP,
         attention_post_norm: Norm | None = None,
         mlp_post_norm: Norm | None = None,

@@ -29,13 +29,20 @@ class Rope:
 
     Attributes:
       theta: base of the frequencies.
-      kind: the scaling of the frequencies: `default` (none), `linear` or `llama3`.
-      factor: for `linear` and `llama3`, the divisor of the (low) frequencies.
+      kind: the scaling of the frequencies: `default` (none), `linear`, `llama3`, `dynamic`, `yarn` or `longrope`; or
+        `none` for layers without rotary positions, whose angles are all zero.
+      factor: the divisor of the (low) frequencies; for `dynamic`, of the range of positions.
       low_freq_factor: for `llama3`, the number of turns in `original_length` below which a frequency is divided fully.
       high_freq_factor: for `llama3`, the number of turns in `original_length` above which a frequency is not divided.
-      original_length: for `llama3`, the context length in tokens before the scaling.
+      original_length: the context length in tokens before the scaling.
       fraction: share of a head's features that are rotated; the first features are.
       interleaved: feature 2i is paired with 2i + 1; otherwise feature i is paired with i + half.
+      attention_factor: for `yarn` and `longrope`, factor of the rotated queries and keys.
+      beta_fast: for `yarn`, the number of turns in `original_length` above which a frequency is not divided.
+      beta_slow: for `yarn`, the number of turns in `original_length` below which a frequency is divided fully.
+      truncate: for `yarn`, whether the range between the two is widened to whole features.
+      short_factors: for `longrope`, the divisor of each frequency in sequences of up to `original_length` tokens.
+      long_factors: for `longrope`, the divisor of each frequency in longer sequences.
     """
 
     theta: float
@@ -46,9 +53,18 @@ class Rope:
     original_length: int = 8192
     fraction: float = 1.0
     interleaved: bool = False
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
-ROPE_KINDS = ("default", "linear", "llama3")
+ROPE_KINDS = ("default", "linear", "llama3", "dynamic", "yarn", "longrope")
+
+# The kinds whose frequencies depend on the number of tokens of a sequence.
+LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def einsum(
@@ -127,8 +143,8 @@ def norm(
       x: the input.
       scale: learned factors, or None.
       bias: learned offsets, or None.
-      kind: `rms` (root mean square), `rms_plus_one` (root mean square, scaled by 1 + scale) or `layer` (mean and
-        variance).
+      kind: `rms` (root mean square), `rms_float32` (the same, scaled before the result is rounded), `rms_plus_one`
+        (scaled by 1 + scale before it is rounded) or `layer` (mean and variance).
       epsilon: added to the mean square or variance.
     """
     x32 = x.astype(jnp.float32)
@@ -136,7 +152,7 @@ def norm(
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
     if kind == "rms":
-        # transformers rounds before the scale in this kind, and bfloat16 checkpoints were trained so. The other two
+        # transformers rounds before the scale in this kind, and bfloat16 checkpoints were trained so. The other
         # kinds are scaled in float32.
         normed = normed.astype(x.dtype)
     if scale is not None:
@@ -165,26 +181,80 @@ def alibi_slopes(heads: int) -> np.ndarray:
 
 
 def rotary_frequencies(rope: Rope, head_size: int) -> np.ndarray:
-    """Angle per position of each pair of rotated features, float32 [half]."""
+    """Angle per position of each pair of rotated features, float32 [half], in sequences of up to `original_length`."""
     size = int(head_size * rope.fraction)
     frequencies = 1.0 / rope.theta ** (np.arange(0, size, 2, dtype=np.float64) / size)
-    if rope.kind == "linear":
-        frequencies = frequencies / rope.factor
-    elif rope.kind == "llama3":
-        turns = rope.original_length * frequencies / (2 * np.pi)
-        span = rope.high_freq_factor - rope.low_freq_factor
-        smooth = np.clip((turns - rope.low_freq_factor) / span, 0.0, 1.0)
-        frequencies = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
+    match rope.kind:
+        case "none":
+            frequencies = np.zeros_like(frequencies)
+        case "linear":
+            frequencies = frequencies / rope.factor
+        case "llama3":
+            turns = rope.original_length * frequencies / (2 * np.pi)
+            span = rope.high_freq_factor - rope.low_freq_factor
+            smooth = np.clip((turns - rope.low_freq_factor) / span, 0.0, 1.0)
+            frequencies = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
+        case "yarn":
+            share = _yarn_ramp(rope, size)
+            frequencies = share * frequencies / rope.factor + (1 - share) * frequencies
+        case "longrope":
+            frequencies = frequencies / np.asarray(rope.short_factors)
     return frequencies.astype(np.float32)
 
 
+def _yarn_ramp(rope: Rope, size: int) -> np.ndarray:
+    """How far each frequency is divided, from 0 to 1 [half] (YaRN, Peng et al., arXiv 2309.00071, section 3.2)."""
+
+    def feature(turns: float) -> float:
+        """The pair of features, not whole, that makes so many turns in the original context."""
+        return size * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = feature(rope.beta_fast), feature(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    return np.clip((np.arange(size // 2) - low) / (high - low or 0.001), 0.0, 1.0)
+
+
+def frequencies_at(
+    rope: Rope, head_size: int, lengths: Int[Array, "*batch"] | int
+) -> Float[Array | np.ndarray, "*any half"]:
+    """`rotary_frequencies` of sequences of so many tokens, on which `dynamic` and `longrope` depend.
+
+    Sources: dynamic scaling as in transformers; LongRoPE (Ding et al., arXiv 2402.13753).
+    """
+    short = rotary_frequencies(rope, head_size)
+    if rope.kind not in LENGTH_DEPENDENT:
+        return short
+    tokens = jnp.expand_dims(jnp.asarray(lengths, jnp.float32), -1)
+    if rope.kind == "longrope":
+        long = np.asarray(short * np.asarray(rope.short_factors) / np.asarray(rope.long_factors), np.float32)
+        return jnp.where(tokens > rope.original_length, *(_to_rank(part, tokens.ndim) for part in (long, short)))
+    size = 2 * len(short)
+    stretch = rope.factor * jnp.maximum(tokens / rope.original_length, 1.0) - (rope.factor - 1.0)
+    powers = _to_rank(np.arange(0, size, 2, dtype=np.float32) / (size - 2), tokens.ndim)
+    return _to_rank(short, tokens.ndim) * stretch**-powers
+
+
+def _to_rank(row: np.ndarray, rank: int) -> Float[Array, "*ones half"]:
+    return jnp.asarray(row).reshape(*(1,) * (rank - 1), -1)
+
+
 def rotary_angles(
-    rope: Rope, head_size: int, positions: Float[Array, "*batch T"]
+    rope: Rope, head_size: int, positions: Float[Array, "*batch T"], lengths: Int[Array, "*batch"] | int
 ) -> tuple[Float[Array, "*batch T half"], Float[Array, "*batch T half"]]:
-    """Cosine and sine of the angle of each position and pair, float32."""
-    frequencies = jnp.asarray(rotary_frequencies(rope, head_size))
-    angles = jnp.expand_dims(positions, -1) * jnp.expand_dims(frequencies, range(positions.ndim))
-    return jnp.cos(angles), jnp.sin(angles)
+    """Cosine and sine of the angle of each position and pair, times `attention_factor`, float32.
+
+    Args:
+      rope: the rotary positions.
+      head_size: features of a head.
+      positions: of the tokens.
+      lengths: number of tokens of each sequence, the earlier ones included.
+    """
+    frequencies = jnp.asarray(frequencies_at(rope, head_size, lengths))
+    frequencies = frequencies.reshape(*(1,) * (positions.ndim - frequencies.ndim), *frequencies.shape)
+    angles = jnp.expand_dims(positions, -1) * jnp.expand_dims(frequencies, -2)
+    return rope.attention_factor * jnp.cos(angles), rope.attention_factor * jnp.sin(angles)
 
 
 def rotate(

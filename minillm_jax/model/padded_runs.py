@@ -35,6 +35,8 @@ def worth_padding(runs: Sequence[Block]) -> bool:
     """Whether a program should pad these runs on this platform, and has the memory."""
     if jax.default_backend() in SCAN_EVERY_RUN or len(runs) <= MOST_RUNS:
         return False
+    if runs[0].attention.q_joint_norm is not None:  # heads of zeros would change the norm over all heads
+        return False
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     shapes = jax.tree.leaves(jax.eval_shape(one_run, list(runs)))
     return limit is None or sum(one.size * one.dtype.itemsize for one in shapes) <= SHARE_OF_MEMORY * limit

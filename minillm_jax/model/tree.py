@@ -44,7 +44,8 @@ def _layers_of(run: Block) -> Iterator[LayerSizes]:
         window = None if attention.window is None else int(attention.window[index])
         slopes = () if attention.slopes is None else tuple(float(slope) for slope in attention.slopes[index])
         window = None if window == NO_WINDOW else window
-        yield LayerSizes(letters["N"], letters["K"], letters["F"], window, slopes)
+        rope = 0 if attention.rope is None else int(attention.rope[index])
+        yield LayerSizes(letters["N"], letters["K"], letters["F"], window, slopes, rope)
 
 
 def group_count(block: Block, kind: str) -> int:
@@ -97,11 +98,13 @@ def replace_linears(block: Block, new: Callable[[str, Linear], Linear]) -> Block
     """A layer with every linear map replaced by `new(name, linear)`; all other modules are shared with the original."""
     attention, mlp = block.attention, block.mlp
     q, k, v, o = (new(f"attention.{name}", getattr(attention, name)) for name in "qkvo")
-    window, slopes = (None if data is None else data[...] for data in (attention.window, attention.slopes))
+    data = {"window": attention.window, "slopes": attention.slopes, "rope": attention.rope}
+    values = {name: None if one is None else one[...] for name, one in data.items()}
+    joint = {"q_joint_norm": attention.q_joint_norm, "k_joint_norm": attention.k_joint_norm}
     gate = None if mlp.gate is None else new("mlp.gate", mlp.gate)
     return Block(
         block.attention_norm,
-        Attention(q, k, v, o, attention.q_norm, attention.k_norm, window, slopes),
+        Attention(q, k, v, o, attention.q_norm, attention.k_norm, **values, **joint),
         block.mlp_norm,
         MLP(gate, new("mlp.up", mlp.up), new("mlp.down", mlp.down)),
         block.attention_post_norm,

@@ -368,7 +368,7 @@ def inputs_and_gaps(
     """The inputs of an output projection, and its gaps, float32."""
     sublayer = _sublayer(kind, run, config, state, angles)
     bias = projection(run, kind).bias
-    gap = dense_total - sublayer.base
+    gap = (dense_total - sublayer.base) / (config.residual_scale or 1.0)
     gap = gap if bias is None else gap - jnp.broadcast_to(bias[0], gap.shape)
     a = sublayer.inputs[PROJECTIONS[kind]].reshape(*gap.shape[:2], -1)
     return sharding.spread(a.astype(jnp.float32), mesh, sharding.MODEL), sharding.spread(gap, mesh)

@@ -165,7 +165,7 @@ BUFFERS = {
 }
 
 
-@pytest.mark.parametrize("family", TABLES)
+@pytest.mark.parametrize("family", SMALL)
 def test_base_model_names_and_buffers_of_official_checkpoints_are_accepted(tmp_path: Path, family: str) -> None:
     """Names without the prefix (BLOOM, OPT), buffers, and the alias of GPT-NeoX's head; other names are refused."""
     folder = hugging_face_folder(tmp_path / "model", family)
@@ -251,7 +251,7 @@ def damage(change: str, folder: Path) -> None:
         case "unknown activation":
             edit_json(folder / "config.json", hidden_act="tanh")
         case "unknown rope":
-            rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+            rope = {"rope_type": "proportional", "factor": 2.0, "rope_theta": 10000.0}
             edit_json(folder / "config.json", rope_parameters=rope)
         case "wrong type":
             edit_json(folder / "config.json", intermediate_size="wide")
@@ -311,7 +311,7 @@ DAMAGES = {
     "unknown family": r"model_type 'mamba' is not supported; expected one of llama, mistral",
     "no family": r"model_type None is not supported",
     "unknown activation": r"activation 'tanh' is not supported",
-    "unknown rope": r"rope_type 'dynamic' is not supported",
+    "unknown rope": r"rope_type 'proportional' is not supported",
     "wrong type": r"config\.json: .*intermediate_size",
     "family is a list": r"model_type \['llama'\] is not supported",
     "rope base is text": r"config\.json: .*rope_theta|rope_theta must be a positive number, found '10000'",

@@ -21,7 +21,16 @@ from minillm_jax.model import axis_table
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import group_counts, named_arrays, sizes_of
 from minillm_jax.pruning.slicing import slice_groups, slice_hidden
-from tests.helpers import LLAMA_ROPE, hugging_face_folder, load_torch, logits_of, quickly, random_tokens, torch_logits
+from tests.helpers import (
+    LLAMA_ROPE,
+    YARN,
+    hugging_face_folder,
+    load_torch,
+    logits_of,
+    quickly,
+    random_tokens,
+    torch_logits,
+)
 
 TOKENS = random_tokens(97, 2, 24)
 
@@ -253,6 +262,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "caps the scores and logits",
     ),
     "gpt_neox, no biases": ("gpt_neox", {"attention_bias": False}, "llama.cpp needs the qkv biases of gptneox"),
+    "qwen2, yarn": ("qwen2", {"rope_parameters": YARN}, "without the yarn scaling of rotary positions"),
     "qwen3, llama3": ("qwen3", {"rope_parameters": LLAMA_ROPE}, "no Llama 3 scaling of rotary positions for qwen3"),
 }
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from convert import modeling_pruned
-from tests.helpers import edit_json
+from tests.helpers import JOINT_NORMS, edit_json
 
 HEAD_SIZE, CHANNELS, HIDDEN = 8, 24, 40
 SIZES = {
@@ -42,9 +42,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", GROUPED),
     "gemma": ("Gemma", GROUPED),
     "gemma2": ("Gemma2", GROUPED | {"sliding_window": 5, "query_pre_attn_scalar": HEAD_SIZE}),
+    "gemma3_text": (
+        "Gemma3",
+        GROUPED | {"sliding_window": 5, "query_pre_attn_scalar": HEAD_SIZE, "sliding_window_pattern": 2},
+    ),
     "glm": ("Glm", GROUPED),
     "glm4": ("Glm4", GROUPED),
     "phi3": ("Phi3", GROUPED | {"sliding_window": 7}),
+    "olmo2": ("Olmo2", GROUPED),
+    "olmo3": ("Olmo3", GROUPED | {"sliding_window": 5}),
+    "smollm3": ("SmolLM3", GROUPED | {"no_rope_layer_interval": 2}),
+    "granite": ("Granite", GROUPED | {"residual_multiplier": 0.7, "attention_multiplier": 0.4}),
+    "exaone4": ("Exaone4", GROUPED | {"sliding_window": 5, "sliding_window_pattern": 2}),
+    "cohere2": ("Cohere2", GROUPED | {"sliding_window": 5, "sliding_window_pattern": 2}),
+    "seed_oss": ("SeedOss", GROUPED),
+    "starcoder2": ("Starcoder2", GROUPED | {"sliding_window": 5}),
+    "stablelm": ("StableLm", PLAIN | {"num_key_value_heads": 5}),
     "opt": ("OPT", PLAIN | {"ffn_dim": CHANNELS, "dropout": 0.0}),
     "bloom": ("Bloom", PLAIN),
     "gpt_neox": ("GPTNeoX", PLAIN),
@@ -95,9 +108,15 @@ def entries(groups: list[int], size: int) -> torch.Tensor:
     return (torch.tensor(groups, dtype=torch.long)[:, None] * size + torch.arange(size)).flatten()
 
 
+def kept_groups(family: str, layer: int) -> list[int]:
+    """The key/value heads that a layer keeps: all or none where the norms of the others would change."""
+    groups = KEPT[layer][0]
+    return [*range(5)] if groups and family in JOINT_NORMS else groups
+
+
 def kept_entries(config: Any, layer: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Name of a linear map → kept rows, and name of a linear map → kept columns."""
-    groups, count = KEPT[layer]
+    groups, count = kept_groups(config.model_type, layer), KEPT[layer][1]
     channels = channels_of(config)
     c = torch.arange(channels) if count is None else torch.randperm(channels)[:count].sort().values
     n, k = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
@@ -105,9 +124,10 @@ def kept_entries(config: Any, layer: int) -> tuple[dict[str, torch.Tensor], dict
     rows = {"q_proj": q, "k_proj": kv, "v_proj": kv, "query_key_value": entries(groups, 3 * HEAD_SIZE)}
     rows["qkv_proj"] = torch.cat([q, n * HEAD_SIZE + kv, (n + k) * HEAD_SIZE + kv])
     rows["gate_up_proj"] = torch.cat([c, channels + c])
-    rows |= dict.fromkeys(("gate_proj", "up_proj", "fc1", "dense_h_to_4h"), c)
+    rows |= {"q_norm": q, "k_norm": kv} if config.model_type in JOINT_NORMS else {}
+    rows |= dict.fromkeys(("gate_proj", "up_proj", "fc1", "c_fc", "dense_h_to_4h"), c)
     columns = dict.fromkeys(("o_proj", "out_proj", "dense"), q)
-    return rows, columns | dict.fromkeys(("down_proj", "fc2", "dense_4h_to_h"), c)
+    return rows, columns | dict.fromkeys(("down_proj", "fc2", "c_proj", "dense_4h_to_h"), c)
 
 
 def channels_of(config: Any) -> int:
@@ -153,13 +173,18 @@ def per_layer_config(config: Any) -> dict[str, dict[str, Any]]:
     family = config.model_type
     heads = "n_head" if family == "bloom" else "num_attention_heads"
     layers: dict[str, dict[str, Any]] = {}
-    for layer, (groups, channels) in enumerate(KEPT):
+    for layer, (_, channels) in enumerate(KEPT):
+        groups = kept_groups(family, layer)
         sizes: dict[str, Any] = {}
         if channels is not None:
             sizes["ffn_dim" if family == "opt" else "intermediate_size"] = channels
+        if len(groups) < 5:
             sizes[heads] = len(groups)
             if hasattr(config, "num_key_value_heads"):
-                sizes |= {heads: 2 * len(groups), "num_key_value_heads": len(groups)}
+                sizes |= {
+                    heads: config.num_attention_heads // 5 * len(groups),
+                    "num_key_value_heads": len(groups),
+                }
         if family == "bloom":
             sizes["alibi_heads"] = groups
         if sizes:
@@ -292,7 +317,8 @@ def test_configuration(case: Case) -> None:
     assert isinstance(config, type(case.dense.config))
     assert config.to_dict()["per_layer_config"] == stored["per_layer_config"]
     counts = [layer.num_attention_heads for layer in config.per_layer_config]
-    assert counts == [len(groups) * case.dense.config.num_attention_heads // 5 for groups, _ in KEPT]
+    heads = [len(kept_groups(case.family, layer)) for layer in range(len(KEPT))]
+    assert counts == [count * case.dense.config.num_attention_heads // 5 for count in heads]
     with pytest.raises(RuntimeError, match="may vary across layers"):
         _ = config.num_attention_heads
 

@@ -103,9 +103,10 @@ def random_sizes(family: str, integer: Callable[[int, int], int]) -> dict[str, A
       integer: smallest and largest value -> a value, both ends included.
     """
     kv_heads, per_group, half = integer(1, 4), integer(1, 3), integer(1, 8)
-    if family in ("opt", "bloom", "gpt_neox"):
+    if family in ("opt", "bloom", "gpt_neox", "stablelm"):
         # Heads of even size; gpt_neox rotates a quarter of the features.
         sizes = {"hidden_size": kv_heads * 2 * (half + 7), "num_attention_heads": kv_heads}
+        sizes |= {"num_key_value_heads": kv_heads} if family == "stablelm" else {}
     else:
         # A norm over very few features can divide by almost zero, which enlarges rounding errors beyond the tolerance.
         heads = kv_heads * per_group
@@ -122,7 +123,7 @@ def random_sizes(family: str, integer: Callable[[int, int], int]) -> dict[str, A
     if family == "opt":
         sizes["word_embed_proj_dim"] = (sizes["hidden_size"], 10)[integer(0, 1)]
         sizes["do_layer_norm_before"] = bool(integer(0, 1))
-    if family in ("mistral", "phi3", "gemma2"):
+    if family in ("mistral", "phi3", "gemma2", "gemma3_text", "olmo3", "exaone4", "cohere2", "starcoder2"):
         sizes["sliding_window"] = integer(1, 40)
     sizes["tie_word_embeddings"] = bool(integer(0, 1))
     return {names.get(key, key): value for key, value in sizes.items()}
@@ -151,6 +152,15 @@ DROPPED = [
     ("gemma", "post_attention_layernorm.weight"),
     ("gemma2", "pre_feedforward_layernorm.weight"),
     ("gemma2", "post_feedforward_layernorm.weight"),
+    ("gemma3_text", "q_norm.weight"),
+    ("gemma3_text", "pre_feedforward_layernorm.weight"),
+    ("olmo2", "q_norm.weight"),
+    ("olmo2", "k_norm.weight"),
+    ("olmo2", "post_feedforward_layernorm.weight"),
+    ("granite, biases, tied", "o_proj.bias"),
+    ("cohere2", "input_layernorm.weight"),
+    ("starcoder2", "c_fc.bias"),
+    ("stablelm", "post_attention_layernorm.bias"),
     ("opt", "embed_positions.weight"),
     ("opt", "fc1.bias"),
     ("opt", "self_attn_layer_norm.bias"),
@@ -193,6 +203,13 @@ def copied(decoder: Decoder) -> Decoder:
         ("mistral, sliding window", "window", NO_WINDOW),
         ("qwen2, some layers sliding", "window", NO_WINDOW),
         ("gemma2", "window", NO_WINDOW),
+        ("gemma3_text", "window", NO_WINDOW),
+        ("gemma3_text", "rope", 0),
+        ("olmo3", "window", NO_WINDOW),
+        ("smollm3", "rope", 0),
+        ("exaone4", "rope", 0),
+        ("cohere2", "rope", 0),
+        ("olmo3, yarn in the layers without a window", "rope", 0),
     ],
 )
 def test_parity_fails_without_data_of_the_layers(
@@ -205,10 +222,12 @@ def test_parity_fails_without_data_of_the_layers(
     assert largest_difference(logits_of(decoder, TOKENS), dense(name).torch) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("setting", ["rope", "attention_cap", "logit_cap", "query_scale", "embedding_scale"])
-def test_parity_fails_without_one_setting(dense: Callable[[str], Dense], setting: str) -> None:
-    """Gemma 2 has all of these settings."""
-    name = "gemma2, tight caps"
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("gemma2, tight caps", name) for name in ("rope", "attention_cap", "logit_cap", "query_scale", "embedding_scale")]
+    + [("granite", name) for name in ("query_scale", "embedding_scale", "residual_scale", "logit_scale")],
+)
+def test_parity_fails_without_one_setting(dense: Callable[[str], Dense], name: str, setting: str) -> None:
     decoder = copied(dense(name).model.decoder)
     decoder.config = dataclasses.replace(decoder.config, **{setting: None})
     assert largest_difference(logits_of(decoder, TOKENS), dense(name).torch) > 100 * TOLERANCE

@@ -8,7 +8,7 @@ import transformers
 
 from convert.reader import read_model
 from minillm_jax.errors import InputError
-from minillm_jax.model.families import FAMILIES, parse
+from minillm_jax.model.families import parse
 from tests.helpers import SMALL, edit_json, hugging_face_folder
 
 
@@ -17,7 +17,7 @@ def raw(family: str, **changes: Any) -> dict[str, Any]:
     return transformers.AutoConfig.for_model(family, **SMALL[family]).to_dict() | changes
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SMALL)
 def test_small_configurations_are_read_with_their_sizes(family: str) -> None:
     config, sizes = parse(raw(family), "here")
     assert config.family == family
@@ -28,17 +28,24 @@ def rope(**changes: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0} | changes}
 
 
+def longrope(short: list[float], long: list[float]) -> dict[str, Any]:
+    factors = {"short_factor": short, "long_factor": long}
+    return rope(rope_type="longrope", original_max_position_embeddings=64, **factors)
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
         ("llama", {"model_type": "mixtral"}, r"'mixtral' \(mixture of experts\) is not supported"),
         ("llama", {"model_type": "deepseek_v3"}, r"'deepseek_v3' \(multi-head latent attention\) is not supported"),
-        ("llama", {"model_type": "baichuan"}, r"'baichuan' \(model code outside transformers\) is not supported"),
         ("llama", {"model_type": "pruned_mamba"}, "'pruned_mamba' is not supported"),
         ("llama", {"hidden_act": "mish"}, "activation 'mish' is not supported"),
-        ("llama", rope(rope_type="yarn", factor=2.0), "rope_type 'yarn' is not supported"),
+        ("llama", rope(rope_type="proportional", factor=2.0), "rope_type 'proportional' is not supported"),
+        ("llama", rope(rope_type="dynamic", factor=-1), "factor must be a positive number, found -1"),
         ("llama", rope(partial_rotary_factor=0.5), r"partial_rotary_factor 0\.5 is not supported for this family"),
-        ("phi3", rope(rope_type="longrope"), "rope_type 'longrope' is not supported"),
+        ("phi3", longrope([1.0] * 4, [2.0] * 3), "short_factor has 4 numbers and long_factor 3"),
+        ("phi3", longrope([1.0] * 3, [2.0] * 3), "short_factor has 3 numbers, expected 4"),
+        ("phi3", longrope([1.0, 0, 1.0, 1.0], [2.0] * 4), "short_factor must be a positive number, found 0"),
         ("glm", rope(partial_rotary_factor=1.5), r"partial_rotary_factor 1\.5 is not supported"),
         ("glm", rope(partial_rotary_factor=-1), "partial_rotary_factor must be a positive number, found -1"),
         ("llama", {"head_dim": 9}, "head_dim 9 with partial_rotary_factor 1 gives no pairs"),

@@ -113,7 +113,17 @@ def hidden(decoder: Decoder, windows: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "name",
-    quickly(["gemma2", "opt, projected, post norm", "bloom, residual from norm", "gpt_neox"], ("gemma2", "gpt_neox")),
+    quickly(
+        [
+            "gemma2",
+            "opt, projected, post norm",
+            "bloom, residual from norm",
+            "gpt_neox",
+            "granite, biases, tied",
+            "olmo2",
+        ],
+        ("gemma2", "gpt_neox", "granite, biases, tied"),
+    ),
 )
 def test_refitted_model_is_nearer_to_the_dense_model_than_the_sliced_model(tmp_path: Path, name: str) -> None:
     """For every kind of family, with layers of unequal size and sublayers that keep all groups."""

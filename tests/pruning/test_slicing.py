@@ -92,13 +92,27 @@ def test_slicing_equals_zeroing_in_every_family(tmp_path: Path, name: str) -> No
     family, changes = CONFIGURATIONS[name]
     decoder = read_model(hugging_face_folder(tmp_path / "model", family, **changes)).decoder
     kept = random_kept(decoder, seed=1, equal=False)
+    if decoder.config.joint_qk_norm:  # the norms are over the kept heads
+        kept["head"] = [np.arange(count) for count in group_counts(decoder, "head")]
     tokens = random_tokens(97, 2, 30)
     sliced, reference = logits_of(slice_groups(decoder, kept), tokens), logits_of(zeroed(decoder, kept), tokens)
     assert np.abs(sliced - reference).max() <= 1e-5 * max(1.0, np.abs(reference).max())
 
 
 @pytest.mark.parametrize(
-    "name", ["llama, biases", "qwen3", "gemma2", "opt", "bloom", "gpt_neox", "glm4", "phi3", "mistral, sliding window"]
+    "name",
+    [
+        "llama, biases",
+        "qwen3",
+        "gemma2",
+        "olmo2",
+        "opt",
+        "bloom",
+        "gpt_neox",
+        "glm4",
+        "phi3",
+        "mistral, sliding window",
+    ],
 )
 def test_every_array_is_sliced_like_by_plain_numpy_indexing(tmp_path: Path, name: str) -> None:
     """Array by array, including biases, norms and data of the layers."""
@@ -116,6 +130,8 @@ def test_every_array_is_sliced_like_by_plain_numpy_indexing(tmp_path: Path, name
         "attention.k.bias": lambda a: a[:, heads],
         "attention.v.kernel": lambda a: a[:, :, heads],
         "attention.v.bias": lambda a: a[:, heads],
+        "attention.q_joint_norm.scale": lambda a: a[:, queries],
+        "attention.k_joint_norm.scale": lambda a: a[:, heads],
         "attention.o.kernel": lambda a: a[:, queries],
         "attention.slopes": lambda a: a[:, queries],
         "mlp.gate.kernel": lambda a: a[:, :, channels],
@@ -131,7 +147,7 @@ def test_every_array_is_sliced_like_by_plain_numpy_indexing(tmp_path: Path, name
         np.testing.assert_array_equal(sliced[path], expected(np.asarray(array)), err_msg=path)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gemma2", "glm4"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gemma2", "olmo2", "glm4"])
 def test_hidden_dimensions_are_sliced_as_in_torch(tmp_path: Path, family: str) -> None:
     """Against a torch model of the smaller hidden size with sliced tensors. Only the hidden axes have the size 64."""
     dense = torch_model(family)

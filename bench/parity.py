@@ -1,0 +1,63 @@
+"""Largest difference of logits from transformers in float32, for every configuration of the tests, dense and pruned.
+
+    PYTHONPATH=. python bench/parity.py
+
+Every parameter is random. A pruned model has lost a random third of the heads and channels of every layer, a different
+number in each; it is written to a folder, which transformers loads.
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from environment import environment
+
+from convert.reader import read_model
+from convert.writer import write_model
+from minillm_jax.model import axis_table
+from minillm_jax.model.tree import group_counts
+from minillm_jax.pruning.slicing import slice_groups
+from tests.helpers import CONFIGURATIONS, hugging_face_folder, load_torch, logits_of, random_tokens, torch_logits
+
+RESULT = Path(__file__).parent / "results" / "parity.json"
+TOKENS = random_tokens(97, 2, 130)
+
+
+def row(name: str, folder: Path) -> dict[str, Any]:
+    """The differences of one configuration."""
+    family, changes = CONFIGURATIONS[name]
+    model = read_model(hugging_face_folder(folder / "dense", family, **changes))
+    logits = logits_of(model.decoder, TOKENS)
+    dense = np.abs(logits - torch_logits(load_torch(folder / "dense"), TOKENS)).max()
+    rng, kept = np.random.default_rng(0), {}
+    for kind in axis_table.KINDS:
+        counts = group_counts(model.decoder, kind)
+        fewer = [max(1, round(count * (0.8 - 0.1 * layer))) for layer, count in enumerate(counts)]
+        kept[kind] = [np.sort(rng.choice(n, few, replace=False)) for n, few in zip(counts, fewer, strict=True)]
+    smaller = dataclasses.replace(model, decoder=slice_groups(model.decoder, kept))
+    written = write_model(smaller, folder / "pruned").format
+    by_torch = torch_logits(load_torch(folder / "pruned"), TOKENS)
+    pruned = np.abs(logits_of(smaller.decoder, TOKENS) - by_torch).max()
+    found = {"dense": float(dense), "pruned": float(pruned), "largest_logit": float(np.abs(logits).max())}
+    return {"family": family, "configuration": name, "format": written, **found}
+
+
+def main() -> None:
+    """Measure all configurations and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    output, about, rows = parser.parse_args().output, environment(), []
+    for name in CONFIGURATIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(row(name, Path(folder)))
+        print(json.dumps(rows[-1]))
+    result = {"environment": about, "tokens": TOKENS.size, "rows": rows}
+    output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
