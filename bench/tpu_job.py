@@ -60,7 +60,7 @@ class Program(NamedTuple):
 def programs(sizes: Sizes, place: SingleDeviceSharding) -> Iterator[Program]:
     """The programs of one layer of the walk, of its systems, and of the evaluation."""
 
-    def array(*shape: int, kind: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    def array(*shape: int, kind: Any = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct(shape, kind, sharding=place)
 
     def placed(tree: Any) -> Any:
@@ -120,7 +120,8 @@ def compiled(program: Program, memory: float) -> dict[str, Any]:
         made = jax.jit(program.function).lower(*program.arguments).compile()
     except jax.errors.JaxRuntimeError as error:  # the compiler says that the chip has too little memory
         return {"program": program.name, "resident": program.resident, "fits": False, "says": str(error)[:200]}
-    seconds, held = time.perf_counter() - started, made.memory_analysis()
+    seconds = time.perf_counter() - started
+    held: Any = made.memory_analysis()
     taken = held.argument_size_in_bytes + held.output_size_in_bytes + held.temp_size_in_bytes - held.alias_size_in_bytes
     row = {"program": program.name, "compile_seconds": round(seconds, 1), "bytes": taken, "resident": program.resident}
     return row | {"fits": taken + program.resident <= memory * 1e9}
