@@ -25,6 +25,7 @@ from minillm_jax.model.build import build
 from minillm_jax.model.config import LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
+from minillm_jax.model.streamed import check_in_memory
 from minillm_jax.model.tree import group_counts, named_arrays, parameter_count, sizes_of
 from minillm_jax.pruning.padding import Places, pad_groups
 
@@ -157,6 +158,7 @@ def write_flax(model: Model, output: str | Path, extra: Extra | None = None) -> 
     Raises:
       InputError: the output exists or cannot be written.
     """
+    check_in_memory(model.decoder, "the format flax")
     described = _described(model)
     # `auto_map` refers to code that loads PyTorch weights, and a Flax checkpoint has none.
     config = {key: value for key, value in described.config.items() if key != "auto_map"}

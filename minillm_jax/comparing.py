@@ -28,6 +28,7 @@ from minillm_jax.evaluation import compare as changes
 from minillm_jax.evaluation import drafting
 from minillm_jax.model.decoder import learned_positions
 from minillm_jax.model.loaded import Model
+from minillm_jax.model.streamed import check_in_memory
 from minillm_jax.model.tree import parameter_count
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.settings import Comparing, Data
@@ -99,6 +100,8 @@ def compare(
     numbers |= {} if windows is None else {"windows": windows}
     settings = Comparing(**{n: whole_number(f"--{n.replace('_', '-')}", value) for n, value in numbers.items()})
     others = [pruned] if isinstance(pruned, Model) else list(pruned)
+    for model in (dense, *others):
+        check_in_memory(model.decoder, "a comparison")
     batches = windows_of(dense, others, data, settings, bos, field)
     source = data.source if isinstance(data, Calibration) else str(data) if isinstance(data, str | Path) else GIVEN
     return measure(dense, others, batches, source, settings, progress)

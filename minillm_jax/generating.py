@@ -17,6 +17,7 @@ from minillm_jax.errors import InputError
 from minillm_jax.evaluation.generate import Sampling, steps
 from minillm_jax.evaluation.generate import generate as generate_tokens
 from minillm_jax.model.loaded import Model
+from minillm_jax.model.streamed import check_in_memory
 
 # Tokens of the beginnings that several models continue, and of the texts behind them.
 BEGINNING, CONTINUED = 16, 48
@@ -53,6 +54,7 @@ def generate(
     given = [prompts] if isinstance(prompts, str) else list(prompts)
     if not given:
         raise InputError("no prompt is given; give at least one")
+    check_in_memory(model.decoder, "generation")
     sampling = sampling_of(temperature, top_p, seed)
     count = _at_least(1, "--max-tokens", max_tokens)
     tokenizer = texts.tokenizer_of(model.folder)()

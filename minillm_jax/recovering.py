@@ -23,6 +23,7 @@ from minillm_jax.data.windows import check_positions, check_seed
 from minillm_jax.devices.store import Store
 from minillm_jax.errors import InputError
 from minillm_jax.model.loaded import Model
+from minillm_jax.model.streamed import check_in_memory
 from minillm_jax.paths import local_path
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.recipes import recipe as recipes
@@ -60,6 +61,9 @@ def recover(
       InputError: an option is unknown, out of its range, or would do nothing; the text or the teacher cannot be used;
         or the loss is not finite.
     """
+    for one in (model, teacher):
+        if one is not None:
+            check_in_memory(one.decoder, "a recovery")
     loaded = recipe if isinstance(recipe, Recovery) else recipes.load_as(Recovery, recipe)
     settings, flags = recipes.with_options(loaded, options)
     if teacher is not None:

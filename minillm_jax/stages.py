@@ -40,6 +40,7 @@ from minillm_jax.pruning.drop_layers import best_layers
 from minillm_jax.pruning.refit import can_compensate, prune_by_obs, resolve, slice_and_refit
 from minillm_jax.pruning.slicing import slice_groups, slice_hidden, slice_layers
 from minillm_jax.recipes.recipe import Recipe
+from minillm_jax.recipes.used import check_streamed
 from minillm_jax.scoring.criteria import check_finite
 from minillm_jax.scoring.score import ChosenWhilePruning, Scores, hidden_scores, score, summaries
 from minillm_jax.scoring.score import resolve as resolve_scoring
@@ -72,6 +73,8 @@ def prune_model(
         finite.
     """
     budget, parameters, widest = recipe.budget, parameter_count(model.decoder), widest_mlp(model.decoder)
+    if isinstance(model.decoder, StreamedDecoder):
+        check_streamed(budget, resolve_scoring(recipe.scoring)[1], recipe.output.format)
     if recipe.refit.method == "bias":
         model = with_biases(model)
     shapes = model.decoder.config, sizes_of(model.decoder)

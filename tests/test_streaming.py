@@ -1,5 +1,6 @@
 """Models whose layers are read one at a time: the same weights and figures as in memory."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import minillm_jax as mj
 from convert.reader import read_model
 from minillm_jax import api
 from minillm_jax.data.batches import Batches
@@ -134,6 +136,23 @@ def test_runs_that_need_all_weights_are_not_streamed(tmp_path: Path, options: di
     root = make_model(tmp_path)
     with pytest.raises(InputError, match=message):
         prune(root, "pruned", stream=True, **options)
+
+
+def test_functions_of_whole_models_refuse_a_streamed_one(tmp_path: Path) -> None:
+    model = api.load(hugging_face_folder(tmp_path / "model"), stream=True)
+    tokens = random_tokens(97, 4, 24)
+    calls: dict[str, Callable[[], Any]] = {
+        "generation": lambda: mj.generate(model, "text"),
+        "a comparison": lambda: mj.compare(model, model, tokens),
+        "a recovery": lambda: mj.recover(model, tokens),
+        "the format flax": lambda: mj.save(model, tmp_path / "flax", "flax"),
+        "the spsa gradient": lambda: mj.score(model, Batches(tokens), "fms"),
+        "the removal of layers": lambda: mj.prune(model, Batches(tokens), 0.5, structures=("layers",)),
+    }
+    for what, call in calls.items():
+        with pytest.raises(InputError, match=f"{what} needs all (layers|weights)"):
+            call()
+    assert not (tmp_path / "flax").exists()
 
 
 def test_damaged_layers_are_found_when_they_are_read(tmp_path: Path) -> None:

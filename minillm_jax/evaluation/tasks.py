@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 
 from minillm_jax.errors import InputError, cause, one_of, shortened
 from minillm_jax.model.loaded import Model
+from minillm_jax.model.streamed import check_in_memory
 from minillm_jax.progress import StageProgress, tell
 
 # Names for several tasks, beside the groups of lm-eval (`blimp`, `mmlu`): the seven tasks of LLM-Pruner's tables
@@ -149,11 +150,15 @@ def scores_of(
       questions: of `questions_of`; several models can take the same.
       settings: as for `questions_of`.
       told: called with the number of requests done, and of all.
+
+    Raises:
+      InputError: the layers of the model are not in memory.
     """
     from lm_eval.evaluator import simple_evaluate
 
     from minillm_jax.evaluation.harness import Harness
 
+    check_in_memory(model.decoder, "a task")
     found = simple_evaluate(
         Harness(model, told=told),
         tasks=list(questions),

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.model.build import build, with_runs
 from minillm_jax.model.config import Sizes
@@ -43,6 +44,20 @@ class StreamedDecoder(Decoder):
             project_out=outer.project_out,
         )
         self.read = read
+
+
+def check_in_memory(decoder: Decoder, what: str) -> None:
+    """Check that all layers of a decoder are in memory.
+
+    Args:
+      decoder: the decoder.
+      what: what needs them, as the subject of the message.
+
+    Raises:
+      InputError: they are read one at a time.
+    """
+    if isinstance(decoder, StreamedDecoder):
+        raise InputError(f"{what} needs all layers in memory; load the model without stream=True")
 
 
 def resized(decoder: StreamedDecoder, sizes: Sizes, read: ReadLayer) -> StreamedDecoder:
