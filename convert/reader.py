@@ -12,7 +12,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from convert import companions, formats, found, gguf_folder, gguf_read, memory, official, rules, sources
+from convert import companions, formats, found, fp8, gguf_folder, gguf_read, memory, official, rules, sources
 from convert.sources import FLOATS, read_json
 from minillm_jax.data.tokenizer import quiet
 from minillm_jax.devices.sharding import parts, shardings
@@ -101,7 +101,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     raw = read_json(folder / CONFIG)
     method = found.quantisation(raw)
     # A model that was dequantised may keep the setting.
-    if method is not None and not (sources.has_weights(folder) and sources.holds_floats(folder)):
+    if (
+        method is not None
+        and fp8.blocks_of(raw) is None
+        and not (sources.has_weights(folder) and sources.holds_floats(folder))
+    ):
         raise InputError(
             f"{folder}: the weights are quantised ({method}); give the model that was quantised, or dequantise it "
             "with transformers (model.dequantize()) and save it"
@@ -142,7 +146,7 @@ def read_model(
             )
         decoder = _read_flax(abstract, folder / FLAX_WEIGHTS, numpy_dtype, places)
     else:
-        source = sources.open_folder(folder)
+        source = _source(described, dtype)
         if isinstance(source, gguf_read.GgufSource):
             source.warn_of_rounding()
         table = None if described.layout is None else described.layout.table
@@ -151,6 +155,14 @@ def read_model(
         decoder = decoder if described.layout is None else official.finish(decoder, read_json(folder / CONFIG))
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else None
     return Model(decoder, described.raw_config, folder, str(model), record, described.revision)
+
+
+def _source(described: Description, dtype: str | None) -> rules.TensorSource:
+    """The tensors of a folder; those of quantised blocks are multiplied out in the type that is asked for."""
+    folder, blocks = described.folder, fp8.blocks_of(described.raw_config)
+    if blocks is None or sources.holds_floats(folder):
+        return sources.open_folder(folder)
+    return fp8.BlockScaledFolder(folder, blocks, dtype or str(described.abstract.embedding.dtype))
 
 
 def locate(model: str | Path, revision: str | None = None, weights: bool = True) -> tuple[Path, str | None]:

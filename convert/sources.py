@@ -201,8 +201,8 @@ class _Entry:
 class SafetensorsFolder:
     """A tensor source: one safetensors file, or an index file and shards. Tensors are read one at a time."""
 
-    def __init__(self, folder: Path, single: str = SINGLE):
-        self.where = str(folder)
+    def __init__(self, folder: Path, single: str = SINGLE, types: Mapping[str, str] | None = None):
+        self.where, self._types = str(folder), types or FLOATS
         files, weight_map = _files(folder, single, INDEX)
         entries = {file: _safetensors_entries(folder / file) for file in files}
         file_of = _file_of_tensor(entries, weight_map, folder / INDEX)
@@ -212,14 +212,18 @@ class SafetensorsFolder:
         """Names of all stored tensors."""
         return self._entries
 
+    def type_of(self, name: str) -> str:
+        """Type of a tensor, as the header writes it."""
+        return self._entries[name].dtype
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the safetensors header.
 
         Raises:
-          InputError: the type of the tensor is not in `FLOATS`.
+          InputError: the type of the tensor is not accepted, which are those in `FLOATS` by default.
         """
         entry = self._entries[name]
-        _check_type(entry.dtype, FLOATS, name, self.where)
+        _check_type(entry.dtype, self._types, name, self.where)
         return entry.shape
 
     def read(self, name: str, allocate: memory.Allocate = memory.aligned_empty) -> np.ndarray:
@@ -230,11 +234,11 @@ class SafetensorsFolder:
           allocate: gives the array that the tensor is read into.
 
         Raises:
-          InputError: the type of the tensor is not in `FLOATS`, or the file has changed since its header was read.
+          InputError: the type of the tensor is not accepted, or the file has changed since its header was read.
         """
         entry = self._entries[name]
-        _check_type(entry.dtype, FLOATS, name, self.where)
-        tensor = allocate(entry.shape, np.dtype(FLOATS[entry.dtype]))
+        _check_type(entry.dtype, self._types, name, self.where)
+        tensor = allocate(entry.shape, np.dtype(self._types[entry.dtype]))
         data = memory.as_bytes(tensor)
         try:
             memory.share_work(lambda start, stop: _read_part(entry, data, start, stop), tensor.nbytes, tensor.nbytes)
