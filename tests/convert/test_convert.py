@@ -115,7 +115,7 @@ def test_real_model_round_trip(tmp_path: Path) -> None:
     assert (tmp_path / "torch" / tokenizer).read_bytes() == (folder / tokenizer).read_bytes()
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", quickly(CONFIGURATIONS, SMALL))
 def test_rules_cover_every_array_once_and_name_every_axis(tmp_path: Path, name: str) -> None:
     """The rules are compared with the arrays of the decoder and with the axis table."""
     family, changes = CONFIGURATIONS[name]

@@ -101,7 +101,7 @@ def test_unequal_layers_keep_their_outputs_in_every_format(dense: dict[str, Path
     assert np.abs(torch_logits(load_torch(tmp_path / "again"), TOKENS) - logits(again)).max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", quickly(CONFIGURATIONS, SMALL))
 def test_equal_layers_are_stock_where_the_class_accepts_them(tmp_path: Path, name: str) -> None:
     family, changes = CONFIGURATIONS[name]
     model = read_model(hugging_face_folder(tmp_path / "dense", family, **changes))

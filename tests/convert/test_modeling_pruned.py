@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from convert import modeling_pruned
-from tests.helpers import JOINT_NORMS, edit_json
+from tests.helpers import JOINT_NORMS, edit_json, quickly
 
 HEAD_SIZE, CHANNELS, HIDDEN = 8, 24, 40
 SIZES = {
@@ -237,7 +237,12 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return case
 
 
-@pytest.fixture(params=FAMILIES)
+# Families whose layers are built like those of another one here; they run with `make test-all`.
+LIKE_OTHERS = ("olmo2", "smollm3", "granite", "exaone4", "seed_oss", "starcoder2", "stablelm")
+QUICK = [family for family in FAMILIES if family not in LIKE_OTHERS]
+
+
+@pytest.fixture(params=quickly(FAMILIES, QUICK))
 def case(cases: Any, request: pytest.FixtureRequest) -> Case:
     return cases(request.param)
 
@@ -340,7 +345,9 @@ def test_model_can_be_pickled(case: Case, tmp_path: Path) -> None:
     assert_close(logits(torch.load(tmp_path / "model.pt", weights_only=False)), logits(case.dense))
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"bloom"}))  # BLOOM has only one implementation
+@pytest.mark.parametrize(
+    "family", quickly(sorted(set(FAMILIES) - {"bloom"}), QUICK)
+)  # BLOOM has only one implementation
 def test_set_attn_implementation(cases: Any, family: str) -> None:
     model = copy.deepcopy(cases(family).load())
     default = "eager" if family == "gemma2" else "sdpa"
@@ -390,7 +397,7 @@ def test_stock_classes_refuse_pruned_models(case: Case, tmp_path: Path) -> None:
         load(folder)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quickly(FAMILIES, QUICK))
 def test_pruned_hidden_size(family: str, tmp_path: Path) -> None:
     """A model of hidden size D equals a model of hidden size 2D with duplicated entries: norm statistics are equal."""
     dense = dense_model(family)
@@ -419,7 +426,7 @@ def test_pruned_hidden_size(family: str, tmp_path: Path) -> None:
     assert_close(hidden_states(load(tmp_path / "saved")), hidden_states(model))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quickly(FAMILIES, QUICK))
 def test_configuration_accepts_heads_that_do_not_divide_the_hidden_size(family: str, tmp_path: Path) -> None:
     config_class = getattr(modeling_pruned, f"Pruned{FAMILIES[family][0]}Config")
     config = config_class(**pruned_config(dense_model(family), hidden_size=23))
