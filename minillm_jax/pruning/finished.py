@@ -1,8 +1,9 @@
 """The finished layers of a walk, and the walk's continuation after an interruption.
 
 With a work folder, every finished layer is written there. A walk that begins again restores it: the layer at full
-width, with zeros in the place of the removed groups, moves the pruned residual stream by the same program to the same
-bits as in the first walk. No Gram matrix is summed and no system is solved for it.
+width, with zeros in the place of the removed groups (or as it was, where removed heads act on the others), moves the
+pruned residual stream by the same program to the same bits as in the first walk. No Gram matrix is summed and no system
+is solved for it.
 """
 
 from collections.abc import Mapping
@@ -30,6 +31,9 @@ KeptOfLayer = Mapping[str, Int[np.ndarray, " _"]]
 
 # Begins the names of the kept indices among the arrays of a layer.
 KEPT = "kept."
+
+# Begins the names of arrays at full width, of layers in which removed heads act on the others: one norm of all heads.
+WHOLE = "whole."
 
 
 @dataclass
@@ -68,6 +72,8 @@ class FinishedLayers:
         sliced = slicing.take_layer(kept, layer, mesh_of(self.decoder))
         if self.work is not None:
             arrays = {} if layer is dense else {path: gather(array) for path, array in named_arrays(sliced)}
+            if arrays and self.decoder.config.joint_qk_norm:
+                arrays |= {f"{WHOLE}{path}": gather(array) for path, array in named_arrays(layer)}
             indices = {f"{KEPT}{kind}": np.asarray(rows, np.int64) for kind, rows in kept.items()}
             self.work.write(_name(len(self.layers)), arrays | indices, {"dense": tree_digest(dense)})
         self._append(sliced, kept)
@@ -89,8 +95,10 @@ class FinishedLayers:
                 f"{self.work.folder}: layer {len(self.layers)} was pruned from other weights than those of the model; "
                 "remove the folder to begin anew, or choose another output"
             )
-        arrays, kept = _split(part)
-        self._append(self._sliced(arrays, dense) if arrays else dense, kept)
+        arrays, whole, kept = _split(part)
+        self._append(self._placed(arrays, dense) if arrays else dense, kept)
+        if whole:
+            return self._placed(whole, dense)
         return slicing.put_layer(kept, arrays, dense) if arrays else dense
 
     def _read(self, index: int) -> Block:
@@ -98,8 +106,8 @@ class FinishedLayers:
         assert isinstance(self.decoder, StreamedDecoder)
         part = None if self.work is None else self.work.read(_name(index))
         assert part is not None, "the layer is finished"
-        arrays, _ = _split(part)
-        return self._sliced(arrays, self.decoder.runs[0]) if arrays else self.decoder.read(index)
+        arrays, _, _ = _split(part)
+        return self._placed(arrays, self.decoder.runs[0]) if arrays else self.decoder.read(index)
 
     def _append(self, sliced: Block, kept: KeptOfLayer) -> None:
         written = self.work is not None and isinstance(self.decoder, StreamedDecoder)
@@ -107,8 +115,8 @@ class FinishedLayers:
         for kind, rows in kept.items():
             self.kept.setdefault(kind, []).append(rows)
 
-    def _sliced(self, arrays: Mapping[str, np.ndarray], dense: Block) -> Block:
-        """The sliced layer in its shards."""
+    def _placed(self, arrays: Mapping[str, np.ndarray], dense: Block) -> Block:
+        """A layer of these arrays in its shards."""
         run = jax.tree_util.tree_map_with_path(lambda path, _: arrays[axis_table.array_path(path)], dense)
         mesh = mesh_of(self.decoder)
         return jax.tree.map(jnp.asarray, run) if mesh is None else jax.tree.map(place, run, run_shardings(run, mesh))
@@ -118,7 +126,10 @@ def _name(index: int) -> str:
     return f"layer-{index:05}"
 
 
-def _split(part: Part) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The arrays of a layer, none for one that has not changed; and its kept groups by kind."""
-    kept = {name.removeprefix(KEPT): rows for name, rows in part.arrays.items() if name.startswith(KEPT)}
-    return {name: array for name, array in part.arrays.items() if not name.startswith(KEPT)}, kept
+def _split(part: Part) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The arrays of a layer, none for one that has not changed; those at full width; and its kept groups by kind."""
+    whole, kept = (
+        {name.removeprefix(first): array for name, array in part.arrays.items() if name.startswith(first)}
+        for first in (WHOLE, KEPT)
+    )
+    return {name: part.arrays[name] for name in part.arrays if not name.startswith((WHOLE, KEPT))}, whole, kept
