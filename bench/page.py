@@ -51,6 +51,7 @@ PARTS: dict[str, Callable[[str], list[str]]] = {
     "recovery": recover_tables.recovery_table,
     "training": recover_tables.speed_table,
     "speed": speed_tables.speed_table,
+    "job": speed_tables.tpu_job_table,
     "tpu": speed_tables.tpu_table,
     "stream": speed_tables.stream_table,
     "flags": speed_tables.flags_table,

@@ -100,3 +100,24 @@ def stream_table(model: str, results: Path = RESULTS) -> list[str]:
             says = "equal" if row["equal"] else "other weights"
             rows.append([row["way"], f"{row['seconds']:,.0f}", f"{row['peak_bytes'] / 1e6:,.0f} MB", says])
     return table(["way", "seconds", "peak memory", "weights"], rows)
+
+
+def tpu_job_table(chip: str, results: Path = RESULTS) -> list[str]:
+    """A row for each program of a streamed pruning: compile time and memory at every shape."""
+    path = results / f"tpu-job-{chip}.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    cells: dict[str, dict[str, str]] = {}
+    for row in found["rows"]:
+        says = "does not fit" if "bytes" not in row else _seconds_and_memory(row)
+        cells.setdefault(row["program"], {})[row["shape"]] = says
+    shapes = list(dict.fromkeys(row["shape"] for row in found["rows"]))
+    return table(
+        ["program", *shapes], [[name, *(row.get(shape, "") for shape in shapes)] for name, row in cells.items()]
+    )
+
+
+def _seconds_and_memory(row: Row) -> str:
+    whole = (row["bytes"] + row["resident"]) / 1e9
+    return f"{row['compile_seconds']:.0f} s, {whole:.1f} GB{'' if row['fits'] else ': does not fit'}"
