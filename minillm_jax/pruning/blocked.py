@@ -66,29 +66,46 @@ def factorise(matrix: Float[Array, "I I"], block: int = BLOCK) -> Factor:
     return lax.fori_loop(0, blocks, step, empty)
 
 
-def solve(factor: Factor, right: Float[Array, "I D"]) -> Float[Array, "I D"]:
-    """The solution X of L Lᵀ X = right."""
-    count, (blocks, block, _) = len(right), factor.inverses.shape
-    padded = jnp.pad(right, ((0, blocks * block - count), (0, 0)))
+def forward(factor: Factor, right: Float[Array, "I D"]) -> Float[Array, "padded D"]:
+    """The solution Y of L Y = right, padded with zeros to whole blocks."""
+    blocks, block, _ = factor.inverses.shape
+    padded = jnp.pad(right, ((0, blocks * block - len(right)), (0, 0)))
 
-    def forward(number: Array, y: Array) -> Array:
+    def step(number: Array, y: Array) -> Array:
         own = lax.dynamic_slice_in_dim(factor.lower, number * block, block, 0)  # y is zero from this block on
         rest = lax.dynamic_slice_in_dim(padded, number * block, block, 0) - ops.einsum("IK,KD->ID", own, y)
-        return lax.dynamic_update_slice_in_dim(
-            y, ops.einsum("IK,KD->ID", factor.inverses[number], rest), number * block, 0
-        )
+        solved = ops.einsum("IK,KD->ID", factor.inverses[number], rest)
+        return lax.dynamic_update_slice_in_dim(y, solved, number * block, 0)
 
-    y = lax.fori_loop(0, blocks, forward, jnp.zeros_like(padded))
+    return lax.fori_loop(0, blocks, step, jnp.zeros_like(padded))
 
-    def backward(done: Array, x: Array) -> Array:
+
+def solve(factor: Factor, right: Float[Array, "I D"]) -> Float[Array, "I D"]:
+    """The solution X of L Lᵀ X = right."""
+    blocks, block, _ = factor.inverses.shape
+    y = forward(factor, right)
+
+    def step(done: Array, x: Array) -> Array:
         number = blocks - 1 - done
         own = lax.dynamic_slice_in_dim(factor.lower, number * block, block, 1)  # x is zero up to this block
         rest = lax.dynamic_slice_in_dim(y, number * block, block, 0) - ops.einsum("KI,KD->ID", own, x)
-        return lax.dynamic_update_slice_in_dim(
-            x, ops.einsum("KI,KD->ID", factor.inverses[number], rest), number * block, 0
-        )
+        solved = ops.einsum("KI,KD->ID", factor.inverses[number], rest)
+        return lax.dynamic_update_slice_in_dim(x, solved, number * block, 0)
 
-    return lax.fori_loop(0, blocks, backward, jnp.zeros_like(padded))[:count]
+    return lax.fori_loop(0, blocks, step, jnp.zeros_like(y))[: len(right)]
+
+
+def inverse_factor(matrix: Float[Array, "I I"]) -> Float[Array, "I I"]:
+    """L⁻¹ of a symmetric matrix L Lᵀ, float32; NaN where the matrix is not positive definite."""
+    one = jnp.eye(len(matrix), dtype=matrix.dtype)
+
+    def by_blocks() -> Array:
+        return forward(factorise(matrix), one)[: len(matrix)]
+
+    def whole() -> Array:
+        return lax.linalg.triangular_solve(jnp.linalg.cholesky(matrix), one, left_side=True, lower=True)
+
+    return lax.platform_dependent(tpu=by_blocks, default=whole)
 
 
 def solve_on_device(matrix: Float[Array, "I I"], right: Float[Array, "I D"], refine: bool) -> Float[Array, "I D"]:

@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import scipy.linalg
 from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from minillm_jax.pruning import solve
+from minillm_jax.pruning import blocked, solve
 
 # Rows N and P that are gathered before both matrices are updated.
 GATHERED = 128
@@ -205,17 +206,20 @@ def _rows(state: _State, group: Any, kept: Array | np.ndarray) -> tuple[Matrix, 
     xp, width = state.n.__array_namespace__(), state.inverse_blocks.shape[-1]
     rows = group * width + xp.arange(width)
     before_n, before_p = state.n[:, rows].T, state.p[:, rows].T
-    block = state.inverse_blocks[group]
-    pivot = xp.sqrt(block) if width == 1 else xp.linalg.cholesky(block)
-    n = _solve(pivot, state.inverse[rows] - before_n @ state.n) * kept
-    p = _solve(pivot, state.products[rows] - before_n @ state.p - before_p @ state.n)
-    square = _solve(pivot, p[:, rows].T)  # R⁻¹ M_SS R⁻ᵀ, symmetric
+    whiten = _inverse_pivot(state.inverse_blocks[group])
+    n = whiten @ (state.inverse[rows] - before_n @ state.n) * kept
+    p = whiten @ (state.products[rows] - before_n @ state.p - before_p @ state.n)
+    square = whiten @ p[:, rows].T  # R⁻¹ M_SS R⁻ᵀ, symmetric
     return n, p - 0.5 * (square @ n)
 
 
-def _solve(matrix: Matrix | Blocks, right: Matrix | Blocks) -> Matrix | Blocks:
-    """The solution X of matrix · X = right; a division for groups of one feature, such as channels."""
-    return right / matrix if matrix.shape[-1] == 1 else matrix.__array_namespace__().linalg.solve(matrix, right)
+def _inverse_pivot(block: Matrix) -> Matrix:
+    """R⁻¹ of a block R Rᵀ; for groups of one feature, such as channels, the inverse of a square root."""
+    if block.shape[-1] == 1:
+        return 1 / block.__array_namespace__().sqrt(block)
+    if isinstance(block, np.ndarray):
+        return scipy.linalg.solve_triangular(np.linalg.cholesky(block), np.eye(len(block)), lower=True)
+    return blocked.inverse_factor(block)
 
 
 def _put(array: Matrix, rows: Matrix, place: int | Array) -> Matrix:
@@ -239,5 +243,9 @@ def _updated(state: _State) -> _State:
 
 def removal_errors(inverse_blocks: Blocks, product_blocks: Blocks) -> Float[Array, " G"] | Float[np.ndarray, " G"]:
     """The error of removing each group, tr((H⁻¹_SS)⁻¹ M_SS), from its diagonal blocks of both matrices, [G, w, w]."""
-    traces = inverse_blocks.__array_namespace__().trace
-    return traces(_solve(inverse_blocks, product_blocks), axis1=-2, axis2=-1)
+    if inverse_blocks.shape[-1] == 1:
+        return (product_blocks / inverse_blocks)[:, 0, 0]
+    if isinstance(inverse_blocks, np.ndarray):
+        return np.trace(np.linalg.solve(inverse_blocks, product_blocks), axis1=-2, axis2=-1)
+    whiten = lax.map(blocked.inverse_factor, inverse_blocks)  # with H⁻¹_SS = R Rᵀ, tr(R⁻¹ M_SS R⁻ᵀ)
+    return jnp.sum((whiten @ product_blocks) * whiten, axis=(1, 2))
