@@ -185,7 +185,7 @@ def prune_by_obs(
     held_out = held_out_windows(settings, batches)
     hooks: dict[str, Any] = {"finish": finish, "restore": finished.restore}
     walk(decoder, batches, replace_layer, progress, refit_inputs, held_out, **hooks)
-    return finished.pruned(), finished.kept
+    return finished.pruned(), {kind: finished.kept[kind] for kind in counts}  # files sort them by name
 
 
 def input_refit(
