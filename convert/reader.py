@@ -12,7 +12,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from convert import companions, formats, found, fp8, gguf_folder, gguf_read, memory, official, rules, sources
+from convert import companions, formats, found, fp8, gguf_folder, gguf_read, layers, memory, official, rules, sources
 from convert.sources import FLOATS, read_json
 from minillm_jax.data.tokenizer import quiet
 from minillm_jax.devices.sharding import parts, shardings
@@ -150,7 +150,7 @@ def read_model(
         if isinstance(source, gguf_read.GgufSource):
             source.warn_of_rounding()
         table = None if described.layout is None else described.layout.table
-        read = rules.stream if stream else rules.fill
+        read = layers.stream if stream else rules.fill
         decoder = read(abstract, source, numpy_dtype, places, table=table)
         decoder = decoder if described.layout is None else official.finish(decoder, read_json(folder / CONFIG))
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else None

@@ -6,7 +6,6 @@ Reading checks the name, shape and type of every tensor, and raises an `InputErr
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -19,9 +18,8 @@ from convert.families import TABLES, FamilyTable, Part, Rule
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
-from minillm_jax.model.build import assemble
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.modules import Block, depth, run_letters
+from minillm_jax.model.modules import depth, run_letters
 from minillm_jax.model.streamed import StreamedDecoder
 from minillm_jax.model.tree import named_arrays, outer_letters
 
@@ -180,7 +178,7 @@ def fill(
     """
     table = table or table_of(abstract)
     bound = bindings(abstract, table)
-    stored_names = _match_names(bound, source, table)
+    stored_names = match_names(bound, source, table)
     shapes = {path: leaf.shape for path, leaf in named_arrays(abstract)}
     bindings_of: dict[tuple[str, ...], list[Binding]] = {}
     for binding in bound:
@@ -190,94 +188,12 @@ def fill(
     places = places or {}
     for paths, layers in bindings_of.items():
         array_shapes = [shapes[path] for path in paths]
-        stacked = _assemble(layers, stored_names, source, array_shapes, dtype, scratch, allocate)
+        stacked = assembled(layers, stored_names, source, array_shapes, dtype, scratch, allocate)
         # `pop` frees each host array as soon as its device copy exists.
         arrays |= {path: sharding.place(stacked.pop(0), places.get(path)) for path in paths}
     decoder = fill_tree(abstract, arrays, places)
-    _check_tied_copy(decoder, stored_names.get(table.head), source)
+    check_tied_copy(decoder, stored_names.get(table.head), source)
     return decoder
-
-
-def stream(
-    abstract: Decoder,
-    source: TensorSource,
-    dtype: np.dtype | None = None,
-    places: Mapping[str, NamedSharding] | None = None,
-    table: FamilyTable | None = None,
-) -> StreamedDecoder:
-    """A decoder whose layers are read from a source one at a time; the arguments and errors are those of `fill`.
-
-    The names and shapes of all tensors are checked at once. The values of a layer are checked whenever it is read.
-    """
-    table = table or table_of(abstract)
-    layers = _LayersOfSource(abstract, source, dtype, places or {}, table)
-    outer = assemble(abstract.config, layers.arrays(None), abstract.runs)
-    _check_tied_copy(outer, layers.stored_names.get(table.head), source)
-    types = {path: leaf.dtype for path, leaf in named_arrays(layers.read(0))}
-
-    def leaf(path: jax.tree_util.KeyPath, expected: Any) -> Any:
-        name = axis_table.array_path(path)
-        return expected if axis_table.is_data(name) else jax.ShapeDtypeStruct(expected.shape, types[name])
-
-    runs = [jax.tree_util.tree_map_with_path(leaf, run) for run in abstract.runs]
-    return StreamedDecoder(outer, runs, partial(layers.read, types=types))
-
-
-class _LayersOfSource:
-    """Reads the arrays of one layer, or those outside the layers, from a source."""
-
-    def __init__(
-        self,
-        abstract: Decoder,
-        source: TensorSource,
-        dtype: np.dtype | None,
-        places: Mapping[str, NamedSharding],
-        table: FamilyTable,
-    ):
-        self.source, self.dtype, self.places = source, dtype, places
-        self.runs, self.shapes = abstract.runs, dict(named_arrays(abstract))
-        self.bound: dict[int | None, list[Binding]] = {}
-        bound = bindings(abstract, table)
-        self.stored_names = _match_names(bound, source, table)
-        for binding in bound:
-            self.bound.setdefault(binding.layer, []).append(binding)
-        self.scratch = memory.Scratch()
-
-    def read(self, index: int, types: Mapping[str, np.dtype] | None = None) -> Block:
-        """A layer on its devices; `types` of its arrays, which are those of the first layer."""
-        first = self.bound[index][0]
-        parent = first.paths[0].removesuffix(first.rule.parts[0].path)
-        arrays = self.arrays(index)
-        for name, dtype in (types or {}).items():
-            found = arrays.get(f"{parent}{name}")
-            if found is not None and found.dtype != dtype:
-                raise InputError(
-                    f"{self.source.where}: {name} of layer {index} is {found.dtype}, that of the first layer {dtype}; "
-                    "load the model with one dtype (float32, bfloat16 or float16)"
-                )
-
-        def leaf(path: jax.tree_util.KeyPath, expected: Any) -> jax.Array:
-            name = f"{parent}{axis_table.array_path(path)}"
-            if not axis_table.is_data(name):
-                return arrays[name]
-            assert first.index is not None
-            return sharding.place(jnp.asarray(expected[first.index : first.index + 1]), self.places.get(name))
-
-        return jax.tree_util.tree_map_with_path(leaf, self.runs[int(parent.split(".")[1])])
-
-    def arrays(self, layer: int | None) -> dict[str, jax.Array]:
-        """The arrays by their paths; those of a layer with a leading axis L of one."""
-        arrays: dict[str, jax.Array] = {}
-        for binding in self.bound[layer]:
-            shapes = [self.shapes[path].shape for path in binding.paths]
-            if binding.index is not None:
-                binding, shapes = replace(binding, index=0), [(1, *shape[1:]) for shape in shapes]
-            parts = _assemble(
-                [binding], self.stored_names, self.source, shapes, self.dtype, self.scratch, memory.aligned_empty
-            )
-            for path, part in zip(binding.paths, parts, strict=True):
-                arrays[path] = sharding.place(part, self.places.get(path))
-        return arrays
 
 
 def fill_tree(
@@ -301,7 +217,7 @@ def fill_tree(
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
-def _match_names(bound: list[Binding], source: TensorSource, table: FamilyTable) -> dict[str, str]:
+def match_names(bound: list[Binding], source: TensorSource, table: FamilyTable) -> dict[str, str]:
     """Map name in the rule table → stored name, after a check of all names and shapes; reads no tensor."""
     _check_whole(source)
     stored: dict[str, str] = {}
@@ -384,7 +300,7 @@ def _canonical(name: str, table: FamilyTable) -> str:
     return table.prefix + name
 
 
-def _assemble(
+def assembled(
     layers: list[Binding],
     stored_names: Mapping[str, str],
     source: TensorSource,
@@ -417,7 +333,7 @@ def _assemble(
     return [array.reshape(shape) for array, shape in zip(arrays, shapes, strict=True)]
 
 
-def _check_tied_copy(decoder: Decoder, name: str | None, source: TensorSource) -> None:
+def check_tied_copy(decoder: Decoder, name: str | None, source: TensorSource) -> None:
     """Check that a stored head of that name equals the embedding where the configuration ties them."""
     if name is None or not decoder.config.tie_embeddings:
         return

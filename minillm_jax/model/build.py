@@ -20,18 +20,15 @@ NO_WINDOW = np.iinfo(np.int32).max
 
 def with_runs(decoder: Decoder, runs: Sequence[Block]) -> Decoder:
     """A decoder with new layers; all other arrays are shared with the original."""
+    return Decoder(decoder.config, decoder.embedding[...], runs, **optional_parts(decoder))
+
+
+def optional_parts(decoder: Decoder) -> dict[str, Any]:
+    """The arrays and modules outside the layers that some decoders lack, as `Decoder` takes them."""
     position = decoder.position_embedding
-    return Decoder(
-        decoder.config,
-        decoder.embedding[...],
-        runs,
-        final_norm=decoder.final_norm,
-        head=decoder.head,
-        position_embedding=None if position is None else position[...],
-        embedding_norm=decoder.embedding_norm,
-        project_in=decoder.project_in,
-        project_out=decoder.project_out,
-    )
+    names = ("final_norm", "head", "embedding_norm", "project_in", "project_out")
+    parts = {name: getattr(decoder, name) for name in names}
+    return parts | {"position_embedding": None if position is None else position[...]}
 
 
 def without_layers(decoder: Decoder) -> Decoder:

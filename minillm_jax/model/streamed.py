@@ -8,7 +8,7 @@ import jax
 
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
-from minillm_jax.model.build import build, with_runs
+from minillm_jax.model.build import build, optional_parts, with_runs
 from minillm_jax.model.config import Sizes
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block
@@ -31,18 +31,7 @@ class StreamedDecoder(Decoder):
     """
 
     def __init__(self, outer: Decoder, runs: Sequence[Block], read: ReadLayer):
-        position = outer.position_embedding
-        super().__init__(
-            outer.config,
-            outer.embedding[...],
-            runs,
-            final_norm=outer.final_norm,
-            head=outer.head,
-            position_embedding=None if position is None else position[...],
-            embedding_norm=outer.embedding_norm,
-            project_in=outer.project_in,
-            project_out=outer.project_out,
-        )
+        super().__init__(outer.config, outer.embedding[...], runs, **optional_parts(outer))
         self.read = read
 
 
