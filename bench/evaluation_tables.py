@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from study_tables import RESULTS, table
+from study_tables import RESULTS, grid, table
 
 Row = dict[str, Any]
 
@@ -47,7 +47,7 @@ def folders_table(model: str, results: Path = RESULTS) -> list[str]:
     for row in found:
         scores = f"{100 * row['lm_eval']:.1f} / {100 * row['ours']:.1f}"
         lines.setdefault(f"{row['task'].removesuffix('_local')}, {row['metric']}", {})[row["format"]] = scores
-    return table(["", *forms], [[name, *(cells.get(form, "") for form in forms)] for name, cells in lines.items()])
+    return grid("", forms, lines)
 
 
 def evaluation_table(model: str, results: Path = RESULTS) -> list[str]:
@@ -61,7 +61,7 @@ def evaluation_table(model: str, results: Path = RESULTS) -> list[str]:
     for row in sorted(found, key=lambda row: "scores" in row):
         for figure, text in _figures(row).items():
             lines.setdefault(figure, {})[row["name"]] = text
-    return table(["", *names], [[figure, *(cells.get(name, "") for name in names)] for figure, cells in lines.items()])
+    return grid("", names, lines)
 
 
 def samples_table(model: str, results: Path = RESULTS) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -50,6 +50,13 @@ def perplexities(rows: Iterable[Row], text: str) -> list[float]:
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table."""
     return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
+
+
+def grid(corner: str, columns: Sequence[str], lines: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """A table of lines by name, each with its cells by column; a missing cell is empty."""
+    return table(
+        [corner, *columns], [[name, *(cells.get(one, "") for one in columns)] for name, cells in lines.items()]
+    )
 
 
 def perplexity_table(study: Study) -> list[str]:

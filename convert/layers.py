@@ -18,7 +18,7 @@ from minillm_jax.model import axis_table
 from minillm_jax.model.build import assemble
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block
-from minillm_jax.model.streamed import StreamedDecoder
+from minillm_jax.model.streamed import StreamedDecoder, of_types
 from minillm_jax.model.tree import named_arrays
 
 
@@ -38,13 +38,7 @@ def stream(
     outer = assemble(abstract.config, layers.arrays(None), abstract.runs)
     rules.check_tied_copy(outer, layers.stored_names.get(table.head), source)
     types = {path: leaf.dtype for path, leaf in named_arrays(layers.read(0))}
-
-    def leaf(path: jax.tree_util.KeyPath, expected: Any) -> Any:
-        name = axis_table.array_path(path)
-        return expected if axis_table.is_data(name) else jax.ShapeDtypeStruct(expected.shape, types[name])
-
-    runs = [jax.tree_util.tree_map_with_path(leaf, run) for run in abstract.runs]
-    return StreamedDecoder(outer, runs, partial(layers.read, types=types))
+    return StreamedDecoder(outer, of_types(abstract.runs, types), partial(layers.read, types=types))
 
 
 class _LayersOfSource:

@@ -41,7 +41,7 @@ def layerwise_losses(
     """
     outer, mesh, losses, done = without_layers(decoder), batches.mesh, [], 0
     for part in _parts(decoder, batches, most_bytes):
-        streams = [_begin(outer, batch.tokens, mesh=mesh) for batch in part]
+        streams = [begin(outer, batch.tokens, mesh=mesh) for batch in part]
         for layer in sharding.layers_of(decoder, mesh):
             streams = [advance(outer, layer, x, mesh=mesh) for x in streams]
         for x, batch in zip(streams, part, strict=True):
@@ -66,7 +66,7 @@ def _parts(decoder: Decoder, batches: Batches, most_bytes: int) -> Iterator[list
 
 
 @partial(jax.jit, static_argnames="mesh")
-def _begin(outer: Decoder, tokens: Int[Array, "B T"], *, mesh: Mesh | None) -> Stream:
+def begin(outer: Decoder, tokens: Int[Array, "B T"], *, mesh: Mesh | None) -> Stream:
     """The residual stream before the first layer, in the type of the model."""
     return sharding.spread(embed(outer, tokens), mesh)
 

@@ -1,6 +1,6 @@
 """Decoders that are larger than the memory: their layers are read one at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,13 +58,17 @@ def resized(decoder: StreamedDecoder, sizes: Sizes, read: ReadLayer) -> Streamed
       read: reads the new layers.
     """
     types = {path.split(".", 2)[2]: leaf.dtype for path, leaf in named_arrays(decoder) if path.startswith("runs.")}
+    return StreamedDecoder(decoder, of_types(build(decoder.config, sizes).runs, types), read)
+
+
+def of_types(runs: Iterable[Block], types: Mapping[str, Any]) -> list[Block]:
+    """Abstract runs whose arrays have the given types, by their names in a layer; data of the layers keep theirs."""
 
     def leaf(path: jax.tree_util.KeyPath, shape: Any) -> Any:
         name = axis_table.array_path(path)
         return shape if axis_table.is_data(name) else jax.ShapeDtypeStruct(shape.shape, types[name])
 
-    shapes = build(decoder.config, sizes).runs
-    return StreamedDecoder(decoder, [jax.tree_util.tree_map_with_path(leaf, run) for run in shapes], read)
+    return [jax.tree_util.tree_map_with_path(leaf, run) for run in runs]
 
 
 def map_layers(

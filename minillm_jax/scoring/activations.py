@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from minillm_jax.data.batches import Batches
 from minillm_jax.devices import sharding
+from minillm_jax.evaluation.layerwise import begin
 from minillm_jax.model.build import without_layers
 from minillm_jax.model.decoder import Decoder, embed, rotary_angles, scan_layers
 from minillm_jax.model.layer import apply_layer
@@ -54,7 +55,7 @@ def _layerwise(
 ) -> Iterator[dict[str, Float[Array, "_ ..."]]]:
     """The same for every layer as a run of its own: all batches pass a layer before the next one is read."""
     mesh, outer = batches.mesh, without_layers(decoder)
-    streams = [_begin(outer, batch.tokens, mesh=mesh) for batch in batches]
+    streams = [begin(outer, batch.tokens, mesh=mesh) for batch in batches]
     for index, layer in enumerate(sharding.layers_of(decoder, mesh)):
         total = None
         for place, x in enumerate(streams):
@@ -106,11 +107,6 @@ def _totals_of(inputs: dict[str, Array], means: dict[str, Array] | None, power: 
         return jnp.sum(apply(x32 if mean is None else x32 - jnp.broadcast_to(mean, x32.shape)), axis=(0, 1))
 
     return {name: total(value, None if means is None else means[name]) for name, value in inputs.items()}
-
-
-@partial(jax.jit, static_argnames="mesh")
-def _begin(outer: Decoder, tokens: Int[Array, "B T"], *, mesh: Mesh | None) -> Float[Array, "B T D"]:
-    return sharding.spread(embed(outer, tokens), mesh)
 
 
 @partial(jax.jit, static_argnames=("power", "mesh"))
