@@ -21,11 +21,21 @@ class Part:
 
 @dataclass(frozen=True)
 class Rule:
-    """A stored tensor: its name (in a layer without the layer's prefix) and the decoder arrays that it holds."""
+    """A stored tensor and the decoder arrays that it holds.
+
+    Attributes:
+      name: in a layer without the layer's prefix; with a field `{expert}` where every expert has a tensor of its own.
+      parts: the arrays. An expert's part lacks the axis X.
+      interleaved: whether the parts are concatenated along the rows of each head.
+      alternating: whether the elements of the parts alternate along the last axis.
+      layers: the layers with the tensor, of a family with a mixture of experts: `all`, `dense` or `experts`.
+    """
 
     name: str
     parts: tuple[Part, ...]
     interleaved: bool = False
+    alternating: bool = False
+    layers: str = "all"
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class FamilyTable:
       stock: whether transformers has a class of the family.
       stock_width: whether the stock class accepts every MLP width.
       stock_scale: whether the stock class scales the embedding by the square root of the hidden size.
+      per_layer: whether the classes of `modeling_pruned` hold the family.
     """
 
     stem: str
@@ -61,6 +72,7 @@ class FamilyTable:
     stock: bool = True
     stock_width: bool = True
     stock_scale: bool = False
+    per_layer: bool = True
 
 
 def array(name: str, axes: str, path: str) -> tuple[Rule, ...]:
@@ -81,6 +93,11 @@ def fused(name: str, *paths: str, interleaved: bool = False) -> tuple[Rule, ...]
     return tuple(
         Rule(rules[0].name, tuple(rule.parts[0] for rule in rules), interleaved) for rules in (weights, biases)
     )
+
+
+def alternating(name: str, axes: str, *paths: str) -> tuple[Rule, ...]:
+    """The rule of a tensor along whose last axis the elements of several arrays alternate."""
+    return (Rule(name, tuple(Part(axes, path) for path in paths), alternating=True),)
 
 
 def norm(name: str, path: str) -> tuple[Rule, ...]:
@@ -279,6 +296,86 @@ OFFICIAL_CHATGLM = FamilyTable(
     ignored=(r"transformer\.rotary_pos_emb\.inv_freq",),
 )
 
+
+def _of_layers(layers: str, *rules: Rule) -> tuple[Rule, ...]:
+    """The rules for the layers that a mixture of experts has (`experts`), or for all others (`dense`)."""
+    return tuple(replace(rule, layers=layers) for rule in rules)
+
+
+def _router(name: str) -> tuple[Rule, ...]:
+    weight = array(f"{name}.weight", "X D", "experts.router")
+    bias, choice = ("experts.router_bias", "bias"), ("experts.choice_bias", "e_score_correction_bias")
+    return weight + tuple(rule for path, leaf in (bias, choice) for rule in array(f"{name}.{leaf}", "X", path))
+
+
+def _each_expert(prefix: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """The rules of experts with three `torch.nn.Linear` each."""
+    stored = ((gate, "W D", "gate"), (up, "W D", "up"), (down, "D W", "down"))
+    rules = [array(f"{prefix}.{{expert}}.{name}.weight", axes, f"experts.{path}") for name, axes, path in stored]
+    return tuple(rule for one in rules for rule in one)
+
+
+def _shared_expert(prefix: str) -> tuple[Rule, ...]:
+    return tuple(rule for name in ("gate", "up", "down") for rule in linear(f"{prefix}.{name}_proj", f"mlp.{name}"))
+
+
+def _mixture(stem: str, *block: Rule, stock_heads: str = "any") -> FamilyTable:
+    """The table of a family with a mixture of experts whose other tensor names follow Llama's."""
+    table = _llama_like(stem, *LLAMA_NORMS, *SEPARATE_QKV, *block, stock_heads=stock_heads)
+    return replace(table, per_layer=False)
+
+
+EXPERTS = _each_expert("mlp.experts", "gate_proj", "up_proj", "down_proj")
+
+MIXTRAL = _mixture(
+    "Mixtral",
+    *_of_layers(
+        "experts", *_router("block_sparse_moe.gate"), *_each_expert("block_sparse_moe.experts", "w1", "w3", "w2")
+    ),
+)
+
+QWEN2_MOE = _mixture(
+    "Qwen2Moe",
+    *_of_layers("dense", *LLAMA_MLP),
+    *_of_layers(
+        "experts",
+        *_router("mlp.gate"),
+        *EXPERTS,
+        *_shared_expert("mlp.shared_expert"),
+        *array("mlp.shared_expert_gate.weight", "1 D", "experts.shared_gate"),
+    ),
+)
+
+QWEN3_MOE = _mixture(
+    "Qwen3Moe", *QK_NORMS, *_of_layers("dense", *LLAMA_MLP), *_of_layers("experts", *_router("mlp.gate"), *EXPERTS)
+)
+
+OLMOE = _mixture("Olmoe", *JOINT_QK_NORMS, *_of_layers("experts", *_router("mlp.gate"), *EXPERTS), stock_heads="dense")
+
+GPT_OSS = _mixture(
+    "GptOss",
+    *array("self_attn.sinks", "N", "attention.sinks"),
+    *_of_layers(
+        "experts",
+        *_router("mlp.router"),
+        *alternating("mlp.experts.gate_up_proj", "X D W", "experts.gate", "experts.up"),
+        *alternating("mlp.experts.gate_up_proj_bias", "X W", "experts.gate_bias", "experts.up_bias"),
+        *array("mlp.experts.down_proj", "X W D", "experts.down"),
+        *array("mlp.experts.down_proj_bias", "X D", "experts.down_bias"),
+    ),
+)
+
+GLM4_MOE = replace(
+    _mixture(
+        "Glm4Moe",
+        *QK_NORMS,
+        *_of_layers("dense", *LLAMA_MLP),
+        *_of_layers("experts", *_router("mlp.gate"), *EXPERTS, *_shared_expert("mlp.shared_experts")),
+    ),
+    # The layer that predicts a second token stands behind the last one. transformers leaves it out too.
+    ignored=(r"model\.layers\.(46|92)\..*",),
+)
+
 TABLES: dict[str, FamilyTable] = {
     "llama": LLAMA,
     "mistral": MISTRAL,
@@ -303,4 +400,10 @@ TABLES: dict[str, FamilyTable] = {
     "glm": GLM,
     "glm4": GLM4,
     "phi3": PHI3,
+    "mixtral": MIXTRAL,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3_moe": QWEN3_MOE,
+    "olmoe": OLMOE,
+    "gpt_oss": GPT_OSS,
+    "glm4_moe": GLM4_MOE,
 }

@@ -17,6 +17,7 @@ from convert.families import TABLES
 from minillm_jax.errors import InputError
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.families import FAMILIES, PRUNED, Family
+from minillm_jax.model.family_configs import SHARED_EXPERTS
 from minillm_jax.model.ops import Rope, alibi_slopes
 
 STOCK, PER_LAYER, PADDED, FLAX, GGUF = FORMATS = ("stock", "per-layer", "padded", "flax", "gguf")
@@ -59,6 +60,13 @@ def describe(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any], format
     """
     check_format(format_name)
     refusal = stock_refusal(config, sizes)
+    if not TABLES[config.family].per_layer and (refusal is not None or format_name == PER_LAYER):
+        raise InputError(
+            f"the classes beside per-layer weights have no mixture of experts, and no stock class can hold this model: "
+            f"{refusal}; use --budget equal, or prune experts alone (--structures experts)"
+            if refusal is not None
+            else "the format per-layer has no mixture of experts; use the format stock, which holds this model"
+        )
     if format_name == STOCK and refusal is not None:
         raise InputError(f"no stock class can hold this model: {refusal}; use the format per-layer or padded")
     if format_name == PADDED:
@@ -84,13 +92,19 @@ def stock_refusal(config: DecoderConfig, sizes: Sizes) -> str | None:
     table, first = TABLES[config.family], sizes.layers[0]
     if not table.stock:
         return f"transformers has no class for {table.stem}"
+    dense, mixed = _dense_layers(sizes), [layer for layer in sizes.layers if layer.X]
     for counted, counts in (
         ("query heads", [layer.N for layer in sizes.layers]),
         ("key/value heads", [layer.K for layer in sizes.layers]),
-        ("MLP channels", [layer.F for layer in sizes.layers]),
+        ("MLP channels", [layer.F for layer in dense]),
+        ("experts", [layer.X for layer in mixed]),
+        ("channels of the experts", [layer.W for layer in mixed]),
+        ("channels of the shared expert", [layer.F for layer in mixed]),
     ):
         if len(set(counts)) > 1:
             return f"the layers keep unequal numbers of {counted} ({', '.join(map(str, counts))})"
+    if FAMILIES[config.family].shared == SHARED_EXPERTS and mixed and mixed[0].F % mixed[0].W:
+        return f"{table.stem} has a shared expert of a multiple of {mixed[0].W} channels, but {mixed[0].F} are kept"
     if table.stock_heads == "dense" and (first.N * sizes.H != sizes.D or not _keeps_all_slopes(config, sizes)):
         kept = f"{first.N} heads of {sizes.H} are kept with a hidden size of {sizes.D}"
         return f"{table.stem} computes the head size as hidden size / heads, but {kept}"
@@ -103,6 +117,11 @@ def stock_refusal(config: DecoderConfig, sizes: Sizes) -> str | None:
         scales = f"the square root of the hidden size {sizes.D}, but this model's scale is {config.embedding_scale:g}"
         return f"{table.stem} scales its embedding by {scales}"
     return None
+
+
+def _dense_layers(sizes: Sizes) -> list[LayerSizes]:
+    """The layers without a mixture of experts."""
+    return [layer for layer in sizes.layers if not layer.X]
 
 
 def padded_sizes(config: DecoderConfig, sizes: Sizes) -> Sizes:
@@ -154,7 +173,7 @@ def stock_config(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]) ->
     and its model has the same forward pass and parameter names, so such a Llama is written as Mistral.
     """
     table, family, first = TABLES[config.family], FAMILIES[config.family], sizes.layers[0]
-    keys = _common_keys(config, sizes, raw) | _size_keys(family, first)
+    keys = _common_keys(config, sizes, raw) | _size_keys(family, first) | _expert_keys(family, sizes, raw)
     keys |= {"model_type": config.family, "architectures": [f"{table.stem}ForCausalLM"]}
     if table.stock_heads != "dense":
         keys["head_dim"] = sizes.H
@@ -231,6 +250,25 @@ def _size_keys(family: Family, layer: LayerSizes) -> dict[str, int]:
     return keys if family.kv_heads is None else keys | {family.kv_heads: layer.K}
 
 
+def _expert_keys(family: Family, sizes: Sizes, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes of the experts and of the dense layers, and which layers those are, in a model with experts."""
+    mixed, dense = next((layer for layer in sizes.layers if layer.X), None), _dense_layers(sizes)
+    if not family.experts:
+        return {}
+    keys: dict[str, Any] = {family.width: dense[0].F if dense else raw.get(family.width)}
+    if family.dense_layers == "first_k_dense_replace":
+        keys[family.dense_layers] = len(dense)
+    if family.dense_layers == "mlp_only_layers":
+        keys |= {family.dense_layers: [n for n, layer in enumerate(sizes.layers) if not layer.X]}
+        keys |= {"decoder_sparse_step": 1}
+    if mixed is None:
+        return keys
+    keys |= dict.fromkeys(family.experts, mixed.X) | {family.expert_width: mixed.W}
+    if family.shared is None:
+        return keys
+    return keys | {family.shared: mixed.F // mixed.W if family.shared == SHARED_EXPERTS else mixed.F}
+
+
 def _common_keys(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of every format: config.json as it was read, with the current global sizes and rotary settings."""
     family = FAMILIES[config.family]
@@ -291,7 +329,7 @@ def rope_keys(rope: Rope, family: str, read: Any = None) -> dict[str, Any]:
     linear = {"type": "linear", "factor": rope.factor}
     old = {"default": None, "linear": linear, "llama3": scaling | {"type": rope.kind}}.get(rope.kind, read)
     keys = {"rope_parameters": parameters, "rope_theta": rope.theta, "rope_scaling": old}
-    if family in ("glm", "glm4", "phi3", "gpt_neox", "stablelm"):
+    if family in ("glm", "glm4", "glm4_moe", "phi3", "gpt_neox", "stablelm"):
         keys["rope_parameters"] |= {"partial_rotary_factor": rope.fraction}
         keys["partial_rotary_factor"] = rope.fraction
     if family == "gpt_neox":

@@ -17,7 +17,7 @@ from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.model.build import assemble
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.modules import Block
+from minillm_jax.model.modules import Block, depth
 from minillm_jax.model.streamed import StreamedDecoder, of_types
 from minillm_jax.model.tree import named_arrays
 
@@ -37,7 +37,7 @@ def stream(
     layers = _LayersOfSource(abstract, source, dtype, places or {}, table)
     outer = assemble(abstract.config, layers.arrays(None), abstract.runs)
     rules.check_tied_copy(outer, layers.stored_names.get(table.head), source)
-    types = {path: leaf.dtype for path, leaf in named_arrays(layers.read(0))}
+    types = layers.types()
     return StreamedDecoder(outer, of_types(abstract.runs, types), partial(layers.read, types=types))
 
 
@@ -63,12 +63,11 @@ class _LayersOfSource:
 
     def read(self, index: int, types: Mapping[str, np.dtype] | None = None) -> Block:
         """A layer on its devices; `types` of its arrays, which are those of the first layer."""
-        first = self.bound[index][0]
-        parent = first.paths[0].removesuffix(first.rule.parts[0].path)
+        first, parent = self.bound[index][0], self._parent(index)
         arrays = self.arrays(index)
         for name, dtype in (types or {}).items():
             found = arrays.get(f"{parent}{name}")
-            if found is not None and found.dtype != dtype:
+            if found is not None and found.size and found.dtype != dtype:
                 raise InputError(
                     f"{self.source.where}: {name} of layer {index} is {found.dtype}, that of the first layer {dtype}; "
                     "load the model with one dtype (float32, bfloat16 or float16)"
@@ -83,16 +82,42 @@ class _LayersOfSource:
 
         return jax.tree_util.tree_map_with_path(leaf, self.runs[int(parent.split(".")[1])])
 
+    def types(self) -> dict[str, np.dtype]:
+        """The type of every array of a layer: that of the first layer which has elements of it."""
+        empty: dict[str, np.dtype] = {}
+        types: dict[str, np.dtype] = {}
+        for number, first in enumerate(np.cumsum([0, *(depth(run) for run in self.runs[:-1])])):
+            if number and not empty.keys() - types.keys():
+                break
+            for path, leaf in named_arrays(self.read(int(first))):
+                (types if leaf.size else empty).setdefault(path, leaf.dtype)
+        return empty | types
+
     def arrays(self, layer: int | None) -> dict[str, jax.Array]:
         """The arrays by their paths; those of a layer with a leading axis L of one."""
-        arrays: dict[str, jax.Array] = {}
+        bindings: dict[tuple[str, ...], list[rules.Binding]] = {}
         for binding in self.bound[layer]:
-            shapes = [self.shapes[path].shape for path in binding.paths]
-            if binding.index is not None:
-                binding, shapes = replace(binding, index=0), [(1, *shape[1:]) for shape in shapes]
+            bindings.setdefault(binding.paths, []).append(binding if layer is None else replace(binding, index=0))
+        arrays: dict[str, jax.Array] = {}
+        for paths, bound in bindings.items():
+            shapes = [self._shape(path, layer) for path in paths]
             parts = rules.assembled(
-                [binding], self.stored_names, self.source, shapes, self.dtype, self.scratch, memory.aligned_empty
+                bound, self.stored_names, self.source, shapes, self.dtype, self.scratch, memory.aligned_empty
             )
-            for path, part in zip(binding.paths, parts, strict=True):
+            for path, part in zip(paths, parts, strict=True):
                 arrays[path] = sharding.place(part, self.places.get(path))
+        if layer is not None:
+            parent = self._parent(layer)
+            shapes = {path: self._shape(path, layer) for path in self.shapes if path.startswith(parent)}
+            arrays |= rules.absent(shapes, arrays, self.places)
         return arrays
+
+    def _shape(self, path: str, layer: int | None) -> tuple[int, ...]:
+        """The shape of an array, with one layer instead of those of the run."""
+        shape = self.shapes[path].shape
+        return shape if layer is None else (1, *shape[1:])
+
+    def _parent(self, layer: int) -> str:
+        """What the paths of a layer's arrays begin with: `runs.0.`."""
+        first = self.bound[layer][0]
+        return first.paths[0].removesuffix(first.rule.parts[0].path)

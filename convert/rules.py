@@ -23,6 +23,9 @@ from minillm_jax.model.modules import depth, run_letters
 from minillm_jax.model.streamed import StreamedDecoder
 from minillm_jax.model.tree import named_arrays, outer_letters
 
+# The field of a rule's name that stands for the number of an expert.
+EXPERT = "{expert}"
+
 # What wrappers of PyTorch modules add to the names of tensors: torch.compile, FSDP and activation checkpointing
 # anywhere; DataParallel, DeepSpeed, PEFT and Lightning before every name.
 _WRAPPED_ANYWHERE = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -63,6 +66,7 @@ class Binding:
       index: index of the layer in its run, None for arrays outside the layers.
       sizes: axis letter → size.
       layer: index of the layer in the model, None for arrays outside the layers.
+      expert: index of the expert that the tensor belongs to, None for a tensor of no single expert.
     """
 
     rule: Rule
@@ -71,10 +75,23 @@ class Binding:
     index: int | None
     sizes: dict[str, int]
     layer: int | None = None
+    expert: int | None = None
+
+    @property
+    def place(self) -> tuple[int, ...] | None:
+        """The place in the arrays of the decoder: layer of the run, then expert; None for a whole array."""
+        if self.index is None:
+            return None
+        return (self.index,) if self.expert is None else (self.index, self.expert)
 
     def stored_shape(self) -> tuple[int, ...]:
-        """Shape of the stored tensor: a word is the product of its letters' sizes; parts are concatenated on axis 0."""
+        """Shape of the stored tensor: a word is the product of its letters' sizes.
+
+        Parts are concatenated on axis 0, or, where they alternate, on the last axis.
+        """
         shapes = [self._part_shape(part) for part in self.rule.parts]
+        if self.rule.alternating:
+            return (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def same_order(self) -> bool:
@@ -84,7 +101,10 @@ class Binding:
 
     def to_flax(self, tensor: np.ndarray) -> list[np.ndarray]:
         """The parts of a stored tensor in the decoder's layout, as views unless the rule is interleaved."""
-        shapes = [self._part_shape(part) for part in self.rule.parts]
+        shapes, count = [self._part_shape(part) for part in self.rule.parts], len(self.rule.parts)
+        if self.rule.alternating:
+            pieces = [tensor[..., start::count] for start in range(count)]
+            return [self._decoder_layout(piece, part) for piece, part in zip(pieces, self.rule.parts, strict=True)]
         heads = self._heads()
         split = tensor.reshape(heads, len(tensor) // heads, *tensor.shape[1:])
         ends = np.cumsum([shape[0] // heads for shape in shapes])[:-1]
@@ -114,8 +134,9 @@ class Binding:
 
 
 def _decoder_letters(part: Part) -> str:
-    """Axis letters of a decoder array, without the leading L."""
-    return axis_table.letters((axis_table.BLOCK_AXES | axis_table.OUTER_AXES)[part.path])
+    """Axis letters of a decoder array, without the leading L, and without X for the part of one expert."""
+    letters = axis_table.letters((axis_table.BLOCK_AXES | axis_table.OUTER_AXES)[part.path])
+    return "".join(letter for letter in letters if letter in part.axes)
 
 
 def table_of(decoder: Decoder) -> FamilyTable:
@@ -146,9 +167,22 @@ def _bind(
     rules: Iterable[Rule], decoder: Decoder, prefix: str, parent: str, index: int | None, sizes: dict[str, int]
 ) -> Iterator[Binding]:
     for rule in rules:
-        if all(decoder.config.has_array(part.path) for part in rule.parts):
-            paths = tuple(parent + part.path for part in rule.parts)
+        if not all(decoder.config.has_array(part.path) for part in rule.parts) or not _in_layer(rule, decoder, sizes):
+            continue
+        paths = tuple(parent + part.path for part in rule.parts)
+        if EXPERT not in rule.name:
             yield Binding(rule, prefix + rule.name, paths, index, sizes)
+            continue
+        for expert in range(sizes["X"]):
+            yield Binding(rule, prefix + rule.name.replace(EXPERT, str(expert)), paths, index, sizes, expert=expert)
+
+
+def _in_layer(rule: Rule, decoder: Decoder, sizes: Mapping[str, int]) -> bool:
+    """Whether a layer has the tensor of a rule. A mixture of experts without a shared expert has no channels."""
+    if decoder.config.routing is None:
+        return True
+    empty = any(not sizes.get(letter, 1) for part in rule.parts for letter in part.axes if letter in "FXW1")
+    return not empty and rule.layers in ("all", "experts" if sizes.get("X") else "dense")
 
 
 def fill(
@@ -191,9 +225,21 @@ def fill(
         stacked = assembled(layers, stored_names, source, array_shapes, dtype, scratch, allocate)
         # `pop` frees each host array as soon as its device copy exists.
         arrays |= {path: sharding.place(stacked.pop(0), places.get(path)) for path in paths}
+    arrays |= absent(shapes, arrays, places)
     decoder = fill_tree(abstract, arrays, places)
     check_tied_copy(decoder, stored_names.get(table.head), source)
     return decoder
+
+
+def absent(
+    shapes: Mapping[str, tuple[int, ...]], arrays: Mapping[str, jax.Array], places: Mapping[str, NamedSharding]
+) -> dict[str, jax.Array]:
+    """The arrays without elements that no tensor is stored for: experts of dense layers, channels of the others."""
+    missing = [
+        path for path, shape in shapes.items() if path not in arrays and 0 in shape and not axis_table.is_data(path)
+    ]
+    dtype = next(iter(arrays.values())).dtype
+    return {path: sharding.place(np.zeros(shapes[path], dtype), places.get(path)) for path in missing}
 
 
 def fill_tree(
@@ -326,7 +372,7 @@ def assembled(
                 f"{arrays[0].dtype}; load the model with one dtype (float32, bfloat16 or float16)"
             )
         for array, part in zip(arrays, binding.to_flax(tensor), strict=True):
-            target = array if binding.index is None else array[binding.index]
+            target = array if binding.place is None else array[binding.place]
             if not as_stored:
                 memory.copy_layout(target, part)
             memory.check_finite(target, name, source.where, "" if dtype is None else f" as {dtype}")
@@ -358,21 +404,21 @@ def tensors(decoder: Decoder, names: Container[str]) -> Iterator[tuple[str, np.n
     for binding in bindings(decoder):
         if binding.name not in names:
             continue
-        index = binding.index
-        if isinstance(decoder, StreamedDecoder) and index is not None:
+        place = binding.place
+        if isinstance(decoder, StreamedDecoder) and place is not None:
             if binding.layer != read:
                 read = binding.layer
                 assert read is not None
                 prefix = ".".join(binding.paths[0].split(".")[:2])
                 arrays |= {f"{prefix}.{path}": array for path, array in named_arrays(decoder.read(read))}
-            index = 0
-        yield binding.name, binding.to_torch([_on_host(arrays[path], index) for path in binding.paths])
+            place = (0, *place[1:])
+        yield binding.name, binding.to_torch([_on_host(arrays[path], place) for path in binding.paths])
 
 
-def _on_host(array: jax.Array, index: int | None) -> np.ndarray:
-    """An array, or layer `index` of a stacked array, in host memory; a view where the CPU device holds it whole."""
-    if index is None:
+def _on_host(array: jax.Array, place: tuple[int, ...] | None) -> np.ndarray:
+    """An array, or the part at `place` of a stacked array, in host memory; a view where the CPU device holds it whole."""
+    if place is None:
         return sharding.gather(array)
     if [device.platform for device in array.devices()] == ["cpu"]:
-        return np.asarray(array)[index]
-    return sharding.gather(array[index])
+        return np.asarray(array)[place]
+    return sharding.gather(array[place])

@@ -51,6 +51,9 @@ _SIZES = {
 }
 _GROUPED = _SIZES | {"num_key_value_heads": 4, "head_dim": 10}
 
+_MIXTURE = {"moe_intermediate_size": 12, "num_experts": 6, "num_experts_per_tok": 3}
+_MIXTURE |= {"shared_expert_intermediate_size": 20, "decoder_sparse_step": 1}
+
 # A small configuration of every family.
 SMALL: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
@@ -76,6 +79,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "glm": _GROUPED,
     "glm4": _GROUPED,
     "phi3": _SIZES | {"num_key_value_heads": 4},
+    "mixtral": _GROUPED | {"num_local_experts": 6, "sliding_window": None},
+    "qwen2_moe": _SIZES | _MIXTURE | {"num_key_value_heads": 4, "mlp_only_layers": [0], "norm_topk_prob": True},
+    "qwen3_moe": _GROUPED | _MIXTURE | {"mlp_only_layers": [1]},
+    "olmoe": _SIZES | {"num_key_value_heads": 4, "num_experts": 6, "num_experts_per_tok": 3},
+    "gpt_oss": _GROUPED | {"num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 11},
+    "glm4_moe": _GROUPED
+    | {"moe_intermediate_size": 12, "n_routed_experts": 8, "num_experts_per_tok": 3, "first_k_dense_replace": 1}
+    | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7, "use_qk_norm": True, "n_shared_experts": 2},
 }
 
 _SLIDING = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
@@ -234,6 +245,9 @@ def torch_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
             is_norm = parameter.ndim == 1 and name.endswith("weight")
             centre = 1.0 if is_norm and not family.startswith("gemma") else 0.0
             torch.nn.init.normal_(parameter, mean=centre, std=scale)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                torch.nn.init.normal_(buffer, std=0.4)
     return model
 
 

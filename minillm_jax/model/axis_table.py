@@ -5,6 +5,7 @@ The whole package writes shapes with these letters:
     B batch            T query length     S key length      V vocabulary
     D hidden size      N query heads      K key/value heads  G query heads of one key/value head (N = K * G)
     H head size        F MLP width        L layers           P directions
+    X experts          W width of an expert    1 one in a layer with experts, else zero
     E embedding size, equal to D except in models that project their embeddings (OPT-350m)
     M learned positions
 
@@ -50,6 +51,7 @@ BLOCK_AXES = {
     "attention.window": "",
     "attention.slopes": "N",
     "attention.rope": "",
+    "attention.sinks": "N",
     "attention_post_norm.scale": "D",
     "mlp_norm.scale": "D",
     "mlp_norm.bias": "D",
@@ -60,6 +62,16 @@ BLOCK_AXES = {
     "mlp.down.kernel": "F D",
     "mlp.down.bias": "D",
     "mlp_post_norm.scale": "D",
+    "experts.router": "D X",
+    "experts.router_bias": "X",
+    "experts.choice_bias": "X",
+    "experts.gate": "X D W",
+    "experts.gate_bias": "X W",
+    "experts.up": "X D W",
+    "experts.up_bias": "X W",
+    "experts.down": "X W D",
+    "experts.down_bias": "X D",
+    "experts.shared_gate": "D 1",
 }
 
 # Data of a layer: computed from the configuration, sliced and scanned with the layer, neither trained nor stored.
@@ -68,7 +80,7 @@ DATA = ("attention.window", "attention.slopes", "attention.rope")
 # The letters that a kind of group slices; the first letter counts the groups. A head is sliced with its query heads
 # (`head`), or single query heads are sliced (`query`). Hidden dimensions are sliced from the embedding too, except in
 # models that project their embeddings.
-GROUP_LETTERS = {"head": "KN", "query": "N", "channel": "F", "hidden": "DE", "layer": "L"}
+GROUP_LETTERS = {"head": "KN", "query": "N", "channel": "F", "expert": "X", "hidden": "DE", "layer": "L"}
 
 # The default kinds of groups, both inside a block.
 KINDS = ("head", "channel")

@@ -12,7 +12,7 @@ from jaxtyping import Array, DTypeLike
 from minillm_jax.model import axis_table
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.modules import MLP, Attention, Block, Linear, Norm
+from minillm_jax.model.modules import MLP, Attention, Block, Experts, Linear, Norm
 
 # The window of a layer without a sliding window, in a model with windows: longer than every sequence.
 NO_WINDOW = np.iinfo(np.int32).max
@@ -63,9 +63,9 @@ def build(config: DecoderConfig, sizes: Sizes, dtype: DTypeLike = jnp.float32) -
         }
 
     runs = []
-    for (n, k, f), equal in groupby(sizes.layers, lambda layer: (layer.N, layer.K, layer.F)):
+    for shape, equal in groupby(sizes.layers, lambda layer: {letter: getattr(layer, letter) for letter in "NKFXW"}):
         run = list(equal)
-        arrays = leaves(axis_table.BLOCK_AXES, letters | {"N": n, "K": k, "F": f}, len(run))
+        arrays = leaves(axis_table.BLOCK_AXES, letters | shape | {"1": min(shape["X"], 1)}, len(run))
         runs.append(_build_block(arrays | _layer_data(config, run), config))
     return assemble(config, leaves(axis_table.OUTER_AXES, letters), runs)
 
@@ -117,12 +117,18 @@ def _build_block(arrays: Mapping[str, Any], config: DecoderConfig) -> Block:
     gate, up, down = (_linear(arrays, f"mlp.{name}") for name in ("gate", "up", "down"))
     return Block(
         _norm(arrays, "attention_norm") if config.pre_norms else None,
-        Attention(q, k, v, o, q_norm, k_norm, **data, **joint),
+        Attention(q, k, v, o, q_norm, k_norm, **data, **joint, sinks=arrays.get("attention.sinks")),
         _norm(arrays, "mlp_norm") if config.pre_norms and not config.shared_norm else None,
         MLP(gate, up, down),
         optional_norm("attention_post_norm"),
         optional_norm("mlp_post_norm"),
+        None if config.routing is None else _experts(arrays),
     )
+
+
+def _experts(arrays: Mapping[str, Any]) -> Experts:
+    prefix = "experts."
+    return Experts({path.removeprefix(prefix): array for path, array in arrays.items() if path.startswith(prefix)})
 
 
 def initialise(abstract: Decoder, key: Array, deviation: float = 0.02) -> Decoder:
@@ -141,7 +147,7 @@ def initialise(abstract: Decoder, key: Array, deviation: float = 0.02) -> Decode
             return jnp.asarray(leaf)
         if name.endswith(".scale"):
             return jnp.full(leaf.shape, unit, leaf.dtype)
-        if name.endswith(".bias"):
+        if name.endswith((".bias", "_bias")):
             return jnp.zeros(leaf.shape, leaf.dtype)
         keys.append(jax.random.fold_in(key, len(keys)))
         return (deviation * jax.random.normal(keys[-1], leaf.shape)).astype(leaf.dtype)

@@ -10,6 +10,40 @@ from minillm_jax.model.ops import Rope
 
 
 @dataclass(frozen=True)
+class Routing:
+    """How the router of a mixture of experts chooses experts for a token, and how the experts compute.
+
+    Attributes:
+      chosen: number of experts that compute a token.
+      scores: of the experts, from the logits of the router: `softmax` or `sigmoid`.
+      renormalised: whether the weights of the chosen experts are divided by their sum.
+      scale: factor of the weights, after that.
+      groups: number of groups of consecutive experts; a token chooses among the experts of the best groups.
+      chosen_groups: number of groups that a token chooses among. The score of a group is the sum of its two best.
+      router_bias: whether the router has biases (GPT-OSS).
+      choice_bias: whether biases are added to the scores for the choice alone (GLM 4 MoE, DeepSeek 3).
+      expert_bias: whether the experts have biases.
+      shared_gate: whether the shared expert is multiplied by a sigmoid of its own (Qwen 2 MoE).
+      limit: bound of the gate and of the up projection; the channels are (up + 1) · gate · sigmoid(slope · gate)
+        (GPT-OSS). None for the usual gated channels.
+      slope: of that sigmoid.
+    """
+
+    chosen: int
+    scores: str = "softmax"
+    renormalised: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    chosen_groups: int = 1
+    router_bias: bool = False
+    choice_bias: bool = False
+    expert_bias: bool = False
+    shared_gate: bool = False
+    limit: float | None = None
+    slope: float = 1.0
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """How a decoder computes. It is hashable, as a static argument of `jax.jit` must be.
 
@@ -37,6 +71,9 @@ class DecoderConfig:
       mlp_bias: biases of the MLP.
       qk_norm: norms of each head's queries and keys (Qwen 3).
       joint_qk_norm: one norm of the queries of all heads together, and one of the keys (OLMo 2).
+      sinks: whether every query head has a logit of its own that takes a part of the softmax (GPT-OSS).
+      routing: of the layers with a mixture of experts; None for a model without experts. The MLP of such a layer is
+        its shared expert, and has no channels in models without one.
       query_scale: factor of the attention scores; H^-1/2 when None.
       attention_cap: soft cap of the attention scores.
       logit_cap: soft cap of the logits.
@@ -75,6 +112,8 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     joint_qk_norm: bool = False
+    sinks: bool = False
+    routing: Routing | None = None
     query_scale: float | None = None
     attention_cap: float | None = None
     logit_cap: float | None = None
@@ -109,15 +148,26 @@ class DecoderConfig:
             "attention.window": self.windowed,
             "attention.rope": self.other_rope is not None,
             "attention.slopes": self.alibi_heads is not None,
+            "attention.sinks": self.sinks,
             "attention_post_norm": self.post_norms,
             "mlp_post_norm": self.post_norms,
             "mlp.gate": self.gated,
         }
         if not present.get(owner, True) or not present.get(path, True):
             return False
+        if owner == "experts":
+            return self._has_expert_array(leaf)
         if leaf == "bias":
             return self._has_bias(owner)
         return self.norm_scale if leaf == "scale" else True
+
+    def _has_expert_array(self, name: str) -> bool:
+        routing = self.routing
+        if routing is None:
+            return False
+        biases = dict.fromkeys(("gate_bias", "up_bias", "down_bias"), routing.expert_bias)
+        optional = {"router_bias": routing.router_bias, "choice_bias": routing.choice_bias}
+        return (biases | optional | {"shared_gate": routing.shared_gate}).get(name, True)
 
     def _has_bias(self, owner: str) -> bool:
         match owner.split("."):
@@ -137,10 +187,12 @@ class LayerSizes:
     Attributes:
       N: number of query heads.
       K: number of key/value heads.
-      F: MLP width.
+      F: MLP width; in a layer with a mixture of experts, that of its shared expert.
       window: sliding window in tokens; None for a layer without one.
       slopes: ALiBi slope of every query head; empty for a model without ALiBi.
       rope: 1 for a layer with the configuration's `other_rope`, else 0.
+      X: number of experts; 0 for a layer without a mixture of experts.
+      W: width of an expert.
     """
 
     N: int
@@ -149,6 +201,8 @@ class LayerSizes:
     window: int | None = None
     slopes: tuple[float, ...] = ()
     rope: int = 0
+    X: int = 0
+    W: int = 0
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,16 @@ def positive(values: Mapping[str, Any], key: str, where: str) -> float:
     return float(number)
 
 
+def whole(values: Mapping[str, Any], key: str, where: str) -> int:
+    """A positive whole number of the configuration.
+
+    Raises:
+      InputError: it is none, or too large.
+    """
+    check_size(key, values[key], where)
+    return values[key]
+
+
 def cap(values: Mapping[str, Any], key: str, where: str) -> float | None:
     """A positive number, or None where the configuration has none."""
     return None if values.get(key) is None else positive(values, key, where)

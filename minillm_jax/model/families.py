@@ -12,7 +12,7 @@ import numpy as np
 from minillm_jax.errors import InputError
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.config_values import LARGEST_SIZE, MOST_LAYERS, PRUNED, check_size, is_pruned
-from minillm_jax.model.family_configs import FAMILIES, NOT_SUPPORTED, Family
+from minillm_jax.model.family_configs import FAMILIES, NOT_SUPPORTED, SHARED_EXPERTS, Family
 from minillm_jax.model.ops import Rope, alibi_slopes, rotary_frequencies
 
 
@@ -116,9 +116,11 @@ def _sizes(raw: Mapping[str, Any], config: DecoderConfig, where: str) -> Sizes:
     head_size = raw.get("head_dim") or raw["hidden_size"] // raw[family.heads]
     check_size("head_dim", head_size, where)
     changes = _layer_changes(raw, family, where)
-    ropes = _ropes(raw, family, config, where)
+    ropes, experts = _ropes(raw, family, config, where), _experts(raw, family, config, where)
     layers = tuple(
-        replace(_layer_sizes({**raw, **changes.get(layer, {})}, config, window, where), rope=ropes[layer])
+        replace(
+            _layer_sizes({**raw, **changes.get(layer, {})}, config, window, where), rope=ropes[layer], **experts[layer]
+        )
         for layer, window in enumerate(_windows(raw, family, where))
     )
     positions = 0 if config.position_offset is None else checked["max_position_embeddings"] + config.position_offset
@@ -140,6 +142,38 @@ def _layer_sizes(raw: Mapping[str, Any], config: DecoderConfig, window: int | No
         raise InputError(f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     slopes = () if config.alibi_heads is None else _slopes(raw, config.alibi_heads, heads, where)
     return LayerSizes(heads, kv_heads, width, window, slopes)
+
+
+def _experts(raw: Mapping[str, Any], family: Family, config: DecoderConfig, where: str) -> list[dict[str, int]]:
+    """Of every layer, the number and width of its experts and the width of its shared expert; nothing of dense layers.
+
+    Raises:
+      InputError: a number is out of its range, or a token would choose more experts than there are.
+    """
+    count = raw[family.layers]
+    if config.routing is None:
+        return [{}] * count
+    key = family.experts[0]
+    sizes = {"X": raw[key], "W": raw[family.expert_width], "F": 0 if family.shared is None else raw[family.shared]}
+    check_size(key, sizes["X"], where)
+    check_size(family.expert_width, sizes["W"], where)
+    check_size(str(family.shared), sizes["F"], where, fewest=0)
+    if family.shared == SHARED_EXPERTS:
+        sizes["F"] *= sizes["W"]
+    if config.routing.chosen > sizes["X"]:
+        raise InputError(f"{where}: num_experts_per_tok {config.routing.chosen} is larger than {key} {sizes['X']}")
+    return [{} if dense else sizes for dense in _dense_layers(raw, family, count)]
+
+
+def _dense_layers(raw: Mapping[str, Any], family: Family, count: int) -> list[bool]:
+    """Whether a layer has no experts, of every layer of a model with experts."""
+    match family.dense_layers:
+        case "first_k_dense_replace":
+            return [layer < raw["first_k_dense_replace"] for layer in range(count)]
+        case "mlp_only_layers":
+            listed, step = raw.get("mlp_only_layers") or [], raw.get("decoder_sparse_step") or 1
+            return [layer in listed or (layer + 1) % step != 0 for layer in range(count)]
+    return [False] * count
 
 
 def _first_given(number: Any, default: Any) -> Any:
@@ -180,7 +214,7 @@ def _layer_changes(raw: Mapping[str, Any], family: Family, where: str) -> dict[i
 def _windows(raw: Mapping[str, Any], family: Family, where: str) -> tuple[int | None, ...]:
     """The sliding window of every layer."""
     count = raw[family.layers]
-    window = raw.get("sliding_window") if family.windows != "none" else None
+    window = raw.get("sliding_window") if family.windows != "none" and raw.get("use_sliding_window", True) else None
     if window is not None:
         check_size("sliding_window", window, where)
     if family.windows != "layer_types":

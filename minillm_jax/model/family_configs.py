@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minillm_jax.errors import InputError
-from minillm_jax.model.config import DecoderConfig
-from minillm_jax.model.config_values import activation, cap, is_pruned, positive, read_rope
+from minillm_jax.model.config import DecoderConfig, Routing
+from minillm_jax.model.config_values import activation, cap, is_pruned, positive, read_rope, whole
+
+# Key of the width of the shared expert as a multiple of the width of an expert.
+SHARED_EXPERTS = "n_shared_experts"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,13 @@ class Family:
         a zero under `no_rope_layers`.
       defaults: the model type whose class in transformers knows the default values; None for the family itself.
       rope_by_type: whether `rope_parameters` lists the settings by the type of layer.
+      experts: keys of the number of experts, of which transformers completes the first; none for a family without a
+        mixture of experts.
+      expert_width: key of the width of an expert.
+      shared: key of the width of the shared expert, or of its multiple of the width of an expert; None for a family
+        without a shared expert.
+      dense_layers: the layers without experts: those listed by `mlp_only_layers` and `decoder_sparse_step`, or the first
+        `first_k_dense_replace`.
     """
 
     read: Callable[[Mapping[str, Any], str], DecoderConfig]
@@ -40,6 +50,10 @@ class Family:
     other_rope: str | None = None
     rope_by_type: bool = False
     defaults: str | None = None
+    experts: tuple[str, ...] = ()
+    expert_width: str = "moe_intermediate_size"
+    shared: str | None = None
+    dense_layers: str = "none"
 
 
 def _llama(
@@ -263,6 +277,59 @@ def _gpt_neox(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     )
 
 
+def _softmax_routing(raw: Mapping[str, Any], where: str, **more: Any) -> Routing:
+    renormalised = bool(raw.get("norm_topk_prob", True))
+    return Routing(whole(raw, "num_experts_per_tok", where), renormalised=renormalised, **more)
+
+
+def _mixtral(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    return replace(_mistral(raw, where), family="mixtral", routing=_softmax_routing(raw, where))
+
+
+def _qwen2_moe(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    routing = _softmax_routing(raw, where, shared_gate=True)
+    return replace(_mistral(raw, where), family="qwen2_moe", qkv_bias=bool(raw["qkv_bias"]), routing=routing)
+
+
+def _qwen3_moe(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    return replace(_qwen3(raw, where), family="qwen3_moe", routing=_softmax_routing(raw, where))
+
+
+def _olmoe(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    if raw.get("clip_qkv") is not None:
+        raise InputError(f"{where}: clip_qkv is not supported: queries, keys and values would be clipped")
+    llama = replace(_llama(raw, where), family="olmoe", mlp_bias=False, joint_qk_norm=True)
+    return replace(llama, routing=_softmax_routing(raw, where))
+
+
+def _gpt_oss(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    # The softmax of the chosen logits is that of all logits, renormalised over the chosen ones.
+    limit, slope = positive(raw, "swiglu_limit", where), positive(raw, "swiglu_alpha", where)
+    routing = Routing(
+        whole(raw, "num_experts_per_tok", where), router_bias=True, expert_bias=True, limit=limit, slope=slope
+    )
+    return replace(_llama(raw, where), family="gpt_oss", mlp_bias=False, sinks=True, routing=routing)
+
+
+def _glm4_moe(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    routing = Routing(
+        whole(raw, "num_experts_per_tok", where),
+        scores="sigmoid",
+        renormalised=bool(raw["norm_topk_prob"]),
+        scale=positive(raw, "routed_scaling_factor", where),
+        groups=whole(raw, "n_group", where),
+        chosen_groups=whole(raw, "topk_group", where),
+        choice_bias=True,
+    )
+    if raw["n_routed_experts"] % routing.groups or routing.chosen_groups > routing.groups:
+        raise InputError(
+            f"{where}: n_routed_experts {raw['n_routed_experts']} must be a multiple of n_group {routing.groups}, and "
+            f"topk_group {routing.chosen_groups} at most n_group"
+        )
+    llama = replace(_llama(raw, where, partial_rope=True), family="glm4_moe", output_bias=False, mlp_bias=False)
+    return replace(llama, qk_norm=bool(raw["use_qk_norm"]), routing=routing)
+
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(_llama, "LLaMA 1 to 3.2, Vicuna, TinyLlama, SmolLM 1 and 2"),
     "mistral": Family(_mistral, "Mistral", windows="all"),
@@ -287,14 +354,39 @@ FAMILIES: dict[str, Family] = {
     "glm": Family(_glm, "GLM 4 of 2024, ChatGLM 2 and 3"),
     "glm4": Family(_glm4, "GLM 4 of 2025"),
     "phi3": Family(_phi3, "Phi 3, 3.5 and 4", windows="all"),
+    "mixtral": Family(
+        _mixtral, "Mixtral", windows="all", experts=("num_local_experts",), expert_width="intermediate_size"
+    ),
+    "qwen2_moe": Family(
+        _qwen2_moe,
+        "Qwen 1.5 MoE, Qwen 2 MoE",
+        windows="layer_types",
+        experts=("num_experts",),
+        shared="shared_expert_intermediate_size",
+        dense_layers="mlp_only_layers",
+    ),
+    "qwen3_moe": Family(
+        _qwen3_moe,
+        "Qwen 3 MoE",
+        windows="all",
+        experts=("num_local_experts", "num_experts"),
+        dense_layers="mlp_only_layers",
+    ),
+    "olmoe": Family(_olmoe, "OLMoE", experts=("num_experts",), expert_width="intermediate_size"),
+    "gpt_oss": Family(
+        _gpt_oss, "gpt-oss", windows="layer_types", experts=("num_local_experts",), expert_width="intermediate_size"
+    ),
+    "glm4_moe": Family(
+        _glm4_moe,
+        "GLM 4.5, 4.6",
+        experts=("n_routed_experts",),
+        shared=SHARED_EXPERTS,
+        dense_layers="first_k_dense_replace",
+    ),
 }
 
 # Well-known families that are not supported, and the reason.
 NOT_SUPPORTED = {
-    "mixtral": "mixture of experts",
-    "qwen2_moe": "mixture of experts",
-    "qwen3_moe": "mixture of experts",
-    "olmoe": "mixture of experts",
     "deepseek_v2": "multi-head latent attention",
     "deepseek_v3": "multi-head latent attention",
 }

@@ -3,8 +3,9 @@
     x ─┬─ norm ─ q, k, v ─ rotary positions ─ attention ─ output projection ─ (+) ─┬─ norm ─ gate, up ─ down ─ (+) ─
        └───────────────────────── residual stream ─────────────────────────────┘   └─── residual stream ───────┘
 
-The configuration says which of these parts a family has and where its norms stand. The code branches on the
-configuration and on the arrays that exist, never on the family.
+In a mixture of experts, `experts` adds its output to the residual stream beside that of gate, up and down, which are
+then the shared expert. The configuration says which of these parts a family has and where its norms stand. The code
+branches on the configuration and on the arrays that exist, never on the family.
 """
 
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from minillm_jax.model import ops
+from minillm_jax.model import experts, ops
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.modules import MLP, Angles, Attention, Block, Branches, LayerCache
 
@@ -27,7 +28,8 @@ class Sublayer(NamedTuple):
     Attributes:
       stream: the residual stream after the sublayer.
       total: the residual sum before a norm that follows it; equal to `stream` in models without such a norm.
-      base: the first term of the residual sum: the residual stream before the sublayer, or its norm (a BLOOM option).
+      base: the first term of the residual sum: the residual stream before the sublayer, or its norm (a BLOOM option);
+        in a mixture of experts, with the output of the experts.
       inputs: the input of each of the sublayer's matrices, by name.
       cache: with the keys and values of the new tokens, of an attention sublayer that was given one.
     """
@@ -122,7 +124,8 @@ def attend(
         cache = context.extended(k, v)
         k, v = (jnp.take(array, cache.layer, axis=0) for array in (cache.keys, cache.values))
         mask = ops.cached_mask(cache.positions, k.shape[1], window)
-    return ops.attend(q, k, v, mask, config.query_scale, config.attention_cap, slopes, positions), cache
+    sinks = None if attention.sinks is None else attention.sinks[...]
+    return ops.attend(q, k, v, mask, config.query_scale, config.attention_cap, slopes, positions, sinks), cache
 
 
 def mlp_sublayer(
@@ -140,10 +143,14 @@ def mlp_sublayer(
     norm = block.attention_norm if config.shared_norm else block.mlp_norm
     m = m if config.norm_after or norm is None else norm(m, config)
     wide = widen(block.mlp, config, m)
+    base = m if config.residual_from_norm else after
+    if block.experts is not None and config.routing is not None:
+        wide = experts.gated_by(block.experts, m, wide)
+        # The sum begins with the experts, so that `mlp.down` alone makes up the difference to `total`.
+        base = base + scaled(experts.mixed(block.experts, config.routing, config.activation, m), config).astype(x.dtype)
     update = block.mlp.down("BTF,FD->BTD", wide)
     if block.mlp_post_norm is not None:
         update = block.mlp_post_norm(update, config)
-    base = m if config.residual_from_norm else after
     total = base + scaled(update, config).astype(x.dtype)
     stream = block.mlp_norm(total, config) if config.norm_after and block.mlp_norm is not None else total
     gate = {} if block.mlp.gate is None else {"mlp.gate": m}

@@ -1,5 +1,6 @@
-"""The modules of a decoder: attention, MLP, norms and linear maps, as pytrees of arrays (letters: see `axis_table`)."""
+"""The modules of a decoder: attention, MLP, experts, norms and linear maps (letters: see `axis_table`)."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,6 +117,7 @@ class Attention(nnx.Module):
         rope: Any = None,
         q_joint_norm: Norm | None = None,
         k_joint_norm: Norm | None = None,
+        sinks: Any = None,
     ):
         self.q, self.k, self.v, self.o = q, k, v, o
         self.q_norm, self.k_norm = q_norm, k_norm
@@ -123,6 +125,7 @@ class Attention(nnx.Module):
         self.window = None if window is None else LayerData(window)
         self.slopes = None if slopes is None else LayerData(slopes)
         self.rope = None if rope is None else LayerData(rope)
+        self.sinks = None if sinks is None else nnx.Param(sinks)
 
 
 class MLP(nnx.Module):
@@ -130,6 +133,24 @@ class MLP(nnx.Module):
 
     def __init__(self, gate: Linear | None, up: Linear, down: Linear):
         self.gate, self.up, self.down = gate, up, down
+
+
+class Experts(nnx.Module):
+    """The router and the experts of a mixture of experts, named as in `axis_table`; None for arrays that are missing.
+
+    Experts are not `Linear`: their matrices share one axis X, along which a token chooses.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any]):
+        def array(name: str) -> nnx.Param | None:
+            return nnx.Param(arrays[name]) if name in arrays else None
+
+        self.router, self.gate, self.up, self.down = (
+            nnx.Param(arrays[name]) for name in ("router", "gate", "up", "down")
+        )
+        self.router_bias, self.choice_bias = array("router_bias"), array("choice_bias")
+        self.gate_bias, self.up_bias, self.down_bias = array("gate_bias"), array("up_bias"), array("down_bias")
+        self.shared_gate = array("shared_gate")
 
 
 class Block(nnx.Module):
@@ -143,9 +164,11 @@ class Block(nnx.Module):
         mlp: MLP,
         attention_post_norm: Norm | None = None,
         mlp_post_norm: Norm | None = None,
+        experts: Experts | None = None,
     ):
         self.attention_norm, self.attention, self.attention_post_norm = attention_norm, attention, attention_post_norm
         self.mlp_norm, self.mlp, self.mlp_post_norm = mlp_norm, mlp, mlp_post_norm
+        self.experts = experts
 
 
 def depth(run: Block) -> int:
@@ -156,4 +179,6 @@ def depth(run: Block) -> int:
 def run_letters(run: Block) -> dict[str, int]:
     """The size of every axis letter of the layers of a run."""
     d, n, h = run.attention.q.kernel.shape[1:]
-    return {"D": d, "N": n, "H": h, "K": run.attention.k.kernel.shape[2], "F": run.mlp.down.kernel.shape[1]}
+    x, w = (0, 0) if run.experts is None else run.experts.down.shape[1:3]
+    letters = {"D": d, "N": n, "H": h, "K": run.attention.k.kernel.shape[2], "F": run.mlp.down.kernel.shape[1]}
+    return letters | {"X": x, "W": w, "1": min(x, 1)}

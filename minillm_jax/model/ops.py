@@ -309,6 +309,7 @@ def attend(
     cap: float | None = None,
     slopes: Float[Array, " N"] | None = None,
     positions: Int[Array, "B S"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention with the softmax in float32. Consecutive query heads share a key/value head.
 
@@ -322,6 +323,7 @@ def attend(
       slopes: slopes of the linear biases (ALiBi). slope · key position is added to each score; because the softmax
         ignores a constant, this is a penalty on the distance.
       positions: of the keys; 0, 1, ... by default.
+      sinks: a logit of each query head that takes part in the softmax and has no value.
     """
     batch, length, heads, size = q.shape
     if not heads:
@@ -335,5 +337,8 @@ def attend(
         scores = scores + by_head * jnp.expand_dims(places.astype(jnp.float32), (1, 2, 3))
     # A finite floor instead of -inf keeps forward-mode derivatives free of inf - inf.
     scores = jnp.where(mask.reshape(-1, 1, 1, *mask.shape[-2:]), scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    if sinks is not None:
+        column = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, k.shape[2], -1, 1, 1), (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, column], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(q.dtype)
     return einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(batch, length, heads, size)

@@ -45,16 +45,21 @@ def _layers_of(run: Block) -> Iterator[LayerSizes]:
         slopes = () if attention.slopes is None else tuple(float(slope) for slope in attention.slopes[index])
         window = None if window == NO_WINDOW else window
         rope = 0 if attention.rope is None else int(attention.rope[index])
-        yield LayerSizes(letters["N"], letters["K"], letters["F"], window, slopes, rope)
+        yield LayerSizes(letters["N"], letters["K"], letters["F"], window, slopes, rope, letters["X"], letters["W"])
 
 
 def group_count(block: Block, kind: str) -> int:
-    """Number of groups of a layer: key/value heads for `head`, query heads for `query`, MLP width for `channel`."""
+    """Number of groups of a layer.
+
+    Key/value heads for `head`, query heads for `query`, MLP width for `channel`, experts for `expert`.
+    """
     match kind:
         case "head":
             return block.attention.k.kernel.shape[-2]
         case "query":
             return block.attention.q.kernel.shape[-2]
+        case "expert":
+            return 0 if block.experts is None else block.experts.down.shape[-3]
     return block.mlp.down.kernel.shape[-2]
 
 
@@ -101,14 +106,16 @@ def replace_linears(block: Block, new: Callable[[str, Linear], Linear]) -> Block
     data = {"window": attention.window, "slopes": attention.slopes, "rope": attention.rope}
     values = {name: None if one is None else one[...] for name, one in data.items()}
     joint = {"q_joint_norm": attention.q_joint_norm, "k_joint_norm": attention.k_joint_norm}
+    sinks = None if attention.sinks is None else attention.sinks[...]
     gate = None if mlp.gate is None else new("mlp.gate", mlp.gate)
     return Block(
         block.attention_norm,
-        Attention(q, k, v, o, attention.q_norm, attention.k_norm, **values, **joint),
+        Attention(q, k, v, o, attention.q_norm, attention.k_norm, **values, **joint, sinks=sinks),
         block.mlp_norm,
         MLP(gate, new("mlp.up", mlp.up), new("mlp.down", mlp.down)),
         block.attention_post_norm,
         block.mlp_post_norm,
+        block.experts,
     )
 
 

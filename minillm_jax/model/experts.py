@@ -1,0 +1,181 @@
+"""The mixture of experts of a layer: the router chooses experts for every token, and their outputs are mixed.
+
+    x ── router ── choice, weights ─┐
+    └─ chosen experts: gate, up ── down ── (· weight, sum over the chosen) ── residual stream
+
+No token is dropped: every chosen expert computes it. The rows of all tokens are sorted by expert, and each matrix of
+an expert multiplies the rows of its tokens.
+
+    M    tokens of a batch, B · T
+    C    chosen experts of a token
+    R    rows: a token for each of its chosen experts, M · C
+"""
+
+from collections.abc import Mapping
+from functools import partial
+
+import jax
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minillm_jax.model import ops
+from minillm_jax.model.config import Routing
+from minillm_jax.model.modules import Experts
+
+# Rows that a CPU multiplies by one expert at a time. Its `ragged_dot` multiplies every row by every expert.
+BLOCK = 64
+
+# The matrices `gate`, `up`, `down` of experts and their biases, `gate_bias` ..., by name.
+Matrices = Mapping[str, Array]
+
+
+def mixed(experts: Experts, routing: Routing, activation: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The sum over the chosen experts of every token of weight · expert(x).
+
+    Args:
+      experts: the experts of one layer, none in a layer without a mixture of experts.
+      routing: how experts are chosen.
+      activation: of their gates, a key of `ops.ACTIVATIONS`.
+      x: the input of the router and of the experts.
+    """
+    if not experts.down.shape[0]:
+        return jnp.zeros_like(x)
+    tokens = x.reshape(-1, x.shape[-1])
+    weights, chosen = route(experts, routing, tokens)
+    outputs = of_chosen(experts, routing, activation, tokens, chosen)
+    return ops.einsum("MCD,MC->MD", outputs, weights.astype(x.dtype)).reshape(x.shape)
+
+
+def gated_by(experts: Experts, x: Float[Array, "B T D"], wide: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    """The channels of the shared expert times the sigmoid of its gate, if it has one."""
+    if experts.shared_gate is None or not experts.shared_gate.size:
+        return wide
+    return wide * jax.nn.sigmoid(ops.linear("BTD,DO->BTO", x, experts.shared_gate[...]))
+
+
+def route(
+    experts: Experts, routing: Routing, tokens: Float[Array, "M D"]
+) -> tuple[Float[Array, "M C"], Int[Array, "M C"]]:
+    """Weights and indices of the chosen experts of every token; the weights are float32.
+
+    A model that has fewer experts than it would choose chooses all.
+
+    Args:
+      experts: the experts of one layer.
+      routing: how experts are chosen.
+      tokens: the inputs of the router.
+    """
+    logits = ops.einsum("MD,DX->MX", tokens, experts.router[...], out=jnp.float32)
+    if experts.router_bias is not None:
+        logits = logits + jnp.broadcast_to(experts.router_bias[...].astype(jnp.float32), logits.shape)
+    scores = jax.nn.softmax(logits, axis=-1) if routing.scores == "softmax" else jax.nn.sigmoid(logits)
+    preferred = scores
+    if experts.choice_bias is not None:
+        preferred = scores + jnp.broadcast_to(experts.choice_bias[...].astype(jnp.float32), scores.shape)
+    if routing.groups > 1:
+        preferred = jnp.where(in_best_groups(preferred, routing), preferred, -jnp.inf)
+    _, chosen = jax.lax.top_k(preferred, min(routing.chosen, scores.shape[-1]))
+    weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    if routing.renormalised:
+        # A sum of sigmoids may be zero; transformers adds the same number.
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + (1e-20 if routing.scores == "sigmoid" else 0))
+    return weights * routing.scale, chosen
+
+
+def in_best_groups(preferred: Float[Array, "M X"], routing: Routing) -> Array:
+    """Whether an expert is in one of the groups that a token chooses among, bool [M, X] (DeepSeek-V3, 2412.19437)."""
+    groups = preferred.reshape(len(preferred), routing.groups, -1)
+    of_group = jnp.sum(jax.lax.top_k(groups, min(2, groups.shape[-1]))[0], axis=-1)
+    _, best = jax.lax.top_k(of_group, routing.chosen_groups)
+    mask = jnp.any(jnp.expand_dims(best, -1) == jnp.arange(routing.groups).reshape(1, 1, -1), axis=1)
+    return jnp.repeat(mask, groups.shape[-1], axis=-1)
+
+
+def of_chosen(
+    experts: Experts, routing: Routing, activation: str, tokens: Float[Array, "M D"], chosen: Int[Array, "M C"]
+) -> Float[Array, "M C D"]:
+    """The output of every chosen expert for every token, before its weight.
+
+    A CPU multiplies blocks of rows of one expert; other platforms have a kernel for rows that are sorted by expert.
+    """
+    settings = {"routing": routing, "activation": activation}
+    by_blocks, by_rows = partial(_by_blocks, **settings), partial(_by_rows, **settings)
+    return jax.lax.platform_dependent(matrices(experts), tokens, chosen, cpu=by_blocks, default=by_rows)
+
+
+def matrices(experts: Experts) -> Matrices:
+    """The arrays of the experts that have an axis X, by name."""
+    names = (f"{name}{suffix}" for suffix in ("", "_bias") for name in ("gate", "up", "down"))
+    return {name: getattr(experts, name)[...] for name in names if getattr(experts, name) is not None}
+
+
+def of_one(expert: Matrices, rows: Float[Array, "R D"], routing: Routing, activation: str) -> Float[Array, "R D"]:
+    """The output of one expert, whose arrays lack the axis X."""
+    return _plus(ops.einsum("RW,WD->RD", channels(expert, rows, routing, activation), expert["down"]), expert, "down")
+
+
+def channels(expert: Matrices, rows: Float[Array, "R D"], routing: Routing, activation: str) -> Float[Array, "R W"]:
+    """The channels of one expert, the input of its down projection."""
+    gate, up = (_plus(ops.einsum("RD,DW->RW", rows, expert[name]), expert, name) for name in ("gate", "up"))
+    return gated(gate, up, routing, activation)
+
+
+def _plus(rows: Float[Array, "R O"], expert: Matrices, name: str) -> Float[Array, "R O"]:
+    """With the bias of the matrix `name` of an expert, if it has one."""
+    bias = expert.get(f"{name}_bias")
+    return rows if bias is None else rows + jnp.broadcast_to(bias, rows.shape)
+
+
+def gated(gate: Float[Array, "R W"], up: Float[Array, "R W"], routing: Routing, activation: str) -> Float[Array, "R W"]:
+    """The channels of an expert from the outputs of its gate and up projections."""
+    if routing.limit is None:
+        return ops.ACTIVATIONS[activation](gate) * up
+    gate, up = jnp.minimum(gate, routing.limit), jnp.clip(up, -routing.limit, routing.limit)
+    return (up + 1) * (gate * jax.nn.sigmoid(routing.slope * gate))
+
+
+def _by_rows(
+    experts: Matrices, tokens: Float[Array, "M D"], chosen: Int[Array, "M C"], routing: Routing, activation: str
+) -> Float[Array, "M C D"]:
+    """`of_chosen` by `jax.lax.ragged_dot`."""
+    expert_of_row = chosen.reshape(-1)
+    order = jnp.argsort(expert_of_row, stable=True)
+    owners, sizes = expert_of_row[order], jnp.bincount(expert_of_row, length=len(experts["down"])).astype(jnp.int32)
+
+    def product(rows: Float[Array, "R I"], name: str) -> Float[Array, "R O"]:
+        kernel, bias = experts[name], experts.get(f"{name}_bias")
+        dtype = jnp.promote_types(rows.dtype, kernel.dtype)
+        precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+        arguments = {"precision": precision, "preferred_element_type": jnp.float32}
+        out = jax.lax.ragged_dot(rows.astype(dtype), kernel.astype(dtype), sizes, **arguments).astype(dtype)
+        return out if bias is None else out + bias[owners].astype(dtype)
+
+    rows = tokens[order // chosen.shape[1]]
+    outputs = product(gated(product(rows, "gate"), product(rows, "up"), routing, activation), "down")
+    return jnp.zeros_like(outputs).at[order].set(outputs).reshape(*chosen.shape, -1)
+
+
+def _by_blocks(
+    experts: Matrices, tokens: Float[Array, "M D"], chosen: Int[Array, "M C"], routing: Routing, activation: str
+) -> Float[Array, "M C D"]:
+    """`of_chosen` in blocks of rows of one expert each. The last block of an expert has rows that nobody reads."""
+    count, rows = len(experts["down"]), chosen.size
+    size = max(1, min(BLOCK, rows // count))
+    blocks = -(-rows // size) + min(count, rows)
+    expert_of_row = chosen.reshape(-1)
+    sizes = jnp.bincount(expert_of_row, length=count)
+    padded = -(-sizes // size) * size
+    ends = jnp.cumsum(padded)
+    # Each row stands behind the earlier rows of the same expert.
+    rank = jnp.zeros(rows, jnp.int32).at[jnp.argsort(expert_of_row, stable=True)].set(jnp.arange(rows, dtype=jnp.int32))
+    place = rank + (ends - padded - jnp.cumsum(sizes) + sizes)[expert_of_row]
+    token_at = jnp.zeros(blocks * size, jnp.int32).at[place].set(jnp.arange(rows, dtype=jnp.int32) // chosen.shape[1])
+    expert_of_block = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks) * size, side="right"), count - 1)
+
+    def one_block(block: tuple[Int[Array, ""], Int[Array, " size"]]) -> Float[Array, "size D"]:
+        index, places = block
+        expert = {name: jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for name, a in experts.items()}
+        return of_one(expert, tokens[places], routing, activation)
+
+    outputs = jax.lax.map(one_block, (expert_of_block, token_at.reshape(blocks, size)))
+    return outputs.reshape(blocks * size, -1)[place].reshape(*chosen.shape, -1)
