@@ -77,6 +77,11 @@ def describe(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any], format
     return Described(STOCK, sizes, stock_config(config, sizes, raw))
 
 
+def has_per_layer(family: str) -> bool:
+    """Whether the format per-layer holds models of a family."""
+    return TABLES[family].per_layer
+
+
 def check_format(format_name: str | None) -> None:
     """Check that a format exists; None is accepted.
 

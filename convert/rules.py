@@ -416,7 +416,7 @@ def tensors(decoder: Decoder, names: Container[str]) -> Iterator[tuple[str, np.n
 
 
 def _on_host(array: jax.Array, place: tuple[int, ...] | None) -> np.ndarray:
-    """An array, or the part at `place` of a stacked array, in host memory; a view where the CPU device holds it whole."""
+    """An array, or the part at `place` of a stacked array, in host memory; a view where a CPU holds it whole."""
     if place is None:
         return sharding.gather(array)
     if [device.platform for device in array.devices()] == ["cpu"]:

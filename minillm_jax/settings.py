@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.options import BYTES, COUNT, LAYERS, SHARDS, STEP, WORDS, option
 
-STRUCTURES = ("heads", "channels", "attention", "mlp", "hidden", "layers")
+STRUCTURES = ("heads", "channels", "attention", "mlp", "experts", "hidden", "layers")
 # The structures that are whole sublayers.
 SUBLAYERS = ("attention", "mlp")
 # What other tools call these structures. The words are near, not equal: none of them is accepted.
@@ -19,6 +19,7 @@ MEANT = {
     **dict.fromkeys(("ffn", "feed-forward", "feedforward", "intermediate", "neurons", "width", "channel"), "channels"),
     **dict.fromkeys(("embedding", "embeddings", "hidden-size", "hidden_size", "dim", "dims", "residual"), "hidden"),
     **dict.fromkeys(("depth", "block", "blocks", "layer"), "layers"),
+    **dict.fromkeys(("expert", "moe", "ffn-experts"), "experts"),
 }
 HEADS = ("group", "query")
 COUNTED = ("groups", "blocks", "model")
@@ -45,6 +46,8 @@ CRITERIA = (
     "random",
     "noise",
 )
+# How whole experts are chosen (`pruning.experts`).
+EXPERT_CRITERIA = ("reap", "frequency", "expert-norm", "random")
 FACTORS = ("magnitude", "activation", "gradient")
 ACTIVATION_NORMS = ("l2", "rms", "mean-abs", "std", "none")
 WITHIN = ("sum", "mean", "max", "l2", "vector", "standardised")
@@ -152,7 +155,8 @@ class Budget:
         of `curves` after steps between sublayers that lower the measured divergence of the whole model. None for
         `curves` where structured OBS chooses the groups, `equal` if the format `stock` is asked for too, and else
         `uniform`.
-      structures: what is removed, some of `STRUCTURES`; layers first, then hidden dimensions, then heads and channels.
+      structures: what is removed, some of `STRUCTURES`; layers first, then hidden dimensions, then experts, then heads
+        and channels.
       heads: what a head is: a key/value head with all its query heads (`group`), or a query head (`query`).
       layers: the first pruned layer and the one after the last, counted from the end where negative; None for all.
       rounds: number of rounds, each with new scores.
@@ -161,6 +165,7 @@ class Budget:
         parameters, are kept, so that counts are rounded down where that is necessary. The allocations `global` and
         `measured` remove heads in blocks of this size.
       round_width_to: the same for channels; of hidden dimensions, the number that the model keeps.
+      round_experts_to: the number of experts that every layer keeps is a multiple of this.
       keep_at_least: share of the groups of a layer that is always kept (not with a uniform share of the groups).
       window: tokens of the window that costs are given for; a run sets it to the length of a calibration window.
     """
@@ -193,8 +198,8 @@ class Budget:
     structures: tuple[str, ...] = option(
         ("heads", "channels"),
         str,
-        "What to remove, joined by commas: heads, channels, attention or mlp (whole sublayers), hidden (dimensions), "
-        "layers.",
+        "What to remove, joined by commas: heads, channels, attention or mlp (whole sublayers), experts, hidden "
+        "(dimensions), layers.",
         spelling=WORDS,
         common=True,
     )
@@ -209,6 +214,7 @@ class Budget:
         1, int, "Keep a multiple of this many heads (or query heads of a key/value head) in every pruned layer."
     )
     round_width_to: int = option(1, int, "Keep a multiple of this many channels in every pruned layer: 64, 128.")
+    round_experts_to: int = option(1, int, "Keep a multiple of this many experts in every layer: 8, 16.")
     keep_at_least: float = option(0.1, float, "Share of the groups of every layer that an allocation always keeps.")
     window: int = 128
 
@@ -250,11 +256,15 @@ class Budget:
 
     def multiple(self, kind: str) -> int:
         """The number that the count of kept groups of a kind is rounded to a multiple of."""
+        if kind == "expert":
+            return self.round_experts_to
         return self.round_width_to if kind in ("channel", "hidden") else self.round_heads_to
 
     @staticmethod
     def multiple_flag(kind: str) -> str:
         """The flag of `multiple`."""
+        if kind == "expert":
+            return "--round-experts-to"
         return "--round-width-to" if kind in ("channel", "hidden") else "--round-heads-to"
 
     def check(self) -> None:
@@ -273,6 +283,8 @@ class Budget:
             self._check_multiple("heads", self.round_heads_to)
         if {"channels", "hidden"} & set(self.structures):
             self._check_multiple("channels", self.round_width_to)
+        if "experts" in self.structures:
+            self._check_multiple("experts", self.round_experts_to)
         if not self.by_share and not 0 <= self.keep_at_least < 1:
             raise InputError(f"--keep-at-least must lie in [0, 1), found {self.keep_at_least:g}")
         if self.window < 1:
@@ -384,6 +396,7 @@ class Scoring:
       across: reduction over the structures of a group; None for the criterion's own.
       seed: of noise and random scores; a run sets it to `Data.seed`.
       factors: the factors of fms that are multiplied, of `FACTORS`; None for all.
+      expert_criterion: one of `EXPERT_CRITERIA`: how whole experts are chosen.
       kinds: kinds of groups that are scored: `head` or `query`, and `channel`.
     """
 
@@ -401,6 +414,9 @@ class Scoring:
     seed: int = 0
     factors: tuple[str, ...] | None = option(
         None, str, "Factors of fms, joined by commas: magnitude, activation, gradient; all if unset.", spelling=WORDS
+    )
+    expert_criterion: str = option(
+        "reap", str, "How experts are chosen; frequency and random are controls.", choices=EXPERT_CRITERIA
     )
     kinds: tuple[str, ...] = ("head", "channel")
 

@@ -14,6 +14,7 @@ from jax import numpy as jnp
 from convert import formats, gguf_metadata
 from minillm_jax.budget import allocate, expected
 from minillm_jax.budget.budget import Counts, by_ratio, choose, kept_count
+from minillm_jax.budget.experts import experts_of, experts_to_keep
 from minillm_jax.data.calibration_size import widest_mlp
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts, sharding
@@ -37,6 +38,7 @@ from minillm_jax.model.tree import (
 )
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.pruning.drop_layers import best_layers
+from minillm_jax.pruning.experts import Choice, prune_experts
 from minillm_jax.pruning.refit import can_compensate, prune_by_obs, resolve, slice_and_refit
 from minillm_jax.pruning.slicing import slice_groups, slice_hidden, slice_layers
 from minillm_jax.recipes.recipe import Recipe
@@ -79,7 +81,7 @@ def prune_model(
         model = with_biases(model)
     shapes = model.decoder.config, sizes_of(model.decoder)
     expected.pruned_sizes(*shapes, budget, recipe.named_by("budget", "layers"))
-    smaller, whole = _prune_whole_model(replace(model, record=None), calibration, recipe, progress)
+    smaller, whole = _prune_whole_model(replace(model, record=None), calibration, recipe, progress, work)
     if budget.kinds:
         fits = output_holds(smaller.decoder, smaller.raw_config, recipe.output.format)
         stored = _folder_of_estimate(recipe, work)
@@ -108,9 +110,13 @@ def _folder_of_estimate(recipe: Recipe, work: WorkFolder | None) -> str | Path |
 
 
 def _prune_whole_model(
-    model: Model, calibration: Calibration, recipe: Recipe, progress: StageProgress | None
+    model: Model,
+    calibration: Calibration,
+    recipe: Recipe,
+    progress: StageProgress | None,
+    work: WorkFolder | None,
 ) -> tuple[Model, dict[str, Any]]:
-    """The structures that run through the whole model: layers and hidden dimensions; and their record."""
+    """The structures of which all layers keep equally many: layers, hidden dimensions, experts; and their record."""
     budget, whole = recipe.budget, {}
     ratio, smaller = budget.ratio or 0.0, model
     if "layers" in budget.structures:
@@ -119,6 +125,8 @@ def _prune_whole_model(
     if "hidden" in budget.structures:
         smaller, dimensions = narrow(smaller, calibration, recipe.scoring, ratio, budget.round_width_to, progress)
         whole["hidden"] = {"before": hidden_size(model.decoder), "kept": dimensions.tolist()}
+    if "experts" in budget.structures:
+        smaller, whole["expert"] = remove_experts(smaller, calibration, recipe, progress, work)
     return smaller, whole
 
 
@@ -256,9 +264,10 @@ def output_holds(decoder: Decoder, raw_config: Mapping[str, Any], format_name: s
       raw_config: its config.json.
       format_name: of `FORMATS`; None, like `per-layer` and `flax`, holds all shapes.
     """
+    family = decoder.config.family
 
     def holds(counts: Counts) -> bool:
-        if format_name in (None, formats.PER_LAYER, formats.FLAX):
+        if format_name == formats.FLAX or (format_name in (None, formats.PER_LAYER) and formats.has_per_layer(family)):
             return True
         sizes = expected.sizes_with(decoder, counts)
         try:
@@ -377,6 +386,35 @@ def narrow(
     count = kept_count(len(scores["hidden"][0]), ratio, round_to)
     (kept,) = hosts.rows_of_first(lambda: choose(scores, {"hidden": [count]}, {"hidden": [1]}))["hidden"]
     return replace(model, decoder=slice_hidden(model.decoder, kept)), kept
+
+
+def remove_experts(
+    model: Model,
+    calibration: Calibration,
+    recipe: Recipe,
+    progress: StageProgress | None = None,
+    work: WorkFolder | None = None,
+) -> tuple[Model, dict[str, Any]]:
+    """A model with fewer experts in every layer that has experts; and the record of the kept ones.
+
+    Raises:
+      InputError: the budget does not suit the model (`budget.experts`), or an activation is not finite.
+    """
+    decoder, scoring = model.decoder, recipe.scoring
+    sizes = sizes_of(decoder)
+    keep = experts_to_keep(decoder.config, sizes, recipe.budget)
+    method = recipe.refit if recipe.refit.method == "least-squares" else Refit("none")
+    folder = None if work is None else work.within("experts")
+    pruned, kept = prune_experts(
+        decoder,
+        Choice(keep, scoring.expert_criterion, scoring.seed),
+        calibration.batches,
+        resolve(method, decoder.config),
+        partial(tell, progress, "experts"),
+        folder,
+    )
+    record = {"before": experts_of(decoder.config, sizes), "after": keep, "kept": [rows.tolist() for rows in kept]}
+    return replace(model, decoder=pruned), record
 
 
 def with_biases(model: Model) -> Model:

@@ -79,6 +79,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "glm": _GROUPED,
     "glm4": _GROUPED,
     "phi3": _SIZES | {"num_key_value_heads": 4},
+}
+
+# A small configuration of every family with a mixture of experts.
+MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": _GROUPED | {"num_local_experts": 6, "sliding_window": None},
     "qwen2_moe": _SIZES | _MIXTURE | {"num_key_value_heads": 4, "mlp_only_layers": [0], "norm_topk_prob": True},
     "qwen3_moe": _GROUPED | _MIXTURE | {"mlp_only_layers": [1]},
@@ -236,7 +240,7 @@ def shared(path: str) -> Path:
 
 def torch_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
     """A PyTorch model of a small configuration; all parameters are random, norms and biases included."""
-    config = transformers.AutoConfig.for_model(family, **SMALL[family] | changes)
+    config = transformers.AutoConfig.for_model(family, **(SMALL | MIXTURES)[family] | changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

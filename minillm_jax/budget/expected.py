@@ -11,6 +11,7 @@ import numpy as np
 
 from minillm_jax.budget import allocate
 from minillm_jax.budget.budget import by_ratio, choose
+from minillm_jax.budget.experts import experts_of, experts_to_keep, with_experts
 from minillm_jax.budget.inventory import Counts, Inventory, kept_count
 from minillm_jax.errors import InputError, warn
 from minillm_jax.model.build import build
@@ -25,6 +26,7 @@ _WORDS = {
     "head": ("key/value heads", "heads"),
     "query": ("query heads", "heads"),
     "channel": ("MLP channels", "channels"),
+    "expert": ("experts", "experts"),
     "hidden": ("hidden dimensions", "hidden"),
     "layer": ("layers", "layers"),
 }
@@ -54,6 +56,10 @@ def pruned_sizes(config: DecoderConfig, sizes: Sizes, budget: Budget, named_by: 
         width = kept_count(sizes.D, ratio, budget.round_width_to)
         effects.append(_Effect("hidden", budget.round_width_to, [sizes.D], [width]))
         sizes = replace(sizes, D=width, E=sizes.E if config.embedding_projection else width)
+    if "experts" in budget.structures:
+        count, kept = experts_of(config, sizes), experts_to_keep(config, sizes, budget)
+        effects.append(_Effect("expert", budget.round_experts_to, [count], [kept]))
+        sizes = with_experts(sizes, kept)
     queries = max(layer.N // max(layer.K, 1) for layer in dense.layers)
     if not budget.kinds:
         _check(effects, budget, queries)

@@ -46,8 +46,8 @@ class Size:
 
 
 def widest_mlp(decoder: Decoder) -> int:
-    """F, the channels of the widest MLP of a decoder, which may be abstract."""
-    return max(run_letters(run)["F"] for run in decoder.runs)
+    """The channels of the widest MLP or expert of a decoder, which may be abstract."""
+    return max(max(run_letters(run)[letter] for letter in "FW") for run in decoder.runs)
 
 
 def size_for(width: int, positions: int | None, samples: int | None = None, length: int | None = None) -> Size:

@@ -1,7 +1,8 @@
 """Costs of a model, by formula from its shapes: parameters, multiply-accumulates, memory.
 
 parameters  number of parameters of all arrays; tied embeddings count once
-macs        multiply-accumulates of one forward pass over one window of T tokens: T times the size of every matrix, and
+macs        multiply-accumulates of one forward pass over one window of T tokens: T times the size of every matrix (of
+            the experts, those that a token chooses), and
             2 · T² · H for every query head (scores and mixed values; the causal mask is not counted as a saving)
 memory      bytes of the weights in their type, and of the keys and values of one window
 """
@@ -35,13 +36,16 @@ def cost(decoder: Decoder, measure: str, window: int = WINDOW) -> int:
       InputError: the measure is unknown.
     """
     one_of("measure", measure, MEASURES)
+    chosen = 0 if decoder.config.routing is None else decoder.config.routing.chosen
     match measure:
         case "parameters":
             return parameter_count(decoder)
         case "macs":
             outer = (decoder.project_in, decoder.project_out)
             matrices = sum(linear.kernel.size for linear in outer if linear is not None)
-            return window * (matrices + decoder.embedding.size) + sum(_run_macs(run, window) for run in decoder.runs)
+            return window * (matrices + decoder.embedding.size) + sum(
+                _run_macs(run, window, chosen) for run in decoder.runs
+            )
     weights = sum(_bytes(leaf) for path, leaf in named_arrays(decoder) if not axis_table.is_data(path))
     return weights + sum(depth(run) * 2 * window * _key_bytes(run, group_count(run, "head")) for run in decoder.runs)
 
@@ -51,15 +55,31 @@ def all_costs(decoder: Decoder, window: int = WINDOW) -> dict[str, int]:
     return {measure: cost(decoder, measure, window) for measure in MEASURES}
 
 
-def block_macs(block: Block, window: int = WINDOW) -> int:
-    """Multiply-accumulates of a run over one window; for a run of one layer, those of the layer."""
-    return _run_macs(block, window)
+def block_macs(block: Block, window: int = WINDOW, chosen: int = 0) -> int:
+    """Multiply-accumulates of a run over one window; for a run of one layer, those of the layer.
+
+    Args:
+      block: the run.
+      window: tokens of the window.
+      chosen: experts that compute a token, in a model with experts.
+    """
+    return _run_macs(block, window, chosen)
 
 
-def _run_macs(run: Block, window: int) -> int:
+def _run_macs(run: Block, window: int, chosen: int = 0) -> int:
     size = run_letters(run)
-    matrices = sum(int(np.prod(kernel.shape)) for kernel in kernels(run).values())
+    matrices = sum(int(np.prod(kernel.shape)) for kernel in kernels(run).values()) + _expert_macs(run, chosen)
     return window * matrices + depth(run) * 2 * window**2 * size["N"] * size["H"]
+
+
+def _expert_macs(run: Block, chosen: int) -> int:
+    """Multiply-accumulates of the router and of the chosen experts of a run for one token."""
+    if run.experts is None or not run.experts.down.size:
+        return 0
+    parts = run.experts
+    matrices = sum(part.size for part in (parts.gate, parts.up, parts.down)) * chosen // group_count(run, "expert")
+    gate = 0 if parts.shared_gate is None else parts.shared_gate.size
+    return parts.router.size + matrices + gate
 
 
 def _bytes(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:

@@ -36,8 +36,8 @@ class Family:
       expert_width: key of the width of an expert.
       shared: key of the width of the shared expert, or of its multiple of the width of an expert; None for a family
         without a shared expert.
-      dense_layers: the layers without experts: those listed by `mlp_only_layers` and `decoder_sparse_step`, or the first
-        `first_k_dense_replace`.
+      dense_layers: the layers without experts: those listed by `mlp_only_layers` and `decoder_sparse_step`, or the
+        first `first_k_dense_replace`.
     """
 
     read: Callable[[Mapping[str, Any], str], DecoderConfig]

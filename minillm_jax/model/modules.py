@@ -171,6 +171,12 @@ class Block(nnx.Module):
         self.experts = experts
 
 
+def experts_of(block: Block) -> Experts:
+    """The experts of a layer that has some."""
+    assert block.experts is not None, "the layer has experts"
+    return block.experts
+
+
 def depth(run: Block) -> int:
     """Number of layers of a run."""
     return run.attention.q.kernel.shape[0]

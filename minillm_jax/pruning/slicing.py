@@ -64,7 +64,8 @@ def slice_sizes(sizes: Sizes, kept: axis_table.Kept) -> Sizes:
             heads = [g * per_group + i for g in groups_kept for i in range(per_group)]
         slopes = tuple(layer.slopes[head] for head in heads if layer.slopes)
         width = len(kept["channel"][number]) if "channel" in kept else layer.F
-        layers.append(replace(layer, slopes=slopes, K=len(groups_kept), N=len(heads), F=width))
+        experts = len(kept["expert"][number]) if "expert" in kept else layer.X
+        layers.append(replace(layer, slopes=slopes, K=len(groups_kept), N=len(heads), F=width, X=experts))
     return replace(sizes, layers=tuple(layers))
 
 

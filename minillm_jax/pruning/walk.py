@@ -214,7 +214,7 @@ def walk(
                 layer = refit_inputs(index, kind, layer, partial(collected, InputMoments, pairs, inputs))
                 del inputs
             same = all(left is right for left, right in zip(pruned, dense, strict=True))
-            dense_totals = _advance_all(dense_layer, dense, settings, park)
+            dense_totals = advance_all(dense_layer, dense, settings, park)
             if restored is None:
                 pairs = partial(inputs_and_gaps, layer, **settings)
                 moments = partial(collected, Moments, pairs, list(zip(pruned, dense_totals, strict=True)))
@@ -226,7 +226,7 @@ def walk(
             if same and layer is dense_layer:  # both streams are still one
                 pruned = list(dense)
             else:
-                _advance_all(layer, pruned, settings, park)
+                advance_all(layer, pruned, settings, park)
             done += 1
             if progress is not None:
                 progress(done, len(PROJECTIONS) * layer_count(decoder))
@@ -250,7 +250,7 @@ def parked(state: State, park: Park) -> State:
     return state if park is None else state.moved(park)
 
 
-def _advance_all(run: Block, states: list[State], settings: dict[str, Any], park: Park) -> Sequence[Any]:
+def advance_all(run: Block, states: list[State], settings: dict[str, Any], park: Park) -> Sequence[Any]:
     """Moves every batch one sublayer further, in place. Returns the residual sums before a norm that follows them."""
     totals = []
     for index, state in enumerate(states):

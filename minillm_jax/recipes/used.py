@@ -19,6 +19,7 @@ from minillm_jax.scoring.score import check_hidden, resolve_gradient
 from minillm_jax.settings import (
     BOS,
     BY_CURVES,
+    EXPERT_CRITERIA,
     MEASURED,
     METHODS,
     SAME_IN_LAYERS,
@@ -98,8 +99,8 @@ def used(recipe: Recipe, given: Mapping[tuple[str, str], str] | None = None) -> 
 
 def _budget(budget: Budget, recipe: Recipe) -> Budget:
     budget.check()
-    both = [structure for structure in ("hidden", "layers") if structure in budget.structures]
-    if both and not budget.by_share:
+    both = [structure for structure in ("experts", "hidden", "layers") if structure in budget.structures]
+    if both and not budget.by_share and budget.structures != ("experts",):
         chosen = recipe.named_by("budget", "allocation")
         named = not budget.uniform and chosen is not None
         way = (
@@ -115,9 +116,11 @@ def _budget(budget: Budget, recipe: Recipe) -> Budget:
         if named_by is not None:
             raise InputError(
                 f"the recipe {shortened(named_by)} prunes some layers only, which cannot be done where hidden "
-                "dimensions are removed, or layers and another structure; give --layers all"
+                "dimensions or experts are removed, or layers and another structure; give --layers all"
             )
-        raise InputError("--layers cannot be used where hidden dimensions are removed, or layers and another structure")
+        raise InputError(
+            "--layers cannot be used where hidden dimensions or experts are removed, or layers and another structure"
+        )
     heads, width = "heads" in budget.structures, bool({"channels", "hidden"} & set(budget.structures))
     kept = not budget.by_share and (heads or "channels" in budget.structures)
     return Budget(
@@ -133,6 +136,7 @@ def _budget(budget: Budget, recipe: Recipe) -> Budget:
         rounds=budget.rounds if budget.kinds else 1,
         round_heads_to=budget.round_heads_to if heads else 1,
         round_width_to=budget.round_width_to if width else 1,
+        round_experts_to=budget.round_experts_to if "experts" in budget.structures else 1,
         keep_at_least=budget.keep_at_least if kept else Budget.keep_at_least,
     )
 
@@ -142,7 +146,7 @@ def _allocation(recipe: Recipe) -> str:
     budget = recipe.budget
     if budget.allocation is not None:
         return budget.allocation
-    whole = {"hidden", "layers"} & set(budget.structures)
+    whole = {"experts", "hidden", "layers"} & set(budget.structures)
     if recipe.scoring.criterion != "obs" or whole:
         return "uniform"
     if recipe.output.format not in ("stock", "gguf"):
@@ -152,10 +156,10 @@ def _allocation(recipe: Recipe) -> str:
 
 def _scoring(recipe: Recipe, budget: Budget) -> tuple[Criterion | None, Scoring, Estimation | None]:
     """The criterion, and its settings; no criterion where only whole layers are removed."""
-    hidden = "hidden" in budget.structures
+    hidden, settings = "hidden" in budget.structures, recipe.scoring
+    experts = _expert_scoring(recipe, budget)
     if not budget.kinds and not hidden:
-        return None, Scoring(), None
-    settings = recipe.scoring
+        return None, experts, None
     criterion = criteria.resolve(settings, hidden)
     if hidden:
         check_hidden(settings.criterion, criterion)
@@ -175,15 +179,27 @@ def _scoring(recipe: Recipe, budget: Budget) -> tuple[Criterion | None, Scoring,
         across=criterion.across if by_weights else None,
         seed=recipe.data.seed if criterion.draws else Scoring.seed,
         factors=criterion.factors if settings.criterion == "fms" else None,
+        expert_criterion=experts.expert_criterion,
         kinds=settings.kinds,
     )
+    if experts.seed != Scoring.seed:
+        scoring = replace(scoring, seed=experts.seed)
     return criterion, scoring, gradient
+
+
+def _expert_scoring(recipe: Recipe, budget: Budget) -> Scoring:
+    """The settings by which experts are chosen; the defaults where none are removed."""
+    if "experts" not in budget.structures:
+        return Scoring()
+    name = recipe.scoring.expert_criterion
+    one_of("criterion of experts", name, EXPERT_CRITERIA)
+    return Scoring(expert_criterion=name, seed=recipe.data.seed if name == "random" else Scoring.seed)
 
 
 def _refit(refit: Refit, budget: Budget, criterion: Criterion | None) -> Refit:
     """What each method reads; structured OBS reads target, ridge and solver whatever is refitted afterwards."""
     if not budget.kinds:
-        return Refit("none")
+        return _refit_of_experts(refit) if "experts" in budget.structures else Refit("none")
     one_of("refit", refit.method, METHODS)
     least_squares, obs = refit.method == "least-squares", criterion is not None and criterion.while_pruning
     solves = least_squares or obs
@@ -196,6 +212,16 @@ def _refit(refit: Refit, budget: Budget, criterion: Criterion | None) -> Refit:
         inputs=refit.inputs if least_squares else None,
         solver=refit.solver if solves else Refit.solver,
     )
+
+
+def _refit_of_experts(refit: Refit) -> Refit:
+    """What the refit of experts reads."""
+    one_of("refit", refit.method, METHODS)
+    if refit.method == "bias":
+        raise InputError("--refit bias is a refit of heads and channels; use least-squares or none for experts")
+    if refit.method == "none":
+        return Refit("none")
+    return Refit(refit.method, alpha=refit.alpha, ridge=refit.ridge)
 
 
 def _reads_text(budget: Budget, criterion: Criterion | None, refit: Refit) -> bool:

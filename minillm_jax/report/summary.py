@@ -38,6 +38,7 @@ KIND_WORDS = {
     "head": "key/value heads per layer",
     "query": "query heads per layer",
     "channel": "MLP channels per layer",
+    "expert": "experts per layer",
     "hidden": "hidden size",
     "layer": "layers",
 }
@@ -47,12 +48,14 @@ STRUCTURE_WORDS = {
     "channels": "MLP channels",
     "attention": "attention sublayers",
     "mlp": "MLP sublayers",
+    "experts": "experts",
     "hidden": "hidden dimensions",
     "layers": "layers",
 }
 
 SUBLAYER_OF_KIND = {"head": "attention", "channel": "mlp"}
-KIND_STRUCTURES = {"head": "heads", "query": "heads", "channel": "channels", "hidden": "hidden", "layer": "layers"}
+KIND_STRUCTURES = {"head": "heads", "query": "heads", "channel": "channels"}
+KIND_STRUCTURES |= {"expert": "experts", "hidden": "hidden", "layer": "layers"}
 
 ERROR_WORDS = {
     "stream": "residual stream after the layer",
@@ -107,7 +110,10 @@ def result_json(result: Result) -> dict[str, Any]:
         "evaluation": result.job.recipe.evaluation.text,
         "perplexity_before": None if result.before is None else asdict(result.before),
         "perplexity_after": None if result.after is None else asdict(result.after),
-        "whole": {kind: {"before": row["before"], "after": len(row["kept"])} for kind, row in record["whole"].items()},
+        "whole": {
+            kind: {"before": row["before"], "after": row.get("after", len(row["kept"]))}
+            for kind, row in record["whole"].items()
+        },
         "groups": groups_of(record),
         "layer_errors": errors_json(result.errors),
         "samples": list(result.texts),
