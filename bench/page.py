@@ -11,13 +11,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import evaluation_tables
+import expert_tables
 import recover_tables
 import speed_tables
 import study_tables
 import tables
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("evaluation", "quality", "recovery", "scale", "speed")))
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("evaluation", "experts", "quality", "recovery", "scale", "speed")),
+)
 
 _PART = re.compile(r"(<!-- made: (\w+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -49,6 +53,7 @@ PARTS: dict[str, Callable[[str], list[str]]] = {
     "evaluation": evaluation_tables.evaluation_table,
     "samples": evaluation_tables.samples_table,
     "recovery": recover_tables.recovery_table,
+    "experts": expert_tables.experts_table,
     "training": recover_tables.speed_table,
     "speed": speed_tables.speed_table,
     "job": speed_tables.tpu_job_table,

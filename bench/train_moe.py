@@ -1,6 +1,6 @@
-"""Train a small mixture of experts (Qwen 3 MoE, 8 experts of which 2, about 3 million parameters), for `bench/experts.py`.
+"""Train a small mixture of experts (Qwen 3 MoE, 8 experts of which 2, 2.7 million parameters) for `bench/experts.py`.
 
-    python bench/train_moe.py --text stories.txt --output moe_model [--steps 3000]
+    python bench/train_moe.py --text stories.txt --output moe_model [--steps 1500]
 
 The last tenth of the text is held out: its first half decides which checkpoint is written, the rest becomes
 `held_out.txt` in the output folder. Router and experts are trained with the load-balancing loss of Switch Transformers
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import optax
 from jax import numpy as jnp
-from train_demo import BATCH, LENGTH, draw_windows, train_tokenizer
+from train_demo import LENGTH, draw_windows, train_tokenizer
 
 from convert.writer import new_folder, write_model
 from minillm_jax.data.batches import Batches
@@ -63,6 +63,7 @@ CONFIG: dict[str, Any] = {
     "dtype": "float32",
 }
 
+BATCH = 8
 BALANCE = 0.01
 WEIGHT_DECAY = 0.1
 
@@ -90,7 +91,7 @@ def train(ids: np.ndarray, check: Batches, steps: int, seed: int) -> Decoder:
     config, sizes = parse(CONFIG, "the configuration")
     decoder: Any = initialise(build(config, sizes), jax.random.key(seed), deviation=0.04)
     print(f"{parameter_count(decoder):,} parameters, {len(ids):,} training tokens")
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, min(100, steps // 2), steps, 1e-4)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(100, steps // 2), steps, 1e-4)
     matrices_only = jax.tree.map(lambda leaf: leaf.ndim >= 3, decoder)
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=WEIGHT_DECAY, mask=matrices_only)
@@ -128,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     text = arguments.text.read_text(encoding="utf-8")

@@ -90,7 +90,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "gpt_oss": _GROUPED | {"num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 11},
     "glm4_moe": _GROUPED
     | {"moe_intermediate_size": 12, "n_routed_experts": 8, "num_experts_per_tok": 3, "first_k_dense_replace": 1}
-    | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7, "use_qk_norm": True, "n_shared_experts": 2},
+    | {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.7, "use_qk_norm": True, "n_shared_experts": 2},
 }
 
 _SLIDING = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}

@@ -50,17 +50,17 @@ def experts_to_keep(config: DecoderConfig, sizes: Sizes, budget: Budget) -> int:
     count = experts_of(config, sizes)
     assert config.routing is not None, "checked by experts_of"
     counts = list(_possible(config.routing, count, budget.round_experts_to))
-    if not counts:
+    if len(counts) == 1:
         raise InputError(
-            f"--round-experts-to {budget.round_experts_to}: no multiple of it lies between the "
-            f"{_fewest(config.routing, count)} experts that a token needs and the {count} of this model"
+            f"no expert can be removed: a layer has {count}, a token needs {_fewest(config.routing, count)}, and the "
+            f"kept ones must be a multiple of {_step(config.routing, budget.round_experts_to)}; use a smaller "
+            "--round-experts-to, or prune heads"
         )
     keep = _by_share(budget, count, counts) if budget.by_share else _by_cost(config, sizes, budget, counts)
     if keep == count:
         raise InputError(
-            f"none of the {count} experts would be removed: {_amount(budget)} rounds to none; use a larger ratio, at "
-            f"least {ceil(1000 * (1 - counts[-2] / count)) / 1000 if len(counts) > 1 else 0.5:g}, or a smaller "
-            "--round-experts-to"
+            f"none of the {count} experts would be removed: {_amount(budget)} rounds to none; use a ratio of at least "
+            f"{ceil(1000 * (1 - counts[-2] / count)) / 1000:g}, or a smaller --round-experts-to"
         )
     if 1 - keep / count > SAFE_SHARE:
         warn(
@@ -72,10 +72,13 @@ def experts_to_keep(config: DecoderConfig, sizes: Sizes, budget: Budget) -> int:
 
 def _possible(routing: Routing, count: int, multiple: int) -> Iterator[int]:
     """The numbers of experts that a layer may keep, ascending: equally many of each group of experts."""
-    step = lcm(multiple, routing.groups)
-    least = _fewest(routing, count)
+    step, least = _step(routing, multiple), _fewest(routing, count)
     yield from (keep for keep in range(step, count, step) if keep >= least)
     yield count
+
+
+def _step(routing: Routing, multiple: int) -> int:
+    return lcm(multiple, routing.groups)
 
 
 def _fewest(routing: Routing, count: int) -> int:

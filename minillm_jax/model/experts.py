@@ -99,8 +99,8 @@ def of_chosen(
     A CPU multiplies blocks of rows of one expert; other platforms have a kernel for rows that are sorted by expert.
     """
     settings = {"routing": routing, "activation": activation}
-    by_blocks, by_rows = partial(_by_blocks, **settings), partial(_by_rows, **settings)
-    return jax.lax.platform_dependent(matrices(experts), tokens, chosen, cpu=by_blocks, default=by_rows)
+    ways = {"cpu": partial(by_blocks, **settings), "default": partial(by_rows, **settings)}
+    return jax.lax.platform_dependent(matrices(experts), tokens, chosen, **ways)
 
 
 def matrices(experts: Experts) -> Matrices:
@@ -134,7 +134,7 @@ def gated(gate: Float[Array, "R W"], up: Float[Array, "R W"], routing: Routing, 
     return (up + 1) * (gate * jax.nn.sigmoid(routing.slope * gate))
 
 
-def _by_rows(
+def by_rows(
     experts: Matrices, tokens: Float[Array, "M D"], chosen: Int[Array, "M C"], routing: Routing, activation: str
 ) -> Float[Array, "M C D"]:
     """`of_chosen` by `jax.lax.ragged_dot`."""
@@ -155,7 +155,7 @@ def _by_rows(
     return jnp.zeros_like(outputs).at[order].set(outputs).reshape(*chosen.shape, -1)
 
 
-def _by_blocks(
+def by_blocks(
     experts: Matrices, tokens: Float[Array, "M D"], chosen: Int[Array, "M C"], routing: Routing, activation: str
 ) -> Float[Array, "M C D"]:
     """`of_chosen` in blocks of rows of one expert each. The last block of an expert has rows that nobody reads."""

@@ -37,6 +37,8 @@ def worth_padding(runs: Sequence[Block]) -> bool:
         return False
     if runs[0].attention.q_joint_norm is not None:  # heads of zeros would change the norm over all heads
         return False
+    if runs[0].experts is not None:  # a router would choose experts of zeros
+        return False
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     shapes = jax.tree.leaves(jax.eval_shape(one_run, list(runs)))
     return limit is None or sum(one.size * one.dtype.itemsize for one in shapes) <= SHARE_OF_MEMORY * limit

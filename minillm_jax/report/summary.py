@@ -257,13 +257,13 @@ def errors_in_words(summary: Summary) -> list[str]:
 def recipe(summary: Summary) -> list[tuple[str, str]]:
     """The settings of the job: pairs of name and value, as plain text."""
     settings = summary["settings"]
-    scoring, refit, calibration = settings["scoring"], settings["refit"], settings["calibration"]
+    refit, calibration = settings["refit"], settings["calibration"]
     method = refit["method"]
     numbers = [] if method == "none" else [f"{k} {refit[k]:g}" for k in ("alpha", "ridge", "inputs") if refit[k]]
     windows = f"{calibration['samples']} windows of {calibration['length']} tokens of {calibrated_on(calibration)}"
     pairs = [
         ("recipe", short_name(settings["recipe"])),
-        ("criterion", scoring["criterion"]),
+        ("criterion", criterion(settings)),
         ("removed structures", structures(summary)),
         ("budget", f"{amount(summary)}, {settings['budget']['allocation']} allocation"),
         ("rounds", str(settings["rounds"])),
@@ -300,6 +300,15 @@ def structures(summary: Summary) -> str:
     removed_ones = {KIND_STRUCTURES[kind] for kind in (*whole, *groups)} | sublayers
     asked = summary["settings"]["structures"]
     return in_words([structure for structure in asked if structure in removed_ones] or asked)
+
+
+def criterion(settings: Mapping[str, Any]) -> str:
+    """The criterion of a run; that of the experts too where experts are removed, alone where nothing else is scored."""
+    scoring, names = settings["scoring"], set(settings["structures"])
+    if "experts" not in names:
+        return scoring["criterion"]
+    of_experts = scoring["expert_criterion"]
+    return f"{scoring['criterion']}, {of_experts} for experts" if names - {"experts", "layers"} else of_experts
 
 
 def in_words(names: Iterable[str]) -> str:

@@ -9,7 +9,17 @@ from rich.text import Text
 from minillm_jax.plan import Plan
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.report import model_card, page, plots
-from minillm_jax.report.summary import FORMAT_WORDS, advice, result_json, rows, short, short_name, size, title
+from minillm_jax.report.summary import (
+    FORMAT_WORDS,
+    advice,
+    criterion,
+    result_json,
+    rows,
+    short,
+    short_name,
+    size,
+    title,
+)
 from minillm_jax.run import Result
 
 
@@ -27,7 +37,7 @@ def result_table(result: Result) -> Table:
     """A pruning job as a table: costs, sizes and perplexity before and after, seconds, output folder."""
     summary = result_json(result)
     settings = summary["settings"]
-    recipe = f"{settings['scoring']['criterion']}, refit {settings['refit']['method']}"
+    recipe = f"{criterion(settings)}, refit {settings['refit']['method']}"
     table = Table(title=Text(f"{title(summary)} ({recipe})"))
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="left" if not heading else "right", overflow="fold")

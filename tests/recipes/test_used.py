@@ -78,6 +78,12 @@ IDLE = [
     ("ours", {"checkpoint": "saved"}, "--checkpoint"),
     ("mini-llm", {"structures": "hidden", "checkpoint": "saved"}, "--checkpoint"),
     ("ours", {"window": 64}, "--window"),
+    # Experts that are not removed, and what their refit does not read.
+    ("ours", {"round_experts_to": 2}, "--round-experts-to"),
+    ("ours", {"expert_criterion": "frequency"}, "--expert-criterion"),
+    ("ours", {"structures": "experts", "criterion": "wanda"}, "--criterion"),
+    ("ours", {"structures": "experts", "refit_inputs": 0.5}, "--refit-inputs"),
+    ("ours", {"structures": "experts", "refit": "none", "ridge": 0.1}, "--ridge"),
 ]
 
 
@@ -148,10 +154,11 @@ VALUES: dict[str, list[Any]] = {
     "target_params": [5e6],
     "target_macs": [5e9],
     "target_memory": [10**7],
-    "structures": [("heads",), ("channels",), ("hidden",), ("layers",), ("hidden", "heads")],
+    "structures": [("heads",), ("channels",), ("hidden",), ("layers",), ("hidden", "heads"), ("experts",)],
     "layers": [(1, 3), (0, -1)],
     "rounds": [2],
     "round_heads_to": [2],
+    "round_experts_to": [2],
     "round_width_to": [64],
     "keep_at_least": [0.3],
     "directions": [3],

@@ -1,0 +1,123 @@
+"""Mixtures of experts: the outputs of transformers before and after experts are removed, and the stored tensors."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from jax import numpy as jnp
+from safetensors.numpy import load_file
+
+from convert.reader import read_model
+from convert.writer import write_model
+from minillm_jax.errors import InputError
+from minillm_jax.evaluation.generate import generate
+from minillm_jax.model.loaded import Model
+from minillm_jax.model.tree import group_counts, parameter_count
+from minillm_jax.pruning.slicing import slice_groups, slice_layers
+from tests.helpers import MIXTURES, arrays_equal, hugging_face_folder, load_stock, logits_of, quickly, torch_logits
+
+TOKENS = np.random.default_rng(3).integers(1, 97, (2, 33))
+
+# The families that have, together, all parts of routers and experts.
+ALL_PARTS = ("qwen2_moe", "gpt_oss", "glm4_moe")
+
+
+def with_fewer_experts(model: Model, keep: int) -> Model:
+    """The model with `keep` random experts in every layer, equally many of each group of experts."""
+    groups, rng = model.decoder.config.routing.groups, np.random.default_rng(0)
+    kept = []
+    for count in group_counts(model.decoder, "expert"):
+        each = count // groups
+        rows = [rng.choice(each, min(keep, count) // groups, replace=False) + each * group for group in range(groups)]
+        kept.append(np.sort(np.concatenate(rows)))
+    return replace(model, decoder=slice_groups(model.decoder, {"expert": kept}))
+
+
+@pytest.mark.parametrize("family", quickly(MIXTURES, ALL_PARTS))
+def test_outputs_and_files_are_those_of_transformers(tmp_path: Path, family: str) -> None:
+    """Dense and without two experts: logits to 1e-4, greedy tokens equal, tensors bit-equal after a round trip."""
+    folder = hugging_face_folder(tmp_path / "dense", family)
+    model = read_model(folder)
+    assert np.abs(torch_logits(load_stock(folder), TOKENS) - logits_of(model.decoder, TOKENS)).max() <= 1e-4
+    assert write_model(model, tmp_path / "again").format == "stock"
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+    smaller = with_fewer_experts(model, 6 if family == "glm4_moe" else 4)
+    assert write_model(smaller, tmp_path / "smaller").format == "stock"
+    loaded = load_stock(tmp_path / "smaller")
+    assert sum(one.numel() for one in loaded.parameters()) == _trained(smaller)
+    assert np.abs(torch_logits(loaded, TOKENS) - logits_of(smaller.decoder, TOKENS)).max() <= 1e-4
+    assert arrays_equal(read_model(tmp_path / "smaller").decoder, smaller.decoder)
+
+    prompt = TOKENS[:1, :9]
+    expected = loaded.generate(torch.from_numpy(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    continued = generate(smaller.decoder, [prompt[0].tolist()], 12)
+    assert list(continued[0]) == expected[0, 9:].tolist()
+
+
+def _trained(model: Model) -> int:
+    """Parameters without the biases of choices, which transformers keeps as buffers."""
+    biases = [run.experts.choice_bias for run in model.decoder.runs]
+    return parameter_count(model.decoder) - sum(one.size for one in biases if one is not None)
+
+
+@pytest.mark.parametrize("family", quickly(MIXTURES, ("qwen3_moe",)))
+def test_only_the_number_of_experts_changes_in_the_configuration(tmp_path: Path, family: str) -> None:
+    folder = hugging_face_folder(tmp_path / "dense", family)
+    model = read_model(folder)
+    write_model(model, tmp_path / "again")
+    write_model(with_fewer_experts(model, 6 if family == "glm4_moe" else 4), tmp_path / "smaller")
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("again", "smaller"))
+    changed = {key for key in before | after if before.get(key) != after.get(key)}
+    assert changed <= {"num_experts", "num_local_experts", "n_routed_experts"}
+    assert changed
+
+
+@pytest.mark.parametrize(("family", "kept"), [("qwen2_moe", [1, 2]), ("qwen3_moe", [1, 2]), ("glm4_moe", [0, 2])])
+def test_removed_layers_leave_the_dense_ones_where_they_were(tmp_path: Path, family: str, kept: list[int]) -> None:
+    model = read_model(hugging_face_folder(tmp_path / "dense", family))
+    fewer = replace(model, decoder=slice_layers(model.decoder, kept))
+    write_model(fewer, tmp_path / "fewer")
+    assert np.abs(torch_logits(load_stock(tmp_path / "fewer"), TOKENS) - logits_of(fewer.decoder, TOKENS)).max() <= 1e-4
+
+
+@pytest.mark.parametrize("family", quickly(MIXTURES, ("qwen2_moe",)))
+def test_a_streamed_mixture_has_the_arrays_of_one_in_memory(tmp_path: Path, family: str) -> None:
+    folder = hugging_face_folder(tmp_path / "dense", family)
+    streamed, whole = read_model(folder, stream=True), read_model(folder)
+    write_model(streamed, tmp_path / "streamed")
+    write_model(whole, tmp_path / "whole")
+    name = "model.safetensors"
+    assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_layers_of_unequal_heads_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    model = read_model(hugging_face_folder(tmp_path / "dense", "mixtral"))
+    kept = {"head": [jnp.arange(4), jnp.arange(3), jnp.arange(4)]}
+    with pytest.raises(InputError, match=r"no mixture of experts, .*unequal numbers of query heads .*--budget equal"):
+        write_model(replace(model, decoder=slice_groups(model.decoder, kept)), tmp_path / "out")
+    with pytest.raises(InputError, match="format per-layer has no mixture of experts; use the format stock"):
+        write_model(model, tmp_path / "out", "per-layer")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("mixtral", {"num_experts_per_tok": 7}, "num_experts_per_tok 7 is larger than num_local_experts 6"),
+        ("olmoe", {"clip_qkv": 3.0}, "clip_qkv is not supported"),
+        ("glm4_moe", {"n_group": 3, "topk_group": 1}, "n_routed_experts 8 must be a multiple of n_group 3"),
+    ],
+)
+def test_a_configuration_that_cannot_be_computed_is_refused(
+    tmp_path: Path, family: str, changes: dict[str, float], message: str
+) -> None:
+    folder = hugging_face_folder(tmp_path / "dense", family)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(InputError, match=message):
+        read_model(folder)

@@ -1,0 +1,90 @@
+"""The mixture of experts of a layer: both ways to compute it, and the router's choice."""
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from minillm_jax.model import experts
+from minillm_jax.model.config import Routing
+from minillm_jax.model.modules import Experts
+
+D, W = 12, 7
+
+
+def random_experts(count: int, seed: int = 0, biased: bool = False) -> Experts:
+    rng = np.random.default_rng(seed)
+    shapes = {"router": (D, count), "gate": (count, D, W), "up": (count, D, W), "down": (count, W, D)}
+    if biased:
+        shapes |= {"gate_bias": (count, W), "up_bias": (count, W), "down_bias": (count, D), "choice_bias": (count,)}
+    return Experts({name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()})
+
+
+def one_by_one(mixture: Experts, routing: Routing, x: jax.Array, chosen: np.ndarray) -> np.ndarray:
+    """The outputs of the chosen experts, one token and one expert at a time."""
+    arrays = experts.matrices(mixture)
+    rows = [
+        [experts.of_one({name: a[j] for name, a in arrays.items()}, x[i : i + 1], routing, "silu")[0] for j in row]
+        for i, row in enumerate(chosen)
+    ]
+    return np.asarray(rows)
+
+
+@pytest.mark.parametrize("choices", ["random", "all one expert"])
+@pytest.mark.parametrize(("tokens", "count", "chosen"), [(1, 5, 2), (150, 3, 1), (67, 9, 4)])
+def test_blocks_and_sorted_rows_compute_every_chosen_expert(tokens: int, count: int, chosen: int, choices: str) -> None:
+    mixture, rng = random_experts(count, biased=True), np.random.default_rng(1)
+    routing = Routing(chosen, limit=1.5, slope=1.7)
+    x = jnp.asarray(rng.normal(size=(tokens, D)), jnp.float32)
+    rows = np.asarray(
+        [rng.permutation(count)[:chosen] if choices == "random" else range(chosen) for _ in range(tokens)]
+    )
+    expected = one_by_one(mixture, routing, x, rows)
+    arguments = experts.matrices(mixture), x, jnp.asarray(rows), routing, "silu"
+    for way in (experts.by_blocks, experts.by_rows):
+        np.testing.assert_allclose(way(*arguments), expected, atol=1e-5)
+
+    def total(mixture_arrays: dict[str, jax.Array], way: object) -> jax.Array:
+        assert callable(way)
+        return jnp.sum(jnp.sin(way(mixture_arrays, *arguments[1:])))
+
+    gradients = [jax.grad(total)(arguments[0], way) for way in (experts.by_blocks, experts.by_rows)]
+    for name, gradient in gradients[0].items():
+        np.testing.assert_allclose(gradient, gradients[1][name], atol=1e-4)
+
+
+def test_directions_of_the_input_are_vmapped() -> None:
+    mixture, routing = random_experts(4), Routing(2)
+    x = jax.random.normal(jax.random.key(0), (3, 2, 9, D))
+    together = jax.vmap(lambda one: experts.mixed(mixture, routing, "silu", one))(x)
+    for number in range(3):
+        np.testing.assert_allclose(together[number], experts.mixed(mixture, routing, "silu", x[number]), atol=1e-5)
+
+
+def test_weights_are_those_of_the_scores_and_biases_act_on_the_choice_alone() -> None:
+    mixture = random_experts(6, biased=True)
+    x = jax.random.normal(jax.random.key(1), (50, D))
+    scores = 1 / (1 + np.exp(-np.asarray(x @ mixture.router[...], np.float64)))
+    routing = Routing(3, scores="sigmoid", renormalised=True, scale=1.5, choice_bias=True)
+    weights, chosen = map(np.asarray, experts.route(mixture, routing, x))
+    preferred = scores + np.asarray(mixture.choice_bias[...])
+    assert all(set(row) == set(np.argsort(-one)[:3]) for row, one in zip(chosen, preferred, strict=True))
+    of_chosen = np.take_along_axis(scores, chosen, 1)
+    np.testing.assert_allclose(weights, 1.5 * of_chosen / of_chosen.sum(1, keepdims=True), rtol=1e-5)
+
+
+def test_a_token_chooses_among_the_experts_of_its_best_groups() -> None:
+    mixture = random_experts(8)
+    x = jax.random.normal(jax.random.key(2), (40, D))
+    routing = Routing(2, scores="sigmoid", groups=4, chosen_groups=1)
+    _, chosen = experts.route(mixture, routing, x)
+    logits = np.asarray(x @ mixture.router[...]).reshape(40, 4, 2)
+    of_group = (1 / (1 + np.exp(-logits))).sum(-1)
+    assert np.array_equal(np.sort(chosen, 1), of_group.argmax(1)[:, None] * 2 + np.arange(2))
+
+
+def test_a_model_with_few_experts_chooses_all() -> None:
+    mixture = random_experts(2)
+    weights, chosen = experts.route(mixture, Routing(4), jax.random.normal(jax.random.key(3), (5, D)))
+    assert chosen.shape == (5, 2)
+    np.testing.assert_allclose(weights.sum(1), 1.0, rtol=1e-6)
