@@ -36,6 +36,8 @@ FEATURES: dict[str, tuple[Any, str]] = {
     "embedding_scale": (None, "scaled embedding"),
     "embedding_norm": (False, "norm of the embedding"),
     "position_offset": (None, "learned positions"),
+    "sinks": (False, "attention sinks"),
+    "routing": (None, "mixture of experts"),
 }
 
 FACTORS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
@@ -88,7 +90,7 @@ def _positions(config: DecoderConfig, model_type: str) -> str:
 
 def _structures(family: Family) -> str:
     heads = ["heads"] if family.kv_heads is None else ["heads", "query heads"]
-    return ", ".join([*heads, "channels", "hidden", "layers"])
+    return ", ".join([*heads, "channels", *["experts"] * bool(family.experts), "hidden", "layers"])
 
 
 def _stock(table: FamilyTable, family: Family) -> str:
@@ -98,7 +100,7 @@ def _stock(table: FamilyTable, family: Family) -> str:
     if heads and family.name.startswith("LLaMA"):
         heads = "any heads (as `mistral`)"
     hidden = table.stock_heads != "dense" and table.stock_width and not table.stock_scale
-    kinds = {"channels": table.stock_width, "hidden": hidden, "layers": True}
+    kinds = {"channels": table.stock_width, "experts": bool(family.experts), "hidden": hidden, "layers": True}
     return ", ".join([heads] * bool(heads) + [kind for kind, holds in kinds.items() if holds])
 
 

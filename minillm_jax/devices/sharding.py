@@ -1,8 +1,8 @@
 """Shards of arrays on a mesh of devices (letters: see `axis_table`).
 
 A mesh has two axes. `data` shares windows or directions between devices. `model` shares weights: key/value heads with
-their query heads, channels, the vocabulary. The compiler of JAX adds the communication between devices. The mesh of a
-decoder is read from its arrays (`mesh_of`), so functions of a decoder need no mesh argument.
+their query heads, channels, the width of experts, the vocabulary. The compiler of JAX adds the communication between
+devices. The mesh of a decoder is read from its arrays (`mesh_of`), so functions of a decoder need no mesh argument.
 
 An array whose size does not divide by the number of devices is replicated: every device holds the full array.
 """
@@ -30,7 +30,9 @@ DATA, MODEL = "data", "model"
 
 # Letter that is cut over `model` -> letter whose size must divide by the devices. Query heads are cut with their
 # key/value head, because attention on another device would have to fetch it.
-SHARDED = {"V": "V", "F": "F", "K": "K", "N": "K"}
+# Experts are cut along their width: every device has a part of every expert, so that all have equally much to compute
+# however the tokens choose.
+SHARDED = {"V": "V", "F": "F", "W": "W", "K": "K", "N": "K"}
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
     x ── router ── choice, weights ─┐
     └─ chosen experts: gate, up ── down ── (· weight, sum over the chosen) ── residual stream
 
-No token is dropped: every chosen expert computes it. The rows of all tokens are sorted by expert, and each matrix of
-an expert multiplies the rows of its tokens.
+No token is dropped: every chosen expert computes it. The rows of all tokens are cut into blocks of one expert each, and
+a loop multiplies one block after the other, so that a row costs the products of its expert alone. `jax.lax.ragged_dot`
+multiplies every row by every expert, on CPUs, on GPUs by default, and in what the compiler makes for a TPU
+(docs/LOG.md).
 
     M    tokens of a batch, B · T
     C    chosen experts of a token
@@ -22,8 +24,8 @@ from minillm_jax.model import ops
 from minillm_jax.model.config import Routing
 from minillm_jax.model.modules import Experts
 
-# Rows that a CPU multiplies by one expert at a time. Its `ragged_dot` multiplies every row by every expert.
-BLOCK = 64
+# Rows of a block: few on a CPU, where an expert has few; enough on the others to fill a matrix unit.
+ROWS_ON_CPU, ROWS_ELSEWHERE = 64, 256
 
 # The matrices `gate`, `up`, `down` of experts and their biases, `gate_bias` ..., by name.
 Matrices = Mapping[str, Array]
@@ -94,13 +96,10 @@ def in_best_groups(preferred: Float[Array, "M X"], routing: Routing) -> Array:
 def of_chosen(
     experts: Experts, routing: Routing, activation: str, tokens: Float[Array, "M D"], chosen: Int[Array, "M C"]
 ) -> Float[Array, "M C D"]:
-    """The output of every chosen expert for every token, before its weight.
-
-    A CPU multiplies blocks of rows of one expert; other platforms have a kernel for rows that are sorted by expert.
-    """
+    """The output of every chosen expert for every token, before its weight."""
     settings = {"routing": routing, "activation": activation}
-    ways = {"cpu": partial(by_blocks, **settings), "default": partial(by_rows, **settings)}
-    return jax.lax.platform_dependent(matrices(experts), tokens, chosen, **ways)
+    of_rows = [partial(by_blocks, largest=rows, **settings) for rows in (ROWS_ON_CPU, ROWS_ELSEWHERE)]
+    return jax.lax.platform_dependent(matrices(experts), tokens, chosen, cpu=of_rows[0], default=of_rows[1])
 
 
 def matrices(experts: Experts) -> Matrices:
@@ -134,33 +133,17 @@ def gated(gate: Float[Array, "R W"], up: Float[Array, "R W"], routing: Routing, 
     return (up + 1) * (gate * jax.nn.sigmoid(routing.slope * gate))
 
 
-def by_rows(
-    experts: Matrices, tokens: Float[Array, "M D"], chosen: Int[Array, "M C"], routing: Routing, activation: str
-) -> Float[Array, "M C D"]:
-    """`of_chosen` by `jax.lax.ragged_dot`."""
-    expert_of_row = chosen.reshape(-1)
-    order = jnp.argsort(expert_of_row, stable=True)
-    owners, sizes = expert_of_row[order], jnp.bincount(expert_of_row, length=len(experts["down"])).astype(jnp.int32)
-
-    def product(rows: Float[Array, "R I"], name: str) -> Float[Array, "R O"]:
-        kernel, bias = experts[name], experts.get(f"{name}_bias")
-        dtype = jnp.promote_types(rows.dtype, kernel.dtype)
-        precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-        arguments = {"precision": precision, "preferred_element_type": jnp.float32}
-        out = jax.lax.ragged_dot(rows.astype(dtype), kernel.astype(dtype), sizes, **arguments).astype(dtype)
-        return out if bias is None else out + bias[owners].astype(dtype)
-
-    rows = tokens[order // chosen.shape[1]]
-    outputs = product(gated(product(rows, "gate"), product(rows, "up"), routing, activation), "down")
-    return jnp.zeros_like(outputs).at[order].set(outputs).reshape(*chosen.shape, -1)
-
-
 def by_blocks(
-    experts: Matrices, tokens: Float[Array, "M D"], chosen: Int[Array, "M C"], routing: Routing, activation: str
+    experts: Matrices,
+    tokens: Float[Array, "M D"],
+    chosen: Int[Array, "M C"],
+    routing: Routing,
+    activation: str,
+    largest: int,
 ) -> Float[Array, "M C D"]:
-    """`of_chosen` in blocks of rows of one expert each. The last block of an expert has rows that nobody reads."""
+    """`of_chosen` in blocks of at most `largest` rows. The last block of an expert has rows that nobody reads."""
     count, rows = len(experts["down"]), chosen.size
-    size = max(1, min(BLOCK, rows // count))
+    size = max(1, min(largest, rows // count))
     blocks = -(-rows // size) + min(count, rows)
     expert_of_row = chosen.reshape(-1)
     sizes = jnp.bincount(expert_of_row, length=count)

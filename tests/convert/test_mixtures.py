@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from jax import numpy as jnp
 from safetensors.numpy import load_file
 
 from convert.reader import read_model
@@ -98,7 +97,7 @@ def test_a_streamed_mixture_has_the_arrays_of_one_in_memory(tmp_path: Path, fami
 
 def test_layers_of_unequal_heads_are_refused_with_what_to_do(tmp_path: Path) -> None:
     model = read_model(hugging_face_folder(tmp_path / "dense", "mixtral"))
-    kept = {"head": [jnp.arange(4), jnp.arange(3), jnp.arange(4)]}
+    kept = {"head": [np.arange(4), np.arange(3), np.arange(4)]}
     with pytest.raises(InputError, match=r"no mixture of experts, .*unequal numbers of query heads .*--budget equal"):
         write_model(replace(model, decoder=slice_groups(model.decoder, kept)), tmp_path / "out")
     with pytest.raises(InputError, match="format per-layer has no mixture of experts; use the format stock"):

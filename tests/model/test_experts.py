@@ -1,4 +1,4 @@
-"""The mixture of experts of a layer: both ways to compute it, and the router's choice."""
+"""The mixture of experts of a layer: its outputs and gradients, and the router's choice."""
 
 import jax
 import numpy as np
@@ -20,37 +20,31 @@ def random_experts(count: int, seed: int = 0, biased: bool = False) -> Experts:
     return Experts({name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()})
 
 
-def one_by_one(mixture: Experts, routing: Routing, x: jax.Array, chosen: np.ndarray) -> np.ndarray:
-    """The outputs of the chosen experts, one token and one expert at a time."""
-    arrays = experts.matrices(mixture)
-    rows = [
-        [experts.of_one({name: a[j] for name, a in arrays.items()}, x[i : i + 1], routing, "silu")[0] for j in row]
-        for i, row in enumerate(chosen)
-    ]
-    return np.asarray(rows)
-
-
 @pytest.mark.parametrize("choices", ["random", "all one expert"])
 @pytest.mark.parametrize(("tokens", "count", "chosen"), [(1, 5, 2), (150, 3, 1), (67, 9, 4)])
-def test_blocks_and_sorted_rows_compute_every_chosen_expert(tokens: int, count: int, chosen: int, choices: str) -> None:
+def test_every_chosen_expert_computes_its_tokens(tokens: int, count: int, chosen: int, choices: str) -> None:
+    """In blocks of 1 to 64 rows; outputs and gradients are those of one token and one expert at a time."""
     mixture, rng = random_experts(count, biased=True), np.random.default_rng(1)
     routing = Routing(chosen, limit=1.5, slope=1.7)
     x = jnp.asarray(rng.normal(size=(tokens, D)), jnp.float32)
     rows = np.asarray(
         [rng.permutation(count)[:chosen] if choices == "random" else range(chosen) for _ in range(tokens)]
     )
-    expected = one_by_one(mixture, routing, x, rows)
-    arguments = experts.matrices(mixture), x, jnp.asarray(rows), routing, "silu"
-    for way in (experts.by_blocks, experts.by_rows):
-        np.testing.assert_allclose(way(*arguments), expected, atol=1e-5)
+    arrays = experts.matrices(mixture)
 
-    def total(mixture_arrays: dict[str, jax.Array], way: object) -> jax.Array:
-        assert callable(way)
-        return jnp.sum(jnp.sin(way(mixture_arrays, *arguments[1:])))
+    def reference(arrays: experts.Matrices) -> jax.Array:
+        of_all = jax.vmap(lambda expert: experts.of_one(expert, x, routing, "silu"))(dict(arrays))
+        return of_all[rows.T, jnp.arange(tokens)].swapaxes(0, 1)
 
-    gradients = [jax.grad(total)(arguments[0], way) for way in (experts.by_blocks, experts.by_rows)]
-    for name, gradient in gradients[0].items():
-        np.testing.assert_allclose(gradient, gradients[1][name], atol=1e-4)
+    def blocks(arrays: experts.Matrices, largest: int) -> jax.Array:
+        return experts.by_blocks(arrays, x, jnp.asarray(rows), routing, "silu", largest)
+
+    gradient = jax.grad(lambda arrays: jnp.sum(jnp.sin(reference(arrays))))(arrays)
+    for largest in (1, 7, 64):
+        np.testing.assert_allclose(blocks(arrays, largest), reference(arrays), atol=1e-5)
+        by_blocks = jax.grad(lambda arrays, most=largest: jnp.sum(jnp.sin(blocks(arrays, most))))(arrays)
+        for name, expected in gradient.items():
+            np.testing.assert_allclose(by_blocks[name], expected, atol=1e-4)
 
 
 def test_directions_of_the_input_are_vmapped() -> None:
