@@ -315,7 +315,9 @@ def _rope_parameters(rope: Rope) -> dict[str, Any]:
         case "longrope":
             scaling |= {"attention_factor": rope.attention_factor}
             scaling |= {"short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
-    if rope.kind in ("llama3", "yarn", "longrope"):
+    if rope.query_growth:
+        scaling["llama_4_scaling_beta"] = rope.query_growth
+    if rope.kind in ("llama3", "yarn", "longrope") or rope.query_growth:
         scaling["original_max_position_embeddings"] = rope.original_length
     return scaling
 
@@ -335,7 +337,7 @@ def rope_keys(rope: Rope, family: str, read: Any = None) -> dict[str, Any]:
     linear = {"type": "linear", "factor": rope.factor}
     old = {"default": None, "linear": linear, "llama3": scaling | {"type": rope.kind}}.get(rope.kind, read)
     keys = {"rope_parameters": parameters, "rope_theta": rope.theta, "rope_scaling": old}
-    if family in ("glm", "glm4", "phi3", "gpt_neox", "stablelm"):
+    if family in ("glm", "glm4", "phi", "phi3", "gpt_neox", "stablelm"):
         keys["rope_parameters"] |= {"partial_rotary_factor": rope.fraction}
         keys["partial_rotary_factor"] = rope.fraction
     if family == "gpt_neox":

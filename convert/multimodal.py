@@ -61,6 +61,7 @@ KINDS = {
         # The class computes the head size as hidden size / heads.
         replace(TABLES["qwen2"], stem="Qwen2_5_VL", stock_heads="dense"),
     ),
+    "mistral3": Kind("`mistral` or `ministral3`: Mistral Small 3.1, Ministral 3 (`Mistral3ForConditionalGeneration`)"),
 }
 
 
@@ -96,7 +97,7 @@ def text_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 def with_text(raw: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with new sizes of the text model; every other key as it was read."""
     kept = {key: value for key, value in raw.items() if key != "quantization_config"}
-    return kept | ({TEXT: {**raw[TEXT], **sizes}} if isinstance(raw.get(TEXT), Mapping) else sizes)
+    return kept | ({TEXT: {**raw[TEXT], **sizes}} if isinstance(raw.get(TEXT), Mapping) else dict(sizes))
 
 
 def unequal_format(raw: Mapping[str, Any]) -> str | None:

@@ -295,7 +295,7 @@ def _canonical(name: str, table: FamilyTable) -> str:
     """The name in the rule table for a stored name: a checkpoint of the base model lacks the family's prefix."""
     if name in (table.head, table.head_alias):
         return table.head
-    if name.startswith(table.prefix):
+    if name.startswith(table.prefix) or any(name == rule.name for rule in table.outer):
         return name
     return table.prefix + name
 
