@@ -118,13 +118,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     # A model that was dequantised may keep the setting.
     if (
         method is not None
-        and (fp8.blocks_of(raw) is None or multimodal.kind_of(raw) is not None)
+        and fp8.blocks_of(raw) is None
         and not (sources.has_weights(folder) and sources.holds_floats(folder))
     ):
-        raise InputError(
-            f"{folder}: the weights are quantised ({method}); give the model that was quantised, or dequantise it "
-            "with transformers (model.dequantize()) and save it"
-        )
+        raise InputError(f"{folder}: the weights are quantised ({method}); {found.dequantising(method)}")
     return raw
 
 
@@ -175,11 +172,13 @@ def read_model(
 def _source(described: Description, dtype: str | None) -> rules.TensorSource:
     """The tensors of a folder; those of quantised blocks are multiplied out in the type that is asked for."""
     folder, blocks = described.folder, fp8.blocks_of(described.raw_config)
-    if multimodal.kind_of(described.raw_config) is not None:
-        return multimodal.TextSource(sources.open_folder(folder))
     if blocks is None or sources.holds_floats(folder):
-        return sources.open_folder(folder)
-    return fp8.BlockScaledFolder(folder, blocks, dtype or str(described.abstract.embedding.dtype))
+        source = sources.open_folder(folder)
+    else:
+        source = fp8.BlockScaledFolder(folder, blocks, dtype or str(described.abstract.embedding.dtype))
+    if multimodal.rest_of(described.raw_config, folder) is None:  # which also checks the types of the rest
+        return source
+    return multimodal.TextSource(source)
 
 
 def locate(model: str | Path, revision: str | None = None, weights: bool = True) -> tuple[Path, str | None]:

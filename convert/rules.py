@@ -265,8 +265,8 @@ def _check_whole(source: TensorSource) -> None:
     quantised = found.quantised_tensor(source.names())
     if quantised is not None:
         raise InputError(
-            f"{source.where}: tensor {quantised[0]!r} belongs to quantised weights ({quantised[1]}); give the model "
-            "that was quantised, or dequantise it with transformers (model.dequantize()) and save it"
+            f"{source.where}: tensor {quantised[0]!r} belongs to quantised weights ({quantised[1]}); "
+            f"{found.dequantising(quantised[1])}"
         )
     adapter = next((name for name in source.names() if ".lora_" in name or ".base_layer." in name), None)
     if adapter is not None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -256,6 +257,31 @@ def test_the_flat_configuration_of_qwen_is_read_and_kept(folder: Folder, tmp_pat
     write_model(smaller, tmp_path / "pruned")
     assert "text_config" not in json.loads((tmp_path / "pruned" / "config.json").read_text())
     assert np.abs(logits_of(smaller.decoder, TOKENS) - by_transformers(tmp_path / "pruned")).max() < 1e-4
+
+
+def test_text_models_of_float8_are_multiplied_out(folder: Folder, tmp_path: Path) -> None:
+    dense = folder("mistral3")
+    path = tmp_path / "float8"
+    path.mkdir()
+    tensors = load_file(dense / "model.safetensors")
+    for name in [name for name in tensors if name.startswith("language_model") and name.endswith("proj.weight")]:
+        tensors[f"{name}_scale_inv"] = np.array(0.01, np.float32)
+        tensors[name.replace(".weight", ".activation_scale")] = np.array(1, np.float32)
+        tensors[name] = (tensors[name] / 0.01).astype(ml_dtypes.float8_e4m3fn)
+    save_file(tensors, path / "model.safetensors")
+    raw = json.loads((dense / "config.json").read_text())
+    raw["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+    (path / "config.json").write_text(json.dumps(raw))
+    smaller = pruned(read_model(path))
+    write_model(smaller, tmp_path / "pruned")
+    assert "quantization_config" not in json.loads((tmp_path / "pruned" / "config.json").read_text())
+    assert np.abs(logits_of(smaller.decoder, TOKENS) - by_transformers(tmp_path / "pruned")).max() < 1e-4
+    before, after = rest_of(dense), rest_of(tmp_path / "pruned")
+    assert all(np.array_equal(array, after[name]) for name, array in before.items())
+    changed = next(name for name in before if name.startswith("vision"))
+    save_file(tensors | {changed: before[changed].astype(ml_dtypes.float8_e4m3fn)}, path / "model.safetensors")
+    with pytest.raises(InputError, match=f"tensor '{changed}' is F8_E4M3, expected one of"):
+        read_model(path)
 
 
 @pytest.mark.parametrize("name", ["per-layer", "flax", "gguf"])
