@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from convert.multimodal import auto_class
 from convert.reader import describe_model, read_model
 from convert.writer import write_model
 from minillm_jax.errors import InputError
@@ -20,7 +21,8 @@ from minillm_jax.model import axis_table
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.tree import group_counts
 from minillm_jax.pruning.slicing import slice_groups, slice_hidden, slice_layers
-from tests.helpers import edit_json, logits_of, random_tokens
+from minillm_jax.report.model_card import loading
+from tests.helpers import edit_json, logits_of, quickly, random_tokens
 
 IMAGE = 96  # the token that stands for an image
 TOKENS = random_tokens(90, 2, 40)
@@ -179,7 +181,7 @@ def test_the_text_model_is_read(folder: Folder, kind: str) -> None:
 
 
 @pytest.mark.parametrize("unequal", [False, True], ids=["equal", "unequal"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quickly(KINDS, ("gemma3", "qwen2_5_vl")))
 def test_a_pruned_folder_loads_stock_with_its_vision_tower(
     folder: Folder, kind: str, unequal: bool, tmp_path: Path
 ) -> None:
@@ -203,6 +205,12 @@ def test_a_pruned_folder_loads_stock_with_its_vision_tower(
     assert np.abs(logits_of(again, TOKENS) - logits_of(smaller.decoder, TOKENS)).max() < 1e-4
 
 
+def test_the_model_card_names_the_class_that_loads_the_whole(folder: Folder) -> None:
+    for kind, name in (("gemma3", "AutoModelForImageTextToText"), (None, "AutoModelForCausalLM")):
+        raw = {"model_type": "llama"} if kind is None else read_model(folder(kind)).raw_config
+        assert f"{name}.from_pretrained(" in loading({"format": "padded", "auto_class": auto_class(raw)})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_config_changes_in_the_sizes_of_the_text_model_alone(folder: Folder, kind: str, tmp_path: Path) -> None:
     model = read_model(folder(kind))
@@ -217,7 +225,7 @@ def test_config_changes_in_the_sizes_of_the_text_model_alone(folder: Folder, kin
     assert smaller["num_hidden_layers"] == len(smaller.get("layer_types", "12")) == 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quickly(KINDS, ("gemma3", "qwen2_5_vl")))
 def test_every_layout_of_the_names_is_read_and_kept(folder: Folder, kind: str, tmp_path: Path) -> None:
     model = read_model(folder(kind))
     # Tensors of any type are carried over.
