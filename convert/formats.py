@@ -91,7 +91,8 @@ def _describe_text(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any], 
         sizes = padded_sizes(config, sizes, table)
     family = FAMILIES[config.family]
     keys: dict[str, Any] = _size_keys(family, sizes.layers[0]) | {family.layers: len(sizes.layers)}
-    if family.windows == "layer_types":
+    named = config.windowed or "layer_types" in raw.get(multimodal.TEXT, raw)
+    if family.windows == "layer_types" and named:
         keys["layer_types"] = _layer_types(sizes)
     if table.stock_heads != "dense":
         keys["head_dim"] = sizes.H

@@ -61,6 +61,7 @@ KINDS = {
         # The class computes the head size as hidden size / heads.
         replace(TABLES["qwen2"], stem="Qwen2_5_VL", stock_heads="dense"),
     ),
+    "qwen3_vl": Kind("`qwen3`: Qwen 3-VL (`Qwen3VLForConditionalGeneration`)", "qwen3"),
     "mistral3": Kind("`mistral` or `ministral3`: Mistral Small 3.1, Ministral 3 (`Mistral3ForConditionalGeneration`)"),
 }
 

@@ -74,6 +74,23 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "vision_start_token_id": 94,
         "vision_end_token_id": 93,
     },
+    "qwen3_vl": {
+        "text_config": _TEXT | {"head_dim": 8, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 7,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+        "image_token_id": IMAGE,
+        "video_token_id": 95,
+        "vision_start_token_id": 94,
+        "vision_end_token_id": 93,
+    },
     "mistral3": {
         "text_config": _TEXT
         | {
@@ -108,6 +125,10 @@ KINDS = list(CONFIGURATIONS)
 IMAGES: dict[str, dict[str, Any]] = {
     "gemma3": {"pixel_values": torch.linspace(-1, 1, 3 * 28 * 28).reshape(1, 3, 28, 28)},
     "qwen2_5_vl": {
+        "pixel_values": torch.linspace(-1, 1, 16 * 3 * 2 * 49).reshape(16, 3 * 2 * 49),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+    },
+    "qwen3_vl": {
         "pixel_values": torch.linspace(-1, 1, 16 * 3 * 2 * 49).reshape(16, 3 * 2 * 49),
         "image_grid_thw": torch.tensor([[1, 4, 4]]),
     },
@@ -152,7 +173,7 @@ def by_transformers(path: Path, image: dict[str, Any] | None = None) -> np.ndarr
     tokens = torch.from_numpy(TOKENS.astype(np.int64))
     if image is not None:
         tokens = torch.cat([tokens[:1, :3], torch.full((1, 4), IMAGE), tokens[:1, 3:9]], dim=1)
-        types = {"gemma3": "token_type_ids", "qwen2_5_vl": "mm_token_type_ids"}.get(model.config.model_type)
+        types = {"gemma3": "token_type_ids", "mistral3": None}.get(model.config.model_type, "mm_token_type_ids")
         image = image if types is None else image | {types: (tokens == IMAGE).long()}
     with torch.no_grad():
         return model.eval()(tokens, **image or {}).logits.float().numpy()
@@ -245,6 +266,8 @@ def test_every_layout_of_the_names_is_read_and_kept(folder: Folder, kind: str, t
 
 def _renamed(name: str) -> str:
     """The name of a tensor in the classes of transformers 5."""
+    if name.startswith(("model.language_model.", "model.visual.")):
+        return name
     for old in ("language_model.model.", "model."):
         if name.startswith(old):
             return "model.language_model." + name.removeprefix(old)
