@@ -1,6 +1,7 @@
 """Largest difference of logits from transformers in float32, for every configuration of the tests, dense and pruned.
 
     PYTHONPATH=. python bench/parity.py
+    PYTHONPATH=. python bench/parity.py --add    # only the configurations that the result lacks
 
 Every parameter is random. A pruned model has lost a random third of the heads and channels of every layer, a different
 number in each; it is written to a folder, which transformers loads.
@@ -50,10 +51,21 @@ def main() -> None:
     """Measure all configurations and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULT)
-    output, about, rows = parser.parse_args().output, environment(), []
+    parser.add_argument("--add", action="store_true", help="measure only the configurations that the output lacks")
+    options, about = parser.parse_args(), environment()
+    output, former, added = options.output, {}, {}
+    if options.add:
+        result = json.loads(output.read_text(encoding="utf-8"))
+        former, added = {row["configuration"]: row for row in result["rows"]}, {"commit": about["commit"]}
+        assert result["environment"] | added == about, "the rows of one result need one machine and one set of versions"
+        about = result["environment"]
+    rows: list[dict[str, Any]] = []
     for name in CONFIGURATIONS:
+        if name in former:
+            rows.append(former[name])
+            continue
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(row(name, Path(folder)))
+            rows.append(row(name, Path(folder)) | added)
         print(json.dumps(rows[-1]))
     result = {"environment": about, "tokens": TOKENS.size, "rows": rows}
     output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -188,6 +188,26 @@ GLM4 = _llama_like(
     *FUSED_MLP,
 )
 
+PHI = FamilyTable(
+    stem="Phi",
+    prefix="model.",
+    outer=(
+        *array("model.embed_tokens.weight", "V E", "embedding"),
+        *norm("model.final_layernorm", "final_norm"),
+        *linear("lm_head", "head"),
+    ),
+    layer="model.layers.{layer}.",
+    block=(
+        *norm("input_layernorm", "attention_norm"),
+        *SEPARATE_QKV,
+        *linear("self_attn.dense", "attention.o"),
+        *linear("mlp.fc1", "mlp.up"),
+        *linear("mlp.fc2", "mlp.down"),
+    ),
+    # transformers stored the rotary frequencies as buffers until 4.32.
+    ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+)
+
 PHI3 = _llama_like("Phi3", *LLAMA_NORMS, *fused("self_attn.qkv_proj", *QKV), *FUSED_MLP)
 
 OPT = FamilyTable(
@@ -379,6 +399,7 @@ GLM4_MOE = replace(
 TABLES: dict[str, FamilyTable] = {
     "llama": LLAMA,
     "mistral": MISTRAL,
+    "ministral3": replace(MISTRAL, stem="Ministral3"),
     "qwen2": replace(MISTRAL, stem="Qwen2"),
     "qwen3": QWEN3,
     "gemma": replace(MISTRAL, stem="Gemma", stock_scale=True),
@@ -399,6 +420,7 @@ TABLES: dict[str, FamilyTable] = {
     "gpt_neox": GPT_NEOX,
     "glm": GLM,
     "glm4": GLM4,
+    "phi": PHI,
     "phi3": PHI3,
     "mixtral": MIXTRAL,
     "qwen2_moe": QWEN2_MOE,

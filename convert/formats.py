@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from convert.families import TABLES
+from convert import multimodal
+from convert.families import TABLES, FamilyTable
 from minillm_jax.errors import InputError
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.families import FAMILIES, PRUNED, Family
@@ -59,6 +60,8 @@ def describe(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any], format
       InputError: the format is unknown, or cannot hold the shapes.
     """
     check_format(format_name)
+    if multimodal.kind_of(raw) is not None:
+        return _describe_text(config, sizes, raw, format_name)
     refusal = stock_refusal(config, sizes)
     if not TABLES[config.family].per_layer and (refusal is not None or format_name == PER_LAYER):
         raise InputError(
@@ -82,6 +85,33 @@ def has_per_layer(family: str) -> bool:
     return TABLES[family].per_layer
 
 
+def _describe_text(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any], format_name: str | None) -> Described:
+    """The format of a vision-language model with another text model: stock, or padded where the layers are unequal."""
+    multimodal.check_format(raw, format_name)
+    kind, text = multimodal.kind_of(raw), multimodal.text_config(raw, "config.json")
+    assert kind is not None, "checked by the caller"
+    if text["hidden_size"] != sizes.D:
+        raise InputError(
+            f"a {raw['model_type']} model projects its images to the {text['hidden_size']} hidden dimensions of its "
+            "text model, which therefore cannot be pruned; use heads, channels or layers"
+        )
+    table = kind.table or TABLES[config.family]
+    refusal = stock_refusal(config, sizes, table)
+    if format_name == STOCK and refusal is not None:
+        raise InputError(f"no stock class can hold this model: {refusal}; use the format padded")
+    name = PADDED if format_name == PADDED or refusal is not None else STOCK
+    if name == PADDED:
+        sizes = padded_sizes(config, sizes, table)
+    family = FAMILIES[config.family]
+    keys: dict[str, Any] = _size_keys(family, sizes.layers[0]) | {family.layers: len(sizes.layers)}
+    named = config.windowed or "layer_types" in raw.get(multimodal.TEXT, raw)
+    if family.windows == "layer_types" and named:
+        keys["layer_types"] = _layer_types(sizes)
+    if table.stock_heads != "dense":
+        keys["head_dim"] = sizes.H
+    return Described(name, sizes, multimodal.with_text(raw, keys))
+
+
 def check_format(format_name: str | None) -> None:
     """Check that a format exists; None is accepted.
 
@@ -92,9 +122,15 @@ def check_format(format_name: str | None) -> None:
         raise InputError(f"unknown format {format_name!r}; expected one of {', '.join(FORMATS)}")
 
 
-def stock_refusal(config: DecoderConfig, sizes: Sizes) -> str | None:
-    """The reason why no stock class of transformers holds these shapes, or None where one does."""
-    table, first = TABLES[config.family], sizes.layers[0]
+def stock_refusal(config: DecoderConfig, sizes: Sizes, table: FamilyTable | None = None) -> str | None:
+    """The reason why no stock class of transformers holds these shapes, or None where one does.
+
+    Args:
+      config: the decoder's configuration.
+      sizes: the decoder's sizes.
+      table: what the stock class accepts; that of the decoder's family by default.
+    """
+    table, first = table or TABLES[config.family], sizes.layers[0]
     if not table.stock:
         return f"transformers has no class for {table.stem}"
     dense, mixed = _dense_layers(sizes), [layer for layer in sizes.layers if layer.X]
@@ -129,29 +165,35 @@ def _dense_layers(sizes: Sizes) -> list[LayerSizes]:
     return [layer for layer in sizes.layers if not layer.X]
 
 
-def padded_sizes(config: DecoderConfig, sizes: Sizes) -> Sizes:
+def padded_sizes(config: DecoderConfig, sizes: Sizes, table: FamilyTable | None = None) -> Sizes:
     """The smallest sizes that a stock class holds and that are, in every layer, at least those given.
+
+    Args:
+      config: the decoder's configuration.
+      sizes: the decoder's sizes.
+      table: what the stock class accepts; that of the decoder's family by default.
 
     Raises:
       InputError: no number of padded heads and channels gives a shape that a stock class holds.
     """
-    width = max(layer.F for layer in sizes.layers) if TABLES[config.family].stock_width else 4 * sizes.D
-    kv_heads, per_group = _stock_heads(config, sizes)
+    table = table or TABLES[config.family]
+    width = max(layer.F for layer in sizes.layers) if table.stock_width else 4 * sizes.D
+    kv_heads, per_group = _stock_heads(config, sizes, table)
     slopes = () if config.alibi_heads is None else tuple(map(float, alibi_slopes(config.alibi_heads)))
     heads = kv_heads * per_group
     if config.joint_qk_norm and any(heads != layer.N for layer in sizes.layers):
         raise InputError(
-            f"heads of zeros would change the norms of {TABLES[config.family].stem}, which are over the queries and "
+            f"heads of zeros would change the norms of {table.stem}, which are over the queries and "
             "the keys of all heads; use the format per-layer"
         )
     layers = (replace(layer, N=heads, K=kv_heads, F=width, slopes=slopes) for layer in sizes.layers)
     padded = replace(sizes, layers=tuple(layers))
-    if (refusal := stock_refusal(config, padded)) is not None:
+    if (refusal := stock_refusal(config, padded, table)) is not None:
         raise InputError(f"padding cannot fit this model into a stock class: {refusal}; use the format per-layer")
     return padded
 
 
-def _stock_heads(config: DecoderConfig, sizes: Sizes) -> tuple[int, int]:
+def _stock_heads(config: DecoderConfig, sizes: Sizes, table: FamilyTable) -> tuple[int, int]:
     """The fewest key/value heads, and query heads of each, that hold all layers and that the stock class accepts.
 
     Where no number is accepted, the numbers of the widest layers.
@@ -161,7 +203,7 @@ def _stock_heads(config: DecoderConfig, sizes: Sizes) -> tuple[int, int]:
         max(layer.K for layer in sizes.layers),
         max(layer.N // max(layer.K, 1) for layer in sizes.layers),
     )
-    rule = TABLES[config.family].stock_heads
+    rule = table.stock_heads
     if rule == "any" or _fits_mistral(config):
         return widest, per_group
     dense = sizes.D // sizes.H
@@ -283,8 +325,7 @@ def _common_keys(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]) ->
     if config.position_offset is not None:
         keys["word_embed_proj_dim"] = sizes.E
     if family.windows == "layer_types":
-        kinds = {True: "sliding_attention", False: "full_attention"}
-        keys["layer_types"] = [kinds[layer.window is not None] for layer in sizes.layers]
+        keys["layer_types"] = _layer_types(sizes)
     if family.other_rope == "no_rope_layers":
         keys["no_rope_layers"] = [1 - layer.rope for layer in sizes.layers]
     if config.rope is None:
@@ -297,6 +338,10 @@ def _common_keys(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]) ->
         if "rope_local_base_freq" in raw:
             keys["rope_local_base_freq"] = other.theta
     return keys
+
+
+def _layer_types(sizes: Sizes) -> list[str]:
+    return ["full_attention" if layer.window is None else "sliding_attention" for layer in sizes.layers]
 
 
 def _rope_parameters(rope: Rope) -> dict[str, Any]:
@@ -314,7 +359,9 @@ def _rope_parameters(rope: Rope) -> dict[str, Any]:
         case "longrope":
             scaling |= {"attention_factor": rope.attention_factor}
             scaling |= {"short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
-    if rope.kind in ("llama3", "yarn", "longrope"):
+    if rope.query_growth:
+        scaling["llama_4_scaling_beta"] = rope.query_growth
+    if rope.kind in ("llama3", "yarn", "longrope") or rope.query_growth:
         scaling["original_max_position_embeddings"] = rope.original_length
     return scaling
 
@@ -334,7 +381,7 @@ def rope_keys(rope: Rope, family: str, read: Any = None) -> dict[str, Any]:
     linear = {"type": "linear", "factor": rope.factor}
     old = {"default": None, "linear": linear, "llama3": scaling | {"type": rope.kind}}.get(rope.kind, read)
     keys = {"rope_parameters": parameters, "rope_theta": rope.theta, "rope_scaling": old}
-    if family in ("glm", "glm4", "glm4_moe", "phi3", "gpt_neox", "stablelm"):
+    if family in ("glm", "glm4", "glm4_moe", "phi", "phi3", "gpt_neox", "stablelm"):
         keys["rope_parameters"] |= {"partial_rotary_factor": rope.fraction}
         keys["partial_rotary_factor"] = rope.fraction
     if family == "gpt_neox":

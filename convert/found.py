@@ -34,8 +34,25 @@ QUANTISED_NAMES = {
     ".SCB": "bitsandbytes",
     ".absmax": "bitsandbytes",
     ".weight_scale_inv": "fp8",
-    ".weight_scale": "fp8",
+    ".weight_scale": "float8 with one scale for a matrix or a row",
     ".weight_packed": "compressed-tensors",
+    ".W_q": "hqq",
+}
+
+_METHOD = "load it with transformers, call model.dequantize() and save it"
+_LOADED = "load it with transformers and quantization_config={}(dequantize=True), and save it"
+_GPTQMODEL = "run dequantize_model(FOLDER, NEW_FOLDER) of gptqmodel.utils.model_dequant, of the package GPTQModel"
+
+# What to run first: beginning of the name of a method → what multiplies the weights out.
+DEQUANTISING = {
+    "bitsandbytes": _METHOD,
+    "higgs": _METHOD,
+    "fp8": _LOADED.format("FineGrainedFP8Config"),
+    "mxfp8": _LOADED.format("FineGrainedFP8Config"),
+    "mxfp4": _LOADED.format("Mxfp4Config"),
+    "compressed-tensors": _LOADED.format("CompressedTensorsConfig"),
+    "gptq": _GPTQMODEL,
+    "awq": _GPTQMODEL,
 }
 
 
@@ -116,6 +133,12 @@ def quantisation(raw: Mapping[str, Any]) -> str | None:
         return None
     bits = next((f"{n}-bit" for n in (4, 8) if settings.get(f"load_in_{n}bit")), None)
     return str(settings.get("quant_method") or (f"bitsandbytes, {bits}" if bits else "an unnamed method"))
+
+
+def dequantising(method: str) -> str:
+    """What to do with a model that was quantised by a method: a clause for an error message."""
+    run = next((words for name, words in DEQUANTISING.items() if method.startswith(name)), None)
+    return "give the model that was quantised" + ("" if run is None else f", or {run}")
 
 
 def quantised_tensor(names: Iterable[str]) -> tuple[str, str] | None:

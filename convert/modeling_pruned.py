@@ -50,6 +50,7 @@ class _Family(NamedTuple):
 _FAMILIES = {
     "llama": _Family("Llama"),
     "mistral": _Family("Mistral"),
+    "ministral3": _Family("Ministral3"),
     "qwen2": _Family("Qwen2"),
     "qwen3": _Family("Qwen3"),
     "gemma": _Family("Gemma"),
@@ -57,6 +58,7 @@ _FAMILIES = {
     "gemma3_text": _Family("Gemma3", text="Text"),
     "glm": _Family("Glm"),
     "glm4": _Family("Glm4"),
+    "phi": _Family("Phi", attention=("self_attn", "dense"), mlp=("mlp", "fc2")),
     "phi3": _Family("Phi3"),
     "olmo2": _Family("Olmo2", joint_norms=True),
     "olmo3": _Family("Olmo3", joint_norms=True),

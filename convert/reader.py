@@ -12,7 +12,21 @@ import numpy as np
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from convert import companions, formats, found, fp8, gguf_folder, gguf_read, layers, memory, official, rules, sources
+from convert import (
+    companions,
+    formats,
+    found,
+    fp8,
+    gguf_folder,
+    gguf_read,
+    layers,
+    memory,
+    multimodal,
+    mxfp4,
+    official,
+    rules,
+    sources,
+)
 from convert.sources import FLOATS, read_json
 from minillm_jax.data.tokenizer import quiet
 from minillm_jax.devices.sharding import parts, shardings
@@ -39,7 +53,8 @@ class Description:
     Attributes:
       abstract: the decoder with `jax.ShapeDtypeStruct` leaves, in the stored type unless another one is asked for.
       sizes: the sizes of the decoder.
-      raw_config: config.json, translated where the layout is an official one.
+      raw_config: config.json, translated where the layout is an official one; with `text_config` and all other keys of
+        a vision-language model.
       folder: the folder of config.json and the weight files.
       revision: the commit on the Hub, None for a local folder.
       layout: the official layout of a model whose code stands outside transformers.
@@ -73,7 +88,8 @@ def describe_model(
     stored_raw = _read_config(folder)
     layout = official.layout_of(stored_raw)
     raw = stored_raw if layout is None else _translated(layout, stored_raw, folder)
-    config, sizes = families.parse(_complete(raw, folder), str(folder / CONFIG))
+    text = raw if multimodal.kind_of(raw) is None else multimodal.text_config(raw, str(folder / CONFIG))
+    config, sizes = families.parse(_complete(text, folder), str(folder / CONFIG))
     stored = dtype or sources.stored_type(folder) or raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if stored not in FLOATS.values():
         stored = "float32"
@@ -104,12 +120,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if (
         method is not None
         and fp8.blocks_of(raw) is None
+        and not mxfp4.is_mxfp4(raw)
         and not (sources.has_weights(folder) and sources.holds_floats(folder))
     ):
-        raise InputError(
-            f"{folder}: the weights are quantised ({method}); give the model that was quantised, or dequantise it "
-            "with transformers (model.dequantize()) and save it"
-        )
+        raise InputError(f"{folder}: the weights are quantised ({method}); {found.dequantising(method)}")
     return raw
 
 
@@ -159,10 +173,17 @@ def read_model(
 
 def _source(described: Description, dtype: str | None) -> rules.TensorSource:
     """The tensors of a folder; those of quantised blocks are multiplied out in the type that is asked for."""
-    folder, blocks = described.folder, fp8.blocks_of(described.raw_config)
-    if blocks is None or sources.holds_floats(folder):
-        return sources.open_folder(folder)
-    return fp8.BlockScaledFolder(folder, blocks, dtype or str(described.abstract.embedding.dtype))
+    folder, raw = described.folder, described.raw_config
+    blocks, multiplied = fp8.blocks_of(raw), dtype or str(described.abstract.embedding.dtype)
+    if sources.holds_floats(folder):
+        source = sources.open_folder(folder)
+    elif blocks is not None:
+        source = fp8.BlockScaledFolder(folder, blocks, multiplied)
+    else:
+        source = mxfp4.Mxfp4Folder(folder, multiplied) if mxfp4.is_mxfp4(raw) else sources.open_folder(folder)
+    if multimodal.rest_of(described.raw_config, folder) is None:  # which also checks the types of the rest
+        return source
+    return multimodal.TextSource(source)
 
 
 def locate(model: str | Path, revision: str | None = None, weights: bool = True) -> tuple[Path, str | None]:

@@ -311,8 +311,8 @@ def _check_whole(source: TensorSource) -> None:
     quantised = found.quantised_tensor(source.names())
     if quantised is not None:
         raise InputError(
-            f"{source.where}: tensor {quantised[0]!r} belongs to quantised weights ({quantised[1]}); give the model "
-            "that was quantised, or dequantise it with transformers (model.dequantize()) and save it"
+            f"{source.where}: tensor {quantised[0]!r} belongs to quantised weights ({quantised[1]}); "
+            f"{found.dequantising(quantised[1])}"
         )
     adapter = next((name for name in source.names() if ".lora_" in name or ".base_layer." in name), None)
     if adapter is not None:
@@ -341,7 +341,7 @@ def _canonical(name: str, table: FamilyTable) -> str:
     """The name in the rule table for a stored name: a checkpoint of the base model lacks the family's prefix."""
     if name in (table.head, table.head_alias):
         return table.head
-    if name.startswith(table.prefix):
+    if name.startswith(table.prefix) or any(name == rule.name for rule in table.outer):
         return name
     return table.prefix + name
 

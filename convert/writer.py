@@ -14,7 +14,7 @@ from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from convert import companions, formats, gguf_metadata, gguf_read, gguf_write, rules, tokenizers
+from convert import companions, formats, gguf_metadata, gguf_read, gguf_write, multimodal, rules, tokenizers
 from convert.folders import check_new, check_space, new_folder, one_sentence
 from convert.reader import CONFIG, FLAX_WEIGHTS, RECORD
 from convert.sources import INDEX
@@ -49,7 +49,7 @@ def check_shard_size(size: str) -> None:
 
 @dataclass(frozen=True)
 class Written:
-    """Result of `write_model`: the format, and the number of parameters in the files, padding included."""
+    """Result of `write_model`: the format, and the number of parameters of the text model, padding included."""
 
     format: str
     parameters: int
@@ -61,6 +61,7 @@ def planned(model: Model, format_name: str | None = None) -> Written:
     Raises:
       InputError: the format is unknown, or cannot hold the model's shapes.
     """
+    multimodal.check_format(model.raw_config, format_name)
     if format_name == formats.GGUF:
         gguf_metadata.arch_for(model.decoder.config, sizes_of(model.decoder))
     if format_name in (formats.FLAX, formats.GGUF):
@@ -76,9 +77,12 @@ def weight_bytes(model: Model, format_name: str | None = None, gguf_type: str | 
     Raises:
       InputError: as for `planned`.
     """
+    multimodal.check_format(model.raw_config, format_name)
     if format_name == formats.GGUF:
         return gguf_write.file_bytes(model.decoder, gguf_type)
-    return planned(model, format_name).parameters * model.decoder.embedding.dtype.itemsize
+    rest = multimodal.rest_of(model.raw_config, model.folder)
+    carried = 0 if rest is None else sum(rest.bytes.values())
+    return carried + planned(model, format_name).parameters * model.decoder.embedding.dtype.itemsize
 
 
 def _described(model: Model, format_name: str | None = None) -> formats.Described:
@@ -108,6 +112,7 @@ def write_model(
         hold the model's shapes.
     """
     check_shard_size(max_shard_size)
+    multimodal.check_format(model.raw_config, format_name)
     if format_name == formats.FLAX:
         write_flax(model, output, extra)
         return Written(formats.FLAX, parameter_count(model.decoder))
@@ -124,7 +129,7 @@ def write_model(
         with new_folder(path, needed) as scratch:
             _write_folder(replace(model, decoder=decoder), scratch, described, max_shard_size, extra)
     else:
-        _gather_tensors(decoder, max_shard_size)
+        _gather_tensors(decoder, max_shard_size, multimodal.rest_of(model.raw_config, model.folder))
     hosts.wait()
     return Written(described.format, parameter_count(decoder))
 
@@ -134,7 +139,8 @@ def _write_folder(
 ) -> None:
     decoder = model.decoder
     _write_json(scratch / CONFIG, described.config | _dtype_keys(decoder))
-    _write_shards(decoder, scratch, max_shard_size, formats.renamed(decoder.config, described.format))
+    rest = multimodal.rest_of(model.raw_config, model.folder)
+    _write_shards(decoder, scratch, max_shard_size, formats.renamed(decoder.config, described.format), rest)
     _write_companions(model, scratch, extra)
     if described.format == formats.PER_LAYER:
         code = f"{formats.REMOTE_CODE}.py"
@@ -159,6 +165,7 @@ def write_flax(model: Model, output: str | Path, extra: Extra | None = None) -> 
       InputError: the output exists or cannot be written.
     """
     check_in_memory(model.decoder, "the format flax")
+    multimodal.check_format(model.raw_config, formats.FLAX)
     described = _described(model)
     # `auto_map` refers to code that loads PyTorch weights, and a Flax checkpoint has none.
     config = {key: value for key, value in described.config.items() if key != "auto_map"}
@@ -193,6 +200,7 @@ def write_gguf(model: Model, output: str | Path, gguf_type: str | None = None, e
       InputError: the output exists, is named like a file or cannot be written, or GGUF cannot hold the model.
     """
     check_gguf_folder(output)
+    multimodal.check_format(model.raw_config, formats.GGUF)
     gguf_write.check(model.decoder.config, model.folder, model.decoder.embedding.shape[0])
     path, needed = check_new(output, model.folder), weight_bytes(model, formats.GGUF, gguf_type)
     check_space(path, needed)
@@ -303,13 +311,14 @@ class _TensorSize:
     bytes: int
 
 
-def _shard_plan(decoder: Decoder, max_shard_size: str) -> StateDictSplit:
-    """The assignment of tensors to weight files."""
+def _shard_plan(decoder: Decoder, max_shard_size: str, rest: multimodal.Rest | None) -> StateDictSplit:
+    """The assignment of tensors to weight files: those of the decoder, and those that are carried over."""
     leaf_types = {name: leaf.dtype for name, leaf in named_arrays(decoder)}
     tensor_sizes = {
         binding.name: _TensorSize(int(np.prod(binding.stored_shape())) * leaf_types[binding.paths[0]].itemsize)
         for binding in rules.bindings(decoder)
     }
+    tensor_sizes |= {name: _TensorSize(size) for name, size in (rest.bytes if rest is not None else {}).items()}
     return split_state_dict_into_shards_factory(
         tensor_sizes,
         get_storage_size=lambda tensor: tensor.bytes,
@@ -318,17 +327,24 @@ def _shard_plan(decoder: Decoder, max_shard_size: str) -> StateDictSplit:
     )
 
 
-def _gather_tensors(decoder: Decoder, max_shard_size: str) -> None:
+def _gather_tensors(decoder: Decoder, max_shard_size: str, rest: multimodal.Rest | None) -> None:
     """In the other processes: send the local parts of every tensor, in the order in which process 0 writes them."""
-    for names in _shard_plan(decoder, max_shard_size).filename_to_tensors.values():
+    for names in _shard_plan(decoder, max_shard_size, rest).filename_to_tensors.values():
         for _ in rules.tensors(decoder, set(names)):
             pass
 
 
-def _write_shards(decoder: Decoder, folder: Path, max_shard_size: str, renamed: Mapping[str, str]) -> None:
-    plan = _shard_plan(decoder, max_shard_size)
+def _write_shards(
+    decoder: Decoder, folder: Path, max_shard_size: str, renamed: Mapping[str, str], rest: multimodal.Rest | None
+) -> None:
+    def stored(name: str) -> str:
+        return renamed.get(name, name) if rest is None else rest.stored_name(name)
+
+    plan = _shard_plan(decoder, max_shard_size, rest)
     for file, names in plan.filename_to_tensors.items():
-        tensors = {renamed.get(name, name): tensor for name, tensor in rules.tensors(decoder, set(names))}
+        tensors = {stored(name): tensor for name, tensor in rules.tensors(decoder, set(names))}
+        if rest is not None:
+            tensors |= {name: rest.read(name) for name in names if name in rest.bytes}
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
@@ -337,7 +353,7 @@ def _write_shards(decoder: Decoder, folder: Path, max_shard_size: str, renamed: 
         # safetensors creates files that only their owner can read; the umask made the mode of config.json.
         (folder / file).chmod((folder / CONFIG).stat().st_mode & 0o777)
     if plan.is_sharded:
-        weight_map = {renamed.get(name, name): file for name, file in plan.tensor_to_filename.items()}
+        weight_map = {stored(name): file for name, file in plan.tensor_to_filename.items()}
         _write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": weight_map})
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoConfig, logging
 
 from convert.families import TABLES, FamilyTable
+from convert.multimodal import KINDS
 from convert.official import LAYOUTS
 from minillm_jax.errors import InputError
 from minillm_jax.model.config import DecoderConfig
@@ -45,7 +46,7 @@ FACTORS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "orig
 
 def page(text: str) -> str:
     """The page with its made parts filled."""
-    parts = {"families": families_table(), "official": official_table()}
+    parts = {"families": families_table(), "official": official_table(), "vision": vision_table()}
 
     def fill(match: re.Match[str]) -> str:
         return f"{match[1]}\n" + "\n".join(parts[match[2]]) + f"\n\n{match[3]}"
@@ -90,7 +91,8 @@ def _positions(config: DecoderConfig, model_type: str) -> str:
 
 def _structures(family: Family) -> str:
     heads = ["heads"] if family.kv_heads is None else ["heads", "query heads"]
-    return ", ".join([*heads, "channels", *["experts"] * bool(family.experts), "hidden", "layers"])
+    channels = ["channels"] * (not family.experts or family.shared is not None or family.dense_layers != "none")
+    return ", ".join([*heads, *channels, *["experts"] * bool(family.experts), "hidden", "layers"])
 
 
 def _stock(table: FamilyTable, family: Family) -> str:
@@ -100,7 +102,8 @@ def _stock(table: FamilyTable, family: Family) -> str:
     if heads and family.name.startswith("LLaMA"):
         heads = "any heads (as `mistral`)"
     hidden = table.stock_heads != "dense" and table.stock_width and not table.stock_scale
-    kinds = {"channels": table.stock_width, "experts": bool(family.experts), "hidden": hidden, "layers": True}
+    channels = table.stock_width and "channels" in _structures(family)
+    kinds = {"channels": channels, "experts": bool(family.experts), "hidden": hidden, "layers": True}
     return ", ".join([heads] * bool(heads) + [kind for kind, holds in kinds.items() if holds])
 
 
@@ -146,6 +149,15 @@ def official_table() -> list[str]:
     """One row for each official layout that is read without its code."""
     rows = [f"| `{model_type}` | {layout.about} |" for model_type, layout in LAYOUTS.items()]
     return ["| `model_type` | read as |", "| --- | --- |", *rows]
+
+
+def vision_table() -> list[str]:
+    """One row for each kind of vision-language model."""
+    return [
+        "| `model_type` | text model |",
+        "| --- | --- |",
+        *(f"| `{name}` | {kind.about} |" for name, kind in KINDS.items()),
+    ]
 
 
 if __name__ == "__main__":

@@ -155,9 +155,17 @@ def _check_tokens(dense: Model, other: Model, data: Any, batches: Batches, bos: 
 
 
 def _check_positions(model: Model, window: int, settings: Comparing) -> None:
-    """Checks that a drafted continuation of a prompt fits into the learned positions of a model."""
-    needed = drafting.cache_size(_prompt_length(window), settings.new_tokens, settings.draft)
+    """Checks that the positions of a model hold for all lengths of a drafted continuation of a prompt."""
+    prompt = _prompt_length(window)
+    needed = drafting.cache_size(prompt, settings.new_tokens, settings.draft)
     learned = learned_positions(model.decoder)
+    outgrown = drafting.outgrown(model.decoder, prompt, needed)
+    if outgrown is not None:
+        raise InputError(
+            f"{model.name}: half a window, --new-tokens {settings.new_tokens} and --draft {settings.draft} are "
+            f"{needed} tokens, but behind token {outgrown} the rotary positions of all tokens change, which "
+            "speculative decoding does not follow; use a shorter --window, fewer --new-tokens, or --draft 0"
+        )
     if learned is not None and needed > learned:
         raise InputError(
             f"{model.name}: half a window, --new-tokens {settings.new_tokens} and --draft {settings.draft} are "

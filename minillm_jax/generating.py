@@ -61,7 +61,7 @@ def generate(
     vocabulary = model.decoder.embedding.shape[0]
     ids = [prompt_tokens(tokenizer, prompt, chat, vocabulary) for prompt in given]
     pieces = [Pieces(tokenizer, prompt) for prompt in ids]
-    stops = stop_tokens(model.folder, model.raw_config, tokenizer)
+    stops = stop_tokens(model.folder, model.text_values, tokenizer)
     for tokens in steps(model.decoder, ids, count, sampling, stops):
         for number, (piece, token) in enumerate(zip(pieces, tokens, strict=True)):
             more = "" if token is None else piece.add(token)
@@ -87,7 +87,7 @@ def continuations(models: Mapping[str, Model], windows: Batches, count: int) -> 
     tokenizer = texts.tokenizer_of(first.folder)()
     length = min(BEGINNING, windows.length)
     ids = [row[:length].tolist() for row in windows.spaced(min(count, windows.count)).windows]
-    stops = stop_tokens(first.folder, first.raw_config, tokenizer)
+    stops = stop_tokens(first.folder, first.text_values, tokenizer)
     found = [{"prompt": Pieces(tokenizer, []).of(row)} for row in ids]
     for name, model in models.items():
         for row, prompt, tokens in zip(

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import minillm_jax.hidden  # noqa: F401  before the first import of convert
-from convert import formats, gguf_metadata, gguf_write
+from convert import formats, gguf_metadata, gguf_write, multimodal
 from convert.reader import Description
 from minillm_jax.budget import allocate, curves, expected, search
 from minillm_jax.budget.inventory import kept_count
@@ -80,7 +80,7 @@ class Plan:
       parameters_after: of the pruned model; None where scores or losses decide.
       costs_before: parameters, macs and memory of the dense model, for a window of `seq_len` tokens.
       costs_after: of the pruned model, or None.
-      format: of the output folder.
+      format: of the output folder; None for per-layer or stock, by the shapes.
       files: bytes of the weight files; None where the shapes are not known.
       tokens: calibration tokens.
       tokens_per_channel: calibration tokens for each channel of the widest MLP.
@@ -154,7 +154,7 @@ def plan(described: Description, name: str, recipe: Recipe, devices: str | None 
         parameters_after=None if small is None else costs.cost(small, "parameters"),
         costs_before=costs.all_costs(dense, window),
         costs_after=None if small is None else costs.all_costs(small, window),
-        format=None if layout is None else layout[0],
+        format=multimodal.unequal_format(described.raw_config) if layout is None else layout[0],
         files=None if layout is None else layout[1],
         tokens=samples * length,
         tokens_per_channel=per_channel,
@@ -222,6 +222,7 @@ def output_format(config: DecoderConfig, sizes: Sizes, described: Description, o
       InputError: the format cannot hold the shapes.
     """
     dtype = np.dtype(described.abstract.embedding.dtype)
+    multimodal.check_format(described.raw_config, output.format)
     if output.format == formats.GGUF:
         gguf_metadata.arch_for(config, sizes)
         return formats.GGUF, gguf_write.file_bytes(build(config, sizes, dtype), output.gguf_type)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import minillm_jax.hidden  # noqa: F401  before the first import of convert
-from convert import folders, formats, gguf_write, reader, writer
+from convert import folders, formats, gguf_write, multimodal, reader, writer
 from minillm_jax import plan as plans
 from minillm_jax.api import calibrate, evaluate, held_out, load, save
 from minillm_jax.budget import allocate
@@ -261,6 +261,7 @@ def check_model(described: reader.Description, recipe: Recipe) -> int | None:
     Raises:
       InputError: they cannot.
     """
+    multimodal.check_format(described.raw_config, recipe.output.format)
     config = described.abstract.config
     if recipe.refit.method == "bias":
         config = biased_config(config)

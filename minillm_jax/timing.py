@@ -221,15 +221,17 @@ def _ours(model: str, dtype: str | None) -> tuple[Engine, int, int, int]:
 
 def _torch(model: str, dtype: str | None) -> tuple[Engine, int, int, int]:
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    from convert import modeling_pruned
+    from convert import modeling_pruned, multimodal
 
     modeling_pruned.register()
-    folder = describe(model).folder
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval()
+    outline = describe(model)
+    loader = getattr(transformers, multimodal.auto_class(outline.raw_config))
+    loaded: Any = loader.from_pretrained(outline.folder, dtype=dtype or "auto").eval()
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-    return Torch(loaded), loaded.num_parameters(), weight_bytes(folder), loaded.config.vocab_size
+    vocabulary = loaded.config.get_text_config().vocab_size
+    return Torch(loaded), loaded.num_parameters(), weight_bytes(outline.folder), vocabulary
 
 
 def _peak(library: str) -> int:

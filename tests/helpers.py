@@ -58,6 +58,8 @@ _MIXTURE |= {"shared_expert_intermediate_size": 20, "decoder_sparse_step": 1}
 SMALL: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
     "mistral": _GROUPED | {"sliding_window": None},
+    "ministral3": _GROUPED
+    | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}},
     "qwen2": _SIZES | {"num_key_value_heads": 4},
     "qwen3": _GROUPED,
     "gemma": _GROUPED,
@@ -78,6 +80,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "gpt_neox": _SIZES | {"num_attention_heads": 4},
     "glm": _GROUPED,
     "glm4": _GROUPED,
+    "phi": _GROUPED | {"head_dim": 12},
     "phi3": _SIZES | {"num_key_value_heads": 4},
 }
 
@@ -112,6 +115,22 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) fo
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
             "max_position_embeddings": 32,
         },
+    ),
+    "ministral3, sliding window, plain rope": (
+        "ministral3",
+        {
+            "sliding_window": 19,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": 8,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
+    "phi, grouped, all features rotated": (
+        "phi",
+        {"num_key_value_heads": 2, "rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 1.0}},
     ),
     "qwen2, yarn": ("qwen2", {"rope_parameters": YARN}),
     "qwen3, yarn with all settings": (

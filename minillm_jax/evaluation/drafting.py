@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from minillm_jax.devices import sharding
 from minillm_jax.model.cache import Cache, empty, extend
 from minillm_jax.model.decoder import Decoder, project_to_vocabulary
+from minillm_jax.model.ops import LENGTH_DEPENDENT
 
 # Fewest tokens of a prompt: the draft reads the last two again.
 SHORTEST_PROMPT = 2
@@ -247,6 +248,25 @@ def decode_with_draft(
 def cache_size(prompt: int, count: int, gamma: int) -> int:
     """Tokens of a cache with room for the proposals of the last round."""
     return prompt + count + gamma
+
+
+def outgrown(decoder: Decoder, prompt: int, size: int) -> int | None:
+    """The length behind which the rotary positions of all tokens would change while a continuation is decoded.
+
+    The caches keep the states of earlier tokens, which would be those of a shorter sequence. None where the positions
+    do not depend on the length, or all sequences lie on one side of LongRoPE's.
+
+    Args:
+      decoder: the model.
+      prompt: tokens of the prompt.
+      size: tokens of the cache.
+    """
+    for rope in (decoder.config.rope, decoder.config.other_rope):
+        if rope is not None and rope.kind in LENGTH_DEPENDENT and size > rope.original_length:
+            if rope.kind == "longrope" and prompt - 1 > rope.original_length:
+                continue
+            return rope.original_length
+    return None
 
 
 def _folded(key: Key, number: int) -> Key:

@@ -60,7 +60,7 @@ class Harness(TemplateLM):
     @property
     def max_length(self) -> int:
         """Tokens of the longest sequence; lm-eval's default where configuration and tokenizer name none."""
-        named = harness.resolve_max_length(SimpleNamespace(**self._model.raw_config), self.tokenizer)  # pyright: ignore
+        named = harness.resolve_max_length(SimpleNamespace(**self._model.text_values), self.tokenizer)  # pyright: ignore
         learned = learned_positions(self._model.decoder)
         return named if learned is None else min(named, learned)
 
@@ -154,7 +154,7 @@ class Harness(TemplateLM):
         count = chosen["max_gen_toks"]
         ids = [self.tok_encode(prompt)[-max(1, self.max_length - count) :] for prompt in prompts]
         pieces, texts = [Pieces(self._loaded, prompt) for prompt in ids], [""] * len(ids)
-        stops = stop_tokens(self._model.folder, self._model.raw_config, self._loaded)
+        stops = stop_tokens(self._model.folder, self._model.text_values, self._loaded)
         for tokens in steps(self._model.decoder, ids, count, sampling_of(chosen), stops):
             for row, token in enumerate(tokens):
                 if token is not None:

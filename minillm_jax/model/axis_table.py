@@ -31,6 +31,7 @@ OUTER_AXES = {
     "final_norm.bias": "D",
     "project_out.kernel": "D E",
     "head.kernel": "E V",
+    "head.bias": "V",
 }
 
 BLOCK_AXES = {

@@ -89,6 +89,7 @@ class DecoderConfig:
       embedding_norm: whether there is a norm of the embedding (BLOOM).
       embedding_projection: whether the embedding is projected to the hidden size and back (OPT-350m).
       tie_embeddings: whether the embedding is also the head.
+      head_bias: bias of a separate head (Phi 2).
     """
 
     family: str
@@ -127,6 +128,7 @@ class DecoderConfig:
     embedding_norm: bool = False
     embedding_projection: bool = False
     tie_embeddings: bool = False
+    head_bias: bool = False
 
     def has_array(self, path: str) -> bool:
         """Whether a decoder of this configuration has the array of that name in the table of axes."""
@@ -177,6 +179,8 @@ class DecoderConfig:
                 return self.output_bias
             case ["mlp", _]:
                 return self.mlp_bias
+            case ["head"]:
+                return self.head_bias
         return self.norm_bias and self.norm_scale
 
 

@@ -181,9 +181,12 @@ def angles_at(decoder: Decoder, positions: Int[Array, "*batch T"], lengths: Int[
     head_size = decoder.runs[0].attention.k.kernel.shape[-1]
     places = positions.astype(jnp.float32)
     angles = ops.rotary_angles(config.rope, head_size, places, lengths)
-    if config.other_rope is None:
+    if config.rope.query_growth:
+        others = ops.query_angles(config.rope, angles, places)
+    elif config.other_rope is not None:
+        others = ops.rotary_angles(config.other_rope, head_size, places, lengths)
+    else:
         return angles
-    others = ops.rotary_angles(config.other_rope, head_size, places, lengths)
     cos, sin = (jnp.stack(pair) for pair in zip(angles, others, strict=True))
     return cos, sin
 
@@ -226,5 +229,7 @@ def project_to_vocabulary(decoder: Decoder, hidden: Float[Array, "*batch E"]) ->
         logits = ops.einsum("...E,VE->...V", hidden, decoder.embedding[...], out=jnp.float32)
     else:
         logits = ops.einsum("...E,EV->...V", hidden, decoder.head.kernel[...], out=jnp.float32)
+        if decoder.head.bias is not None:
+            logits = logits + jnp.broadcast_to(decoder.head.bias[...], logits.shape).astype(jnp.float32)
     config = decoder.config
     return ops.soft_cap(logits if config.logit_scale is None else logits * config.logit_scale, config.logit_cap)

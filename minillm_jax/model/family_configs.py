@@ -77,6 +77,16 @@ def _mistral(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     return replace(_llama(raw, where), family="mistral", qkv_bias=False, output_bias=False, mlp_bias=False)
 
 
+def _ministral3(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    mistral, parameters = _mistral(raw, where), raw["rope_parameters"]
+    assert mistral.rope is not None, "_llama always sets rope"
+    growth = parameters["llama_4_scaling_beta"] and positive(parameters, "llama_4_scaling_beta", where)
+    length = int(positive(parameters, "original_max_position_embeddings", where))
+    return replace(
+        mistral, family="ministral3", rope=replace(mistral.rope, query_growth=growth, original_length=length)
+    )
+
+
 def _qwen2(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     return replace(_mistral(raw, where), family="qwen2", qkv_bias=True)
 
@@ -213,6 +223,16 @@ def _glm4(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     return replace(_glm(raw, where), family="glm4", post_norms=True)
 
 
+def _phi(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    if raw["qk_layernorm"]:
+        raise InputError(f"{where}: qk_layernorm is not supported in a phi model")
+    llama = _llama({**raw, "rms_norm_eps": raw["layer_norm_eps"]}, where, partial_rope=True)
+    if llama.tie_embeddings:
+        raise InputError(f"{where}: tie_word_embeddings is not supported in a phi model, whose head has a bias")
+    biases = dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias", "head_bias", "norm_bias"), True)
+    return replace(llama, family="phi", norm="layer", gated=False, parallel=True, shared_norm=True, **biases)
+
+
 def _phi3(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     llama = _llama(raw, where, partial_rope=True)
     return replace(llama, family="phi3", qkv_bias=False, output_bias=False, mlp_bias=False)
@@ -333,6 +353,7 @@ def _glm4_moe(raw: Mapping[str, Any], where: str) -> DecoderConfig:
 FAMILIES: dict[str, Family] = {
     "llama": Family(_llama, "LLaMA 1 to 3.2, Vicuna, TinyLlama, SmolLM 1 and 2"),
     "mistral": Family(_mistral, "Mistral", windows="all"),
+    "ministral3": Family(_ministral3, "Mistral 3: Ministral 3B to 14B", windows="all"),
     "qwen2": Family(_qwen2, "Qwen 2, 2.5", windows="layer_types"),
     "qwen3": Family(_qwen3, "Qwen 3", windows="layer_types"),
     "gemma": Family(_gemma, "Gemma 1"),
@@ -353,6 +374,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(_gpt_neox, "GPT-NeoX, Pythia", kv_heads=None),
     "glm": Family(_glm, "GLM 4 of 2024, ChatGLM 2 and 3"),
     "glm4": Family(_glm4, "GLM 4 of 2025"),
+    "phi": Family(_phi, "Phi 1, 1.5 and 2"),
     "phi3": Family(_phi3, "Phi 3, 3.5 and 4", windows="all"),
     "mixtral": Family(
         _mixtral, "Mixtral", windows="all", experts=("num_local_experts",), expert_width="intermediate_size"
@@ -387,6 +409,11 @@ FAMILIES: dict[str, Family] = {
 
 # Well-known families that are not supported, and the reason.
 NOT_SUPPORTED = {
+    "llama4": "mixture of experts, and attention in chunks",
+    "llama4_text": "mixture of experts, and attention in chunks",
+    "gpt2": "matrices stored transposed, with queries, keys and values side by side",
+    "falcon": "three layouts of fused queries, keys and values by version",
+    "mpt": "clipped queries, keys and values, and keys of config.json of its own",
     "deepseek_v2": "multi-head latent attention",
     "deepseek_v3": "multi-head latent attention",
 }

@@ -111,7 +111,9 @@ def attend(
         if attention.rope is not None:
             cos, sin = (jnp.take(angle, attention.rope[...], axis=0) for angle in angles)
             angles = cos, sin
-        q, k = (ops.rotate(heads, angles, config.rope.interleaved) for heads in (q, k))
+        cos, sin = angles
+        turned = ((cos[1], sin[1]), (cos[0], sin[0])) if config.rope.query_growth else (angles, angles)
+        q, k = (ops.rotate(heads, by, config.rope.interleaved) for heads, by in zip((q, k), turned, strict=True))
     window = None if attention.window is None else attention.window[...]
     slopes = None if attention.slopes is None else attention.slopes[...]
     cache, positions = None, None

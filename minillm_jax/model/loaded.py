@@ -1,5 +1,6 @@
 """A loaded model: the decoder with its configuration, its folder and its pruning record."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,3 +27,9 @@ class Model:
     name: str
     record: dict[str, Any] | None = None
     revision: str | None = None
+
+    @property
+    def text_values(self) -> dict[str, Any]:
+        """The values of config.json; of a vision-language model also those under `text_config`."""
+        inner = self.raw_config.get("text_config")
+        return {**inner, **self.raw_config} if isinstance(inner, Mapping) else self.raw_config

@@ -16,7 +16,8 @@ from minillm_jax.model.config import DecoderConfig
 PRODUCT = "product"
 
 # Cosine and sine of the rotary angles; None for a model without rotary positions. In a model with two kinds of them, a
-# first axis of size two comes before the batch, and the data of a layer choose one.
+# first axis of size two comes before the batch, and the data of a layer choose one. In a model whose queries grow with
+# their positions, that axis has the angles of the keys and those of the queries.
 Angles = tuple[Float[Array, "*places half"], Float[Array, "*places half"]] | None
 
 

@@ -43,6 +43,8 @@ class Rope:
       truncate: for `yarn`, whether the range between the two is widened to whole features.
       short_factors: for `longrope`, the divisor of each frequency in sequences of up to `original_length` tokens.
       long_factors: for `longrope`, the divisor of each frequency in longer sequences.
+      query_growth: the factor of the queries at a position is 1 + growth · log(1 + whole multiples of
+        `original_length` before it) (Ministral 3; Llama 4, whose layers without positions have it).
     """
 
     theta: float
@@ -59,6 +61,7 @@ class Rope:
     truncate: bool = True
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    query_growth: float = 0.0
 
 
 ROPE_KINDS = ("default", "linear", "llama3", "dynamic", "yarn", "longrope")
@@ -255,6 +258,17 @@ def rotary_angles(
     frequencies = frequencies.reshape(*(1,) * (positions.ndim - frequencies.ndim), *frequencies.shape)
     angles = jnp.expand_dims(positions, -1) * jnp.expand_dims(frequencies, -2)
     return rope.attention_factor * jnp.cos(angles), rope.attention_factor * jnp.sin(angles)
+
+
+def query_angles(
+    rope: Rope,
+    angles: tuple[Float[Array, "*batch T half"], Float[Array, "*batch T half"]],
+    positions: Float[Array, "*batch T"],
+) -> tuple[Float[Array, "*batch T half"], Float[Array, "*batch T half"]]:
+    """The cosine and sine for queries: those of `rotary_angles` times the factor of `query_growth`."""
+    factor = 1.0 + rope.query_growth * jnp.log1p(jnp.floor(positions / rope.original_length))
+    cos, sin = (jnp.expand_dims(factor, -1) * part for part in angles)
+    return cos, sin
 
 
 def rotate(

@@ -68,6 +68,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/torch", trust_remote_code=
 ```
 """
 
+CAUSAL = "AutoModelForCausalLM"
+
 # The code that loads each format.
 LOADING = {"stock": _STOCK, "padded": _STOCK, "per-layer": _PER_LAYER, "flax": _FLAX, "gguf": _GGUF}
 
@@ -81,7 +83,7 @@ minillm-jax recover path/to/this/folder --data text.txt --teacher {base} --outpu
 
 _PADDED_NOTE = """
 Training changes the zeros of the padding, so the merged model is dense and its padding cannot be removed. To recover a
-model that remains small, prune to the format `per-layer`.
+model that remains small, {how}.
 """
 
 _DRAFT = """\
@@ -105,6 +107,11 @@ vllm serve path/to/the/base/model{flag} --speculative-config \\
   '{{"model": "path/to/this/folder", "num_speculative_tokens": 4}}'
 ```
 """
+
+
+def loading(summary: Summary) -> str:
+    """The code that loads a written model, with the class of transformers that its configuration needs."""
+    return LOADING[summary["format"]].replace(CAUSAL, summary.get("auto_class", CAUSAL))
 
 
 def draft_section(form: str) -> list[str]:
@@ -148,12 +155,19 @@ def card(summary: Summary) -> str:
         "groups.\n",
         "## Loading\n",
         f"Format {code(form)}: {FORMAT_WORDS[form]}.\n",
-        LOADING[form],
+        loading(summary),
         *draft_section(form),
         "## Recovery\n",
-        _RECOVERY.format(base="path/to/the/base/model") + (_PADDED_NOTE if form == "padded" else ""),
+        _RECOVERY.format(base="path/to/the/base/model") + _padded_note(summary),
     ]
     return "\n".join(parts)
+
+
+def _padded_note(summary: Summary) -> str:
+    if summary["format"] != "padded":
+        return ""
+    causal = summary.get("auto_class", CAUSAL) == CAUSAL
+    return _PADDED_NOTE.format(how="prune to the format `per-layer`" if causal else "prune with `--allocation uniform`")
 
 
 def _front_matter(name: str, library: str) -> str:

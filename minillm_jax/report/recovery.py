@@ -8,9 +8,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from convert import multimodal
 from minillm_jax.model import costs
 from minillm_jax.report import html, plots
-from minillm_jax.report.model_card import LOADING, code, draft_section, quoted
+from minillm_jax.report.model_card import code, draft_section, loading, quoted
 from minillm_jax.report.page import errors_section
 from minillm_jax.report.summary import (
     FORMAT_WORDS,
@@ -60,6 +61,7 @@ def summary(result: RecoveryResult) -> dict[str, Any]:
         "base_model": record.get("base_model", result.job.model),
         "output": result.job.output,
         "format": result.written.format,
+        "auto_class": multimodal.auto_class(result.model.raw_config),
         "parameters": result.written.parameters,
         "parameters_dense": record.get("parameters_before"),
         "costs": {"window": window, "after": costs.all_costs(result.model.decoder, window)},
@@ -178,7 +180,7 @@ def card(found: dict[str, Any]) -> str:
         "`report.html` shows the curves, `report.json` holds all numbers, and `recipe.toml` repeats the recovery.\n",
         "## Loading\n",
         f"Format {code(found['format'])}: {FORMAT_WORDS[found['format']]}.\n",
-        LOADING[found["format"]],
+        loading(found),
     ]
     if found["adapter"]:
         parts += ["The adapter alone is in `adapter/`, for the pruned model:\n", _PEFT]

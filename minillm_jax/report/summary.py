@@ -15,6 +15,7 @@ from math import isfinite
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+from convert import multimodal
 from minillm_jax.evaluation.layer_errors import LayerErrors
 from minillm_jax.recipes.sized import few_tokens
 from minillm_jax.run import Result
@@ -103,6 +104,7 @@ def result_json(result: Result) -> dict[str, Any]:
         "base_model": record["base_model"],
         "output": result.job.output,
         "format": result.written.format,
+        "auto_class": multimodal.auto_class(result.pruned.raw_config),
         "parameters_stored": result.written.parameters,
         "parameters_before": record["parameters_before"],
         "parameters_after": record["parameters_after"],

@@ -104,9 +104,8 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
     if plan.streamed_bytes is not None:
         beside = plan.host_bytes if plan.devices == "cpu" else 0
         places.append(("the same with --stream, one layer at a time", size(plan.streamed_bytes + beside)))
-    files = (
-        "per-layer folder, shapes by scores or losses" if plan.files is None else f"{plan.format}, {size(plan.files)}"
-    )
+    shapes = f"{plan.format or 'per-layer'} folder, shapes by scores or losses"
+    files = shapes if plan.files is None else f"{plan.format}, {size(plan.files)}"
     return [
         ("calibration tokens", f"{plan.tokens:,}"),
         ("calibration tokens for each MLP channel", f"{plan.tokens_per_channel:.2f}"),

@@ -1,7 +1,9 @@
 """Folders and files that are no model: the error says what was found, and what to do."""
 
 import builtins
+import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +13,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 
+from convert import found
 from convert.reader import describe_model, locate, read_model
 from convert.sources import INDEX, SINGLE, TORCH_SINGLE
 from minillm_jax.errors import InputError
@@ -150,19 +154,38 @@ def test_folder_of_a_model_below_is_advised(folder: Path, tmp_path: Path) -> Non
 # ------------------------------------------------------------------------------------------------------ quantised
 
 
+METHOD = ", or load it with transformers, call model.dequantize() and save it"
+GPTQMODEL = ", or run dequantize_model(FOLDER, NEW_FOLDER) of gptqmodel.utils.model_dequant, of the package GPTQModel"
+
+
+def loaded(name: str) -> str:
+    return f", or load it with transformers and quantization_config={name}(dequantize=True), and save it"
+
+
+def test_the_configurations_that_messages_name_can_multiply_out() -> None:
+    for words in found.DEQUANTISING.values():
+        for name in re.findall(r"=(\w+)\(", words):
+            assert "dequantize" in inspect.signature(getattr(transformers, name)).parameters
+
+
 @pytest.mark.parametrize(
-    ("settings", "name", "dtype", "words"),
+    ("settings", "name", "dtype", "words", "run"),
     [
-        ({"quant_method": "gptq", "bits": 4}, UP.replace(".weight", ".qweight"), np.int32, "gptq"),
-        ({"quant_method": "awq"}, UP.replace(".weight", ".qweight"), np.int32, "awq"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, UP, np.uint8, "bitsandbytes"),
-        ({"load_in_8bit": True}, UP, np.int8, "bitsandbytes, 8-bit"),
-        ({"quant_method": "fp8"}, UP, ml_dtypes.float8_e4m3fn, "fp8"),
-        ({"quant_method": "compressed-tensors"}, UP + "_packed", np.int32, "compressed-tensors"),
+        ({"quant_method": "gptq", "bits": 4}, UP.replace(".weight", ".qweight"), np.int32, "gptq", GPTQMODEL),
+        ({"quant_method": "awq"}, UP.replace(".weight", ".qweight"), np.int32, "awq", GPTQMODEL),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, UP, np.uint8, "bitsandbytes", METHOD),
+        ({"load_in_8bit": True}, UP, np.int8, "bitsandbytes, 8-bit", METHOD),
+        ({"quant_method": "fp8"}, UP, ml_dtypes.float8_e4m3fn, "fp8", loaded("FineGrainedFP8Config")),
+        (
+            {"quant_method": "compressed-tensors"},
+            *(UP + "_packed", np.int32, "compressed-tensors", loaded("CompressedTensorsConfig")),
+        ),
+        ({"quant_method": "mxfp4"}, UP + "_blocks", np.uint8, "mxfp4", loaded("Mxfp4Config")),
+        ({"quant_method": "hqq"}, UP.replace(".weight", ".W_q"), np.uint8, "hqq", ""),
     ],
 )
 def test_quantised_weights_are_named_by_their_method(
-    folder: Path, settings: dict[str, Any], name: str, dtype: Any, words: str
+    folder: Path, settings: dict[str, Any], name: str, dtype: Any, words: str, run: str
 ) -> None:
     edit_json(folder / "config.json", quantization_config=settings)
     read_model(folder)  # a dequantised model that kept the setting
@@ -170,15 +193,23 @@ def test_quantised_weights_are_named_by_their_method(
     kinds = {np.int32: torch.int32, np.uint8: torch.uint8, np.int8: torch.int8}
     stored = torch.ones(4, 4).to(kinds.get(dtype, torch.float8_e4m3fn))
     save_torch_file(tensors | {name: stored}, folder / SINGLE, {"format": "pt"})
-    expected = f"{folder}: the weights are quantised ({words}); give the model that was quantised, or dequantise it"
-    assert refusal(folder).startswith(expected)
+    assert refusal(folder) == f"{folder}: the weights are quantised ({words}); give the model that was quantised{run}"
     (folder / SINGLE).unlink()  # a model on the Hub is described without its weights
     with pytest.raises(InputError, match="the weights are quantised"):
         describe_model(folder)
 
 
 @pytest.mark.parametrize(
-    ("end", "method"), [(".qweight", "gptq or awq"), (".weight_scale_inv", "fp8"), (".weight.absmax", "bitsandbytes")]
+    ("end", "method"),
+    [
+        (".qweight", "gptq or awq"),
+        (".qzeros", "gptq or awq"),
+        (".weight_scale_inv", "fp8"),
+        (".weight_scale", "float8 with one scale for a matrix or a row"),
+        (".weight.absmax", "bitsandbytes"),
+        (".SCB", "bitsandbytes"),
+        (".weight_packed", "compressed-tensors"),
+    ],
 )
 def test_quantised_weights_are_named_by_their_tensors(folder: Path, end: str, method: str) -> None:
     name = UP.replace(".weight", end)

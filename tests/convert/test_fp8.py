@@ -64,10 +64,33 @@ def test_the_type_is_that_of_the_configuration_or_the_one_asked_for(tmp_path: Pa
     assert read_model(folder, dtype="bfloat16").decoder.runs[0].mlp.up.kernel.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_scale_for_a_matrix_is_multiplied_out(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    plain, folder = hugging_face_folder(tmp_path / "plain"), hugging_face_folder(tmp_path / "float8")
+    stored, exact = (load_file(one / "model.safetensors") for one in (folder, plain))
+    for name in [name for name in stored if name.endswith("proj.weight")]:
+        scale = stored[name].abs().max() / 448
+        stored[name] = (stored[name] / scale).to(torch.float8_e4m3fn)
+        exact[name] = stored[name].to(torch.float32) * scale
+        stored |= {f"{name}_scale_inv": scale.reshape(shape)}
+        stored |= {name.replace(".weight", ".activation_scale"): torch.tensor(0.5)}
+    save_file(stored, folder / "model.safetensors")
+    save_file(exact, plain / "model.safetensors")
+    edit_json(plain / "config.json", torch_dtype="float32")
+    raw = json.loads((folder / "config.json").read_text())
+    raw["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert arrays_equal(read_model(folder).decoder, read_model(plain).decoder)
+
+
 def test_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     folder, _ = quantised(tmp_path)
     edit_json(folder / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [16, 32]})
     with pytest.raises(InputError, match=r"the scales .*_scale_inv' of a float8 tensor of shape .* must have shape"):
+        read_model(folder)
+    settings = {"quant_method": "fp8", "weight_block_size": None}
+    edit_json(folder / "config.json", quantization_config=settings)
+    with pytest.raises(InputError, match=r"must have shape \(\), found \(\d, \d\)"):
         read_model(folder)
     edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"})
     with pytest.raises(InputError, match=r"the weights are quantised \(fp8\)"):

@@ -38,6 +38,7 @@ PLAIN = SIZES | {"num_attention_heads": 5}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", GROUPED | {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("Mistral", GROUPED | {"sliding_window": 5}),
+    "ministral3": ("Ministral3", GROUPED),
     "qwen2": ("Qwen2", GROUPED),
     "qwen3": ("Qwen3", GROUPED),
     "gemma": ("Gemma", GROUPED),
@@ -48,6 +49,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "glm": ("Glm", GROUPED),
     "glm4": ("Glm4", GROUPED),
+    "phi": ("Phi", GROUPED),
     "phi3": ("Phi3", GROUPED | {"sliding_window": 7}),
     "olmo2": ("Olmo2", GROUPED),
     "olmo3": ("Olmo3", GROUPED | {"sliding_window": 5}),
@@ -84,7 +86,7 @@ def load(folder: Path, auto: Any = AutoModelForCausalLM, trust: bool = True, **o
     options = {"dtype": torch.float32} | options
     model, loading_info = auto.from_pretrained(folder, trust_remote_code=trust, output_loading_info=True, **options)
     if auto is AutoModel:
-        loading_info["unexpected_keys"] -= {"lm_head.weight"}
+        loading_info["unexpected_keys"] -= {"lm_head.weight", "lm_head.bias"}
     assert not any(loading_info.values()), loading_info
     return model.eval()
 
@@ -238,7 +240,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 # Families whose layers are built like those of another one here; they run with `make test-all`.
-LIKE_OTHERS = ("olmo2", "smollm3", "granite", "exaone4", "seed_oss", "starcoder2", "stablelm")
+LIKE_OTHERS = ("ministral3", "phi", "olmo2", "smollm3", "granite", "exaone4", "seed_oss", "starcoder2", "stablelm")
 QUICK = [family for family in FAMILIES if family not in LIKE_OTHERS]
 
 

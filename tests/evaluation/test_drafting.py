@@ -1,13 +1,20 @@
 """Speculative decoding: tokens and distribution are the dense model's, and the acceptance is the expected one."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
 
+from minillm_jax.comparing import compare
+from minillm_jax.data.batches import Batches
+from minillm_jax.errors import InputError
 from minillm_jax.evaluation import drafting
 from minillm_jax.model.config import LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.loaded import Model
+from minillm_jax.model.ops import Rope
 from tests.helpers import compilations, random_tokens, small_decoder
 
 PROMPTS = random_tokens(61, 2, 9)
@@ -87,3 +94,41 @@ def test_sampled_tokens_have_the_distribution_of_the_dense_model(gamma: int) -> 
     assert np.abs(q - p).sum() / 2 > 0.1, "the models are too alike for this test"
     assert np.abs(found - p).sum() / 2 < 0.02  # a standard error of one frequency is 0.005
     assert (accepted > 0).mean() == pytest.approx(np.minimum(p, q).sum(), abs=0.02)
+
+
+LONG = Rope(100.0, "longrope", original_length=20, short_factors=(1.0, 1.0), long_factors=(3.0, 9.0))
+
+
+@pytest.mark.parametrize(
+    ("rope", "prompt", "size", "length"),
+    [
+        (LONG, 9, 20, None),
+        (LONG, 9, 21, 20),
+        (LONG, 21, 40, 20),
+        (LONG, 22, 40, None),
+        (Rope(100.0, "dynamic", factor=2.0, original_length=20), 22, 40, 20),
+        (Rope(100.0, "yarn", factor=2.0, original_length=20), 9, 40, None),
+    ],
+)
+def test_lengths_at_which_all_positions_change(rope: Rope, prompt: int, size: int, length: int | None) -> None:
+    assert drafting.outgrown(small_decoder(rope=rope), prompt, size) == length
+    assert drafting.outgrown(small_decoder(other_rope=rope), prompt, size) == length
+
+
+@pytest.mark.parametrize(("prompt", "exact"), [(9, True), (17, False), (22, True)])
+def test_decoding_is_that_of_whole_passes_where_no_position_changes(prompt: int, exact: bool) -> None:
+    dense, tokens = small_decoder(deviation=1.0, rope=LONG), random_tokens(61, 1, prompt)[0]
+    assert (drafting.outgrown(dense, prompt, drafting.cache_size(prompt, 8, 3)) is None) == exact
+    whole = tokens.tolist()
+    for _ in range(8):
+        whole.append(int(jnp.argmax(dense(jnp.asarray([whole]))[0, -1])))
+    found = drafting.decode_with_draft(dense, near(dense, 1), tokens, 3, 8, drafting.cache_size(prompt, 8, 3)).tokens
+    assert (found[:8] == whole[prompt:]) == exact
+
+
+def test_a_comparison_refuses_drafts_whose_positions_change(tmp_path: Path) -> None:
+    dense = Model(small_decoder(rope=LONG), {}, tmp_path, "dense")
+    windows = Batches(random_tokens(61, 2, 18))
+    with pytest.raises(InputError, match=r"behind token 20 the rotary positions of all tokens change.*or --draft 0"):
+        compare(dense, dense, windows, window=18, draft=4, new_tokens=12)
+    assert compare(dense, dense, windows, window=18, draft=0).drafts is None

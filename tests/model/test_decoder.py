@@ -123,9 +123,20 @@ def random_sizes(family: str, integer: Callable[[int, int], int]) -> dict[str, A
     if family == "opt":
         sizes["word_embed_proj_dim"] = (sizes["hidden_size"], 10)[integer(0, 1)]
         sizes["do_layer_norm_before"] = bool(integer(0, 1))
-    if family in ("mistral", "phi3", "gemma2", "gemma3_text", "olmo3", "exaone4", "cohere2", "starcoder2"):
+    if family in (
+        "mistral",
+        "ministral3",
+        "phi3",
+        "gemma2",
+        "gemma3_text",
+        "olmo3",
+        "exaone4",
+        "cohere2",
+        "starcoder2",
+    ):
         sizes["sliding_window"] = integer(1, 40)
-    sizes["tie_word_embeddings"] = bool(integer(0, 1))
+    if family != "phi":  # whose head has a bias
+        sizes["tie_word_embeddings"] = bool(integer(0, 1))
     return {names.get(key, key): value for key, value in sizes.items()}
 
 
@@ -161,6 +172,8 @@ DROPPED = [
     ("cohere2", "input_layernorm.weight"),
     ("starcoder2", "c_fc.bias"),
     ("stablelm", "post_attention_layernorm.bias"),
+    ("phi", "lm_head.bias"),
+    ("phi", "self_attn.dense.bias"),
     ("opt", "embed_positions.weight"),
     ("opt", "fc1.bias"),
     ("opt", "self_attn_layer_norm.bias"),

@@ -70,8 +70,7 @@ def test_the_refit_brings_the_outputs_nearer_to_the_dense_ones(decoder: Decoder)
     batches = Batches(random_tokens(97, 64, 40))
     choice, dense = Choice(4, "frequency"), decoder
     plain, refitted = (
-        prune_experts(decoder, choice, batches, resolve(method, decoder.config))[0]
-        for method in (NONE, Refit())
+        prune_experts(decoder, choice, batches, resolve(method, decoder.config))[0] for method in (NONE, Refit())
     )
     for share, windows in ((0.93, batches), (0.98, Batches(random_tokens(97, 32, 40, seed=5)))):
         before, after = (np.mean((outputs(one, windows) - outputs(dense, windows)) ** 2) for one in (plain, refitted))
