@@ -30,9 +30,10 @@ VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4,
 
 
 def is_mxfp4(raw: Mapping[str, Any]) -> bool:
-    """Whether a configuration says that the experts are stored in this way."""
+    """Whether a configuration says that its experts are stored in this way; that of gpt-oss alone can."""
     settings = raw.get("quantization_config")
-    return isinstance(settings, Mapping) and settings.get("quant_method") == "mxfp4"
+    named = isinstance(settings, Mapping) and settings.get("quant_method") == "mxfp4"
+    return named and raw.get("model_type") == "gpt_oss"
 
 
 class Mxfp4Folder:

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from convert import companions, formats, gguf_metadata, gguf_read, gguf_write, multimodal, rules, tokenizers
 from convert.folders import check_new, check_space, new_folder, one_sentence
 from convert.reader import CONFIG, FLAX_WEIGHTS, RECORD
-from convert.sources import INDEX
+from convert.sources import INDEX, has_weights
 from minillm_jax.devices import hosts
 from minillm_jax.errors import InputError, cause, reason
 from minillm_jax.model import axis_table
@@ -80,7 +80,8 @@ def weight_bytes(model: Model, format_name: str | None = None, gguf_type: str | 
     multimodal.check_format(model.raw_config, format_name)
     if format_name == formats.GGUF:
         return gguf_write.file_bytes(model.decoder, gguf_type)
-    rest = multimodal.rest_of(model.raw_config, model.folder)
+    # A model of the Hub is described without its weights.
+    rest = multimodal.rest_of(model.raw_config, model.folder) if has_weights(model.folder) else None
     carried = 0 if rest is None else sum(rest.bytes.values())
     return carried + planned(model, format_name).parameters * model.decoder.embedding.dtype.itemsize
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert.multimodal import auto_class
 from convert.reader import describe_model, read_model
-from convert.writer import write_model
+from convert.writer import weight_bytes, write_model
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.model.loaded import Model
@@ -328,6 +328,13 @@ def test_what_the_stock_class_cannot_hold_is_one_sentence(folder: Folder, tmp_pa
         write_model(replace(model, decoder=slice_hidden(model.decoder, np.arange(16))), tmp_path / "out")
     with pytest.raises(InputError, match=r"unequal numbers of query heads .*; use the format padded"):
         write_model(pruned(model, unequal=True), tmp_path / "out", "stock")
+
+
+def test_the_bytes_of_a_folder_count_what_is_carried_over(folder: Folder, tmp_path: Path) -> None:
+    model = read_model(folder("gemma3"))
+    carried = sum(array.nbytes for array in rest_of(folder("gemma3")).values())
+    (tmp_path / "config.json").write_text((folder("gemma3") / "config.json").read_text())
+    assert weight_bytes(model) == weight_bytes(replace(model, folder=tmp_path)) + carried
 
 
 def test_folders_without_a_text_model_are_one_sentence(folder: Folder, tmp_path: Path) -> None:
