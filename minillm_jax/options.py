@@ -37,6 +37,7 @@ class Option:
       spelling: how the value is written where it is no plain value.
       recorded: whether a recipe holds it. Paths of one run are not recorded.
       synonyms: other spellings of the choices, in small letters.
+      elsewhere: words that another option takes -> what to give instead.
     """
 
     kind: type
@@ -48,6 +49,7 @@ class Option:
     spelling: Spelling | None = None
     recorded: bool = True
     synonyms: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
 
     def word(self, text: str) -> str:
         """The choice that a text is a spelling of; the text itself where it is none."""

@@ -400,7 +400,13 @@ class Scoring:
       kinds: kinds of groups that are scored: `head` or `query`, and `channel`.
     """
 
-    criterion: str = option("obs", str, "How groups are chosen; noise and random are controls.", choices=CRITERIA)
+    criterion: str = option(
+        "obs",
+        str,
+        "How groups are chosen; noise and random are controls.",
+        choices=CRITERIA,
+        elsewhere={name: f"--structures experts --expert-criterion {name}" for name in EXPERT_CRITERIA[:-1]},
+    )
     estimation: Estimation = field(default_factory=Estimation)
     activation_norm: str | None = option(
         None, str, "Norm of the input features; the criterion's own if unset.", choices=ACTIVATION_NORMS

@@ -43,7 +43,7 @@ CASES = [
     ("llama", {"criterion": "magnitude", "rounds": 2, "format": "gguf", "refit": "none"}),
     ("llama", {"structures": ("attention", "channels"), "allocation": "curves", "max_shard_size": "20KB"}),
     ("gpt_neox", {"criterion": "random"}),
-    ("qwen2_moe", {"structures": ("experts",)}),
+    ("qwen2_moe", {"structures": ("experts",), "ratio": 0.2}),
 ]
 
 

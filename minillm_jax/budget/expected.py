@@ -134,6 +134,9 @@ def _check(effects: list[_Effect], budget: Budget, queries: int) -> None:
       InputError: nothing is removed.
     """
     idle = [effect for effect in effects if effect.unchanged]
+    if not effects:
+        names = " and ".join(budget.structures)
+        raise InputError(f"this model has no {names} that can be removed; use --structures experts, heads or layers")
     if all(len(effect.unchanged) == len(effect.before) for effect in effects):
         reasons = " and ".join(_reason(effect, budget) for effect in idle)
         ways = dict.fromkeys(way for effect in idle for way in _ways(effect, budget, queries))

@@ -257,6 +257,8 @@ def _choice(described: Option, value: str, where: str) -> str:
     if word not in described.choices:
         near = get_close_matches(word.lower(), [*described.choices, *described.synonyms], 1)
         hint = f"; did you mean {described.word(near[0])}?" if near else ""
+        if word in described.elsewhere:
+            hint = f"; use {described.elsewhere[word]}"
         raise InputError(
             f"{place}{colon}unknown {what} {_quoted(value)}; expected one of {', '.join(described.choices)}{hint}"
         )

@@ -316,8 +316,9 @@ class _Loop:
         return mean_loss(self._decoder, self._task.trained, state.parameters, examples, size)
 
     def save(self, store: Store, state: Progress) -> None:
-        """Saves a state."""
-        arrays = {str(place): sharding.gather(leaf) for place, leaf in enumerate(jax.tree.leaves(state[:3]))}
+        """Saves a state, without the arrays of sublayers that the model lacks: Orbax saves no empty ones."""
+        leaves = enumerate(jax.tree.leaves(state[:3]))
+        arrays = {str(place): sharding.gather(leaf) for place, leaf in leaves if leaf.size}
         numbers = {name: getattr(state, name) for name in ("update", "tokens", "loss", "cross_entropy")}
         store.save(state.update, State(arrays, numbers | {"points": [list(point) for point in state.points]}))
 
@@ -325,7 +326,9 @@ class _Loop:
 def _restored(state: Progress, stored: State) -> Progress:
     """A state with the arrays and numbers of a stored one."""
     leaves, structure = jax.tree.flatten(state[:3])
-    arrays = [sharding.like(stored.arrays[str(place)], leaf) for place, leaf in enumerate(leaves)]
+    arrays = [
+        sharding.like(stored.arrays[str(place)], leaf) if leaf.size else leaf for place, leaf in enumerate(leaves)
+    ]
     parameters, optimizer_state, best = jax.tree.unflatten(structure, arrays)
     numbers = stored.metadata
     points = tuple(Point(*point) for point in numbers["points"])

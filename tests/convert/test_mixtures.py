@@ -11,11 +11,13 @@ from safetensors.numpy import load_file
 
 from convert.reader import read_model
 from convert.writer import write_model
+from minillm_jax.budget.expected import pruned_sizes
 from minillm_jax.errors import InputError
 from minillm_jax.evaluation.generate import generate
 from minillm_jax.model.loaded import Model
-from minillm_jax.model.tree import group_counts, parameter_count
+from minillm_jax.model.tree import group_counts, parameter_count, sizes_of
 from minillm_jax.pruning.slicing import slice_groups, slice_layers
+from minillm_jax.settings import Budget
 from tests.helpers import MIXTURES, arrays_equal, hugging_face_folder, load_stock, logits_of, quickly, torch_logits
 
 TOKENS = np.random.default_rng(3).integers(1, 97, (2, 33))
@@ -93,6 +95,13 @@ def test_a_streamed_mixture_has_the_arrays_of_one_in_memory(tmp_path: Path, fami
     write_model(whole, tmp_path / "whole")
     name = "model.safetensors"
     assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_channels_of_a_model_without_any_are_refused(tmp_path: Path) -> None:
+    folder = hugging_face_folder(tmp_path / "dense", "mixtral")
+    budget = Budget(0.5, structures=("channels",), allocation="uniform")
+    with pytest.raises(InputError, match="this model has no channels that can be removed; use --structures experts"):
+        pruned_sizes(read_model(folder).decoder.config, sizes_of(read_model(folder).decoder), budget)
 
 
 def test_layers_of_unequal_heads_are_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -36,7 +36,6 @@ def longrope(short: list[float], long: list[float]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("llama", {"model_type": "mixtral"}, r"'mixtral' \(mixture of experts\) is not supported"),
         ("llama", {"model_type": "deepseek_v3"}, r"'deepseek_v3' \(multi-head latent attention\) is not supported"),
         ("llama", {"model_type": "pruned_mamba"}, "'pruned_mamba' is not supported"),
         ("llama", {"model_type": "gpt2"}, r"'gpt2' \(matrices stored transposed, .*\) is not supported"),
