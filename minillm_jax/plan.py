@@ -23,6 +23,7 @@ from minillm_jax.data.calibration_size import widest_mlp
 from minillm_jax.errors import InputError, shortened
 from minillm_jax.evaluation.layerwise import STREAMS
 from minillm_jax.model import costs
+from minillm_jax.model.attention import rows_at_once
 from minillm_jax.model.build import build
 from minillm_jax.model.config import DecoderConfig, Sizes
 from minillm_jax.model.decoder import Decoder
@@ -310,7 +311,8 @@ def forward_bytes(dense: Decoder, recipe: Recipe) -> int:
 
 def _activations(dense: Decoder, recipe: Recipe) -> int:
     letters, (_, length), tokens = _letters(dense), _windows(recipe), _tokens_per_batch(recipe)
-    attention = 4 * letters["N"] * letters["H"] + 4 * letters["K"] * letters["H"] + 3 * letters["N"] * length
+    scores = 3 * letters["N"] * rows_at_once(length, length)
+    attention = 4 * letters["N"] * letters["H"] + 4 * letters["K"] * letters["H"] + scores
     return FLOAT * tokens * (8 * letters["D"] + max(attention, 4 * letters["F"]))
 
 

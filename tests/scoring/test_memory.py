@@ -16,6 +16,7 @@ from minillm_jax.model.tree import kernels
 from minillm_jax.scoring.criteria import CRITERIA
 from minillm_jax.scoring.gradient import directions, slopes
 from minillm_jax.scoring.gradient.directions import Directions
+from minillm_jax.scoring.gradient.exact import weight_gradients
 from minillm_jax.scoring.gradient.spaces import Gates, LowRank, Space, Weights
 from minillm_jax.scoring.score import score_structure
 
@@ -81,3 +82,11 @@ def test_no_logits_array_of_batch_length_vocabulary_exists() -> None:
     tokens = jax.ShapeDtypeStruct((16, 512), jnp.int32)
     _, temporary = account(sequence_losses.lower(decoder, tokens))
     assert temporary < 0.05 * 16 * 512 * 250_000 * 4
+
+
+@pytest.mark.parametrize("program", [sequence_losses, weight_gradients], ids=["loss", "gradients"])
+def test_no_float32_scores_of_all_queries_exist_at_8192_tokens(program: Any) -> None:
+    """At most a tenth of one array [B, K, G, T, S]. Whole scores took three such arrays, and four in the gradients."""
+    decoder = build(CONFIG, Sizes(V=512, D=64, H=8, layers=(LayerSizes(N=8, K=2, F=64),) * 2))
+    _, temporary = account(program.lower(decoder, jax.ShapeDtypeStruct((1, 8192), jnp.int32)))
+    assert temporary < 0.1 * 8 * 8192**2 * 4
