@@ -281,8 +281,10 @@ def score_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
     if not criterion.takes_gradient:
         gradient = 0
     elif estimate.estimator == "exact":
-        gradients = (2 if criterion.curved else 1) * FLOAT * (parameters if estimate.space == "weights" else 0)
-        gradient = gradients + FLOAT * layer_count(dense) * tokens * hidden_size(dense)
+        # The squares are those of single windows. A stream a layer waits for the backward pass.
+        sums = (2 if criterion.curved else 1) * costs.block_parameters(dense) + _layer_parameters(dense)
+        streams = layer_count(dense) * (length if criterion.curved else tokens) * hidden_size(dense)
+        gradient = FLOAT * (streams + (0 if criterion.by_gates else sums))
     else:
         gradient = (estimate.directions_per_step or 1) * direction_bytes(dense, tokens, length, estimate)
     return upcast + gradient + forward_bytes(dense, recipe)
