@@ -252,8 +252,8 @@ def device_bytes(dense: Decoder, pruned: Decoder, recipe: Recipe, count: int = 1
 def streamed_bytes(dense: Decoder, recipe: Recipe, count: int = 1, on_cpu: bool = False) -> int | None:
     """Peak memory of one device with --stream; None for a run that needs all weights in memory.
 
-    It holds one layer of the dense and of the pruned model, the arrays outside the layers, and the walk or the residual
-    streams of the evaluation.
+    It holds one layer of the dense and of the pruned model, the next layer, which is read meanwhile, the arrays outside
+    the layers, and the walk or the residual streams of the evaluation.
     """
     try:
         check_streamed(recipe.budget, resolve(recipe.scoring)[1], recipe.output.format)
@@ -263,7 +263,7 @@ def streamed_bytes(dense: Decoder, recipe: Recipe, count: int = 1, on_cpu: bool 
     outer = (costs.cost(dense, "parameters") - costs.block_parameters(dense)) * width
     evaluated = 0 if recipe.evaluation.text is None else STREAMS + forward_bytes(dense, recipe)
     walked = walk_bytes(dense, recipe, parked=not on_cpu) if walks(recipe) else forward_bytes(dense, recipe)
-    return (outer + 2 * _layer_parameters(dense) * width) // count + max(walked, evaluated)
+    return (outer + 3 * _layer_parameters(dense) * width) // count + max(walked, evaluated)
 
 
 def score_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
