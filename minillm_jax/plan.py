@@ -23,6 +23,7 @@ from minillm_jax.data.calibration_size import widest_mlp
 from minillm_jax.errors import InputError, shortened
 from minillm_jax.evaluation.layerwise import STREAMS
 from minillm_jax.model import costs
+from minillm_jax.model.attention import rows_at_once
 from minillm_jax.model.build import build
 from minillm_jax.model.config import DecoderConfig, Sizes
 from minillm_jax.model.decoder import Decoder
@@ -252,8 +253,8 @@ def device_bytes(dense: Decoder, pruned: Decoder, recipe: Recipe, count: int = 1
 def streamed_bytes(dense: Decoder, recipe: Recipe, count: int = 1, on_cpu: bool = False) -> int | None:
     """Peak memory of one device with --stream; None for a run that needs all weights in memory.
 
-    It holds one layer of the dense and of the pruned model, the arrays outside the layers, and the walk or the residual
-    streams of the evaluation.
+    It holds one layer of the dense and of the pruned model, the next layer, which is read meanwhile, the arrays outside
+    the layers, and the walk or the residual streams of the evaluation.
     """
     try:
         check_streamed(recipe.budget, resolve(recipe.scoring)[1], recipe.output.format)
@@ -263,7 +264,7 @@ def streamed_bytes(dense: Decoder, recipe: Recipe, count: int = 1, on_cpu: bool 
     outer = (costs.cost(dense, "parameters") - costs.block_parameters(dense)) * width
     evaluated = 0 if recipe.evaluation.text is None else STREAMS + forward_bytes(dense, recipe)
     walked = walk_bytes(dense, recipe, parked=not on_cpu) if walks(recipe) else forward_bytes(dense, recipe)
-    return (outer + 2 * _layer_parameters(dense) * width) // count + max(walked, evaluated)
+    return (outer + 3 * _layer_parameters(dense) * width) // count + max(walked, evaluated)
 
 
 def score_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
@@ -281,8 +282,10 @@ def score_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
     if not criterion.takes_gradient:
         gradient = 0
     elif estimate.estimator == "exact":
-        gradients = (2 if criterion.curved else 1) * FLOAT * (parameters if estimate.space == "weights" else 0)
-        gradient = gradients + FLOAT * layer_count(dense) * tokens * hidden_size(dense)
+        # The squares are those of single windows. A stream a layer waits for the backward pass.
+        sums = (2 if criterion.curved else 1) * costs.block_parameters(dense) + _layer_parameters(dense)
+        streams = layer_count(dense) * (length if criterion.curved else tokens) * hidden_size(dense)
+        gradient = FLOAT * (streams + (0 if criterion.by_gates else sums))
     else:
         gradient = (estimate.directions_per_step or 1) * direction_bytes(dense, tokens, length, estimate)
     return upcast + gradient + forward_bytes(dense, recipe)
@@ -311,7 +314,8 @@ def forward_bytes(dense: Decoder, recipe: Recipe) -> int:
 
 def _activations(dense: Decoder, recipe: Recipe) -> int:
     letters, (_, length), tokens = _letters(dense), _windows(recipe), _tokens_per_batch(recipe)
-    attention = 4 * letters["N"] * letters["H"] + 4 * letters["K"] * letters["H"] + 3 * letters["N"] * length
+    scores = 3 * letters["N"] * rows_at_once(length, length)
+    attention = 4 * letters["N"] * letters["H"] + 4 * letters["K"] * letters["H"] + scores
     return FLOAT * tokens * (8 * letters["D"] + max(attention, 4 * letters["F"]))
 
 

@@ -1,5 +1,7 @@
 """Models whose layers are read one at a time: the same weights and figures as in memory."""
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import minillm_jax as mj
 from convert.reader import read_model
 from minillm_jax import api
 from minillm_jax.data.batches import Batches
+from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.evaluation import layerwise
 from minillm_jax.model.modules import Block
@@ -23,7 +26,7 @@ from minillm_jax.recipes.recipe import Recipe
 from minillm_jax.run import Job, Result, run
 from minillm_jax.settings import Data, Evaluation
 from tests import test_resuming as interrupted
-from tests.helpers import hugging_face_folder, load_torch, logits_of, random_tokens, torch_logits
+from tests.helpers import hugging_face_folder, load_torch, logits_of, random_tokens, small_decoder, torch_logits
 from tests.test_resuming import check_equal, make_model
 
 
@@ -182,3 +185,44 @@ def test_layers_of_other_types_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"mlp\.up\.kernel of layer 1 is float16, that of the first layer float32"):
         api.evaluate(model, random_tokens(97, 4, 24), 24)
     api.evaluate(api.load(folder, "float32", stream=True), random_tokens(97, 4, 24), 24)
+
+
+def test_the_next_layer_is_read_while_the_caller_works_and_its_error_comes_with_it() -> None:
+    """The last layer fails: the caller hears of it when it asks for that layer, not before."""
+    read = [threading.Event() for _ in range(3)]
+    layer = small_decoder(layers=1).runs[0]
+
+    def read_layer(index: int) -> Block:
+        read[index].set()
+        if index == 2:
+            raise InputError("layer 2 is cut short")
+        return layer
+
+    decoder = StreamedDecoder(small_decoder(layers=3), small_decoder(layers=3).runs, read_layer)
+    layers = sharding.layers_of(decoder, None)
+    for index in (1, 2):
+        assert next(layers) is layer
+        assert read[index].wait(60)
+    with pytest.raises(InputError, match="layer 2 is cut short"):
+        next(layers)
+
+
+def test_two_callers_never_read_at_once_and_one_that_stops_leaves_no_thread() -> None:
+    active, most, layer, lock = 0, 0, small_decoder(layers=1).runs[0], threading.Lock()
+
+    def read_layer(index: int) -> Block:
+        nonlocal active, most
+        with lock:
+            active += 1
+            most = max(most, active)
+        time.sleep(0.01)
+        with lock:
+            active -= 1
+        return layer
+
+    decoder = StreamedDecoder(small_decoder(layers=5), small_decoder(layers=5).runs, read_layer)
+    before = threading.active_count()
+    for _ in zip(sharding.layers_of(decoder, None), range(3), strict=False):
+        next(iter(sharding.layers_of(decoder, None)))
+    assert most == 1
+    assert threading.active_count() == before

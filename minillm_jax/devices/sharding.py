@@ -23,7 +23,7 @@ from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block, depth, run_letters
-from minillm_jax.model.streamed import StreamedDecoder
+from minillm_jax.model.streamed import StreamedDecoder, read_ahead
 from minillm_jax.model.tree import layer_count, named_arrays, outer_letters
 
 DATA, MODEL = "data", "model"
@@ -170,7 +170,7 @@ def constrain(
 def layers_of(decoder: Decoder, mesh: Mesh | None, first: int = 0) -> Iterator[Block]:
     """The layers of a decoder from `first` on, each a run of one layer, in its shards on the mesh."""
     if isinstance(decoder, StreamedDecoder):
-        yield from map(decoder.read, range(first, layer_count(decoder)))
+        yield from read_ahead(decoder.read, range(first, layer_count(decoder)))
         return
     start = 0
     for run in decoder.runs:

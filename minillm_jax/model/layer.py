@@ -15,6 +15,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float
 
 from minillm_jax.model import experts, ops
+from minillm_jax.model.attention import branch_mask, cached_mask, causal_mask, grouped_attention
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.modules import MLP, Angles, Attention, Block, Branches, LayerCache
 
@@ -118,16 +119,16 @@ def attend(
     slopes = None if attention.slopes is None else attention.slopes[...]
     cache, positions = None, None
     if context is None:
-        mask = ops.causal_mask(h.shape[1], window)
+        mask = causal_mask(h.shape[1], window)
     elif isinstance(context, Branches):
         positions, numbers = (jnp.asarray(array) for array in context)
-        mask = ops.branch_mask(positions, numbers, window)
+        mask = branch_mask(positions, numbers, window)
     else:
         cache = context.extended(k, v)
         k, v = (jnp.take(array, cache.layer, axis=0) for array in (cache.keys, cache.values))
-        mask = ops.cached_mask(cache.positions, k.shape[1], window)
+        mask = cached_mask(cache.positions, k.shape[1], window)
     sinks = None if attention.sinks is None else attention.sinks[...]
-    return ops.attend(q, k, v, mask, config.query_scale, config.attention_cap, slopes, positions, sinks), cache
+    return grouped_attention(q, k, v, mask, config.query_scale, config.attention_cap, slopes, positions, sinks), cache
 
 
 def mlp_sublayer(

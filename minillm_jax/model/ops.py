@@ -1,4 +1,4 @@
-"""Norms, rotary positions, ALiBi, attention, activations: functions of arrays (letters: see `axis_table`).
+"""Norms, rotary positions, ALiBi, products, activations: functions of arrays (letters: see `axis_table`).
 
 Types: a matrix product runs in the promoted type of its operands and accumulates in float32. Norms, softmax and rotary
 angles are float32 for every type of the operands. float32 products use precision HIGHEST, because accelerators would
@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -285,74 +285,3 @@ def rotate(
     first, second = (jnp.take(pairs, i, axis=axis) for i in (0, 1))
     rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=axis)
     return jnp.concatenate([rotated.reshape(features.shape).astype(x.dtype), x[..., 2 * half :]], axis=-1)
-
-
-def causal_mask(length: int, window: Int[Array, ""] | int | None) -> Bool[Array, "T S"]:
-    """The keys that each query attends to: its own position and earlier positions, the last `window` if it is given."""
-    distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
-    causal = distance >= 0
-    return causal if window is None else causal & (distance < window)
-
-
-def cached_mask(positions: Int[Array, "B T"], size: int, window: Int[Array, ""] | int | None) -> Bool[Array, "B T S"]:
-    """`causal_mask` for queries at given positions and a cache of `size` keys, of which key s has position s."""
-    distance = jnp.expand_dims(positions, -1) - jnp.expand_dims(jnp.arange(size), (0, 1))
-    causal = distance >= 0
-    return causal if window is None else causal & (distance < window)
-
-
-def branch_mask(
-    positions: Int[Array, "B T"], branches: Int[Array, "B T"], window: Int[Array, ""] | int | None
-) -> Bool[Array, "B T S"]:
-    """The keys that each query attends to where several continuations follow one prefix (see `modules.Branches`)."""
-    length = positions.shape[1]
-    query, key = jnp.expand_dims(branches, 2), jnp.expand_dims(branches, 1)
-    same = (key == 0) | (key == query)
-    earlier = jnp.expand_dims(causal_mask(length, None), 0)
-    allowed = same & earlier
-    distance = jnp.expand_dims(positions, 2) - jnp.expand_dims(positions, 1)
-    return allowed if window is None else allowed & (distance < window)
-
-
-def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: Bool[Array, "*batch T S"],
-    scale: float | None = None,
-    cap: float | None = None,
-    slopes: Float[Array, " N"] | None = None,
-    positions: Int[Array, "B S"] | None = None,
-    sinks: Float[Array, " N"] | None = None,
-) -> Float[Array, "B T N H"]:
-    """Grouped-query attention with the softmax in float32. Consecutive query heads share a key/value head.
-
-    Args:
-      q: queries.
-      k: keys.
-      v: values.
-      mask: the keys that each query attends to, of all sequences or of each.
-      scale: factor of the scores, H^-1/2 by default.
-      cap: soft cap of the scores.
-      slopes: slopes of the linear biases (ALiBi). slope · key position is added to each score; because the softmax
-        ignores a constant, this is a penalty on the distance.
-      positions: of the keys; 0, 1, ... by default.
-      sinks: a logit of each query head that takes part in the softmax and has no value.
-    """
-    batch, length, heads, size = q.shape
-    if not heads:
-        return q
-    grouped = q.reshape(batch, length, k.shape[2], -1, size)  # [B, T, K, G, H]
-    scores = einsum("BTKGH,BSKH->BKGTS", grouped, k, out=jnp.float32) * (size**-0.5 if scale is None else scale)
-    scores = soft_cap(scores, cap)
-    if slopes is not None:
-        places = jnp.expand_dims(jnp.arange(k.shape[1]), 0) if positions is None else positions  # [B or 1, S]
-        by_head = slopes.reshape(1, k.shape[2], -1, 1, 1)  # [1, K, G, 1, 1]
-        scores = scores + by_head * jnp.expand_dims(places.astype(jnp.float32), (1, 2, 3))
-    # A finite floor instead of -inf keeps forward-mode derivatives free of inf - inf.
-    scores = jnp.where(mask.reshape(-1, 1, 1, *mask.shape[-2:]), scores, jnp.finfo(jnp.float32).min)
-    if sinks is not None:
-        column = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, k.shape[2], -1, 1, 1), (*scores.shape[:-1], 1))
-        scores = jnp.concatenate([scores, column], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(q.dtype)
-    return einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(batch, length, heads, size)

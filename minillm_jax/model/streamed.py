@@ -1,6 +1,8 @@
 """Decoders that are larger than the memory: their layers are read one at a time."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +34,40 @@ class StreamedDecoder(Decoder):
 
     def __init__(self, outer: Decoder, runs: Sequence[Block], read: ReadLayer):
         super().__init__(outer.config, outer.embedding[...], runs, **optional_parts(outer))
-        self.read = read
+        self.read = _one_at_a_time(read)
+
+
+def _one_at_a_time(read: ReadLayer) -> ReadLayer:
+    """The same for several threads: a reader uses one buffer for all layers."""
+    lock = threading.Lock()
+
+    def read_alone(index: int) -> Block:
+        with lock:
+            return read(index)
+
+    return read_alone
+
+
+def read_ahead(read: ReadLayer, layers: Sequence[int]) -> Iterator[Block]:
+    """The layers in order. The next one is read in a thread while the caller works with a layer.
+
+    With several processes nothing is read ahead: a read may wait for the other processes, and the work of the caller
+    may too, in another order.
+
+    Raises:
+      InputError: the error of a read, when its layer is asked for.
+    """
+    if jax.process_count() > 1 or not layers:
+        yield from map(read, layers)
+        return
+    with ThreadPoolExecutor(1, "next layer") as thread:
+        coming = thread.submit(read, layers[0])
+        for following in layers[1:]:
+            layer = coming.result()
+            coming = thread.submit(read, following)
+            yield layer
+            del layer  # it would live on while the next one is waited for
+        yield coming.result()
 
 
 def check_in_memory(decoder: Decoder, what: str) -> None:

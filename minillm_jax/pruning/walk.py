@@ -36,6 +36,7 @@ from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder, embed, rotary_angles
 from minillm_jax.model.layer import Sublayer, attention_sublayer, mlp_sublayer
 from minillm_jax.model.modules import Angles, Block, Linear
+from minillm_jax.model.narrow import is_narrow, narrowed
 from minillm_jax.model.streamed import StreamedDecoder
 from minillm_jax.model.tree import layer_count
 
@@ -176,7 +177,8 @@ def walk(
     activations of one batch, and the moments of one projection.
 
     Args:
-      decoder: the dense model; computes in float32 whatever its type is.
+      decoder: the dense model. The products that its residual stream needs run in bfloat16 if its weights are bfloat16;
+        everything else is float32 whatever its type is.
       batches: calibration windows.
       replace: called with each site in the order of the forward pass; returns the site's layer, changed in this
         sublayer only. A layer of another width is correct too, and compiles programs of its own.
@@ -214,7 +216,7 @@ def walk(
                 layer = refit_inputs(index, kind, layer, partial(collected, InputMoments, pairs, inputs))
                 del inputs
             same = all(left is right for left, right in zip(pruned, dense, strict=True))
-            dense_totals = advance_all(dense_layer, dense, settings, park)
+            dense_totals = advance_all(dense_layer, dense, settings, park, narrow=is_narrow(dense_layer))
             if restored is None:
                 pairs = partial(inputs_and_gaps, layer, **settings)
                 moments = partial(collected, Moments, pairs, list(zip(pruned, dense_totals, strict=True)))
@@ -250,11 +252,13 @@ def parked(state: State, park: Park) -> State:
     return state if park is None else state.moved(park)
 
 
-def advance_all(run: Block, states: list[State], settings: dict[str, Any], park: Park) -> Sequence[Any]:
+def advance_all(
+    run: Block, states: list[State], settings: dict[str, Any], park: Park, narrow: bool = False
+) -> Sequence[Any]:
     """Moves every batch one sublayer further, in place. Returns the residual sums before a norm that follows them."""
     totals = []
     for index, state in enumerate(states):
-        after, total = advance(run, _on_devices(state, settings["mesh"]), **settings)
+        after, total = advance(run, _on_devices(state, settings["mesh"]), narrow=narrow, **settings)
         states[index] = parked(after, park)
         totals.append(states[index].stream if total is None else total if park is None else park(total))
     return totals
@@ -278,12 +282,22 @@ def _sublayer(kind: str, run: Block, config: DecoderConfig, state: State, angles
     return mlp_sublayer(block, config, state.stream if state.before is None else state.before, state.stream)
 
 
-@partial(jax.jit, static_argnames=("kind", "config", "mesh"))
+@partial(jax.jit, static_argnames=("kind", "config", "mesh", "narrow"))
 def advance(
-    run: Block, state: State, *, kind: str, config: DecoderConfig, mesh: Mesh | None, angles: Angles
+    run: Block,
+    state: State,
+    *,
+    kind: str,
+    config: DecoderConfig,
+    mesh: Mesh | None,
+    angles: Angles,
+    narrow: bool = False,
 ) -> tuple[State, Float[Array, "B T D"] | None]:
-    """The state after a sublayer, and the residual sum where a norm follows it."""
-    sublayer = _sublayer(kind, run, config, state, angles)
+    """The state after a sublayer, and the residual sum where a norm follows it.
+
+    `narrow` computes the products in the type of the weights, and the residual sum in float32 nevertheless.
+    """
+    sublayer = _sublayer(kind, narrowed(run) if narrow else run, config, state, angles)
     before = state.stream if config.parallel and kind == "head" else None
     total = sharding.spread(sublayer.total, mesh) if config.norm_after else None
     return State(sharding.spread(sublayer.stream, mesh), before), total

@@ -40,7 +40,7 @@ class Scores:
       groups: the scores.
       settings: the settings that made them, for the record.
       calibration: the windows that they were made on, for the record.
-      estimate: of the gradient, for criteria that read one.
+      estimate: of the gradient, for criteria that read one; without the arrays of an exact gradient.
     """
 
     groups: dict[str, list[np.ndarray]]
@@ -181,7 +181,9 @@ def scores_from(
         slopes = _slopes(decoder, criterion, scoring, gradient)
         scores = _score_matrices(decoder, norms, slopes, criterion, scoring.kinds, progress)
     criteria.check_finite(scores)
-    return Scores(scores, settings, drawn_on, gradient)
+    # The arrays of an exact gradient have the size of the model, and are not kept while it is pruned.
+    estimated = None if gradient is None else replace(gradient, exact=None, curvature=None)
+    return Scores(scores, settings, drawn_on, estimated)
 
 
 def hidden_scores(

@@ -16,16 +16,17 @@ from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.loss import sequence_losses
 from minillm_jax.model.ops import Rope
 from minillm_jax.pruning.blocked import solve_on_device
+from minillm_jax.scoring.gradient import exact
 
 SIZES = Sizes(V=256, D=128, H=32, layers=(LayerSizes(N=4, K=4, F=256),) * 2)
 
 
 def main() -> None:
-    """Compile both programs."""
+    """Compile all programs."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
     mesh = jax.make_mesh((1, 4), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices)
     found = {"all-reduce": loss_on(mesh).count("all-reduce("), "whiles": solution_on(devices[0]).count("while(")}
-    sys.stdout.write(json.dumps(found))
+    sys.stdout.write(json.dumps(found | {"gradients / weights": memory_of_gradients_on(devices[0])}))
 
 
 def loss_on(mesh: Mesh) -> str:
@@ -46,6 +47,23 @@ def solution_on(device: Any) -> str:
     place = SingleDeviceSharding(device)
     matrix, right = (jax.ShapeDtypeStruct((300, count), jnp.float32, sharding=place) for count in (300, 64))
     return jax.jit(lambda m, r: solve_on_device(m, r, True)).lower(matrix, right).compile().as_text()
+
+
+def memory_of_gradients_on(device: Any) -> float:
+    """Bytes of a program that adds exact gradients of a model in bfloat16 to their sums, over those of the weights."""
+    place = SingleDeviceSharding(device)
+
+    def placed(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
+
+    sizes = Sizes(V=64, D=256, H=64, layers=(LayerSizes(N=4, K=4, F=704),) * 8)
+    decoder = build(DecoderConfig("llama", 1e-5, Rope(10000.0)), sizes, jnp.bfloat16)
+    sums = jax.eval_shape(lambda decoder: exact.no_gradients(decoder, curvature=False), decoder)
+    tokens, one = jax.ShapeDtypeStruct((1, 32), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
+    arguments = (placed(one_of) for one_of in (sums, decoder, tokens, one, one))
+    held: Any = exact.add_weight_gradients.lower(*arguments).compile().memory_analysis()
+    taken = held.argument_size_in_bytes + held.output_size_in_bytes + held.temp_size_in_bytes - held.alias_size_in_bytes
+    return taken / sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(decoder))
 
 
 if __name__ == "__main__":

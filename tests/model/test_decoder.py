@@ -15,7 +15,8 @@ from jax import numpy as jnp
 from convert.reader import read_model
 from convert.writer import write_model
 from minillm_jax.errors import InputError
-from minillm_jax.model import axis_table, ops
+from minillm_jax.model import axis_table
+from minillm_jax.model.attention import causal_mask, grouped_attention
 from minillm_jax.model.build import NO_WINDOW, build
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.decoder import Decoder, final_hidden, scan_layers
@@ -304,7 +305,7 @@ def test_float16_scores_do_not_overflow() -> None:
     """Products of queries and keys are float32 until the softmax."""
     q = jnp.full((1, 3, 2, 16), 100.0, jnp.float16)
     k = jnp.full((1, 3, 1, 16), 100.0, jnp.float16)
-    mixed = ops.attend(q, k, jnp.ones_like(k), ops.causal_mask(3, None))
+    mixed = grouped_attention(q, k, jnp.ones_like(k), causal_mask(3, None))
     assert mixed.dtype == jnp.float16
     np.testing.assert_allclose(mixed, 1.0)
 

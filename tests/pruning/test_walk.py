@@ -17,7 +17,17 @@ from minillm_jax.model.decoder import Decoder, embed, rotary_angles
 from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.modules import Block
 from minillm_jax.pruning import slicing
-from minillm_jax.pruning.walk import PROJECTIONS, Moments, Site, projection, raw_moments, sums_about_means, walk
+from minillm_jax.pruning.walk import (
+    PROJECTIONS,
+    Moments,
+    Site,
+    State,
+    advance,
+    projection,
+    raw_moments,
+    sums_about_means,
+    walk,
+)
 from tests.helpers import CONFIGURATIONS, arrays_equal, hugging_face_folder, logits_of, random_tokens, small_decoder
 
 BIASED = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
@@ -230,3 +240,32 @@ def test_walk_reports_every_sublayer() -> None:
     decoder, batches = small_decoder(layers=5), Batches(random_tokens(61, 5, 11))
     walk(decoder, batches, slice_sublayer, lambda done, total: steps.append((done, total)))
     assert steps == [(done, 10) for done in range(1, 11)]
+
+
+def in_bfloat16(decoder: Decoder) -> Decoder:
+    return jax.tree.map(lambda array: array.astype(jnp.bfloat16), decoder)
+
+
+@pytest.mark.parametrize("kind", PROJECTIONS)
+def test_products_of_a_bfloat16_stream_take_bfloat16_and_add_in_float32(kind: str) -> None:
+    decoder = in_bfloat16(small_decoder(layers=1))
+    settings = {"kind": kind, "config": decoder.config, "mesh": None, "angles": rotary_angles(decoder, 9)}
+    lowered = advance.lower(decoder.runs[0], State(jnp.zeros((2, 9, 16))), narrow=True, **settings)
+    products = [line.rsplit(" : ", 1)[1] for line in lowered.as_text().splitlines() if "dot_general" in line]
+    assert len(products) == {"head": 6, "channel": 3}[kind]
+    for product in products:
+        operands, result = product.split("->")
+        assert operands.count("xbf16>") == 2
+        assert "xf32>" in result
+    assert {array.dtype for array in jax.tree.leaves(lowered.out_info)} == {jnp.dtype(jnp.float32)}
+
+
+def test_a_bfloat16_model_has_a_bfloat16_dense_stream_and_float32_gram_matrices() -> None:
+    """The upcast model has the same Gram matrix to the bit before anything is pruned; the gap is rounded."""
+    half = in_bfloat16(small_decoder(layers=1))
+    batches = Batches(random_tokens(61, 5, 9))
+    upcast = jax.tree.map(lambda array: array.astype(jnp.float32), half)
+    moments, exact = (collect_moments(decoder, batches)[0, "head"] for decoder in (half, upcast))
+    assert arrays_equal((moments.gram, moments.inputs, moments.center), (exact.gram, exact.inputs, exact.center))
+    difference, scale = np.abs(moments.cross - exact.cross).max(), np.abs(exact.cross).max()
+    assert 0 < difference < 0.01 * scale

@@ -12,10 +12,15 @@ from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import sequence_losses
 from minillm_jax.model.modules import depth
 from minillm_jax.model.ops import Rope
-from minillm_jax.model.tree import kernels
+from minillm_jax.model.tree import kernels, parameter_count
+from minillm_jax.plan import score_bytes
+from minillm_jax.recipes.recipe import load, with_options
+from minillm_jax.recipes.sized import sized
+from minillm_jax.recipes.used import used
 from minillm_jax.scoring.criteria import CRITERIA
 from minillm_jax.scoring.gradient import directions, slopes
 from minillm_jax.scoring.gradient.directions import Directions
+from minillm_jax.scoring.gradient.exact import add_weight_gradients, no_gradients, weight_gradients
 from minillm_jax.scoring.gradient.spaces import Gates, LowRank, Space, Weights
 from minillm_jax.scoring.score import score_structure
 
@@ -81,3 +86,35 @@ def test_no_logits_array_of_batch_length_vocabulary_exists() -> None:
     tokens = jax.ShapeDtypeStruct((16, 512), jnp.int32)
     _, temporary = account(sequence_losses.lower(decoder, tokens))
     assert temporary < 0.05 * 16 * 512 * 250_000 * 4
+
+
+@pytest.mark.parametrize("program", [sequence_losses, weight_gradients], ids=["loss", "gradients"])
+def test_no_float32_scores_of_all_queries_exist_at_8192_tokens(program: Any) -> None:
+    """At most a tenth of one array [B, K, G, T, S]. Whole scores took three such arrays, and four in the gradients."""
+    decoder = build(CONFIG, Sizes(V=512, D=64, H=8, layers=(LayerSizes(N=8, K=2, F=64),) * 2))
+    _, temporary = account(program.lower(decoder, jax.ShapeDtypeStruct((1, 8192), jnp.int32)))
+    assert temporary < 0.1 * 8 * 8192**2 * 4
+
+
+def account_of_exact_gradients(tokens: tuple[int, int]) -> Any:
+    """The compiler's account, and the bytes of the sums."""
+    sums = jax.eval_shape(lambda decoder: no_gradients(decoder, curvature=False), MEDIUM)
+    one = jax.ShapeDtypeStruct((), jnp.float32)
+    lowered = add_weight_gradients.lower(sums, MEDIUM, jax.ShapeDtypeStruct(tokens, jnp.int32), one, one)
+    return lowered.compile().memory_analysis(), sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(sums))
+
+
+def test_exact_gradients_take_the_memory_of_weights_and_sums() -> None:
+    """The sums are overwritten. Beside them are one layer's gradient and the activations of one window."""
+    memory, sums = account_of_exact_gradients((1, 128))
+    assert memory.alias_size_in_bytes >= sums
+    beside = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    assert memory.argument_size_in_bytes + beside <= parameter_count(MEDIUM) * 4 + sums + 2 * layer_bytes(MEDIUM)
+
+
+def test_the_plan_of_llm_pruner_holds_what_the_compiler_counts() -> None:
+    """Ten windows of 64 tokens in one batch: the sums and the temporaries, and at most half as much again."""
+    recipe = sized(used(*with_options(load("llm-pruner"), {"ratio": 0.5, "layers": "all"})).recipe, MEDIUM)
+    memory, sums = account_of_exact_gradients((10, 64))
+    counted = sums + memory.temp_size_in_bytes
+    assert counted <= score_bytes(MEDIUM, recipe, on_cpu=True) <= 1.5 * counted

@@ -19,7 +19,7 @@ from minillm_jax.model.decoder import Decoder
 from minillm_jax.scoring.gradient import rebuild, slopes, spaces
 from minillm_jax.scoring.gradient.checkpoint import SAVE_EVERY, Checkpoint, Stored, identity
 from minillm_jax.scoring.gradient.directions import Directions
-from minillm_jax.scoring.gradient.exact import RunGradients, gate_gradients, weight_gradients
+from minillm_jax.scoring.gradient.exact import RunGradients, add_weight_gradients, gate_gradients, no_gradients
 from minillm_jax.scoring.gradient.plan import Plan, shared_plan
 from minillm_jax.scoring.gradient.settings import draw, resolve, space_of, step_of
 from minillm_jax.scoring.gradient.step import StepReport, choose_epsilon
@@ -220,29 +220,22 @@ def _run(decoder: Decoder, directions: Directions, batch: Batch, settings: Estim
 def _exact(decoder: Decoder, batches: Batches, settings: Estimation, progress: Progress | None) -> Estimate:
     """The exact gradient: by weights summed over the batches, by gates for every window; float32."""
     by_gates, done = settings.space == "gates", 0
-    gradients: RunGradients | None = None
-    squares: RunGradients | None = None
+    gates: RunGradients | None = None
+    sums = None if by_gates else no_gradients(decoder, settings.curvature)
+    predictions, windows = jnp.float32(batches.predictions), jnp.float32(batches.count)
     # The curvature squares the gradient of every single window.
     for batch in batches.resized(1) if settings.curvature else batches:
-        part = (gate_gradients if by_gates else weight_gradients)(decoder, batch.tokens)
-        part = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / batches.predictions, part)
-        if settings.curvature:
-            squares = _add_squares(squares, part, batches.count)
-        gradients = part if gradients is None else jax.tree.map(_join if by_gates else jnp.add, gradients, part)
+        if sums is None:
+            part = jax.tree.map(lambda leaf: leaf / predictions, gate_gradients(decoder, batch.tokens))
+            gates = part if gates is None else jax.tree.map(_join, gates, part)
+        else:
+            sums = add_weight_gradients(sums, decoder, batch.tokens, predictions, windows)
         done += len(batch.numbers)
         if progress is not None:
             progress(done, batches.count)
-    return Estimate(settings, exact=gradients, curvature=squares)
-
-
-def _add_squares(total: RunGradients | None, part: RunGradients, count: int) -> RunGradients:
-    """Adds the squared gradient of one window to the mean over windows.
-
-    `part` is the share of the window in the gradient of the mean loss, so `count` times `part` is the gradient of the
-    window's mean loss.
-    """
-    squares = jax.tree.map(lambda leaf: count * jnp.square(leaf), part)
-    return squares if total is None else jax.tree.map(jnp.add, total, squares)
+    if sums is None:
+        return Estimate(settings, exact=gates)
+    return Estimate(settings, exact=sums.gradient, curvature=sums.squares)
 
 
 def _join(left: Float[Array, "L B groups"], right: Float[Array, "L C groups"]) -> Float[Array, "L _ groups"]:

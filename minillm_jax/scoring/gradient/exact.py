@@ -1,11 +1,13 @@
 """The exact gradient in reverse mode: the reference for every estimate, and the gradient of LLM-Pruner's criteria.
 
-`jax.checkpoint` computes every layer again in the backward pass, so the activations take one residual stream a layer.
-The gradient by the weights takes as much memory as float32 weights. The gradient by the gates takes almost none.
+Every layer is computed again in the backward pass, so the activations take one residual stream a layer. The gradient by
+the weights takes as much memory as float32 weights, and nothing else of that size exists beside it and the weights:
+three times the memory of bfloat16 weights in all. The gradient by the gates takes almost none.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -22,30 +24,91 @@ from minillm_jax.scoring.gradient import spaces
 RunGradients = list[dict[str, Float[Array, "_ ..."]]]
 
 
-def _losses(decoder: Decoder, tokens: Int[Array, "B T"], parameters: Any, apply: Any) -> Float[Array, " B"]:
-    """Summed cross entropy of every window, with `apply(block, parameters of the layer)` in place of each layer."""
+class Sums(NamedTuple):
+    """Gradients summed over windows, float32; on the devices of the matrices.
+
+    Attributes:
+      gradient: of the mean cross entropy over all windows, the shares of the windows so far.
+      squares: the mean square of the gradients of single windows, for criteria that read it; else None.
+    """
+
+    gradient: RunGradients
+    squares: RunGradients | None
+
+
+def no_gradients(decoder: Decoder, curvature: bool) -> Sums:
+    """The sums over no windows, with squares or without."""
+
+    def zeros() -> RunGradients:
+        runs = ({name: kernel[...] for name, kernel in kernels(run).items()} for run in decoder.runs)
+        return [jax.tree.map(lambda kernel: jnp.zeros_like(kernel, dtype=jnp.float32), run) for run in runs]
+
+    return Sums(zeros(), zeros() if curvature else None)
+
+
+@partial(jax.jit, donate_argnames="sums")
+def add_weight_gradients(
+    sums: Sums,
+    decoder: Decoder,
+    tokens: Int[Array, "B T"],
+    predictions: Float[Array, ""],
+    windows: Float[Array, ""],
+) -> Sums:
+    """The sums with the share of one more batch in the gradient of the mean cross entropy by every block matrix.
+
+    The gradient of a matrix has the type of the weights. It is added to its place in the sums as soon as the backward
+    pass leaves its layer, so that the memory is that of the weights, the sums, and a residual stream a layer. `sums` is
+    overwritten.
+
+    Args:
+      sums: over the earlier windows.
+      decoder: the model.
+      tokens: token ids of the batch; of a single window where squares are summed.
+      predictions: number of predicted tokens of all windows.
+      windows: number of all windows.
+    """
     angles = rotary_angles(decoder, tokens.shape[1])
 
-    @jax.checkpoint
-    def layer_at(x: Array, block: Block, of_layer: Any) -> Array:
-        return apply_layer(apply(block, of_layer), decoder.config, x, angles)[0]
+    def forward(x: Array, block: Block, layer: Array, extra: None) -> tuple[Array, Array]:
+        return apply_layer(block, decoder.config, x, angles)[0], x
 
-    def step(x: Array, block: Block, layer: Array, of_layer: Any) -> tuple[Array, None]:
-        return layer_at(x, block, of_layer), None
+    def summed_loss(x: Array) -> Array:
+        return jnp.sum(token_losses(decoder, finish(decoder, x), tokens))
 
-    x, _ = scan_layers(decoder.runs, step, embed(decoder, tokens), per_layer=parameters)
-    return jnp.sum(token_losses(decoder, finish(decoder, x), tokens), axis=-1)
+    def backward(carry: tuple[Array, Any], layer: tuple[Block, Array, Array]) -> tuple[tuple[Array, Any], None]:
+        (cotangent, totals), (block, x, index) = carry, layer
+
+        def of_matrices(x: Array, matrices: dict[str, Array]) -> Array:
+            moved = replace_kernels(block, lambda name, _: matrices[name])
+            return apply_layer(moved, decoder.config, x, angles)[0]
+
+        _, pull = jax.vjp(of_matrices, x, {name: kernel[...] for name, kernel in kernels(block).items()})
+        cotangent, gradient = pull(cotangent)
+        shares = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / predictions, gradient)
+        # The share of a window, times the number of windows, is the gradient of the window's mean loss.
+        terms = shares, jax.tree.map(lambda share: windows * jnp.square(share), shares)
+        added = (
+            None if total is None else jax.tree.map(lambda at, term: at.at[index].add(term), total, term)
+            for total, term in zip(totals, terms, strict=True)
+        )
+        return (cotangent, tuple(added)), None
+
+    last, streams = scan_layers(decoder.runs, forward, embed(decoder, tokens))
+    cotangent = jax.grad(summed_loss)(last)
+    of_runs = list(zip(sums.gradient, sums.squares or [None] * len(decoder.runs), strict=True))
+    for position in reversed(range(len(decoder.runs))):
+        run = decoder.runs[position]
+        layers = (run, streams[position], jnp.arange(depth(run), dtype=jnp.int32))
+        (cotangent, of_runs[position]), _ = jax.lax.scan(backward, (cotangent, of_runs[position]), layers, reverse=True)
+    gradient, squares = (list(part) for part in zip(*of_runs, strict=True))
+    return Sums(gradient, None if sums.squares is None else squares)
 
 
 @jax.jit
 def weight_gradients(decoder: Decoder, tokens: Int[Array, "B T"]) -> RunGradients:
-    """The gradient of the batch's summed cross entropy by every block matrix, in the type of the weights."""
-    weights = [{name: kernel[...] for name, kernel in kernels(run).items()} for run in decoder.runs]
-
-    def apply(block: Block, matrices: dict[str, Array]) -> Block:
-        return replace_kernels(block, lambda name, _: matrices[name])
-
-    return jax.grad(lambda weights: jnp.sum(_losses(decoder, tokens, weights, apply)))(weights)
+    """The gradient of the batch's summed cross entropy by every block matrix, float32."""
+    one = jnp.float32(1)
+    return add_weight_gradients(no_gradients(decoder, curvature=False), decoder, tokens, one, one).gradient
 
 
 def gated_losses(
@@ -59,11 +122,18 @@ def gated_losses(
       changes: for each run, kind of group -> change of each gate, for every window or for all windows together. A
         change of -1 removes the group.
     """
+    angles = rotary_angles(decoder, tokens.shape[1])
 
-    def apply(block: Block, of_layer: dict[str, Array]) -> Block:
-        return spaces.gated(block, of_layer, spaces.finite(jnp.float32(1)))
+    @jax.checkpoint
+    def layer_at(x: Array, block: Block, of_layer: dict[str, Array]) -> Array:
+        gated = spaces.gated(block, of_layer, spaces.finite(jnp.float32(1)))
+        return apply_layer(gated, decoder.config, x, angles)[0]
 
-    return _losses(decoder, tokens, changes, apply)
+    def step(x: Array, block: Block, layer: Array, of_layer: dict[str, Array]) -> tuple[Array, None]:
+        return layer_at(x, block, of_layer), None
+
+    x, _ = scan_layers(decoder.runs, step, embed(decoder, tokens), per_layer=changes)
+    return jnp.sum(token_losses(decoder, finish(decoder, x), tokens), axis=-1)
 
 
 @jax.jit

@@ -8,6 +8,7 @@ import jax
 
 from minillm_jax.data.batches import TOKENS_PER_BATCH
 from minillm_jax.devices import hosts
+from minillm_jax.model.attention import rows_at_once
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import LOGITS_AT_ONCE
 from minillm_jax.model.modules import depth, run_letters
@@ -111,7 +112,8 @@ def direction_bytes(decoder: Decoder, tokens: int, length: int, settings: Estima
     widest = 0
     for run in decoder.runs:
         size = run_letters(run)
-        attention = 4 * size["N"] * size["H"] + 4 * size["K"] * size["H"] + 3 * size["N"] * length
+        scores = 3 * size["N"] * rows_at_once(length, length)
+        attention = 4 * size["N"] * size["H"] + 4 * size["K"] * size["H"] + scores
         widest = max(widest, attention, 4 * size["F"])
     streams = 8 * hidden_size(decoder)
     copy = _largest_layer(decoder) if settings.space == "weights" else 0
