@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -25,11 +26,13 @@ from minillm_jax.devices.sharding import MeshShape
 from minillm_jax.evaluation.perplexity import perplexity, window_losses
 from minillm_jax.model import axis_table
 from minillm_jax.model.build import build
-from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
+from minillm_jax.model.config import DecoderConfig, LayerSizes, Routing, Sizes
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import sequence_losses
 from minillm_jax.model.ops import Rope
 from minillm_jax.model.tree import named_arrays
+from minillm_jax.pruning.experts import Choice, prune_experts
+from minillm_jax.pruning.refit import resolve as resolve_refit
 from minillm_jax.pruning.refit import slice_and_refit
 from minillm_jax.pruning.slicing import slice_groups
 from minillm_jax.scoring.activations import activation_norms
@@ -39,7 +42,7 @@ from minillm_jax.scoring.gradient.estimate import estimate, measure_call
 from minillm_jax.scoring.gradient.plan import Plan
 from minillm_jax.scoring.gradient.settings import resolve
 from minillm_jax.scoring.gradient.spaces import Gates, LowRank, Space, Weights
-from minillm_jax.settings import Estimation
+from minillm_jax.settings import Estimation, Refit
 from tests.helpers import compilations
 
 CONFIG = DecoderConfig("llama", 1e-5, Rope(10000.0))
@@ -75,9 +78,9 @@ _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-
 
 
 @cache
-def make_decoder(sizes: Sizes) -> Decoder:
+def make_decoder(sizes: Sizes, config: DecoderConfig = CONFIG) -> Decoder:
     random = np.random.default_rng(0)  # NumPy compiles nothing
-    return jax.tree.map(lambda leaf: jnp.asarray(random.normal(0, 0.3, leaf.shape), leaf.dtype), build(CONFIG, sizes))
+    return jax.tree.map(lambda leaf: jnp.asarray(random.normal(0, 0.3, leaf.shape), leaf.dtype), build(config, sizes))
 
 
 def make_tokens(count: int, vocabulary: int) -> np.ndarray:
@@ -172,7 +175,29 @@ def devices(folder: str, out: str) -> dict[str, Any]:
     results["communication"]["gather"] = communication_of_gather()
     results |= {"directions over data": directions_over_data(), "slices": slices_are_equal()}
     results["estimates"], results["refitted"] = differences_of_estimates(), refitted()
+    results["experts"] = fewer_experts()
     return results | loading(Path(folder), Path(out))
+
+
+def fewer_experts() -> dict[str, Any]:
+    """A mixture of experts on a mesh, compared with one device: losses, kept experts, refitted experts, shards."""
+    config = replace(CONFIG, family="mixtral", routing=Routing(2))
+    sizes = replace(EVEN, layers=(LayerSizes(N=4, K=4, F=0, X=6, W=8),) * 2)
+    single, tokens = make_decoder(sizes, config), make_tokens(16, sizes.V)
+    spread = sharding.shard(single, make_mesh(2, 4))
+    both = single, spread
+    losses = [window_losses(one, batches_for(one, tokens)) for one in both]
+    settings = resolve_refit(Refit(ridge=0.1), config)
+    pruned = [prune_experts(one, Choice(4), batches_for(one, tokens), settings) for one in both]
+    (first, kept), (second, kept_on_mesh) = pruned
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    down = spread.runs[0].experts.down
+    return {
+        "losses": relative_difference(*reversed(losses)),
+        "kept": [rows.tolist() for rows in kept] == [rows.tolist() for rows in kept_on_mesh],
+        "weights": max(float(np.max(np.abs(sharding.gather(a) - sharding.gather(b)), initial=0.0)) for a, b in pairs),
+        "shard": list(down.addressable_shards[0].data.shape),
+    }
 
 
 def on_mesh(shape: tuple[int, int], sizes: Sizes, count: int, names: Sequence[str]) -> tuple[dict, dict]:

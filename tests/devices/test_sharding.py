@@ -97,6 +97,14 @@ def test_a_model_refitted_on_a_mesh_is_that_of_one_device(results: dict[str, Any
     assert results["refitted"]["shares"] == results["slices"]["shares"]
 
 
+def test_experts_cut_along_their_width_give_the_results_of_one_device(results: dict[str, Any]) -> None:
+    found = results["experts"]
+    assert found["losses"] < 1e-6
+    assert found["kept"]
+    assert found["weights"] < 1e-5
+    assert found["shard"] == [2, 6, 2, 32]  # a quarter of the width of 8
+
+
 def test_weights_are_loaded_into_shards(results: dict[str, Any]) -> None:
     """From both formats, no device receives more of a cut array than its shard."""
     for shares in results["shares"]:
