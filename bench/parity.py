@@ -4,7 +4,8 @@
     PYTHONPATH=. python bench/parity.py --add    # only the configurations that the result lacks
 
 Every parameter is random. A pruned model has lost a random third of the heads and channels of every layer, a different
-number in each; it is written to a folder, which transformers loads.
+number in each; a mixture of experts a random third of the experts of every layer, equally many of each group. It is
+written to a folder, which transformers loads.
 """
 
 import argparse
@@ -20,31 +21,52 @@ from environment import environment
 from convert.reader import read_model
 from convert.writer import write_model
 from minillm_jax.model import axis_table
+from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.tree import group_counts
 from minillm_jax.pruning.slicing import slice_groups
-from tests.helpers import CONFIGURATIONS, hugging_face_folder, load_torch, logits_of, random_tokens, torch_logits
+from tests.helpers import (
+    CONFIGURATIONS,
+    MIXTURES,
+    hugging_face_folder,
+    load_torch,
+    logits_of,
+    random_tokens,
+    torch_logits,
+)
 
 RESULT = Path(__file__).parent / "results" / "parity.json"
+ALL = CONFIGURATIONS | {family: (family, {}) for family in MIXTURES}
 TOKENS = random_tokens(97, 2, 130)
 
 
 def row(name: str, folder: Path) -> dict[str, Any]:
     """The differences of one configuration."""
-    family, changes = CONFIGURATIONS[name]
+    family, changes = ALL[name]
     model = read_model(hugging_face_folder(folder / "dense", family, **changes))
     logits = logits_of(model.decoder, TOKENS)
     dense = np.abs(logits - torch_logits(load_torch(folder / "dense"), TOKENS)).max()
-    rng, kept = np.random.default_rng(0), {}
-    for kind in axis_table.KINDS:
-        counts = group_counts(model.decoder, kind)
-        fewer = [max(1, round(count * (0.8 - 0.1 * layer))) for layer, count in enumerate(counts)]
-        kept[kind] = [np.sort(rng.choice(n, few, replace=False)) for n, few in zip(counts, fewer, strict=True)]
-    smaller = dataclasses.replace(model, decoder=slice_groups(model.decoder, kept))
+    smaller = dataclasses.replace(model, decoder=slice_groups(model.decoder, random_groups(model.decoder)))
     written = write_model(smaller, folder / "pruned").format
     by_torch = torch_logits(load_torch(folder / "pruned"), TOKENS)
     pruned = np.abs(logits_of(smaller.decoder, TOKENS) - by_torch).max()
     found = {"dense": float(dense), "pruned": float(pruned), "largest_logit": float(np.abs(logits).max())}
     return {"family": family, "configuration": name, "format": written, **found}
+
+
+def random_groups(decoder: Decoder) -> axis_table.Kept:
+    """Random groups that are kept: heads and channels, or experts of a mixture."""
+    rng, kept, routing = np.random.default_rng(0), {}, decoder.config.routing
+    if routing is not None:
+        counts, groups = group_counts(decoder, "expert"), routing.groups
+        each = [n // groups for n in counts]
+        starts = [np.arange(groups)[:, None] * n for n in each]
+        rows = [[rng.choice(n, n - n // 3, replace=False) for _ in range(groups)] for n in each]
+        return {"expert": [np.sort((start + row).ravel()) for start, row in zip(starts, rows, strict=True)]}
+    for kind in axis_table.KINDS:
+        counts = group_counts(decoder, kind)
+        fewer = [max(1, round(count * (0.8 - 0.1 * layer))) for layer, count in enumerate(counts)]
+        kept[kind] = [np.sort(rng.choice(n, few, replace=False)) for n, few in zip(counts, fewer, strict=True)]
+    return kept
 
 
 def main() -> None:
@@ -60,7 +82,7 @@ def main() -> None:
         assert result["environment"] | added == about, "the rows of one result need one machine and one set of versions"
         about = result["environment"]
     rows: list[dict[str, Any]] = []
-    for name in CONFIGURATIONS:
+    for name in ALL:
         if name in former:
             rows.append(former[name])
             continue
