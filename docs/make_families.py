@@ -18,6 +18,7 @@ from minillm_jax.errors import InputError
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.families import FAMILIES, Family, parse
 from minillm_jax.model.ops import ROPE_KINDS, Rope, rotary_frequencies
+from minillm_jax.settings import OF_EXPERTS
 
 PAGE = Path(__file__).with_name("families.md")
 
@@ -92,7 +93,7 @@ def _positions(config: DecoderConfig, model_type: str) -> str:
 def _structures(family: Family) -> str:
     heads = ["heads"] if family.kv_heads is None else ["heads", "query heads"]
     channels = ["channels"] * (not family.experts or family.shared is not None or family.dense_layers != "none")
-    return ", ".join([*heads, *channels, *["experts"] * bool(family.experts), "hidden", "layers"])
+    return ", ".join([*heads, *channels, *[*OF_EXPERTS] * bool(family.experts), "hidden", "layers"])
 
 
 def _stock(table: FamilyTable, family: Family) -> str:
@@ -103,7 +104,7 @@ def _stock(table: FamilyTable, family: Family) -> str:
         heads = "any heads (as `mistral`)"
     hidden = table.stock_heads != "dense" and table.stock_width and not table.stock_scale
     channels = table.stock_width and "channels" in _structures(family)
-    kinds = {"channels": channels, "experts": bool(family.experts), "hidden": hidden, "layers": True}
+    kinds = {"channels": channels, **dict.fromkeys(OF_EXPERTS, bool(family.experts)), "hidden": hidden, "layers": True}
     return ", ".join([heads] * bool(heads) + [kind for kind, holds in kinds.items() if holds])
 
 

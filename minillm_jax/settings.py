@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.options import BYTES, COUNT, LAYERS, SHARDS, STEP, WORDS, option
 
-STRUCTURES = ("heads", "channels", "attention", "mlp", "experts", "hidden", "layers")
+STRUCTURES = ("heads", "channels", "attention", "mlp", "experts", "expert-channels", "hidden", "layers")
+# The structures of mixtures of experts: whole experts, and the channels inside all of them.
+OF_EXPERTS = ("experts", "expert-channels")
 # The structures that are whole sublayers.
 SUBLAYERS = ("attention", "mlp")
 # What other tools call these structures. The words are near, not equal: none of them is accepted.
@@ -155,8 +157,8 @@ class Budget:
         of `curves` after steps between sublayers that lower the measured divergence of the whole model. None for
         `curves` where structured OBS chooses the groups, `equal` if the format `stock` is asked for too, and else
         `uniform`.
-      structures: what is removed, some of `STRUCTURES`; layers first, then hidden dimensions, then experts, then heads
-        and channels.
+      structures: what is removed, some of `STRUCTURES`; layers first, then hidden dimensions, then experts and the
+        channels inside them, then heads and channels.
       heads: what a head is: a key/value head with all its query heads (`group`), or a query head (`query`).
       layers: the first pruned layer and the one after the last, counted from the end where negative; None for all.
       rounds: number of rounds, each with new scores.
@@ -164,7 +166,8 @@ class Budget:
         the number that every key/value head keeps. A share of the groups is rounded up; a target, and a share of the
         parameters, are kept, so that counts are rounded down where that is necessary. The allocations `global` and
         `measured` remove heads in blocks of this size.
-      round_width_to: the same for channels; of hidden dimensions, the number that the model keeps.
+      round_width_to: the same for channels; of hidden dimensions, the number that the model keeps; of channels inside
+        experts, the number that every expert keeps.
       round_experts_to: the number of experts that every layer keeps is a multiple of this.
       keep_at_least: share of the groups of a layer that is always kept (not with a uniform share of the groups).
       window: tokens of the window that costs are given for; a run sets it to the length of a calibration window.
@@ -198,8 +201,8 @@ class Budget:
     structures: tuple[str, ...] = option(
         ("heads", "channels"),
         str,
-        "What to remove, joined by commas: heads, channels, attention or mlp (whole sublayers), experts, hidden "
-        "(dimensions), layers.",
+        "What to remove, joined by commas: heads, channels, attention or mlp (whole sublayers), experts, "
+        "expert-channels, hidden (dimensions), layers.",
         spelling=WORDS,
         common=True,
     )
@@ -258,14 +261,14 @@ class Budget:
         """The number that the count of kept groups of a kind is rounded to a multiple of."""
         if kind == "expert":
             return self.round_experts_to
-        return self.round_width_to if kind in ("channel", "hidden") else self.round_heads_to
+        return self.round_width_to if kind in ("channel", "expert_channel", "hidden") else self.round_heads_to
 
     @staticmethod
     def multiple_flag(kind: str) -> str:
         """The flag of `multiple`."""
         if kind == "expert":
             return "--round-experts-to"
-        return "--round-width-to" if kind in ("channel", "hidden") else "--round-heads-to"
+        return "--round-width-to" if kind in ("channel", "expert_channel", "hidden") else "--round-heads-to"
 
     def check(self) -> None:
         """Check that the settings suit each other.
@@ -281,7 +284,7 @@ class Budget:
             raise InputError(f"--rounds must be at least 1 round, found {self.rounds}")
         if "heads" in self.structures:
             self._check_multiple("heads", self.round_heads_to)
-        if {"channels", "hidden"} & set(self.structures):
+        if {"channels", "expert-channels", "hidden"} & set(self.structures):
             self._check_multiple("channels", self.round_width_to)
         if "experts" in self.structures:
             self._check_multiple("experts", self.round_experts_to)

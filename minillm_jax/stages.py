@@ -14,7 +14,7 @@ from jax import numpy as jnp
 from convert import formats, gguf_metadata
 from minillm_jax.budget import allocate, expected
 from minillm_jax.budget.budget import Counts, by_ratio, choose, kept_count
-from minillm_jax.budget.experts import experts_of, experts_to_keep
+from minillm_jax.budget.experts import experts_of, experts_to_keep, width_of, width_to_keep
 from minillm_jax.data.calibration_size import widest_mlp
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts, sharding
@@ -46,7 +46,7 @@ from minillm_jax.recipes.used import check_streamed
 from minillm_jax.scoring.criteria import check_finite
 from minillm_jax.scoring.score import ChosenWhilePruning, Scores, hidden_scores, score, summaries
 from minillm_jax.scoring.score import resolve as resolve_scoring
-from minillm_jax.settings import Budget, Refit, Scoring
+from minillm_jax.settings import OF_EXPERTS, Budget, Refit, Scoring
 from minillm_jax.version import __version__
 
 RECORDED_PACKAGES = ("jax", "flax", "transformers", "numpy")
@@ -125,8 +125,9 @@ def _prune_whole_model(
     if "hidden" in budget.structures:
         smaller, dimensions = narrow(smaller, calibration, recipe.scoring, ratio, budget.round_width_to, progress)
         whole["hidden"] = {"before": hidden_size(model.decoder), "kept": dimensions.tolist()}
-    if "experts" in budget.structures:
-        smaller, whole["expert"] = remove_experts(smaller, calibration, recipe, progress, work)
+    if set(OF_EXPERTS) & set(budget.structures):
+        smaller, of_experts = remove_experts(smaller, calibration, recipe, progress, work)
+        whole |= of_experts
     return smaller, whole
 
 
@@ -395,25 +396,34 @@ def remove_experts(
     progress: StageProgress | None = None,
     work: WorkFolder | None = None,
 ) -> tuple[Model, dict[str, Any]]:
-    """A model with fewer experts in every layer that has experts; and the record of the kept ones.
+    """A model with fewer or narrower experts in every layer that has experts; and the record of the kept ones.
+
+    The channels that experts keep are counted in the record, and not listed.
 
     Raises:
       InputError: the budget does not suit the model (`budget.experts`), or an activation is not finite.
     """
     decoder, scoring = model.decoder, recipe.scoring
-    sizes = sizes_of(decoder)
-    keep = experts_to_keep(decoder.config, sizes, recipe.budget)
+    sizes, budget = sizes_of(decoder), recipe.budget
+    count, width = experts_of(decoder.config, sizes), width_of(decoder.config, sizes)
+    keep = experts_to_keep(decoder.config, sizes, budget) if "experts" in budget.structures else count
+    narrow = "expert-channels" in budget.structures
+    kept_width = width_to_keep(decoder.config, sizes, budget) if narrow else width
     method = recipe.refit if recipe.refit.method == "least-squares" else Refit("none")
     folder = None if work is None else work.within("experts")
     pruned, kept = prune_experts(
         decoder,
-        Choice(keep, scoring.expert_criterion, scoring.seed),
+        Choice(keep, kept_width, scoring.expert_criterion, scoring.seed),
         calibration.batches,
         resolve(method, decoder.config),
         partial(tell, progress, "experts"),
         folder,
     )
-    record = {"before": experts_of(decoder.config, sizes), "after": keep, "kept": [rows.tolist() for rows in kept]}
+    record = {}
+    if keep < count:
+        record["expert"] = {"before": count, "after": keep, "kept": [rows.tolist() for rows in kept["expert"]]}
+    if kept_width < width:
+        record["expert_channel"] = {"before": width, "after": kept_width}
     return replace(model, decoder=pruned), record
 
 

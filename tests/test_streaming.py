@@ -46,7 +46,7 @@ CASES = [
     ("llama", {"criterion": "magnitude", "rounds": 2, "format": "gguf", "refit": "none"}),
     ("llama", {"structures": ("attention", "channels"), "allocation": "curves", "max_shard_size": "20KB"}),
     ("gpt_neox", {"criterion": "random"}),
-    ("qwen2_moe", {"structures": ("experts",), "ratio": 0.2}),
+    ("qwen2_moe", {"structures": ("experts", "expert-channels"), "ratio": 0.2}),
 ]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from minillm_jax.budget import allocate
 from minillm_jax.budget.budget import by_ratio, choose
-from minillm_jax.budget.experts import experts_of, experts_to_keep, with_experts
+from minillm_jax.budget.experts import ALIGNED, experts_of, experts_to_keep, width_of, width_to_keep, with_experts
 from minillm_jax.budget.inventory import Counts, Inventory, kept_count
 from minillm_jax.errors import InputError, warn
 from minillm_jax.model.build import build
@@ -27,6 +27,7 @@ _WORDS = {
     "query": ("query heads", "heads"),
     "channel": ("MLP channels", "channels"),
     "expert": ("experts", "experts"),
+    "expert_channel": ("channels of an expert", "expert-channels"),
     "hidden": ("hidden dimensions", "hidden"),
     "layer": ("layers", "layers"),
 }
@@ -60,6 +61,10 @@ def pruned_sizes(config: DecoderConfig, sizes: Sizes, budget: Budget, named_by: 
         count, kept = experts_of(config, sizes), experts_to_keep(config, sizes, budget)
         effects.append(_Effect("expert", budget.round_experts_to, [count], [kept]))
         sizes = with_experts(sizes, kept)
+    if "expert-channels" in budget.structures:
+        width, kept = width_of(config, sizes), width_to_keep(config, sizes, budget)
+        effects.append(_Effect("expert_channel", ALIGNED, [width], [kept]))
+        sizes = with_experts(sizes, experts_of(config, sizes), kept)
     queries = max(layer.N // max(layer.K, 1) for layer in dense.layers)
     if not budget.kinds:
         _check(effects, budget, queries)

@@ -12,6 +12,9 @@ from minillm_jax.model.config import DecoderConfig, Routing, Sizes
 from minillm_jax.model.costs import block_parameters, cost
 from minillm_jax.settings import Budget
 
+# PyTorch's grouped products take experts whose rows are multiples of 16 bytes, 8 numbers of bfloat16.
+ALIGNED = 8
+
 # A larger share of removed experts gets a warning. Published results of REAP hold up at a half for models of many
 # similar experts, and collapse there for others (arXiv 2510.13999).
 SAFE_SHARE = 0.25
@@ -24,13 +27,36 @@ def experts_of(config: DecoderConfig, sizes: Sizes) -> int:
       InputError: the model has none.
     """
     if config.routing is None:
-        raise InputError(f"--structures experts: this {config.family} model has no experts; prune heads or channels")
+        raise InputError(f"this {config.family} model has no experts; use --structures heads or channels")
     return max(layer.X for layer in sizes.layers)
 
 
-def with_experts(sizes: Sizes, keep: int) -> Sizes:
-    """The sizes with so many experts in every layer that has experts."""
-    return replace(sizes, layers=tuple(replace(layer, X=min(layer.X, keep)) for layer in sizes.layers))
+def width_of(config: DecoderConfig, sizes: Sizes) -> int:
+    """The channels of an expert.
+
+    Raises:
+      InputError: the model has no experts.
+    """
+    experts_of(config, sizes)
+    return max(layer.W for layer in sizes.layers)
+
+
+def width_to_keep(config: DecoderConfig, sizes: Sizes, budget: Budget) -> int:
+    """The number of channels that every expert keeps: a share of them, rounded up to a multiple of 8.
+
+    Raises:
+      InputError: the model has no experts.
+    """
+    return kept_count(width_of(config, sizes), budget.ratio or 0.0, lcm(budget.round_width_to, ALIGNED))
+
+
+def with_experts(sizes: Sizes, keep: int, width: int | None = None) -> Sizes:
+    """The sizes with so many experts in every layer that has experts, and with so many channels in each expert."""
+    layers = (
+        replace(layer, X=min(layer.X, keep), W=layer.W if width is None else min(layer.W, width))
+        for layer in sizes.layers
+    )
+    return replace(sizes, layers=tuple(layers))
 
 
 def experts_to_keep(config: DecoderConfig, sizes: Sizes, budget: Budget) -> int:

@@ -15,6 +15,7 @@ converter read all shapes from this table. The configuration of a decoder decide
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -82,6 +83,10 @@ DATA = ("attention.window", "attention.slopes", "attention.rope")
 # (`head`), or single query heads are sliced (`query`). Hidden dimensions are sliced from the embedding too, except in
 # models that project their embeddings.
 GROUP_LETTERS = {"head": "KN", "query": "N", "channel": "F", "expert": "X", "hidden": "DE", "layer": "L"}
+
+# The kind of the channels inside experts: expert j of a layer has the groups j * W to (j + 1) * W - 1, and all experts
+# keep equally many. Two axes, X and W, number its groups, so that `take_channels` slices them.
+EXPERT_CHANNEL = "expert_channel"
 
 # The default kinds of groups, both inside a block.
 KINDS = ("head", "channel")
@@ -156,6 +161,39 @@ def take_groups(
     grouped = bits.reshape(*array.shape[:axis], count, width, *array.shape[axis + 1 :])
     taken = jnp.take(grouped, kept, axis=axis).reshape(*array.shape[:axis], -1, *array.shape[axis + 1 :])
     return jax.lax.bitcast_convert_type(taken, array.dtype)
+
+
+def take_channels(array: Shaped[Any, "..."], axes: str, kept: Int[np.ndarray, "X kept"], xp: Any = np) -> Any:
+    """An array with only the kept channels of every expert; unchanged if it has no axis W.
+
+    Args:
+      array: the array.
+      axes: its axes, which begin with those in front of X.
+      kept: for every expert, the indices of its kept channels, ascending.
+      xp: `numpy`, or `jax.numpy` for arrays on devices.
+    """
+    index = _channel_index(axes, kept, array.ndim)
+    return array if index is None else xp.take_along_axis(array, xp.asarray(index), axis=_axis_of("W", axes))
+
+
+def put_channels(whole: Shaped[np.ndarray, "..."], part: Shaped[np.ndarray, "..."], axes: str, kept: Any) -> None:
+    """The inverse of `take_channels`: writes the kept channels into an array with all channels."""
+    index = _channel_index(axes, kept, whole.ndim)
+    assert index is not None, f"{axes} has no channels of experts"
+    np.put_along_axis(whole, index, part, axis=_axis_of("W", axes))
+
+
+def _axis_of(letter: str, axes: str) -> int:
+    return letters(axes).index(letter)
+
+
+def _channel_index(axes: str, kept: Int[np.ndarray, "X kept"], rank: int) -> Int[np.ndarray, "..."] | None:
+    """The kept channels with the axes of an array, of one element where the array has others than X and W."""
+    if not {"X", "W"} <= set(letters(axes)):
+        return None
+    shape = [1] * rank
+    shape[_axis_of("X", axes)], shape[_axis_of("W", axes)] = kept.shape
+    return kept.reshape(shape)
 
 
 def put_groups(

@@ -119,6 +119,30 @@ def channels(expert: Matrices, rows: Float[Array, "R D"], routing: Routing, acti
     return gated(gate, up, routing, activation)
 
 
+def weighted_channels(
+    experts: Experts,
+    routing: Routing,
+    activation: str,
+    tokens: Float[Array, "M D"],
+    choice: tuple[Float[Array, "M C"], Int[Array, "M C"]],
+    number: Int[Array, ""],
+) -> Float[Array, "M W"]:
+    """The channels of expert `number` times its weight, for all tokens; zero where a token has not chosen it. float32.
+
+    Args:
+      experts: the experts of one layer.
+      routing: how experts are chosen.
+      activation: of their gates.
+      tokens: the inputs of the router.
+      choice: the result of `route`.
+      number: of the expert.
+    """
+    weights, chosen = choice
+    expert = {name: array[number] for name, array in matrices(experts).items()}
+    weight = jnp.sum(jnp.where(chosen == number, weights, 0.0), axis=-1, keepdims=True)
+    return channels(expert, tokens, routing, activation).astype(jnp.float32) * weight
+
+
 def _plus(rows: Float[Array, "R O"], expert: Matrices, name: str) -> Float[Array, "R O"]:
     """With the bias of the matrix `name` of an expert, if it has one."""
     bias = expert.get(f"{name}_bias")

@@ -1,5 +1,6 @@
 """Sizes, counts and names of the arrays of a decoder, read from the arrays (letters: see `axis_table`)."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -51,7 +52,8 @@ def _layers_of(run: Block) -> Iterator[LayerSizes]:
 def group_count(block: Block, kind: str) -> int:
     """Number of groups of a layer.
 
-    Key/value heads for `head`, query heads for `query`, MLP width for `channel`, experts for `expert`.
+    Key/value heads for `head`, query heads for `query`, MLP width for `channel`, experts for `expert`, and the channels
+    of all experts for `expert_channel`.
     """
     match kind:
         case "head":
@@ -60,6 +62,8 @@ def group_count(block: Block, kind: str) -> int:
             return block.attention.q.kernel.shape[-2]
         case "expert":
             return 0 if block.experts is None else block.experts.down.shape[-3]
+        case axis_table.EXPERT_CHANNEL:
+            return 0 if block.experts is None else math.prod(block.experts.down.shape[-3:-1])
     return block.mlp.down.kernel.shape[-2]
 
 

@@ -35,6 +35,7 @@ from minillm_jax.model.layer import mlp_sublayer
 from minillm_jax.model.modules import Block, experts_of
 from minillm_jax.model.tree import named_arrays
 from minillm_jax.pruning import slicing
+from minillm_jax.pruning.finished import KeptOfLayer
 from minillm_jax.pruning.system import CHOICES
 from minillm_jax.pruning.walk import State
 from minillm_jax.settings import Refit
@@ -86,14 +87,14 @@ class HostMoments(NamedTuple):
 
 
 def refit_experts(
-    index: int, layer: Block, kept: Int[np.ndarray, " kept"], streams: Streams, refit: Refit, config: DecoderConfig
+    index: int, layer: Block, kept: KeptOfLayer, streams: Streams, refit: Refit, config: DecoderConfig
 ) -> Block:
-    """The layer with all experts, of which the kept ones have refitted down projections.
+    """The layer with all experts and channels, of which the kept ones have refitted down projections.
 
     Args:
       index: of the layer.
       layer: a run of one layer.
-      kept: indices of the kept experts.
+      kept: kind of group -> the kept ones.
       streams: the activations of all batches.
       refit: from `refit.resolve`.
       config: how the decoder computes.
@@ -102,12 +103,12 @@ def refit_experts(
       InputError: an activation is not finite.
     """
     assert config.routing is not None, "the layer has experts"
-    smaller = slicing.take_layer({"expert": kept}, layer, streams.mesh)
+    smaller = slicing.take_layer(kept, layer, streams.mesh)
     for _ in range(SWEEPS):
         fit, held_out = _moments(layer, smaller, streams, refit.alpha or 0.0, config)
         steps = hosts.of_first(lambda fit=fit, rest=held_out: {"steps": _steps(index, fit, rest, refit.ridge)})["steps"]
         smaller = _with_down(smaller, steps / config.routing.chosen, streams.mesh)
-    return _put(layer, smaller, kept, streams.mesh)
+    return slicing.put_layer(kept, {path: sharding.gather(array) for path, array in named_arrays(smaller)}, layer)
 
 
 def _moments(
@@ -154,12 +155,10 @@ def expert_moments(
     routing, mixture = config.routing, experts_of(blocks[1])
     assert routing is not None, "the layer has experts"
     tokens = smaller.inputs["mlp.up"].reshape(error.shape)
-    weights, chosen = experts.route(mixture, routing, tokens)
+    choice = experts.route(mixture, routing, tokens)
 
     def of_expert(number: Int[Array, ""]) -> tuple[Array, Array]:
-        expert = {name: array[number] for name, array in experts.matrices(mixture).items()}
-        weight = jnp.sum(jnp.where(chosen == number, weights, 0.0), axis=-1, keepdims=True)
-        a = experts.channels(expert, tokens, routing, config.activation).astype(jnp.float32) * weight
+        a = experts.weighted_channels(mixture, routing, config.activation, tokens, choice, number)
         return ops.einsum("MW,MJ->WJ", a, a), ops.einsum("MW,MD->WD", a, error)
 
     return ExpertMoments(*jax.lax.map(of_expert, jnp.arange(mixture.down.shape[0])))
@@ -199,18 +198,8 @@ def _gain(step: Float[np.ndarray, "W D"], gram: Float[np.ndarray, "W W"], cross:
 
 def _with_down(layer: Block, steps: Float[np.ndarray, "X W D"], mesh: Mesh | None) -> Block:
     """The layer with the steps added to the down projections of its experts."""
-    down = sharding.gather(experts_of(layer).down[...])
-    return _replaced(layer, (down.astype(np.float64) + steps[None]).astype(down.dtype), mesh)
-
-
-def _put(layer: Block, smaller: Block, kept: Int[np.ndarray, " kept"], mesh: Mesh | None) -> Block:
-    """The layer with all experts, the kept ones with the down projections of the smaller layer."""
-    down = np.array(sharding.gather(experts_of(layer).down[...]))
-    down[:, kept] = sharding.gather(experts_of(smaller).down[...])
-    return _replaced(layer, down, mesh)
-
-
-def _replaced(layer: Block, down: np.ndarray, mesh: Mesh | None) -> Block:
+    before = sharding.gather(experts_of(layer).down[...])
+    down = (before.astype(np.float64) + steps[None]).astype(before.dtype)
     places = {} if mesh is None else dict(named_arrays(run_shardings(layer, mesh)))
 
     def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:

@@ -9,6 +9,11 @@ Score of expert j, over the calibration tokens that chose it (REAP, Lasby et al.
 
 The experts of the lowest scores are removed with their columns of the router; the tokens that chose them choose among
 the others. Every layer keeps equally many, because stock configurations hold one number of experts.
+
+Channels inside experts are removed too, equally many of every expert, because stock configurations hold one width.
+Channel c of expert j has the score of Wanda (Sun et al., arXiv 2306.11695) over the tokens that chose j:
+
+    mean of (g_j(x) · a_jc(x))² · ‖row c of the down projection of j‖²      a_jc: the channel
 """
 
 from collections.abc import Callable
@@ -26,11 +31,12 @@ from minillm_jax.devices import hosts, sharding
 from minillm_jax.devices.work_folder import WorkFolder
 from minillm_jax.errors import InputError
 from minillm_jax.model import experts
+from minillm_jax.model.axis_table import EXPERT_CHANNEL
 from minillm_jax.model.build import without_layers
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder, rotary_angles
 from minillm_jax.model.layer import mlp_sublayer
-from minillm_jax.model.modules import Block, experts_of
+from minillm_jax.model.modules import Block, experts_of, run_letters
 from minillm_jax.model.streamed import StreamedDecoder
 from minillm_jax.model.tree import group_count, layer_count
 from minillm_jax.pruning import slicing, walk
@@ -61,11 +67,13 @@ class Choice:
 
     Attributes:
       keep: number of kept experts of every layer that has experts.
+      width: number of kept channels of every expert.
       criterion: of `EXPERT_CRITERIA`.
       seed: of random scores.
     """
 
     keep: int
+    width: int
     criterion: str = "reap"
     seed: int = 0
 
@@ -77,8 +85,10 @@ def prune_experts(
     refit: Refit,
     progress: Callable[[int, int], None] | None = None,
     work: WorkFolder | None = None,
-) -> tuple[Decoder, list[Int[np.ndarray, " kept"]]]:
-    """A decoder with fewer experts, and the indices of the kept experts of every layer, none of a dense layer.
+) -> tuple[Decoder, dict[str, list[Int[np.ndarray, " kept"]]]]:
+    """A decoder with fewer experts, or narrower ones; and the kept groups of every layer, none of a dense layer.
+
+    The kept groups are of the kinds `expert` and `expert_channel`; the latter count the channels of the kept experts.
 
     Args:
       decoder: the model; float32 residual streams whatever its type is.
@@ -111,24 +121,30 @@ def prune_experts(
             advance(layer, dense, "head", "channel")
         whole = finished.restore(layer)
         if whole is None:
-            kept, whole = _of_layer(index, layer, streams, choice, refit, decoder.config)
-            finished.add(layer, whole, {"expert": kept})
-        kept = finished.kept["expert"][-1]
-        advance(slicing.take_layer({"expert": kept}, whole, mesh), pruned, "channel")
+            chosen, whole = _of_layer(index, layer, streams, choice, refit, decoder.config)
+            finished.add(layer, whole, chosen)
+        kept = {kind: rows[-1] for kind, rows in finished.kept.items()}
+        advance(slicing.take_layer(kept, whole, mesh), pruned, "channel")
         if progress is not None:
             progress(index + 1, layer_count(decoder))
-    return finished.pruned(), finished.kept["expert"]
+    return finished.pruned(), finished.kept
 
 
 def _of_layer(
     index: int, layer: Block, streams: Streams, choice: Choice, refit: Refit, config: DecoderConfig
-) -> tuple[Int[np.ndarray, " kept"], Block]:
-    """The kept experts of a layer, and the layer with all experts, of which the kept ones are refitted."""
-    count = group_count(layer, "expert")
-    if count <= choice.keep or config.routing is None:
-        return np.arange(count), layer
-    scores, groups = expert_scores(index, layer, streams, choice, config), config.routing.groups
-    kept = hosts.of_first(lambda: {"kept": best(scores, choice.keep, groups)})["kept"]
+) -> tuple[dict[str, Int[np.ndarray, " kept"]], Block]:
+    """The kept groups of a layer, and the layer with all experts and channels, of which the kept ones are refitted."""
+    letters, routing = run_letters(layer), config.routing
+    kept = {"expert": np.arange(letters["X"]), EXPERT_CHANNEL: np.arange(letters["X"] * letters["W"])}
+    if not letters["X"] or routing is None:
+        return kept, layer
+    if choice.keep < letters["X"]:
+        scores = expert_scores(index, layer, streams, choice, config)
+        kept["expert"] = hosts.of_first(lambda: {"kept": best(scores, choice.keep, routing.groups)})["kept"]
+    kept[EXPERT_CHANNEL] = np.arange(len(kept["expert"]) * letters["W"])
+    if choice.width < letters["W"]:
+        energies = channel_scores(index, slicing.take_layer(kept, layer, streams.mesh), streams, config)
+        kept[EXPERT_CHANNEL] = hosts.of_first(lambda: {"kept": widest(energies, choice.width)})["kept"]
     if refit.method != "least-squares":
         return kept, layer
     return kept, refit_experts(index, layer, kept, streams, refit, config)
@@ -150,6 +166,36 @@ def expert_scores(
         raise InputError(f"an activation of the experts of layer {index} is not finite")
     means = {"reap": weighted, "expert-norm": norms}
     return tokens if choice.criterion == "frequency" else means[choice.criterion] / np.maximum(tokens, 1.0)
+
+
+def channel_scores(index: int, layer: Block, streams: Streams, config: DecoderConfig) -> Float[np.ndarray, "X W"]:
+    """The scores of the channels of the experts of a layer, float64.
+
+    Raises:
+      InputError: an activation is not finite.
+    """
+    sums = [energies(layer, state, config=config) for state, _ in streams]
+    total = np.asarray(sharding.gather(sum(sums[1:], sums[0])), np.float64)
+    down = np.asarray(sharding.gather(experts_of(layer).down[...])[0], np.float64)
+    if not np.isfinite(total).all():
+        raise InputError(f"an activation of the experts of layer {index} is not finite")
+    return total * np.sum(np.square(down), axis=-1)
+
+
+@partial(jax.jit, static_argnames="config")
+def energies(run: Block, state: State, *, config: DecoderConfig) -> Float[Array, "X W"]:
+    """The sums over the tokens of a batch of (g · a)², for every channel of every expert; the arguments of `routed`."""
+    block = jax.tree.map(lambda array: array[0], run)
+    mixture, routing = experts_of(block), config.routing
+    assert routing is not None, "the layer has experts"
+    tokens = mlp_input(block, config, state)
+    weights, chosen = experts.route(mixture, routing, tokens)
+
+    def of_expert(number: Int[Array, ""]) -> Float[Array, " W"]:
+        a = experts.weighted_channels(mixture, routing, config.activation, tokens, (weights, chosen), number)
+        return jnp.sum(jnp.square(a), axis=0)
+
+    return jax.lax.map(of_expert, jnp.arange(mixture.down.shape[0]))
 
 
 @partial(jax.jit, static_argnames="config")
@@ -181,6 +227,12 @@ def mlp_input(block: Block, config: DecoderConfig, state: State) -> Float[Array,
     before = state.stream if state.before is None else state.before
     inputs = mlp_sublayer(block, config, before, state.stream).inputs["mlp.up"]
     return inputs.reshape(-1, inputs.shape[-1])
+
+
+def widest(scores: Float[np.ndarray, "X W"], keep: int) -> Int[np.ndarray, " kept"]:
+    """The channels of the highest scores, equally many of every expert, counted over all experts."""
+    first = np.sort(np.argsort(-scores, axis=1, kind="stable")[:, :keep], axis=1)
+    return (first + scores.shape[1] * np.arange(len(scores))[:, None]).ravel()
 
 
 def best(scores: Float[np.ndarray, " X"], keep: int, groups: int = 1) -> Int[np.ndarray, " kept"]:

@@ -12,8 +12,9 @@ from jax import numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from minillm_jax.devices.sharding import constrain, like, mesh_of
+from minillm_jax.devices.sharding import constrain, layers_of, like, mesh_of, place, run_shardings
 from minillm_jax.model import axis_table
+from minillm_jax.model.axis_table import EXPERT_CHANNEL
 from minillm_jax.model.build import with_runs
 from minillm_jax.model.config import Sizes
 from minillm_jax.model.decoder import Decoder
@@ -37,6 +38,10 @@ def slice_groups(decoder: Decoder, kept: axis_table.Kept) -> Decoder:
         return map_layers(
             decoder, sizes, lambda index, layer: take_layer({kind: kept[kind][index] for kind in kept}, layer, mesh)
         )
+    if EXPERT_CHANNEL in kept:
+        mesh, others = mesh_of(decoder), {kind: rows for kind, rows in kept.items() if kind != EXPERT_CHANNEL}
+        layers = zip(kept[EXPERT_CHANNEL], layers_of(slice_groups(decoder, others), mesh), strict=True)
+        return with_runs(decoder, merge([take_layer({EXPERT_CHANNEL: rows}, layer, mesh) for rows, layer in layers]))
     pieces: list[Block] = []
     first = 0
     for run in decoder.runs:
@@ -65,7 +70,10 @@ def slice_sizes(sizes: Sizes, kept: axis_table.Kept) -> Sizes:
         slopes = tuple(layer.slopes[head] for head in heads if layer.slopes)
         width = len(kept["channel"][number]) if "channel" in kept else layer.F
         experts = len(kept["expert"][number]) if "expert" in kept else layer.X
-        layers.append(replace(layer, slopes=slopes, K=len(groups_kept), N=len(heads), F=width, X=experts))
+        of_experts = layer.W
+        if EXPERT_CHANNEL in kept and experts:
+            of_experts = len(kept[EXPERT_CHANNEL][number]) // experts
+        layers.append(replace(layer, slopes=slopes, K=len(groups_kept), N=len(heads), F=width, X=experts, W=of_experts))
     return replace(sizes, layers=tuple(layers))
 
 
@@ -154,10 +162,14 @@ def take_layer(kept: Mapping[str, Int[np.ndarray, " _"]], run: Block, mesh: Mesh
     On one device the host slices: a program for every number of kept groups would take longer to compile.
 
     Args:
-      kept: kind of group -> the indices of the kept groups, ascending. Groups of other kinds are all kept.
+      kept: kind of group -> the indices of the kept groups, ascending. Groups of other kinds are all kept. Those of
+        `expert_channel` count the channels of the kept experts.
       run: a run of one layer.
       mesh: the devices of the layer; None for one device.
     """
+    if EXPERT_CHANNEL in kept:
+        others = {kind: rows for kind, rows in kept.items() if kind != EXPERT_CHANNEL}
+        return _take_channels(kept[EXPERT_CHANNEL], take_layer(others, run, mesh), mesh)
     counts = {kind: group_count(run, kind) for kind in kept}
     fewer = {kind: np.asarray(rows, np.int32) for kind, rows in kept.items() if len(rows) < counts[kind]}
     if not fewer or mesh is not None:
@@ -170,6 +182,26 @@ def take_layer(kept: Mapping[str, Int[np.ndarray, " _"]], run: Block, mesh: Mesh
     return jax.tree_util.tree_map_with_path(leaf, run)
 
 
+def _take_channels(kept: Int[np.ndarray, " _"], run: Block, mesh: Mesh | None) -> Block:
+    """A run of one layer with only the kept channels of its experts."""
+    sizes = run_letters(run)
+    if len(kept) == sizes["X"] * sizes["W"]:
+        return run
+    of_expert = _of_expert(kept, sizes)
+
+    def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
+        axes = f"L{axis_table.BLOCK_AXES[axis_table.array_path(path)]}"
+        return axis_table.take_channels(array, axes, of_expert, jnp)
+
+    taken = jax.tree_util.tree_map_with_path(leaf, run)
+    return taken if mesh is None else jax.tree.map(place, taken, run_shardings(taken, mesh))
+
+
+def _of_expert(kept: Int[np.ndarray, " _"], sizes: Mapping[str, int]) -> Int[np.ndarray, "X kept"]:
+    """The kept channels of every expert, counted within the expert."""
+    return np.asarray(kept).reshape(sizes["X"], -1) - sizes["W"] * np.arange(sizes["X"])[:, None]
+
+
 def put_layer(kept: Mapping[str, Int[np.ndarray, " _"]], arrays: Mapping[str, np.ndarray], run: Block) -> Block:
     """The inverse of `take_layer`: a run of one layer at full width, with zeros in the place of the removed groups.
 
@@ -178,6 +210,8 @@ def put_layer(kept: Mapping[str, Int[np.ndarray, " _"]], arrays: Mapping[str, np
       arrays: the arrays of the sliced layer on the host, by name.
       run: the layer before it was sliced; its shapes, types and shards are those of the result.
     """
+    if EXPERT_CHANNEL in kept:
+        return _put_with_channels(kept, arrays, run)
     counts = {kind: group_count(run, kind) for kind in kept}
     fewer = {kind: rows for kind, rows in kept.items() if len(rows) < counts[kind]}
 
@@ -190,6 +224,25 @@ def put_layer(kept: Mapping[str, Int[np.ndarray, " _"]], arrays: Mapping[str, np
         return like(whole, before)
 
     return jax.tree_util.tree_map_with_path(leaf, run)
+
+
+def _put_with_channels(
+    kept: Mapping[str, Int[np.ndarray, " _"]], arrays: Mapping[str, np.ndarray], run: Block
+) -> Block:
+    """`put_layer` for a layer that has lost channels inside its experts: these first, then the other groups."""
+    sizes, wide = run_letters(run), dict(arrays)
+    experts = len(kept["expert"]) if "expert" in kept else sizes["X"]
+    of_expert = _of_expert(kept[EXPERT_CHANNEL], sizes | {"X": experts})
+    for name, part in arrays.items():
+        axes = f"L{axis_table.BLOCK_AXES[name]}"
+        if {"X", "W"} <= set(axes):
+            shape = [
+                sizes["W"] if letter == "W" else n
+                for letter, n in zip(axis_table.letters(axes), part.shape, strict=True)
+            ]
+            wide[name] = np.zeros(shape, part.dtype)
+            axis_table.put_channels(wide[name], part, axes, of_expert)
+    return put_layer({kind: rows for kind, rows in kept.items() if kind != EXPERT_CHANNEL}, wide, run)
 
 
 def _places(

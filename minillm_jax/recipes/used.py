@@ -22,6 +22,7 @@ from minillm_jax.settings import (
     EXPERT_CRITERIA,
     MEASURED,
     METHODS,
+    OF_EXPERTS,
     SAME_IN_LAYERS,
     SOLVER_CHOICES,
     Budget,
@@ -99,7 +100,7 @@ def used(recipe: Recipe, given: Mapping[tuple[str, str], str] | None = None) -> 
 
 def _budget(budget: Budget, recipe: Recipe) -> Budget:
     budget.check()
-    both = [structure for structure in ("experts", "hidden", "layers") if structure in budget.structures]
+    both = [structure for structure in (*OF_EXPERTS, "hidden", "layers") if structure in budget.structures]
     if both and not budget.by_share and budget.structures != ("experts",):
         chosen = recipe.named_by("budget", "allocation")
         named = not budget.uniform and chosen is not None
@@ -121,7 +122,10 @@ def _budget(budget: Budget, recipe: Recipe) -> Budget:
         raise InputError(
             "--layers cannot be used where hidden dimensions or experts are removed, or layers and another structure"
         )
-    heads, width = "heads" in budget.structures, bool({"channels", "hidden"} & set(budget.structures))
+    heads, width = (
+        "heads" in budget.structures,
+        bool({"channels", "expert-channels", "hidden"} & set(budget.structures)),
+    )
     kept = not budget.by_share and (heads or "channels" in budget.structures)
     return Budget(
         budget.ratio,
@@ -146,7 +150,7 @@ def _allocation(recipe: Recipe) -> str:
     budget = recipe.budget
     if budget.allocation is not None:
         return budget.allocation
-    whole = {"experts", "hidden", "layers"} & set(budget.structures)
+    whole = {*OF_EXPERTS, "hidden", "layers"} & set(budget.structures)
     if recipe.scoring.criterion != "obs" or whole:
         return "uniform"
     if recipe.output.format not in ("stock", "gguf"):
@@ -199,7 +203,7 @@ def _expert_scoring(recipe: Recipe, budget: Budget) -> Scoring:
 def _refit(refit: Refit, budget: Budget, criterion: Criterion | None) -> Refit:
     """What each method reads; structured OBS reads target, ridge and solver whatever is refitted afterwards."""
     if not budget.kinds:
-        return _refit_of_experts(refit) if "experts" in budget.structures else Refit("none")
+        return _refit_of_experts(refit) if set(OF_EXPERTS) & set(budget.structures) else Refit("none")
     one_of("refit", refit.method, METHODS)
     least_squares, obs = refit.method == "least-squares", criterion is not None and criterion.while_pruning
     solves = least_squares or obs

@@ -40,6 +40,7 @@ KIND_WORDS = {
     "query": "query heads per layer",
     "channel": "MLP channels per layer",
     "expert": "experts per layer",
+    "expert_channel": "channels per expert",
     "hidden": "hidden size",
     "layer": "layers",
 }
@@ -50,13 +51,14 @@ STRUCTURE_WORDS = {
     "attention": "attention sublayers",
     "mlp": "MLP sublayers",
     "experts": "experts",
+    "expert-channels": "channels of experts",
     "hidden": "hidden dimensions",
     "layers": "layers",
 }
 
 SUBLAYER_OF_KIND = {"head": "attention", "channel": "mlp"}
 KIND_STRUCTURES = {"head": "heads", "query": "heads", "channel": "channels"}
-KIND_STRUCTURES |= {"expert": "experts", "hidden": "hidden", "layer": "layers"}
+KIND_STRUCTURES |= {"expert": "experts", "expert_channel": "expert-channels", "hidden": "hidden", "layer": "layers"}
 
 ERROR_WORDS = {
     "stream": "residual stream after the layer",
@@ -113,7 +115,7 @@ def result_json(result: Result) -> dict[str, Any]:
         "perplexity_before": None if result.before is None else asdict(result.before),
         "perplexity_after": None if result.after is None else asdict(result.after),
         "whole": {
-            kind: {"before": row["before"], "after": row.get("after", len(row["kept"]))}
+            kind: {"before": row["before"], "after": row["after"] if "after" in row else len(row["kept"])}
             for kind, row in record["whole"].items()
         },
         "groups": groups_of(record),
@@ -310,6 +312,7 @@ def criterion(settings: Mapping[str, Any]) -> str:
     if "experts" not in names:
         return scoring["criterion"]
     of_experts = scoring["expert_criterion"]
+    names -= {"expert-channels"}
     return f"{scoring['criterion']}, {of_experts} for experts" if names - {"experts", "layers"} else of_experts
 
 

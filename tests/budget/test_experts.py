@@ -1,11 +1,13 @@
 """How many experts a budget keeps, from shapes alone."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import transformers
 
-from minillm_jax.budget.experts import experts_to_keep, with_experts
+from minillm_jax.budget.expected import pruned_sizes
+from minillm_jax.budget.experts import experts_to_keep, width_to_keep, with_experts
 from minillm_jax.errors import InputError, InputWarning
 from minillm_jax.model.build import build
 from minillm_jax.model.config import DecoderConfig, Sizes
@@ -54,6 +56,16 @@ def test_a_target_keeps_as_many_experts_as_it_has_room_for() -> None:
     assert experts_to_keep(config, sizes, budget(1 - counts[14] / whole - 1e-9, ratio_of="model")) == 14
 
 
+def test_experts_keep_a_multiple_of_eight_channels() -> None:
+    config, sizes = shapes("mixtral", intermediate_size=64)
+    asked = Budget(0.2, structures=("expert-channels",))
+    assert width_to_keep(config, sizes, asked) == 56
+    assert width_to_keep(config, sizes, replace(asked, round_width_to=32)) == 64
+    smaller = pruned_sizes(config, sizes, asked)
+    assert smaller is not None
+    assert {(layer.X, layer.W) for layer in smaller.layers} == {(6, 56)}
+
+
 def test_equally_many_experts_of_every_group_are_kept() -> None:
     config, sizes = shapes("glm4_moe", n_routed_experts=16, n_group=4, topk_group=2)
     assert experts_to_keep(config, sizes, budget(0.3)) == 12
@@ -67,7 +79,7 @@ def test_more_than_a_quarter_warns() -> None:
 @pytest.mark.parametrize(
     ("family", "asked", "message"),
     [
-        ("llama", budget(0.5), "this llama model has no experts; prune heads or channels"),
+        ("llama", budget(0.5), "this llama model has no experts; use --structures heads or channels"),
         ("mixtral", budget(0.9), r"keeps 1 of 6 experts, but 2 at least .*use a ratio of at most 0\.667"),
         ("mixtral", budget(0.05), "none of the 6 experts would be removed"),
         ("mixtral", budget(0.5, round_experts_to=6), "no expert can be removed: a layer has 6, a token needs 2"),

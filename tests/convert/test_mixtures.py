@@ -61,6 +61,21 @@ def test_outputs_and_files_are_those_of_transformers(tmp_path: Path, family: str
     assert list(continued[0]) == expected[0, 9:].tolist()
 
 
+@pytest.mark.parametrize("family", quickly(MIXTURES, ("qwen2_moe",)))
+def test_narrower_experts_load_in_transformers(tmp_path: Path, family: str) -> None:
+    """Other channels in every expert; the shared expert of GLM stays a multiple of their number."""
+    model = read_model(hugging_face_folder(tmp_path / "dense", family))
+    rng, kept = np.random.default_rng(0), []
+    for layer in sizes_of(model.decoder).layers:
+        few = max(8, layer.W // 16 * 8)  # PyTorch multiplies by experts whose rows are multiples of 16 bytes
+        rows = [np.sort(rng.choice(layer.W, few, replace=False)) + layer.W * expert for expert in range(layer.X)]
+        kept.append(np.concatenate(rows) if rows else np.arange(0))
+    smaller = replace(model, decoder=slice_groups(model.decoder, {"expert_channel": kept}))
+    assert write_model(smaller, tmp_path / "smaller").format == "stock"
+    by_torch = torch_logits(load_stock(tmp_path / "smaller"), TOKENS)
+    assert np.abs(by_torch - logits_of(smaller.decoder, TOKENS)).max() <= 1e-4
+
+
 def _trained(model: Model) -> int:
     """Parameters without the biases of choices, which transformers keeps as buffers."""
     biases = [run.experts.choice_bias for run in model.decoder.runs]

@@ -188,16 +188,20 @@ def fewer_experts() -> dict[str, Any]:
     both = single, spread
     losses = [window_losses(one, batches_for(one, tokens)) for one in both]
     settings = resolve_refit(Refit(ridge=0.1), config)
-    pruned = [prune_experts(one, Choice(4), batches_for(one, tokens), settings) for one in both]
+    pruned = [prune_experts(one, Choice(4, 6), batches_for(one, tokens), settings) for one in both]
     (first, kept), (second, kept_on_mesh) = pruned
     pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
     down = spread.runs[0].experts.down
     return {
         "losses": relative_difference(*reversed(losses)),
-        "kept": [rows.tolist() for rows in kept] == [rows.tolist() for rows in kept_on_mesh],
+        "kept": _lists(kept) == _lists(kept_on_mesh),
         "weights": max(float(np.max(np.abs(sharding.gather(a) - sharding.gather(b)), initial=0.0)) for a, b in pairs),
         "shard": list(down.addressable_shards[0].data.shape),
     }
+
+
+def _lists(kept: axis_table.Kept) -> dict[str, list[list[int]]]:
+    return {kind: [np.asarray(rows).tolist() for rows in layers] for kind, layers in kept.items()}
 
 
 def on_mesh(shape: tuple[int, int], sizes: Sizes, count: int, names: Sequence[str]) -> tuple[dict, dict]:
