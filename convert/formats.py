@@ -63,13 +63,8 @@ def describe(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any], format
     if multimodal.kind_of(raw) is not None:
         return _describe_text(config, sizes, raw, format_name)
     refusal = stock_refusal(config, sizes)
-    if not TABLES[config.family].per_layer and (refusal is not None or format_name == PER_LAYER):
-        raise InputError(
-            f"the classes beside per-layer weights have no mixture of experts, and no stock class can hold this model: "
-            f"{refusal}; use --budget equal, or prune experts alone (--structures experts)"
-            if refusal is not None
-            else "the format per-layer has no mixture of experts; use the format stock, which holds this model"
-        )
+    if not TABLES[config.family].per_layer:
+        _check_mixture(refusal, format_name)
     if format_name == STOCK and refusal is not None:
         raise InputError(f"no stock class can hold this model: {refusal}; use the format per-layer or padded")
     if format_name == PADDED:
@@ -78,6 +73,21 @@ def describe(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any], format
     if format_name == PER_LAYER or refusal is not None:
         return Described(PER_LAYER, sizes, per_layer_config(config, sizes, raw))
     return Described(STOCK, sizes, stock_config(config, sizes, raw))
+
+
+def _check_mixture(refusal: str | None, format_name: str | None) -> None:
+    """Check that a mixture of experts is written in the format `stock`, the only one of the three that holds it.
+
+    Raises:
+      InputError: it is not, or no stock class holds the shapes.
+    """
+    if refusal is not None:
+        raise InputError(
+            f"a mixture of experts has the format stock alone, and no stock class can hold this model: {refusal}; use "
+            "--budget equal, or prune experts alone (--structures experts)"
+        )
+    if format_name not in (None, STOCK):
+        raise InputError(f"the format {format_name} has no mixture of experts; use stock, which holds this model")
 
 
 def has_per_layer(family: str) -> bool:

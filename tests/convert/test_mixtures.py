@@ -122,10 +122,18 @@ def test_channels_of_a_model_without_any_are_refused(tmp_path: Path) -> None:
 def test_layers_of_unequal_heads_are_refused_with_what_to_do(tmp_path: Path) -> None:
     model = read_model(hugging_face_folder(tmp_path / "dense", "mixtral"))
     kept = {"head": [np.arange(4), np.arange(3), np.arange(4)]}
-    with pytest.raises(InputError, match=r"no mixture of experts, .*unequal numbers of query heads .*--budget equal"):
+    with pytest.raises(InputError, match=r"format stock alone, .*unequal numbers of query heads .*--budget equal"):
         write_model(replace(model, decoder=slice_groups(model.decoder, kept)), tmp_path / "out")
-    with pytest.raises(InputError, match="format per-layer has no mixture of experts; use the format stock"):
-        write_model(model, tmp_path / "out", "per-layer")
+    for name in ("per-layer", "padded"):
+        with pytest.raises(InputError, match=f"the format {name} has no mixture of experts; use stock"):
+            write_model(model, tmp_path / "out", name)
+
+
+def test_a_mixture_is_written_as_flax(tmp_path: Path) -> None:
+    """Dense layers have no experts, and the others no channels: Orbax saves no empty arrays."""
+    model = read_model(hugging_face_folder(tmp_path / "dense", "qwen2_moe"))
+    assert write_model(model, tmp_path / "flax", "flax").format == "flax"
+    assert arrays_equal(read_model(tmp_path / "flax").decoder, model.decoder)
 
 
 @pytest.mark.parametrize(
