@@ -1,5 +1,7 @@
 """The study of expert pruning: perplexity after experts are removed by each criterion, with and without refit.
 
+The rows `expert-channels` remove the same share of the channels inside all experts instead.
+
     python bench/experts.py MODEL --calibration FILE --text NAME=FILE [--text NAME=FILE] [--ratios 0.25 0.5] [--seeds 3]
         [--recover 60] --output bench/results/experts-MODEL.json
 
@@ -27,6 +29,8 @@ from minillm_jax.model.tree import parameter_count
 from minillm_jax.settings import EXPERT_CRITERIA
 
 REFITS = ("none", "least-squares")
+# In the place of a criterion of whole experts: the share of the channels of every expert is removed instead.
+CHANNELS = "expert-channels"
 WINDOWS = 64
 
 Row = dict[str, Any]
@@ -39,8 +43,12 @@ def measure(row: Row) -> Row:
     if row["criterion"] == "dense":
         return {"parameters": parameter_count(dense.decoder), "perplexity": perplexities(dense, texts), **cost()}
     started = time.perf_counter()
-    options = {"structures": ("experts",), "expert_criterion": row["criterion"], "refit": row["refit"]}
-    pruned = api.prune(dense, row["calibration"], ratio=row["ratio"], seed=row["seed"], **options)
+    options: dict[str, Any] = {"ratio": row["ratio"], "seed": row["seed"], "refit": row["refit"]}
+    if row["criterion"] == CHANNELS:
+        options["structures"] = (CHANNELS,)
+    else:
+        options |= {"structures": ("experts",), "expert_criterion": row["criterion"]}
+    pruned = api.prune(dense, row["calibration"], **options)
     seconds, recovered = round(time.perf_counter() - started, 1), None
     if row["recover"] and row["seed"] == 0:
         settings = {"steps": row["recover"], "batch": 16, "micro_batch": 16, "seq_len": 128, "work": None}
@@ -61,7 +69,7 @@ def jobs(ratios: list[float], seeds: int) -> list[Row]:
         {"criterion": criterion, "refit": refit, "ratio": ratio, "seed": seed}
         for seed in range(seeds)
         for ratio in ratios
-        for criterion in EXPERT_CRITERIA
+        for criterion in (*EXPERT_CRITERIA, CHANNELS)
         for refit in REFITS
     ]
     return [{"criterion": "dense", "refit": "none", "ratio": 0.0, "seed": 0}, *named]
