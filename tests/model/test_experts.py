@@ -1,5 +1,8 @@
 """The mixture of experts of a layer: its outputs and gradients, and the router's choice."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ def random_experts(count: int, seed: int = 0, biased: bool = False) -> Experts:
 
 
 @pytest.mark.parametrize("choices", ["random", "all one expert"])
-@pytest.mark.parametrize(("tokens", "count", "chosen"), [(1, 5, 2), (150, 3, 1), (67, 9, 4)])
+@pytest.mark.parametrize(("tokens", "count", "chosen"), [(1, 5, 2), (67, 9, 4)])
 def test_every_chosen_expert_computes_its_tokens(tokens: int, count: int, chosen: int, choices: str) -> None:
     """In blocks of 1 to 64 rows; outputs and gradients are those of one token and one expert at a time."""
     mixture, rng = random_experts(count, biased=True), np.random.default_rng(1)
@@ -39,12 +42,20 @@ def test_every_chosen_expert_computes_its_tokens(tokens: int, count: int, chosen
     def blocks(arrays: experts.Matrices, largest: int) -> jax.Array:
         return experts.by_blocks(arrays, x, jnp.asarray(rows), routing, "silu", largest)
 
-    gradient = jax.grad(lambda arrays: jnp.sum(jnp.sin(reference(arrays))))(arrays)
-    for largest in (1, 7, 64):
-        np.testing.assert_allclose(blocks(arrays, largest), reference(arrays), atol=1e-5)
-        by_blocks = jax.grad(lambda arrays, most=largest: jnp.sum(jnp.sin(blocks(arrays, most))))(arrays)
-        for name, expected in gradient.items():
-            np.testing.assert_allclose(by_blocks[name], expected, atol=1e-4)
+    def with_gradient(outputs: Callable[[experts.Matrices], jax.Array]) -> tuple[jax.Array, experts.Matrices]:
+        def total(arrays: experts.Matrices) -> tuple[jax.Array, jax.Array]:
+            found = outputs(arrays)
+            return jnp.sum(jnp.sin(found)), found
+
+        gradient, found = jax.jit(jax.grad(total, has_aux=True))(arrays)
+        return found, gradient
+
+    expected, gradient = with_gradient(reference)
+    for largest in (7, 64):
+        found, by_blocks = with_gradient(partial(blocks, largest=largest))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        for name, of_reference in gradient.items():
+            np.testing.assert_allclose(by_blocks[name], of_reference, atol=1e-4)
 
 
 def test_directions_of_the_input_are_vmapped() -> None:
