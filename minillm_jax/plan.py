@@ -16,6 +16,7 @@ import numpy as np
 import minillm_jax.hidden  # noqa: F401  before the first import of convert
 from convert import formats, gguf_metadata, gguf_write, multimodal
 from convert.reader import Description
+from minillm_jax import plan_experts
 from minillm_jax.budget import allocate, curves, expected, search
 from minillm_jax.budget.inventory import kept_count
 from minillm_jax.data.batches import TOKENS_PER_BATCH
@@ -247,7 +248,9 @@ def device_bytes(dense: Decoder, pruned: Decoder, recipe: Recipe, count: int = 1
     scores = score_bytes(dense, recipe, on_cpu)
     walked = smaller // count + walk_bytes(dense, recipe) if walks(recipe) else 0
     composed = smaller // count + scores if recipe.budget.allocation == "search" else 0
-    return weights // count + max(scores, walked, composed, 2 * smaller // count)
+    work = _work_on_experts(recipe)
+    experts = 0 if work is None else smaller // count + plan_experts.memory(dense, work)
+    return weights // count + max(scores, walked, experts, composed, 2 * smaller // count)
 
 
 def streamed_bytes(dense: Decoder, recipe: Recipe, count: int = 1, on_cpu: bool = False) -> int | None:
@@ -264,6 +267,9 @@ def streamed_bytes(dense: Decoder, recipe: Recipe, count: int = 1, on_cpu: bool 
     outer = (costs.cost(dense, "parameters") - costs.block_parameters(dense)) * width
     evaluated = 0 if recipe.evaluation.text is None else STREAMS + forward_bytes(dense, recipe)
     walked = walk_bytes(dense, recipe, parked=not on_cpu) if walks(recipe) else forward_bytes(dense, recipe)
+    work = _work_on_experts(recipe)
+    if work is not None:
+        walked = max(walked, plan_experts.memory(dense, work, parked=not on_cpu))
     return (outer + 3 * _layer_parameters(dense) * width) // count + max(walked, evaluated)
 
 
@@ -317,6 +323,10 @@ def _activations(dense: Decoder, recipe: Recipe) -> int:
     scores = 3 * letters["N"] * rows_at_once(length, length)
     attention = 4 * letters["N"] * letters["H"] + 4 * letters["K"] * letters["H"] + scores
     return FLOAT * tokens * (8 * letters["D"] + max(attention, 4 * letters["F"]))
+
+
+def _work_on_experts(recipe: Recipe) -> plan_experts.Work | None:
+    return plan_experts.work_of(recipe, *_windows(recipe), _tokens_per_batch(recipe))
 
 
 def _tokens_per_batch(recipe: Recipe) -> int:
@@ -376,6 +386,9 @@ def run_flops(dense: Decoder, pruned: Decoder, recipe: Recipe) -> float:
         total += forward
     elif recipe.scoring.criterion == "flap":
         total += 2 * forward
+    work = _work_on_experts(recipe)
+    if work is not None:
+        total += plan_experts.flops(dense, work)
     if "layers" in recipe.budget.structures:
         total += forward * layer_passes(recipe, layer_count(dense))
     if recipe.budget.allocation in MEASURED:

@@ -31,6 +31,7 @@ LAYERS = (
     "recipes",
     "convert",
     "stages",
+    "plan_experts",
     "plan",
     "api",
     "recovering",

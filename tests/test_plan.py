@@ -246,6 +246,24 @@ def test_operations_are_forward_passes_over_the_calibration_windows(options: dic
     assert run_flops(dense, dense, recipe) == pytest.approx(passes * forward, rel=1e-12)
 
 
+def test_the_pruning_of_experts_is_planned(tmp_path: Path) -> None:
+    described = describe_model(hugging_face_folder(tmp_path / "model", "mixtral"))
+    dense = described.abstract
+    plain, refitted, more = (
+        settings_of(structures="experts", ratio=0.2, seq_len=32, **options)
+        for options in ({"samples": 8, "refit": "none"}, {"samples": 8}, {"samples": 64})
+    )
+    forward = 2 * costs.cost(dense, "macs", 32) * 8
+    assert run_flops(dense, dense, plain) == pytest.approx(2 * forward, rel=1e-12)
+    # Three sweeps: both layers' chosen experts, and all experts' channels and Gram matrices (D 64, W 40, 3 layers).
+    sweep = 2 * 3 * (2 * 2 * 3 * 64 * 40 + 6 * (2 * 64 * 40 + 40 * 40 + 40 * 64)) * 8 * 32
+    assert run_flops(dense, dense, refitted) == pytest.approx(3 * forward + 3 * sweep, rel=1e-12)
+    found = [plan(described, "mixtral", recipe, "h100").device_bytes for recipe in (plain, refitted, more)]
+    assert found == sorted(found)
+    # The residual streams hold all windows, and the moments of a layer one square and one product for each expert.
+    assert found[1] - found[0] == 4 * (8 * 32 * 64 + 3 * 6 * (40 * 40 + 40 * 64))
+
+
 def test_every_round_costs_as_much_as_the_first() -> None:
     dense = describe_model(demo.FOLDER).abstract
     once, thrice = (run_flops(dense, dense, settings_of("ours", rounds=rounds)) for rounds in (1, 3))

@@ -1,6 +1,6 @@
 """Pruning of whole experts: scores from forward passes, layer by layer on the pruned residual stream.
 
-Score of expert j, over the calibration tokens that chose it (REAP, Lasby et al., arXiv 2510.13999, equation 9):
+Score of expert j, over the calibration tokens that chose it (REAP, Lasby et al., arXiv 2510.13999):
 
     reap         mean of g_j(x) · ‖f_j(x)‖      g_j: the weight that the router gives it, f_j: its output
     frequency    number of tokens
@@ -143,8 +143,8 @@ def _of_layer(
         kept["expert"] = hosts.of_first(lambda: {"kept": best(scores, choice.keep, routing.groups)})["kept"]
     kept[EXPERT_CHANNEL] = np.arange(len(kept["expert"]) * letters["W"])
     if choice.width < letters["W"]:
-        energies = channel_scores(index, slicing.take_layer(kept, layer, streams.mesh), streams, config)
-        kept[EXPERT_CHANNEL] = hosts.of_first(lambda: {"kept": widest(energies, choice.width)})["kept"]
+        values = channel_scores(index, slicing.take_layer(kept, layer, streams.mesh), streams, config)
+        kept[EXPERT_CHANNEL] = hosts.of_first(lambda: {"kept": widest(values, choice.width)})["kept"]
     if refit.method != "least-squares":
         return kept, layer
     return kept, refit_experts(index, layer, kept, streams, refit, config)
