@@ -50,8 +50,8 @@ def work_of(recipe: Recipe, samples: int, length: int, batch: int) -> Work | Non
 def flops(dense: Decoder, work: Work) -> float:
     """Floating-point operations on the devices.
 
-    The pruned residual stream passes every layer once. Its experts compute once more for their scores, which counts as a
-    whole pass. With a refit the dense stream passes too. A sweep computes the dense and the pruned layer, and all
+    The pruned residual stream passes every layer once. Its experts compute once more for their scores, which counts as
+    a whole pass. With a refit the dense stream passes too. A sweep computes the dense and the pruned layer, and all
     channels of every expert for all tokens with their Gram matrices. The scores of channels need no matrices.
     """
     assert dense.config.routing is not None, "the model has experts"
