@@ -204,7 +204,7 @@ def break_config(folder: Path) -> None:
 
 
 def break_family(folder: Path) -> None:
-    edit_json(folder / "config.json", model_type="mixtral")
+    edit_json(folder / "config.json", model_type="deepseek_v3")
 
 
 def break_file(folder: Path) -> None:
@@ -242,7 +242,7 @@ def break_values(folder: Path) -> None:
         (break_shape, {}, "has shape (3,), but the configuration expects (160,)"),
         (break_names, {}, "unknown tensor 'model.surprise'"),
         (break_completeness, {}, "'model.norm.weight' of shape (160,) is missing"),
-        (break_family, {}, "model_type 'mixtral' (mixture of experts) is not supported"),
+        (break_family, {}, "model_type 'deepseek_v3' (multi-head latent attention) is not supported"),
         (break_values, {}, "holds NaN or infinite values"),
         (break_nothing, {"ratio": 0}, "the ratio must lie between 0 and 1"),
         (break_nothing, {"ratio": 1.2}, "the ratio must lie between 0 and 1"),

@@ -144,5 +144,5 @@ def test_axes_of_the_table_name_each_letter_once() -> None:
     for axes in (axis_table.OUTER_AXES | axis_table.BLOCK_AXES).values():
         letters = axis_table.letters(axes)
         assert len(set(letters)) == len(letters)
-        assert set(letters) <= set("DNKHFVEM")
+        assert set(letters) <= set("DNKHFVEMXW1")
     assert jax.tree.all({kind: kind in axis_table.KINDS for kind in ("head", "channel")})
