@@ -14,7 +14,7 @@ from jax import numpy as jnp
 from convert import formats, gguf_metadata
 from minillm_jax.budget import allocate, expected
 from minillm_jax.budget.budget import Counts, by_ratio, choose, kept_count
-from minillm_jax.budget.experts import experts_of, experts_to_keep, width_of, width_to_keep
+from minillm_jax.budget.experts import experts_of, sizes_left, width_of
 from minillm_jax.data.calibration_size import widest_mlp
 from minillm_jax.data.windows import Calibration
 from minillm_jax.devices import hosts, sharding
@@ -404,11 +404,10 @@ def remove_experts(
       InputError: the budget does not suit the model (`budget.experts`), or an activation is not finite.
     """
     decoder, scoring = model.decoder, recipe.scoring
-    sizes, budget = sizes_of(decoder), recipe.budget
-    count, width = experts_of(decoder.config, sizes), width_of(decoder.config, sizes)
-    keep = experts_to_keep(decoder.config, sizes, budget) if "experts" in budget.structures else count
-    narrow = "expert-channels" in budget.structures
-    kept_width = width_to_keep(decoder.config, sizes, budget) if narrow else width
+    sizes = sizes_of(decoder)
+    smaller = sizes_left(decoder.config, sizes, recipe.budget)
+    count, keep = (experts_of(decoder.config, one) for one in (sizes, smaller))
+    width, kept_width = (width_of(decoder.config, one) for one in (sizes, smaller))
     method = recipe.refit if recipe.refit.method == "least-squares" else Refit("none")
     folder = None if work is None else work.within("experts")
     pruned, kept = prune_experts(

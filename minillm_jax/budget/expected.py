@@ -11,7 +11,7 @@ import numpy as np
 
 from minillm_jax.budget import allocate
 from minillm_jax.budget.budget import by_ratio, choose
-from minillm_jax.budget.experts import ALIGNED, experts_of, experts_to_keep, width_of, width_to_keep, with_experts
+from minillm_jax.budget.experts import ALIGNED, experts_of, sizes_left, width_of
 from minillm_jax.budget.inventory import Counts, Inventory, kept_count
 from minillm_jax.errors import InputError, warn
 from minillm_jax.model.build import build
@@ -57,14 +57,13 @@ def pruned_sizes(config: DecoderConfig, sizes: Sizes, budget: Budget, named_by: 
         width = kept_count(sizes.D, ratio, budget.round_width_to)
         effects.append(_Effect("hidden", budget.round_width_to, [sizes.D], [width]))
         sizes = replace(sizes, D=width, E=sizes.E if config.embedding_projection else width)
+    before, sizes = sizes, sizes_left(config, sizes, budget)
     if "experts" in budget.structures:
-        count, kept = experts_of(config, sizes), experts_to_keep(config, sizes, budget)
-        effects.append(_Effect("expert", budget.round_experts_to, [count], [kept]))
-        sizes = with_experts(sizes, kept)
+        effects.append(
+            _Effect("expert", budget.round_experts_to, *([experts_of(config, one)] for one in (before, sizes)))
+        )
     if "expert-channels" in budget.structures:
-        width, kept = width_of(config, sizes), width_to_keep(config, sizes, budget)
-        effects.append(_Effect("expert_channel", ALIGNED, [width], [kept]))
-        sizes = with_experts(sizes, experts_of(config, sizes), kept)
+        effects.append(_Effect("expert_channel", ALIGNED, *([width_of(config, one)] for one in (before, sizes))))
     queries = max(layer.N // max(layer.K, 1) for layer in dense.layers)
     if not budget.kinds:
         _check(effects, budget, queries)

@@ -59,6 +59,19 @@ def with_experts(sizes: Sizes, keep: int, width: int | None = None) -> Sizes:
     return replace(sizes, layers=tuple(layers))
 
 
+def sizes_left(config: DecoderConfig, sizes: Sizes, budget: Budget) -> Sizes:
+    """The sizes after experts, and channels inside experts, are removed as the structures of a budget say.
+
+    Raises:
+      InputError: see `experts_to_keep`.
+    """
+    if "experts" in budget.structures:
+        sizes = with_experts(sizes, experts_to_keep(config, sizes, budget))
+    if "expert-channels" in budget.structures:
+        sizes = with_experts(sizes, experts_of(config, sizes), width_to_keep(config, sizes, budget))
+    return sizes
+
+
 def experts_to_keep(config: DecoderConfig, sizes: Sizes, budget: Budget) -> int:
     """The number of experts that every layer keeps.
 
