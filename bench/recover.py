@@ -3,7 +3,8 @@
     python bench/recover.py MODEL --train FILE --text NAME=FILE [--text NAME=FILE] [--targets 0.2 0.5] [--seeds 2]
         [--methods ours:none ours:distil llm-pruner:peft] [--work DIR] --output bench/results/recover-MODEL.json
 
-A method is a recipe of `minillm-jax recipe list` for the pruning and a way to recover, joined by a colon:
+A method is a recipe of `minillm-jax recipe list` for the pruning (or `magnitude`: LLM-Pruner's with the magnitude of
+the weights as criterion) and a way to recover, joined by a colon:
 
     none       no recovery
     refit      all matrices of the layers in closed form
@@ -57,7 +58,7 @@ from minillm_jax.recovery.trained import TrainedArrays
 WAYS = ("none", "refit", "ce", "distil", "full", "forward", "mezo", "peft")
 METHODS = (
     *(f"ours:{way}" for way in ("none", "refit", "ce", "distil", "full", "forward", "mezo")),
-    *(f"{recipe}:{way}" for recipe in ("llm-pruner", "wanda-sp", "flap") for way in ("none", "peft")),
+    *(f"{recipe}:{way}" for recipe in ("llm-pruner", "wanda-sp", "magnitude", "flap") for way in ("none", "peft")),
 )
 # Options of each way beside those that all have; PEFT takes LLM-Pruner's.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -119,6 +120,8 @@ def pruned_model(dense: Model, recipe: str, row: Row) -> Model:
         return api.load(folder)
     share = row["target"] < 1
     options: dict[str, Any] = {"ratio": row["target"]} if share else {"target_params": int(row["target"])}
+    if recipe == "magnitude":
+        recipe, options["criterion"] = "llm-pruner", "magnitude"
     if share and recipe == "llm-pruner":
         options["layers"] = "all"
     pruned = api.prune(dense, row["calibration"], recipe=recipe, seed=row["seed"], **options)
