@@ -70,13 +70,18 @@ def test_recover_writes_an_adapter_and_the_merged_folder(
     assert np.abs(torch_logits(adapted, tokens) - ours).max() <= 1e-4
     assert np.abs(torch_logits(load_torch(output), tokens) - ours).max() <= 1e-4
 
-    # The written recipe repeats the run, and the adapter can be trained on.
+
+def test_the_written_recipe_repeats_a_run_and_the_adapter_can_be_trained_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: Path, pruned: Path
+) -> None:
+    output, texts = tmp_path / "out", ["--data", text]
+    assert call(monkeypatch, ["recover", pruned, *texts, "--output", output, *COMMON]) == 0
     again = ["recover", pruned, "--recipe", output / "recipe.toml", "--output", tmp_path / "again", "--quiet"]
     assert call(monkeypatch, again) == 0
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
     more = ["--adapter", output / "adapter", "--output", tmp_path / "more", *COMMON, "--json"]
     assert call(monkeypatch, ["recover", pruned, *texts, *more]) == 0
-    continued = json.loads((tmp_path / "more" / "report.json").read_text())
+    report, continued = (json.loads((folder / "report.json").read_text()) for folder in (output, tmp_path / "more"))
     assert continued["points"][0]["validation"] == pytest.approx(report["points"][-1]["validation"], rel=1e-5)
 
 

@@ -175,12 +175,12 @@ def devices(folder: str, out: str) -> dict[str, Any]:
     results["communication"]["gather"] = communication_of_gather()
     results |= {"directions over data": directions_over_data(), "slices": slices_are_equal()}
     results["estimates"], results["refitted"] = differences_of_estimates(), refitted()
-    results["experts"] = fewer_experts()
     return results | loading(Path(folder), Path(out))
 
 
 def fewer_experts() -> dict[str, Any]:
     """A mixture of experts on a mesh, compared with one device: losses, kept experts, refitted experts, shards."""
+    disable_optimizations(True)
     config = replace(CONFIG, family="mixtral", routing=Routing(2))
     sizes = replace(EVEN, layers=(LayerSizes(N=4, K=4, F=0, X=6, W=8),) * 2)
     single, tokens = make_decoder(sizes, config), make_tokens(16, sizes.V)
@@ -371,7 +371,7 @@ def two_hosts(folder: str, out: str, address: str) -> dict[str, Any]:
     return results
 
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {"devices": devices, "hosts": two_hosts}
+FUNCTIONS: dict[str, Callable[..., Any]] = {"devices": devices, "experts": fewer_experts, "hosts": two_hosts}
 
 if __name__ == "__main__":
     sys.stdout.write(json.dumps(FUNCTIONS[sys.argv[1]](*sys.argv[2:])))

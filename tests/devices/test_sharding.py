@@ -97,8 +97,8 @@ def test_a_model_refitted_on_a_mesh_is_that_of_one_device(results: dict[str, Any
     assert results["refitted"]["shares"] == results["slices"]["shares"]
 
 
-def test_experts_cut_along_their_width_give_the_results_of_one_device(results: dict[str, Any]) -> None:
-    found = results["experts"]
+def test_experts_cut_along_their_width_give_the_results_of_one_device() -> None:
+    (found,) = finish([start(8, "mesh_child", "experts")])
     assert found["losses"] < 1e-6
     assert found["kept"]
     assert found["weights"] < 1e-5
