@@ -267,6 +267,8 @@ def streamed_bytes(dense: Decoder, recipe: Recipe, count: int = 1, on_cpu: bool 
     outer = (costs.cost(dense, "parameters") - costs.block_parameters(dense)) * width
     evaluated = 0 if recipe.evaluation.text is None else STREAMS + forward_bytes(dense, recipe)
     walked = walk_bytes(dense, recipe, parked=not on_cpu) if walks(recipe) else forward_bytes(dense, recipe)
+    if CRITERIA[recipe.scoring.criterion].takes_gradient:
+        walked = max(walked, STREAMS + _estimate_bytes(dense, recipe))
     work = _work_on_experts(recipe)
     if work is not None:
         walked = max(walked, plan_experts.memory(dense, work, parked=not on_cpu))
@@ -293,8 +295,15 @@ def score_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
         streams = layer_count(dense) * (length if criterion.curved else tokens) * hidden_size(dense)
         gradient = FLOAT * (streams + (0 if criterion.by_gates else sums))
     else:
-        gradient = (estimate.directions_per_step or 1) * direction_bytes(dense, tokens, length, estimate)
+        gradient = _estimate_bytes(dense, recipe)
     return upcast + gradient + forward_bytes(dense, recipe)
+
+
+def _estimate_bytes(dense: Decoder, recipe: Recipe) -> int:
+    """Memory of a gradient estimate along the directions of one pass beside the weights."""
+    estimate, (_, length) = recipe.scoring.estimation, _windows(recipe)
+    tokens = _tokens_per_batch(recipe)
+    return (estimate.directions_per_step or 1) * direction_bytes(dense, tokens, length, estimate)
 
 
 def walk_bytes(dense: Decoder, recipe: Recipe, parked: bool = False) -> int:

@@ -47,6 +47,8 @@ CASES = [
     ("llama", {"structures": ("attention", "channels"), "allocation": "curves", "max_shard_size": "20KB"}),
     ("gpt_neox", {"criterion": "random"}),
     ("qwen2_moe", {"structures": ("experts", "expert-channels"), "ratio": 0.2}),
+    ("llama", {"criterion": "fms", "directions": 3, "epsilon": 1e-2, "refit": "none"}),
+    ("opt", {"criterion": "gate", "estimator": "jvp", "directions": 3, "refit": "none"}),
 ]
 
 
@@ -130,7 +132,7 @@ def test_windows_that_do_not_fit_pass_the_layers_in_parts(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"criterion": "fms"}, "the spsa gradient needs all weights of the model in memory"),
+        ({"criterion": "element-1"}, "the exact gradient needs all weights of the model in memory"),
         ({"structures": ("layers",)}, "the removal of layers needs all weights"),
         ({"allocation": "search"}, "--budget search needs all weights"),
         ({"format": "flax"}, "the format flax needs all weights"),
@@ -150,7 +152,7 @@ def test_functions_of_whole_models_refuse_a_streamed_one(tmp_path: Path) -> None
         "a comparison": lambda: mj.compare(model, model, tokens),
         "a recovery": lambda: mj.recover(model, tokens),
         "the format flax": lambda: mj.save(model, tmp_path / "flax", "flax"),
-        "the spsa gradient": lambda: mj.score(model, Batches(tokens), "fms"),
+        "the exact gradient": lambda: mj.score(model, Batches(tokens), "element-1"),
         "the removal of layers": lambda: mj.prune(model, Batches(tokens), 0.5, structures=("layers",)),
     }
     for what, call in calls.items():

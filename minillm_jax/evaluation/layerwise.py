@@ -40,7 +40,7 @@ def layerwise_losses(
       most_bytes: of the residual streams on the devices.
     """
     outer, mesh, losses, done = without_layers(decoder), batches.mesh, [], 0
-    for part in _parts(decoder, batches, most_bytes):
+    for part in parts(batches, decoder.embedding.shape[1] * decoder.embedding.dtype.itemsize, most_bytes):
         streams = [begin(outer, batch.tokens, mesh=mesh) for batch in part]
         for layer in sharding.layers_of(decoder, mesh):
             streams = [advance(outer, layer, x, mesh=mesh) for x in streams]
@@ -52,11 +52,17 @@ def layerwise_losses(
     return np.concatenate(losses)
 
 
-def _parts(decoder: Decoder, batches: Batches, most_bytes: int) -> Iterator[list[Batch]]:
-    """The batches, as many at a time as the bytes of their streams allow, and one at least."""
+def parts(batches: Batches, token_bytes: int, most_bytes: int) -> Iterator[list[Batch]]:
+    """The batches, as many at a time as the bytes of their streams allow, and one at least.
+
+    Args:
+      batches: windows of token ids.
+      token_bytes: of the streams of one token.
+      most_bytes: of the streams of a part.
+    """
     part, used = [], 0
     for batch in batches:
-        needed = batch.tokens.size * decoder.embedding.shape[1] * decoder.embedding.dtype.itemsize
+        needed = batch.tokens.size * token_bytes
         if part and used + needed > most_bytes:
             yield part
             part, used = [], 0

@@ -59,6 +59,15 @@ def window_losses(
     return batches.collect(lambda batch: losses(decoder, batch.tokens), progress)
 
 
+def losses_of_windows(
+    decoder: Decoder, batches: Batches, progress: Callable[[int, int], None] | None = None
+) -> Float[np.ndarray, " B"]:
+    """The same of any decoder: layer by layer if its layers are read one at a time."""
+    if isinstance(decoder, StreamedDecoder):
+        return layerwise_losses(decoder, batches, progress)
+    return window_losses(decoder, batches, progress=progress)
+
+
 def check_dense_loss(loss: float, consequence: str) -> None:
     """Check that the loss of the dense model, with which others are compared, is finite.
 
@@ -84,8 +93,7 @@ def perplexity(decoder: Decoder, batches: Batches, progress: Callable[[int, int]
     """
     if batches.length < 2:
         raise InputError(f"windows of {batches.length} tokens have nothing to predict; use at least 2")
-    measure = layerwise_losses if isinstance(decoder, StreamedDecoder) else window_losses
-    losses = measure(decoder, batches, progress=progress).astype(np.float64)
+    losses = losses_of_windows(decoder, batches, progress).astype(np.float64)
     loss = float(losses.sum()) / batches.predictions
     value = exponential(loss, "the model")
     error = value * standard_error(losses / (batches.length - 1)) if batches.count > 1 else None

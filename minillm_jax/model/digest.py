@@ -9,8 +9,10 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Shaped, UInt32
 
+from minillm_jax.model.build import without_layers
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.tree import named_arrays
+from minillm_jax.model.streamed import StreamedDecoder, read_ahead
+from minillm_jax.model.tree import layer_count, named_arrays
 
 # Odd constants of MurmurHash3's finaliser, and two seeds: a hash of one array has 64 bits.
 MIX = (0x85EBCA6B, 0xC2B2AE35)
@@ -21,8 +23,12 @@ def model_digest(decoder: Decoder) -> str:
     """SHA-256 over the configuration and the name, type, shape and hash of every array, in hexadecimal.
 
     The devices hash the weights where they lie, with sums of integers: these do not depend on their order, so that
-    every mesh gives the same digest.
+    every mesh gives the same digest. That of a streamed model is another one: it hashes layer by layer.
     """
+    if isinstance(decoder, StreamedDecoder):
+        outer = tree_digest(without_layers(decoder), repr(decoder.config))
+        layers = [tree_digest(layer) for layer in read_ahead(decoder.read, range(layer_count(decoder)))]
+        return hashlib.sha256("".join([outer, *layers]).encode()).hexdigest()
     return tree_digest(decoder, repr(decoder.config))
 
 

@@ -282,8 +282,8 @@ def check_streamed(budget: Budget, gradient: Estimation | None, format_name: str
       InputError: it needs all weights.
     """
     whole = [structure for structure in ("hidden", "layers") if structure in budget.structures]
-    if gradient is not None:
-        what = f"the {gradient.estimator} gradient needs"
+    if gradient is not None and gradient.estimator == "exact":
+        what = "the exact gradient needs"
     elif whole:
         what = f"the removal of {' and '.join(whole)} needs"
     elif budget.allocation in ("search", "measured"):
@@ -293,8 +293,8 @@ def check_streamed(budget: Budget, gradient: Estimation | None, format_name: str
     else:
         return
     raise InputError(
-        f"{what} all weights of the model in memory, and --stream reads one layer at a time; use --criterion obs, "
-        "wanda, flap, magnitude or random for heads and channels, --budget curves, equal or uniform, and another format"
+        f"{what} all weights of the model in memory, and --stream reads one layer at a time; use --estimator spsa or "
+        "jvp, --structures heads,channels, --budget curves, equal or uniform, and another format"
     )
 
 

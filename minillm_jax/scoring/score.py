@@ -17,7 +17,7 @@ from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loaded import Model
 from minillm_jax.model.modules import Block, depth, run_letters
-from minillm_jax.model.streamed import StreamedDecoder, check_in_memory
+from minillm_jax.model.streamed import StreamedDecoder
 from minillm_jax.model.tree import group_count, group_counts, hidden_size, kernels, layer_count
 from minillm_jax.progress import StageProgress, tell
 from minillm_jax.scoring import criteria
@@ -148,7 +148,6 @@ def score(
     _, estimation = resolve(scoring)
     gradient = None
     if estimation is not None:
-        check_in_memory(model.decoder, f"the {estimation.estimator} gradient")
         directions_done = partial(tell, progress, "directions")
         gradient = estimate(model.decoder, calibration.batches, estimation, directions_done, checkpoint)
     return scores_from(model, calibration, scoring, gradient, progress)

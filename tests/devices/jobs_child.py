@@ -54,6 +54,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "held-out ridge": {},
     "layers": {"structures": "hidden,layers", "criterion": "wanda"},
     "streamed": RIDGE | {"stream": True},
+    "streamed fms": {"criterion": "fms", "directions": 4, "epsilon": 1e-2, "refit": "none", "stream": True},
     "resumed": RIDGE,
     "streamed, resumed": RIDGE | {"stream": True, "criterion": "wanda"},
 }

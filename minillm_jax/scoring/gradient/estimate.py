@@ -8,17 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from minillm_jax.data.batches import Batch, Batches
-from minillm_jax.devices import hosts, sharding
+from minillm_jax.data.batches import Batches
+from minillm_jax.devices import hosts
 from minillm_jax.errors import InputError
-from minillm_jax.evaluation.perplexity import window_losses
+from minillm_jax.evaluation.perplexity import losses_of_windows
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.scoring.gradient import rebuild, slopes, spaces
+from minillm_jax.model.streamed import check_in_memory
+from minillm_jax.scoring.gradient import passes, rebuild, spaces
 from minillm_jax.scoring.gradient.checkpoint import SAVE_EVERY, Checkpoint, Stored, identity
-from minillm_jax.scoring.gradient.directions import Directions
 from minillm_jax.scoring.gradient.exact import RunGradients, add_weight_gradients, gate_gradients, no_gradients
 from minillm_jax.scoring.gradient.plan import Plan, shared_plan
 from minillm_jax.scoring.gradient.settings import draw, resolve, space_of, step_of
@@ -95,6 +94,7 @@ def estimate(
     if settings.estimator == "exact":
         if checkpoint is not None:
             raise InputError("the exact gradient is one pass and cannot be resumed; leave out --checkpoint")
+        check_in_memory(decoder, "the exact gradient")
         return _exact(decoder, batches, settings, progress)
     if checkpoint is None:
         settings = _with_step(decoder, batches, settings, None)
@@ -109,7 +109,7 @@ def estimate(
     if settings.estimator == "jvp":
         return Estimate(settings, measured / predictions)
     slopes = (measured[:, 0] - measured[:, 1]) / (2 * step_of(settings))
-    dense = window_losses(decoder, batches)  # the step is judged by the second-order change of the loss
+    dense = losses_of_windows(decoder, batches)  # the step is judged by the second-order change of the loss
     report = StepReport.of(measured.sum(-1) / predictions, float(dense.sum(dtype=np.float64)) / predictions)
     return Estimate(settings, slopes / predictions, report)
 
@@ -156,7 +156,7 @@ def _measure(
     measured = None if stored is None else stored.measured
     if stored is not None:
         plan = stored.plan
-    plan = plan or shared_plan(decoder, batches.length, settings)
+    plan = plan or shared_plan(decoder, batches.length, settings, batches.tokens)
     for first in range(0 if measured is None else len(measured), settings.directions, plan.per_call):
         last = min(first + plan.per_call, settings.directions)
         part = measure_call(decoder, batches, settings, plan, first, last)
@@ -174,6 +174,8 @@ def measure_call(
 ) -> Float[np.ndarray, "P *sides B"]:
     """Losses or slopes along directions first, ..., last - 1, in one call of the compiled program for each batch.
 
+    A streamed model is read once for a call.
+
     The last call of an estimate also measures directions that are not part of it. All calls then have the same shapes,
     and the program is compiled once.
 
@@ -189,32 +191,9 @@ def measure_call(
       For `spsa` the losses of every window at both ends, [P, 2, B]; for `jvp` its slopes, [P, B]; float64, nats.
     """
     stacked = draw(settings, decoder, first, first + plan.per_call).stacked(plan.per_step)
-
-    def program(batch: Batch) -> Array:
-        return _run(decoder, _spread(stacked, batch, batches.mesh), batch, settings)
-
-    measured = batches.resized(plan.tokens).collect(program).astype(np.float64)
+    epsilon = step_of(settings) if settings.estimator == "spsa" else None
+    measured = passes.measure(decoder, batches.resized(plan.tokens), stacked, space_of(settings), epsilon)
     return measured.reshape(plan.per_call, *measured.shape[2:])[: last - first]
-
-
-def _spread(directions: Directions, batch: Batch, mesh: Mesh | None) -> Directions:
-    """Directions [chunks, P], spread over the axis `data` where the windows of the batch do not divide by it."""
-    devices = sharding.data_size(mesh)
-    if mesh is None or len(batch.numbers) % devices == 0:
-        return directions
-    over_data = NamedSharding(mesh, PartitionSpec(None, *sharding.over_data(directions.factors.shape[1], mesh).spec))
-    data = sharding.place(np.asarray(jax.random.key_data(directions.keys)), over_data)
-    keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(directions.keys))
-    return Directions(keys, sharding.place(np.asarray(directions.factors), over_data))
-
-
-def _run(decoder: Decoder, directions: Directions, batch: Batch, settings: Estimation) -> Array:
-    """One call of the compiled program for one batch."""
-    space = space_of(settings)
-    if settings.estimator == "jvp":
-        return slopes.directional_derivatives(decoder, directions, batch.tokens, batch.numbers, space)
-    epsilon = jnp.float32(step_of(settings))
-    return slopes.paired_losses(decoder, directions, batch.tokens, batch.numbers, epsilon, space)
 
 
 def _exact(decoder: Decoder, batches: Batches, settings: Estimation, progress: Progress | None) -> Estimate:

@@ -1,18 +1,21 @@
 """Number of directions in one pass, by memory, and number of passes in one call of the compiled program, by work."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
 
 from minillm_jax.data.batches import TOKENS_PER_BATCH
 from minillm_jax.devices import hosts
+from minillm_jax.evaluation.layerwise import STREAMS
 from minillm_jax.model.attention import rows_at_once
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import LOGITS_AT_ONCE
 from minillm_jax.model.modules import depth, run_letters
+from minillm_jax.model.streamed import StreamedDecoder
 from minillm_jax.model.tree import hidden_size, parameter_count
+from minillm_jax.scoring.gradient.layerwise import stream_bytes
 from minillm_jax.settings import Estimation
 
 # Upper limit for the directions of one pass; more directions save hardly any time.
@@ -48,10 +51,33 @@ class Plan:
         """Number of directions in one call."""
         return self.per_step * self.chunks
 
+    def calls(self, directions: int) -> int:
+        """Number of calls for so many directions."""
+        return -(-directions // self.per_call)
 
-def shared_plan(decoder: Decoder, length: int, settings: Estimation) -> Plan:
-    """The plan of process 0, in all processes; the arguments are those of `plan`."""
-    return Plan(**json.loads(hosts.agree(json.dumps(asdict(plan(decoder, length, settings))))))
+
+def shared_plan(decoder: Decoder, length: int, settings: Estimation, tokens: int) -> Plan:
+    """The plan of process 0, in all processes; the arguments are those of `plan`, and the tokens of all windows."""
+    if isinstance(decoder, StreamedDecoder):
+        found = plan_of_streams(decoder, length, settings, tokens)
+    else:
+        found = plan(decoder, length, settings)
+    return Plan(**json.loads(hosts.agree(json.dumps(asdict(found)))))
+
+
+def plan_of_streams(decoder: StreamedDecoder, length: int, settings: Estimation, tokens: int) -> Plan:
+    """The plan for a model that is read once a call: as many directions in a call as the bytes of their streams allow.
+
+    Args:
+      decoder: the model.
+      length: tokens of a window.
+      settings: as in `plan`.
+      tokens: tokens of all windows.
+    """
+    one_pass = plan(decoder, length, settings, work_per_call=0.0)
+    streams = tokens * stream_bytes(decoder, settings.estimator == "spsa") * one_pass.per_step
+    calls = -(-one_pass.calls(settings.directions) // max(1, STREAMS // streams))
+    return replace(one_pass, chunks=-(-one_pass.calls(settings.directions) // calls))
 
 
 def plan(

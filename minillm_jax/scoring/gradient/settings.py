@@ -7,7 +7,8 @@ import numpy as np
 from minillm_jax.data.windows import check_seed
 from minillm_jax.errors import InputError, one_of
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.scoring.gradient import spaces
+from minillm_jax.model.streamed import StreamedDecoder
+from minillm_jax.scoring.gradient import layerwise, spaces
 from minillm_jax.scoring.gradient.directions import Directions, direction_keys, has_implementation
 from minillm_jax.settings import DISTRIBUTIONS, ESTIMATORS, RNGS, SPACES, Estimation
 
@@ -99,5 +100,8 @@ def draw(settings: Estimation, decoder: Decoder, first: int, last: int) -> Direc
     """Directions first, ..., last - 1."""
     keys = direction_keys(settings.seed, first, last, settings.rng)
     if settings.distribution == "sphere":
-        return Directions(keys, spaces.lengths(decoder, keys, space_of(settings)))
+        space = space_of(settings)
+        streamed = isinstance(decoder, StreamedDecoder)
+        lengths = layerwise.lengths(decoder, keys, space) if streamed else spaces.lengths(decoder, keys, space)
+        return Directions(keys, lengths)
     return Directions.plain(keys)

@@ -16,8 +16,9 @@ from typing import Any
 
 import jax
 from jax import numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
+from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder, embed, finish, rotary_angles, scan_layers
 from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.loss import LOGITS_AT_ONCE, token_losses
@@ -59,14 +60,20 @@ def paired_losses(
         hidden = finish(decoder, _pair(decoder, moved, x, epsilon * direction.factors, angles))
         return jax.lax.map(lambda side: jnp.sum(token_losses(decoder, side, tokens, logits_at_once), axis=-1), hidden)
 
-    return jax.lax.map(lambda chunk: _map_chunk(both_sides, chunk), directions)
+    return jax.lax.map(lambda chunk: map_chunk(both_sides, chunk), directions)
 
 
-def _map_chunk(program: Callable[[Directions], Array], chunk: Directions) -> Array:
-    """The program for every direction of a chunk, vmapped. A single direction skips `jax.vmap`, which costs time."""
+def map_chunk(program: Callable[..., Array], chunk: Directions, *of_chunk: Array) -> Array:
+    """The program for every direction of a chunk, vmapped. A single direction skips `jax.vmap`, which costs time.
+
+    Args:
+      program: direction, and its part of each further array -> result.
+      chunk: keys and factors, [P].
+      of_chunk: further arrays, [P, ...].
+    """
     if chunk.factors.shape[0] == 1:
-        return program(jax.tree.map(lambda leaf: leaf[0], chunk))[None]
-    return jax.vmap(program)(chunk)
+        return program(*jax.tree.map(lambda leaf: leaf[0], (chunk, *of_chunk)))[None]
+    return jax.vmap(program)(chunk, *of_chunk)
 
 
 def _pair(decoder: Decoder, moved: Any, x: Array, scale: Array, angles: Angles) -> Float[Array, "2 B T D"]:
@@ -79,11 +86,17 @@ def _pair(decoder: Decoder, moved: Any, x: Array, scale: Array, angles: Angles) 
 
     def step(carry: tuple[Array, Array, Array], block: Block, layer: Array, extra: None) -> tuple[Any, None]:
         current, opposite, scale = carry
-        perturbed = moved(block, layer=layer, step=spaces.finite(scale))
-        return (opposite, apply_layer(perturbed, decoder.config, current, angles)[0], -scale), None
+        return (opposite, perturbed_layer(moved, block, decoder.config, current, scale, layer, angles), -scale), None
 
     (plus, minus, _), _ = scan_layers(decoder.runs, step, (x, x, scale), visits=2)
     return jnp.stack([plus, minus])
+
+
+def perturbed_layer(
+    moved: Any, block: Block, config: DecoderConfig, x: Array, scale: Array, layer: Array, angles: Angles
+) -> Float[Array, "B T D"]:
+    """The residual stream of one side after a layer that is moved by `scale` along a direction."""
+    return apply_layer(moved(block, layer=layer, step=spaces.finite(scale)), config, x, angles)[0]
 
 
 @partial(jax.jit, static_argnames="space")
@@ -101,28 +114,50 @@ def directional_derivatives(
 
     def chunk(directions: Directions) -> Array:
         def step(carry: tuple[Array, Array], block: Block, layer: Array, extra: None) -> tuple[Any, None]:
-            def along(key: Array, tangent: Array) -> tuple[Array, Array]:
-                def layer_at(scale: Array, x: Array) -> Array:
-                    moved = space.moved(block, key, layer, spaces.derivative(scale), windows)
-                    return apply_layer(moved, decoder.config, x, angles)[0]
-
-                return jax.jvp(layer_at, (jnp.float32(0), x), (jnp.float32(1), tangent))
-
-            x, tangents = carry
-            return jax.vmap(along, out_axes=(None, 0))(directions.keys, tangents), None
+            keys = directions.keys
+            return tangents_after_layer(space, block, decoder.config, carry, keys, layer, windows, angles), None
 
         start = jnp.zeros((directions.factors.shape[0], *x.shape), x.dtype)
         last, tangents = scan_layers(decoder.runs, step, (x, start))[0]
-        slopes = jax.vmap(partial(_derivative_of_losses, decoder, tokens, last), out_axes=(None, 0))(tangents)[1]
-        return slopes * directions.factors[:, None]
+        return derivatives_of_losses(decoder, tokens, last, tangents) * directions.factors[:, None]
 
     return jax.lax.map(chunk, directions)
 
 
-def _derivative_of_losses(decoder: Decoder, tokens: Array, x: Array, tangent: Array) -> tuple[Array, Array]:
-    """The loss of every window from the last residual stream, and its derivative along a tangent."""
+def tangents_after_layer(
+    space: Space,
+    block: Block,
+    config: DecoderConfig,
+    streams: tuple[Float[Array, "B T D"], Float[Array, "P B T D"]],
+    keys: Key[Array, " P"],
+    layer: Int[Array, ""],
+    windows: Int[Array, " B"],
+    angles: Angles,
+) -> tuple[Float[Array, "B T D"], Float[Array, "P B T D"]]:
+    """The residual stream and its tangents along P directions after a layer; the stream is computed once."""
+    x, tangents = streams
 
-    def losses(x: Array) -> Array:
-        return jnp.sum(token_losses(decoder, finish(decoder, x), tokens), axis=-1)
+    def along(key: Array, tangent: Array) -> tuple[Array, Array]:
+        def layer_at(scale: Array, x: Array) -> Array:
+            moved = space.moved(block, key, layer, spaces.derivative(scale), windows)
+            return apply_layer(moved, config, x, angles)[0]
 
-    return jax.jvp(losses, (x,), (tangent,))
+        return jax.jvp(layer_at, (jnp.float32(0), x), (jnp.float32(1), tangent))
+
+    return jax.vmap(along, out_axes=(None, 0))(keys, tangents)
+
+
+def summed_losses(decoder: Decoder, tokens: Int[Array, "B T"], x: Float[Array, "B T D"]) -> Float[Array, " B"]:
+    """The summed cross entropy of every window from the last residual stream, float32, nats."""
+    return jnp.sum(token_losses(decoder, finish(decoder, x), tokens), axis=-1)
+
+
+def derivatives_of_losses(
+    decoder: Decoder, tokens: Int[Array, "B T"], x: Float[Array, "B T D"], tangents: Float[Array, "P B T D"]
+) -> Float[Array, "P B"]:
+    """The derivative of every window's summed cross entropy along P tangents of the last residual stream."""
+
+    def along(tangent: Array) -> tuple[Array, Array]:
+        return jax.jvp(partial(summed_losses, decoder, tokens), (x,), (tangent,))
+
+    return jax.vmap(along, out_axes=(None, 0))(tangents)[1]

@@ -1,16 +1,16 @@
 """The finite step ε of SPSA: a report on its rounding and second-order error, and the choice of ε."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from jax import numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from minillm_jax.data.batches import Batch, Batches
+from minillm_jax.data.batches import Batches
 from minillm_jax.errors import InputError
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.scoring.gradient import slopes
+from minillm_jax.scoring.gradient import passes
+from minillm_jax.scoring.gradient.directions import Directions
 from minillm_jax.scoring.gradient.settings import draw, space_of
 from minillm_jax.settings import Estimation
 
@@ -86,26 +86,20 @@ def choose_epsilon(decoder: Decoder, batches: Batches, settings: Estimation) -> 
       InputError: the derivatives are not finite, or no candidate has finite losses.
     """
     compared, space = batches.first(COMPARED), space_of(settings)
-    directions = draw(settings, decoder, 0, COMPARED).stacked(1)
-
-    def derivatives(batch: Batch) -> Array:
-        return slopes.directional_derivatives(decoder, directions, batch.tokens, batch.numbers, space)
-
-    def losses(batch: Batch, epsilon: float) -> Array:
-        step = jnp.float32(epsilon)
-        return slopes.paired_losses(decoder, directions, batch.tokens, batch.numbers, step, space)
-
-    exact, errors = compared.collect(derivatives).astype(np.float64), []
+    directions = draw(settings, decoder, 0, COMPARED)
+    exact = passes.measure(decoder, compared, directions.stacked(1), space, None)
     if not np.isfinite(exact).all():
         raise InputError(
             "the derivative of the loss along a direction is not finite, so no step can be compared with it: the "
             "weights of the model are broken, or overflow their type; use --dtype float32"
         )
-    for epsilon in CANDIDATES:
-        ends = compared.collect(partial(losses, epsilon=epsilon)).astype(np.float64)
+    # All steps in one pass, as directions of other lengths: a streamed model is read once.
+    ends = passes.measure(decoder, compared, _at_all_steps(directions).stacked(1), space, 1.0)
+    errors = []
+    for epsilon, pair in zip(CANDIDATES, np.split(ends, len(CANDIDATES)), strict=True):
         # A step whose losses overflow is never the best: its error is infinite.
-        ends = np.where(np.isfinite(ends).all(), ends, np.nan)
-        differences = (ends[..., 0, :] - ends[..., 1, :]) / (2 * epsilon)
+        finite = np.where(np.isfinite(pair).all(), pair, np.nan)
+        differences = (finite[..., 0, :] - finite[..., 1, :]) / (2 * epsilon)
         errors.append(np.nan_to_num(np.linalg.norm((differences - exact).sum(-1)), nan=np.inf))
     if not np.isfinite(errors).any():
         raise InputError(
@@ -113,3 +107,9 @@ def choose_epsilon(decoder: Decoder, batches: Batches, settings: Estimation) -> 
             "use --estimator jvp"
         )
     return CANDIDATES[int(np.argmin(errors))]
+
+
+def _at_all_steps(directions: Directions) -> Directions:
+    """The directions once for every candidate, scaled by it: [P] -> [candidates · P]."""
+    factors = jnp.outer(jnp.asarray(CANDIDATES, jnp.float32), directions.factors).ravel()
+    return Directions(jnp.tile(directions.keys, len(CANDIDATES)), factors)
