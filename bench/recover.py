@@ -120,11 +120,13 @@ def pruned_model(dense: Model, recipe: str, row: Row) -> Model:
         return api.load(folder)
     share = row["target"] < 1
     options: dict[str, Any] = {"ratio": row["target"]} if share else {"target_params": int(row["target"])}
-    if recipe == "magnitude":
+    if recipe == "magnitude":  # nothing of it is random
         recipe, options["criterion"] = "llm-pruner", "magnitude"
+    else:
+        options["seed"] = row["seed"]
     if share and recipe == "llm-pruner":
         options["layers"] = "all"
-    pruned = api.prune(dense, row["calibration"], recipe=recipe, seed=row["seed"], **options)
+    pruned = api.prune(dense, row["calibration"], recipe=recipe, **options)
     if folder is not None:
         api.save(pruned, folder)
     return pruned
