@@ -29,7 +29,7 @@ from convert import (
 )
 from convert.sources import FLOATS, read_json
 from minillm_jax.data.tokenizer import quiet
-from minillm_jax.devices.sharding import parts, shardings
+from minillm_jax.devices.sharding import on_mesh, parts, shardings
 from minillm_jax.errors import InputError, cause, reason, warn
 from minillm_jax.model import axis_table, families
 from minillm_jax.model.build import build
@@ -149,7 +149,7 @@ def read_model(
         match the configuration; or a Flax checkpoint is to be streamed.
     """
     described = describe_model(model, dtype, revision, weights=True)
-    folder, abstract = described.folder, build(described.abstract.config, described.sizes)
+    folder, abstract = described.folder, build(on_mesh(described.abstract.config, mesh), described.sizes)
     numpy_dtype = None if dtype is None else np.dtype(dtype)
     places = {} if mesh is None else shardings(abstract, mesh)
     if (folder / FLAX_WEIGHTS).is_dir():

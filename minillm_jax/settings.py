@@ -533,11 +533,11 @@ class Devices:
     """The devices and processes of a run.
 
     Attributes:
-      mesh: `data=A,model=B`; None or `auto` for one device.
+      mesh: `data=A,fsdp=B,model=C`, each 1 where it is left out; None or `auto` for one device.
       hosts: `auto`, or `ADDRESS:PORT,COUNT,NUMBER`; None for one process.
     """
 
-    mesh: str | None = option(None, str, "Mesh of devices, data=2,model=4; one device if unset.")
+    mesh: str | None = option(None, str, "Mesh of devices, data=2,model=4 or fsdp=8; one device if unset.")
     hosts: str | None = option(
         None, str, "Several processes: auto, or ADDRESS:PORT,COUNT,NUMBER (docs/scale.md).", recorded=False
     )

@@ -68,7 +68,7 @@ BosOption = Annotated[
 ]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the stored type by default.")]
 MeshOption = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="Mesh of devices, data=2,model=4; one device if unset.")
+    str | None, typer.Option(metavar="TEXT", help="Mesh of devices, data=2,model=4 or fsdp=8; one device if unset.")
 ]
 HostsOption = Annotated[
     str | None, typer.Option(metavar="TEXT", help="Several processes: auto, or ADDRESS:PORT,COUNT,NUMBER.")

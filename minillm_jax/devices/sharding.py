@@ -1,15 +1,18 @@
 """Shards of arrays on a mesh of devices (letters: see `axis_table`).
 
-A mesh has two axes. `data` shares windows or directions between devices. `model` shares weights: key/value heads with
-their query heads, channels, the width of experts, the vocabulary. The compiler of JAX adds the communication between
-devices. The mesh of a decoder is read from its arrays (`mesh_of`), so functions of a decoder need no mesh argument.
+A mesh has up to three axes. `data` shares windows or directions between devices. `model` shares weights: key/value
+heads with their query heads, channels, the width of experts, the vocabulary. `fsdp` shares both: windows as `data`
+does, and every matrix along the hidden size D, whatever its heads are; a device receives one layer at a time and
+computes with the whole of it (fully sharded data parallelism: ZeRO stage 3, arXiv 1910.02054). The compiler of JAX adds
+the communication between devices. The mesh of a decoder is read from its arrays (`mesh_of`), so functions of a decoder
+need no mesh argument.
 
 An array whose size does not divide by the number of devices is replicated: every device holds the full array.
 """
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,12 +24,14 @@ from jaxtyping import Array, Int, Shaped
 
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
+from minillm_jax.model.build import assemble
+from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block, depth, run_letters
 from minillm_jax.model.streamed import StreamedDecoder, read_ahead
-from minillm_jax.model.tree import layer_count, named_arrays, outer_letters
+from minillm_jax.model.tree import layer_count, named_arrays, outer_arrays, outer_letters
 
-DATA, MODEL = "data", "model"
+DATA, FSDP, MODEL = "data", "fsdp", "model"
 
 # Letter that is cut over `model` -> letter whose size must divide by the devices. Query heads are cut with their
 # key/value head, because attention on another device would have to fetch it.
@@ -42,19 +47,23 @@ class MeshShape:
     Attributes:
       data: devices that share the windows or the directions.
       model: devices that share the weights.
+      fsdp: devices that share the windows, and the weights along the hidden size.
     """
 
     data: int = 1
     model: int = 1
+    fsdp: int = 1
 
     @property
     def size(self) -> int:
         """Number of devices."""
-        return self.data * self.model
+        return self.data * self.fsdp * self.model
 
 
 def parse_mesh(text: str | None) -> MeshShape | None:
-    """The shape written as `data=2,model=4`; a missing axis is 1. None, for one device, if the text is None or `auto`.
+    """The shape written as `data=2,model=4` or `fsdp=8`; a missing axis is 1.
+
+    None, for one device, if the text is None or `auto`.
 
     Raises:
       InputError: the text has another form.
@@ -63,11 +72,11 @@ def parse_mesh(text: str | None) -> MeshShape | None:
         return None
     axes: dict[str, int] = {}
     for part in text.split(","):
-        match = re.fullmatch(rf"({DATA}|{MODEL})=([1-9]\d{{0,5}})", part.strip(), re.ASCII)
+        match = re.fullmatch(rf"({DATA}|{FSDP}|{MODEL})=([1-9]\d{{0,5}})", part.strip(), re.ASCII)
         if match is None or match[1] in axes:
             raise InputError(
                 f"mesh {text!r} is not understood at {part!r}; expected {DATA}=A,{MODEL}=B with numbers of devices, "
-                f"{DATA}=2,{MODEL}=4 for example, or auto for a single device"
+                f"{DATA}=2,{MODEL}=4 or {FSDP}=8 for example, or auto for a single device"
             )
         axes[match[1]] = int(match[2])
     return MeshShape(**axes)
@@ -88,7 +97,10 @@ def make_mesh(shape: MeshShape | None) -> Mesh | None:
             f"the mesh is for {size} devices, but there are {devices} in {processes} processes; "
             f"use --mesh {DATA}={devices} for all devices"
         )
-    return jax.make_mesh((shape.data, shape.model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
+    axes = {DATA: shape.data, FSDP: shape.fsdp, MODEL: shape.model}
+    if shape.fsdp == 1:
+        del axes[FSDP]
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
 def mesh_of(decoder: Decoder) -> Mesh | None:
@@ -115,40 +127,88 @@ def shardings(decoder: Decoder, mesh: Mesh) -> dict[str, NamedSharding]:
 def _rule(name: str, axes: str, sizes: Mapping[str, int], mesh: Mesh) -> NamedSharding:
     """The sharding of an array by its axes. Data of a layer are replicated: every host reads their few numbers."""
     data = axis_table.is_data(name)
-    return NamedSharding(mesh, PartitionSpec() if data else spec(axes, sizes, mesh.shape[MODEL]))
+    return NamedSharding(
+        mesh, PartitionSpec() if data else spec(axes, sizes, mesh.shape[MODEL], mesh.shape.get(FSDP, 1))
+    )
 
 
-def spec(axes: str, sizes: Mapping[str, int], devices: int) -> PartitionSpec:
-    """The sharding of an array over `model`, which cuts at most one axis.
+def spec(axes: str, sizes: Mapping[str, int], model: int, fsdp: int = 1) -> PartitionSpec:
+    """The sharding of an array over `model`, which cuts at most one axis, and over `fsdp`, which cuts D.
+
+    Arrays with one axis beside L are small and not cut over `fsdp`. Nor are those outside the layers: the loss reads
+    the head once for every chunk of positions.
 
     Args:
       axes: axes of the array, as in `axis_table`.
       sizes: size of every axis letter.
-      devices: number of devices along `model`.
+      model: number of devices along `model`.
+      fsdp: number of devices along `fsdp`.
     """
+    letters = axis_table.letters(axes)
+    along_hidden = fsdp > 1 and "V" not in letters and len(set(letters) - {"L"}) > 1 and sizes["D"] % fsdp == 0
 
     def cut(letter: str) -> str | None:
-        return MODEL if letter in SHARDED and sizes[SHARDED[letter]] % devices == 0 else None
+        if letter == "D" and along_hidden:
+            return FSDP
+        return MODEL if letter in SHARDED and sizes[SHARDED[letter]] % model == 0 else None
 
-    return PartitionSpec(*(cut(letter) for letter in axis_table.letters(axes)))
+    return PartitionSpec(*map(cut, letters))
 
 
-def run_shardings(run: Block, mesh: Mesh) -> Block:
-    """The sharding of each array of a run of equal layers, as a tree of the structure of the run."""
+def run_shardings(run: Block, mesh: Mesh, whole: bool = False) -> Block:
+    """The sharding of each array of a run of equal layers, as a tree of the structure of the run.
+
+    Args:
+      run: the run; its arrays may be abstract.
+      mesh: the mesh.
+      whole: whether the layers are whole along `fsdp`, to compute with them.
+    """
     sizes = run_letters(run)
 
     def one(path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding:
         name = axis_table.array_path(path)
-        return _rule(name, f"L {axis_table.BLOCK_AXES[name]}", sizes, mesh)
+        rule = _rule(name, f"L {axis_table.BLOCK_AXES[name]}", sizes, mesh)
+        if not whole:
+            return rule
+        return NamedSharding(mesh, PartitionSpec(*(None if axis == FSDP else axis for axis in rule.spec)))
 
     return jax.tree_util.tree_map_with_path(one, run)
 
 
-def constrain_run(run: Block, mesh: Mesh | None) -> Block:
+@dataclass(frozen=True)
+class WholeLayer:
+    """Brings the arrays of a layer together along `fsdp` before it computes (see `DecoderConfig.whole_layer`).
+
+    Without it, the compiler may leave the weights in their parts, and add the products of the parts up: for more than a
+    few tokens this moves more bytes than the weights, and every device holds the activations of all windows.
+    """
+
+    mesh: Mesh
+
+    def __call__(self, block: Block) -> Block:
+        """The layer, whole along `fsdp`, inside a compiled program; arrays that a direction or adapter adds stay."""
+        sizes = run_letters(jax.tree.map(lambda array: jax.ShapeDtypeStruct((1, *array.shape), array.dtype), block))
+
+        def one(path: jax.tree_util.KeyPath, array: Array) -> Array:
+            axes = axis_table.BLOCK_AXES.get(axis_table.array_path(path))
+            if axes is None or axis_table.is_data(axis_table.array_path(path)):
+                return array
+            rule = NamedSharding(self.mesh, spec(axes, sizes, self.mesh.shape[MODEL]))
+            return jax.lax.with_sharding_constraint(array, rule)
+
+        return jax.tree_util.tree_map_with_path(one, block)
+
+
+def on_mesh(config: DecoderConfig, mesh: Mesh | None) -> DecoderConfig:
+    """A configuration whose layers compute on a mesh."""
+    return replace(config, whole_layer=WholeLayer(mesh)) if mesh is not None and FSDP in mesh.shape else config
+
+
+def constrain_run(run: Block, mesh: Mesh | None, whole: bool = False) -> Block:
     """A run with the shardings of `run_shardings`, inside a compiled program; unchanged without a mesh."""
     if mesh is None:
         return run
-    return jax.tree.map(jax.lax.with_sharding_constraint, run, run_shardings(run, mesh))
+    return jax.tree.map(jax.lax.with_sharding_constraint, run, run_shardings(run, mesh, whole))
 
 
 def constrain(
@@ -168,9 +228,10 @@ def constrain(
 
 
 def layers_of(decoder: Decoder, mesh: Mesh | None, first: int = 0) -> Iterator[Block]:
-    """The layers of a decoder from `first` on, each a run of one layer, in its shards on the mesh."""
+    """The layers of a decoder from `first` on, each a run of one layer, in its shards over `model`."""
     if isinstance(decoder, StreamedDecoder):
-        yield from read_ahead(decoder.read, range(first, layer_count(decoder)))
+        layers = read_ahead(decoder.read, range(first, layer_count(decoder)))
+        yield from layers if mesh is None or FSDP not in mesh.shape else map(partial(_whole_layer, mesh=mesh), layers)
         return
     start = 0
     for run in decoder.runs:
@@ -184,7 +245,12 @@ def layers_of(decoder: Decoder, mesh: Mesh | None, first: int = 0) -> Iterator[B
 def take_layer(run: Block, index: Int[Array, ""], *, mesh: Mesh | None) -> Block:
     """One layer of a run."""
     layer = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, index, 1), run)
-    return constrain_run(layer, mesh)
+    return constrain_run(layer, mesh, whole=True)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _whole_layer(run: Block, *, mesh: Mesh) -> Block:
+    return constrain_run(run, mesh, whole=True)
 
 
 # ----------------------------------------------------------------------------------- to the devices and to the host
@@ -239,11 +305,14 @@ def unparked(array: Shaped[Array, "B ..."] | Shaped[np.ndarray, "B ..."], mesh: 
 
 
 def shard(decoder: Decoder, mesh: Mesh | None) -> Decoder:
-    """A decoder with its weights cut over `model` and replicated over `data`; unchanged without a mesh."""
+    """A decoder with its weights cut over `model` and `fsdp`, replicated over `data`; unchanged without a mesh."""
     if mesh is None:
         return decoder
     rules = shardings(decoder, mesh)
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: place(leaf, rules[axis_table.array_path(path)]), decoder)
+    placed = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: place(leaf, rules[axis_table.array_path(path)]), decoder
+    )
+    return assemble(on_mesh(decoder.config, mesh), outer_arrays(placed), placed.runs)
 
 
 def shard_batch(rows: Shaped[np.ndarray, "B ..."], mesh: Mesh | None) -> Shaped[Array, "B ..."]:
@@ -253,7 +322,12 @@ def shard_batch(rows: Shaped[np.ndarray, "B ..."], mesh: Mesh | None) -> Shaped[
 
 def data_size(mesh: Mesh | None) -> int:
     """Number of devices that share a batch."""
-    return 1 if mesh is None else mesh.shape[DATA]
+    return 1 if mesh is None else mesh.shape[DATA] * mesh.shape.get(FSDP, 1)
+
+
+def batch_axes(mesh: Mesh) -> Any:
+    """The axes of a mesh that share a batch: `data`, and `fsdp` where there is one."""
+    return (DATA, FSDP) if FSDP in mesh.shape else DATA
 
 
 def shares(count: int, mesh: Mesh | None) -> int:
@@ -277,13 +351,13 @@ def spread(
     rule: list[str | None] = [None] * array.ndim
     if cut is not None and array.shape[axis] % mesh.shape[cut] == 0:
         rule[axis] = cut
-    rule[0] = DATA if array.shape[0] % mesh.shape[DATA] == 0 else None
+    rule[0] = batch_axes(mesh) if array.shape[0] % data_size(mesh) == 0 else None
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*rule)))
 
 
 def over_data(count: int, mesh: Mesh) -> NamedSharding:
     """The sharding of an array with a first axis of size `count`, spread over `data` as in `shard_batch`."""
-    return NamedSharding(mesh, PartitionSpec(DATA if count % data_size(mesh) == 0 else None))
+    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh) if count % data_size(mesh) == 0 else None))
 
 
 def gather(array: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from minillm_jax.errors import InputError
 from minillm_jax.model.decoder import Decoder, angles_at, embed, finish, learned_positions, scan_layers
-from minillm_jax.model.layer import attention_sublayer, mlp_sublayer
+from minillm_jax.model.layer import attention_sublayer, mlp_sublayer, whole
 from minillm_jax.model.modules import Block, LayerCache, depth
 
 
@@ -84,7 +84,7 @@ def extend(
     for run, stored in zip(decoder.runs, cache.runs, strict=True):
 
         def step(carry: tuple[Array, Stored], block: Block, layer: Array, extra: None) -> tuple[tuple, None]:
-            stream, kept = carry
+            (stream, kept), block = carry, whole(block, decoder.config)
             attention = attention_sublayer(
                 block, decoder.config, stream, angles, LayerCache(kept.keys, kept.values, layer, positions)
             )

@@ -4,7 +4,9 @@ A `DecoderConfig` says how a decoder computes and which optional arrays it has. 
 the arrays, so that slicing leaves the configuration true. `Sizes` is only used to build a decoder.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 from minillm_jax.model.ops import Rope
 
@@ -90,6 +92,9 @@ class DecoderConfig:
       embedding_projection: whether the embedding is projected to the hidden size and back (OPT-350m).
       tie_embeddings: whether the embedding is also the head.
       head_bias: bias of a separate head (Phi 2).
+      whole_layer: called with a layer before it computes, in a compiled program: brings the arrays of a layer together
+        that several devices hold in parts (`devices.sharding.WholeLayer`); None where they are whole. It changes no
+        number, and is no part of the text of a configuration.
     """
 
     family: str
@@ -129,6 +134,7 @@ class DecoderConfig:
     embedding_projection: bool = False
     tie_embeddings: bool = False
     head_bias: bool = False
+    whole_layer: Callable[[Any], Any] | None = field(default=None, repr=False)
 
     def has_array(self, path: str) -> bool:
         """Whether a decoder of this configuration has the array of that name in the table of axes."""

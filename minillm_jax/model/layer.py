@@ -57,11 +57,17 @@ def apply_layer(
     Returns:
       The residual stream after the layer, and the input of every matrix by name. The compiler removes unused inputs.
     """
+    block = whole(block, config)
     with jax.named_scope("attention"):
         attention = attention_sublayer(block, config, x, angles, branches)
     with jax.named_scope("mlp"):
         mlp = mlp_sublayer(block, config, x, attention.stream)
     return mlp.stream, attention.inputs | mlp.inputs
+
+
+def whole(block: Block, config: DecoderConfig) -> Block:
+    """A layer whose arrays lie on every device that computes with them."""
+    return block if config.whole_layer is None else config.whole_layer(block)
 
 
 def attention_sublayer(

@@ -63,12 +63,13 @@ SPACES: dict[str, Space] = {
 }
 
 
-# Shape of the mesh -> the spaces whose paired losses are measured on it.
+# Shape of the mesh (`data`, `model`, `fsdp`) -> the spaces whose paired losses are measured on it.
 MESHES = {
     (8, 1): ("gaussian",),
     (4, 2): ("rademacher",),
     (2, 4): tuple(SPACES),
     (1, 8): ("gates",),
+    (1, 2, 4): ("rademacher", "gates"),
 }
 
 # Half of the groups of the decoder of size `EVEN`.
@@ -87,8 +88,8 @@ def make_tokens(count: int, vocabulary: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocabulary, (count, 9), dtype=np.int32)
 
 
-def make_mesh(data: int, model: int) -> Mesh:
-    mesh = sharding.make_mesh(MeshShape(data, model))
+def make_mesh(data: int, model: int, fsdp: int = 1) -> Mesh:
+    mesh = sharding.make_mesh(MeshShape(data, model, fsdp))
     assert mesh is not None
     return mesh
 
@@ -169,7 +170,7 @@ def devices(folder: str, out: str) -> dict[str, Any]:
     results: dict[str, Any] = {"directions": directions_are_equal()}
     disable_optimizations(True)
     meshes = {"odd": on_mesh((2, 4), ODD, 7, ("rademacher",))}
-    meshes |= {f"{a},{b}": on_mesh((a, b), EVEN, 8, names) for (a, b), names in MESHES.items()}
+    meshes |= {",".join(map(str, shape)): on_mesh(shape, EVEN, 8, names) for shape, names in MESHES.items()}
     results["differences"] = {name: differences for name, (differences, _) in meshes.items()}
     results["communication"] = {name: operations for name, (_, operations) in meshes.items()}
     results["communication"]["gather"] = communication_of_gather()
@@ -204,7 +205,7 @@ def _lists(kept: axis_table.Kept) -> dict[str, list[list[int]]]:
     return {kind: [np.asarray(rows).tolist() for rows in layers] for kind, layers in kept.items()}
 
 
-def on_mesh(shape: tuple[int, int], sizes: Sizes, count: int, names: Sequence[str]) -> tuple[dict, dict]:
+def on_mesh(shape: tuple[int, ...], sizes: Sizes, count: int, names: Sequence[str]) -> tuple[dict, dict]:
     """Differences of losses and statistics on a mesh from those on one device; communication of the paired losses."""
     single, tokens = make_decoder(sizes), make_tokens(count, sizes.V)
     decoder = sharding.shard(single, make_mesh(*shape))

@@ -54,7 +54,7 @@ def both(root: Path) -> list[dict[str, Any]]:
 def either(root: Path) -> list[dict[str, Any]]:
     """Two joined processes: windows shared between the devices of both, then weights, then both axes."""
     (root / "out" / "either").mkdir()
-    return two_hosts(2, "jobs_child", "jobs", root, root / "out" / "either", "data+model+both", "+".join(JOBS))
+    return two_hosts(2, "jobs_child", "jobs", root, root / "out" / "either", "data+model+both+fsdp", "+".join(JOBS))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_a_run_in_two_processes_is_that_of_one_device(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data", "model", "both"])
+@pytest.mark.parametrize("mesh", ["data", "model", "both", "fsdp"])
 @pytest.mark.parametrize("name", JOBS)
 def test_every_run_on_every_mesh_is_that_of_one_device(
     either: list[dict[str, Any]], root: Path, more_expected: Path, name: str, mesh: str

@@ -26,7 +26,7 @@ def losses(mesh: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data=2,model=2", "data=4", "model=4"])
+@pytest.mark.parametrize("mesh", ["data=2,model=2", "data=4", "model=4", "fsdp=2,model=2"])
 def test_a_mesh_gives_the_losses_of_one_device(mesh: str) -> None:
     one, many = losses("auto"), losses(mesh)
     for method, found in many.items():

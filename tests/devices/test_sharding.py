@@ -44,7 +44,7 @@ def joined(root: Path) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------ eight devices
 
 
-@pytest.mark.parametrize("shape", ["8,1", "4,2", "2,4", "1,8", "odd"])
+@pytest.mark.parametrize("shape", ["8,1", "4,2", "2,4", "1,8", "1,2,4", "odd"])
 def test_a_mesh_gives_the_results_of_one_device(results: dict[str, Any], shape: str) -> None:
     """`odd`: neither windows, key/value heads nor vocabulary divide by the devices; channels do."""
     assert max(results["differences"][shape].values()) < 1e-6, results["differences"][shape]
@@ -84,6 +84,18 @@ def test_weights_over_model_communicate_streams_but_never_weights(results: dict[
     assert streams == [stream] * 3
     small = 2 * prod(stream[:2]) * 2  # x · u of low-rank directions, and the sums of a softmax over the vocabulary
     assert all(prod(shape) <= small for _, shape in operations if shape not in streams), operations
+
+
+@pytest.mark.parametrize("space", ["rademacher", "gates"])
+def test_weights_over_fsdp_are_gathered_one_layer_at_a_time(results: dict[str, Any], space: str) -> None:
+    """Every matrix once (the body of the scan counts once). The sums are those of `model`."""
+    operations = results["communication"]["1,2,4"][space]
+    assert {name for name, _ in operations} == {"all-gather", "all-reduce"}
+    gathered = sorted(prod(shape) for name, shape in operations if name == "all-gather")
+    hidden, heads, channels = 32, 16 // 2, 64 // 2
+    assert gathered == sorted([hidden * heads * 4] * 2 + [hidden * heads // 2 * 4] * 2 + [hidden * channels] * 3)
+    streams = [shape for name, shape in operations if name == "all-reduce" and shape[-3:] == [2, 9, hidden]]
+    assert len(streams) == 3
 
 
 def test_slicing_in_shards_keeps_bits_and_shards(results: dict[str, Any]) -> None:
@@ -187,6 +199,7 @@ def test_meshes_are_parsed() -> None:
     assert sharding.parse_mesh("data=2,model=4") == MeshShape(2, 4)
     assert sharding.parse_mesh("model=4, data=2") == MeshShape(2, 4)
     assert sharding.parse_mesh("model=8") == MeshShape(1, 8)
+    assert sharding.parse_mesh("fsdp=4,model=2") == MeshShape(1, 2, 4)
 
 
 @pytest.mark.parametrize("text", ["", "2,4", "data", "data=0", "data=-1", "data=2,data=2", "rows=2", "data=2;model=4"])
