@@ -118,6 +118,25 @@ def tpu_job_table(chip: str, results: Path = RESULTS) -> list[str]:
     )
 
 
+def tpu_slices_table(name: str, results: Path = RESULTS) -> list[str]:
+    """A row for each slice and program: compile time, memory of a chip and collectives at every shape."""
+    path = results / f"tpu-{name}.json"
+    if not path.exists():
+        return []
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in (rows := json.loads(path.read_text())["rows"]):
+        says = "does not fit"
+        if "bytes" in row:
+            sent = sum(size for _, size in row["collectives"].values()) / 1e6
+            says = f"{_seconds_and_memory(row)}; {sent:,.0f} MB"
+        cells.setdefault((row["slice"], row["program"]), {})[row["shape"]] = says
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    return table(
+        ["slice", "program", *shapes],
+        [[*names, *(row.get(shape, "") for shape in shapes)] for names, row in cells.items()],
+    )
+
+
 def _seconds_and_memory(row: Row) -> str:
     whole = (row["bytes"] + row["resident"]) / 1e9
     return f"{row['compile_seconds']:.0f} s, {whole:.1f} GB{'' if row['fits'] else ': does not fit'}"

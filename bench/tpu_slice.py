@@ -1,0 +1,250 @@
+"""Programs on whole TPU slices, compiled without one: memory of a chip and collectives at 7B, 8B and 70B.
+
+    python bench/tpu_slice.py [--shapes 7B 8B 70B] [--slices v5e-8 v6e-8] --output bench/results/tpu-slices.json
+
+bfloat16 weights, windows of 2,048 tokens, two for each device that shares them. It needs the package libtpu. A row for
+each shape, slice and program:
+
+    compile_seconds     of lowering and compiling, on this machine
+    bytes               of a chip, by the compiler: argument + output + temp - alias
+    resident            bytes of a chip beside the program, where it does not take all weights: those of a model in
+                        memory, and of a pruned model of four fifths of them; with `streamed` the arrays outside the
+                        layers and the layer in both models
+    fits                whether both fit the memory of the chip
+    flops               of a chip, by the compiler, which counts a loop over the layers once
+    collectives         kind -> number and bytes of the results on a chip, in a loop counted once
+
+A study that was interrupted goes on with the programs that its file lacks.
+"""
+
+import argparse
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+from environment import environment
+from jax import numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from shapes import CONFIG, SHAPES
+from tpu_job import LENGTH, MORE
+
+from minillm_jax.devices import sharding
+from minillm_jax.devices.sharding import MeshShape
+from minillm_jax.evaluation import layerwise
+from minillm_jax.model import axis_table
+from minillm_jax.model.build import build, with_runs, without_layers
+from minillm_jax.model.config import Sizes
+from minillm_jax.model.decoder import Decoder
+from minillm_jax.model.loss import sequence_losses
+from minillm_jax.model.tree import named_arrays
+from minillm_jax.pruning import walk
+from minillm_jax.scoring.gradient import slopes
+from minillm_jax.scoring.gradient.directions import Directions, direction_keys
+from minillm_jax.scoring.gradient.spaces import Gates, Space, Weights
+
+WINDOWS = 2  # of a device
+KEPT = 0.8  # share of the weights of the pruned model
+WIDTHS = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "f16": 2, "s8": 1, "u8": 1}
+COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+
+
+class Slice(NamedTuple):
+    """A slice of TPU chips: its name for libtpu, the memory of a chip in GB, the mesh, and whether layers are read."""
+
+    topology: str
+    memory: float
+    mesh: MeshShape
+    streamed: bool = False
+
+
+SLICES = {
+    "v5e-8": Slice("v5e:2x4", 16.0, MeshShape(1, 8)),
+    "v5e-8, fsdp": Slice("v5e:2x4", 16.0, MeshShape(1, 1, 8)),
+    "v5e-16": Slice("v5e:4x4", 16.0, MeshShape(1, 8, 2)),
+    "v6e-8": Slice("v6e:2x4", 32.0, MeshShape(1, 8)),
+    "v6e-8, streamed": Slice("v6e:2x4", 32.0, MeshShape(1, 8), True),
+    "v5p-8": Slice("v5p:2x2x1", 95.0, MeshShape(1, 4)),
+}
+
+
+class Program(NamedTuple):
+    """A function with its abstract arguments, and whether these hold the weights of the whole model."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    whole: bool = False
+
+
+def programs(sizes: Sizes, mesh: Mesh, streamed: bool) -> Iterator[Program]:
+    """The programs of a job: passes over the whole model, then those of one layer of the walk."""
+    decoder, batch = on_mesh(build(sharding.on_mesh(CONFIG, mesh), sizes, jnp.bfloat16), mesh), batch_of(mesh)
+
+    def array(*shape: int, kind: Any = jnp.float32, spec: tuple[Any, ...] = ()) -> Any:
+        return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    over = sharding.batch_axes(mesh)
+    tokens, windows = array(batch, LENGTH, kind=jnp.int32, spec=(over,)), array(batch, kind=jnp.int32)
+    if not streamed:
+        yield Program("forward loss", sequence_losses, (decoder, tokens), True)
+        for name, space in {"rademacher": Weights("rademacher"), "gaussian": Weights(), "gates": Gates()}.items():
+            yield Program(f"pair, {name}", *pair(decoder, tokens, windows, space), True)
+        yield Program("jvp, 8 gates", *derivatives(decoder, tokens, windows, 8), True)
+    (layer,) = build(CONFIG, Sizes(sizes.V, sizes.D, sizes.H, sizes.layers[:1]), jnp.bfloat16).runs
+    run = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        layer,
+        sharding.run_shardings(layer, mesh, whole=True),
+    )
+    outer = on_mesh(jax.eval_shape(without_layers, with_runs(decoder, [layer])), mesh)
+    stream = array(batch, LENGTH, sizes.D, spec=(over,))
+    narrow = array(batch, LENGTH, sizes.D, kind=jnp.bfloat16, spec=(over,))
+    yield Program("layer of an evaluation", partial(layerwise.advance, mesh=mesh), (outer, run, narrow))
+    angles = tuple(array(LENGTH, sizes.H // 2) for _ in range(2))
+    settings = {"kind": "channel", "config": decoder.config, "mesh": mesh}
+    state, width, shares = walk.State(stream), sizes.layers[0].F, sharding.shares(batch, mesh)
+    yield Program(
+        "walk: advance",
+        lambda run, state, angles: walk.advance(run, state, angles=angles, **settings),
+        (run, state, angles),
+    )
+    yield Program(
+        "walk: inputs and gaps",
+        lambda run, state, total, angles: walk.inputs_and_gaps(run, state, total, angles=angles, **settings),
+        (run, state, stream, angles),
+    )
+    inputs = array(batch, LENGTH, width, spec=(over, None, sharding.MODEL))
+    sums = (
+        array(shares, width, width, spec=(over, sharding.MODEL)),
+        array(shares, width, spec=(over,)),
+        array(shares, width, sizes.D, spec=(over, sharding.MODEL)),
+        array(shares, sizes.D, spec=(over,)),
+    )
+    add = partial(walk.add_pair, shares=shares, mesh=mesh)
+    yield Program("walk: Gram matrix", add, (sums, (inputs, stream), (array(width), array(sizes.D))))
+
+
+def pair(decoder: Decoder, tokens: Any, windows: Any, space: Space) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The paired losses of one direction: function and arguments."""
+    epsilon = jax.ShapeDtypeStruct((), jnp.float32)
+    return partial(slopes.paired_losses, space=space), (decoder, directions_of_pass(1), tokens, windows, epsilon)
+
+
+def derivatives(decoder: Decoder, tokens: Any, windows: Any, count: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The derivatives along a number of directions of gates in one pass: function and arguments."""
+    return partial(slopes.directional_derivatives, space=Gates()), (decoder, directions_of_pass(count), tokens, windows)
+
+
+def directions_of_pass(count: int) -> Directions:
+    """Abstract directions of one pass, [1, count]."""
+    return jax.eval_shape(lambda: Directions.plain(direction_keys(0, 0, count)).stacked(count))
+
+
+def on_mesh(decoder: Decoder, mesh: Mesh) -> Decoder:
+    """An abstract decoder with the shardings of its arrays."""
+    places = sharding.shardings(decoder, mesh)
+
+    def leaf(path: jax.tree_util.KeyPath, shape: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=places[axis_table.array_path(path)])
+
+    return jax.tree_util.tree_map_with_path(leaf, decoder)
+
+
+def batch_of(mesh: Mesh) -> int:
+    """Windows of a batch."""
+    return WINDOWS * sharding.data_size(mesh)
+
+
+def size_on_chip(tree: Any) -> int:
+    """Bytes of a tree of abstract arrays on one chip."""
+    return sum(prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for _, leaf in named_arrays(tree))
+
+
+def resident_bytes(sizes: Sizes, mesh: Mesh, streamed: bool) -> int:
+    """Bytes of a chip beside a program of one layer."""
+    decoder = build(CONFIG, sizes, jnp.bfloat16)
+    whole = size_on_chip(on_mesh(decoder, mesh))
+    if not streamed:
+        return int((1 + KEPT) * whole)
+    outer = size_on_chip(on_mesh(jax.eval_shape(without_layers, decoder), mesh))
+    return outer + 2 * (whole - outer) // len(sizes.layers)
+
+
+def collectives(text: str) -> dict[str, list[int]]:
+    """Kind -> number and bytes of the results of the collective operations in a compiled program."""
+    found: dict[str, list[int]] = {}
+    for line in text.splitlines():
+        if match := COLLECTIVE.search(line):
+            shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+            size = sum(WIDTHS.get(kind, 0) * prod(map(int, filter(None, shape.split(",")))) for kind, shape in shapes)
+            count, total = found.get(match[2], [0, 0])
+            found[match[2]] = [count + 1, total + size]
+    return found
+
+
+def compiled(program: Program, resident: int, memory: float) -> dict[str, Any]:
+    """The row of a program."""
+    beside, started = 0 if program.whole else resident, time.perf_counter()
+    try:
+        made = jax.jit(program.function).lower(*program.arguments).compile()
+    except jax.errors.JaxRuntimeError as error:  # the compiler says that the chip has too little memory
+        return {"program": program.name, "resident": beside, "fits": False, "says": str(error)[:200]}
+    seconds, held = time.perf_counter() - started, made.memory_analysis()
+    assert held is not None
+    taken = held.argument_size_in_bytes + held.output_size_in_bytes + held.temp_size_in_bytes - held.alias_size_in_bytes
+    costs: Any = made.cost_analysis()
+    row = {"program": program.name, "compile_seconds": round(seconds, 1), "bytes": taken, "resident": beside}
+    row |= {"fits": taken + beside <= memory * 1e9, "flops": costs["flops"]}
+    return row | {"temporary": held.temp_size_in_bytes, "collectives": collectives(made.as_text() or "")}
+
+
+def mesh_of(place: Slice) -> tuple[Mesh, str]:
+    """The mesh of a slice, and the kind of its chips."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=place.topology).devices
+    axes = {sharding.DATA: place.mesh.data, sharding.FSDP: place.mesh.fsdp, sharding.MODEL: place.mesh.model}
+    if place.mesh.fsdp == 1:
+        del axes[sharding.FSDP]
+    kinds = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices), devices[0].device_kind
+
+
+def main() -> None:
+    """Compile all programs and write the JSON after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["7B", "8B", "70B"])
+    parser.add_argument("--slices", nargs="+", default=list(SLICES), choices=list(SLICES))
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
+    done = {(row["shape"], row["slice"], row["program"]) for row in rows}
+    for where in arguments.slices:
+        place = SLICES[where]
+        mesh, chip = mesh_of(place)
+        for name in arguments.shapes:
+            sizes = (SHAPES | MORE)[name]
+            resident = resident_bytes(sizes, mesh, place.streamed)
+            for program in programs(sizes, mesh, place.streamed):
+                if (name, where, program.name) in done:
+                    continue
+                named = {"shape": name, "slice": where, "chip": chip, "mesh": asdict(place.mesh)}
+                rows.append(named | compiled(program, resident, place.memory))
+                print(json.dumps(rows[-1]), flush=True)
+                settings = {"windows": WINDOWS, "length": LENGTH, "pruned": KEPT}
+                result = {"environment": environment(), "settings": settings, "rows": rows}
+                arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
