@@ -178,11 +178,8 @@ def _bind(
 
 
 def _in_layer(rule: Rule, decoder: Decoder, sizes: Mapping[str, int]) -> bool:
-    """Whether a layer has the tensor of a rule. A mixture of experts without a shared expert has no channels."""
-    if decoder.config.routing is None:
-        return True
-    empty = any(not sizes.get(letter, 1) for part in rule.parts for letter in part.axes if letter in "FXW1")
-    return not empty and rule.layers in ("all", "experts" if sizes.get("X") else "dense")
+    """Whether a layer has the tensor of a rule, which may be one of dense layers or of those with experts."""
+    return decoder.config.routing is None or rule.layers in ("all", "experts" if sizes.get("X") else "dense")
 
 
 def fill(

@@ -265,10 +265,9 @@ def output_holds(decoder: Decoder, raw_config: Mapping[str, Any], format_name: s
       raw_config: its config.json.
       format_name: of `FORMATS`; None, like `per-layer` and `flax`, holds all shapes.
     """
-    family = decoder.config.family
 
     def holds(counts: Counts) -> bool:
-        if format_name == formats.FLAX or (format_name in (None, formats.PER_LAYER) and formats.has_per_layer(family)):
+        if format_name in (None, formats.PER_LAYER, formats.FLAX):
             return True
         sizes = expected.sizes_with(decoder, counts)
         try:
