@@ -391,14 +391,16 @@ def check_tied_copy(decoder: Decoder, name: str | None, source: TensorSource) ->
         )
 
 
-def tensors(decoder: Decoder, names: Container[str]) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(
+    decoder: Decoder, names: Container[str], table: FamilyTable | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the stored tensors with the given names as (name, tensor), one at a time, in the Hugging Face layout.
 
     A tensor may be a view of the decoder's memory, so callers must not change it. With several processes, every process
-    must request the same tensors, since each process holds only a part of them.
+    must request the same tensors, since each process holds only a part of them. `table` is that of `bindings`.
     """
     arrays, read = dict(named_arrays(decoder)), None
-    for binding in bindings(decoder):
+    for binding in bindings(decoder, table):
         if binding.name not in names:
             continue
         place = binding.place
