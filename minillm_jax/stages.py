@@ -134,8 +134,8 @@ def _prune_whole_model(
 def _without_empty_layers(model: Model, whole: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
     """The model without the layers that have lost both sublayers and add nothing to the residual stream."""
     decoder, config = model.decoder, model.decoder.config
-    heads, channels = (group_counts(decoder, kind) for kind in axis_table.KINDS)
-    kept = [layer for layer, groups in enumerate(zip(heads, channels, strict=True)) if any(groups)]
+    heads, channels, experts = (group_counts(decoder, kind) for kind in (*axis_table.KINDS, "expert"))
+    kept = [layer for layer, groups in enumerate(zip(heads, channels, experts, strict=True)) if any(groups)]
     adds = config.output_bias or config.mlp_bias or config.norm_after or config.residual_from_norm
     if adds or not kept or len(kept) == len(heads):
         return model, whole

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import minillm_jax as mj
 from convert.reader import read_model
 from convert.writer import write_model
 from minillm_jax.errors import InputError
@@ -24,6 +25,7 @@ from tests.helpers import (
     load_torch,
     logits_of,
     quickly,
+    random_tokens,
     torch_logits,
 )
 
@@ -115,3 +117,15 @@ def test_a_streamed_mixture_is_written_as_one_in_memory(tmp_path: Path, name: st
         write_model(unequal(read_model(folder, stream=stream)), tmp_path / str(stream), name)
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "True" / file).read_bytes() == (tmp_path / "False" / file).read_bytes()
+
+
+def test_layers_that_lose_their_attention_keep_their_experts(tmp_path: Path) -> None:
+    """A run removes heads by measured losses, and experts; the result is written as its layers demand."""
+    model = read_model(hugging_face_folder(tmp_path / "dense", "mixtral"))
+    options = {"structures": ("attention", "experts"), "allocation": "curves", "samples": 4, "seq_len": 16}
+    pruned = mj.prune(model, random_tokens(97, 8, 16), 0.2, **options)
+    layers = sizes_of(pruned.decoder).layers
+    assert [layer.X for layer in layers] == [5, 5, 5]
+    assert sorted(layer.K for layer in layers) == [0, 4, 4]
+    assert write_model(pruned, tmp_path / "pruned").format == "per-layer"
+    assert arrays_equal(read_model(tmp_path / "pruned").decoder, pruned.decoder)
