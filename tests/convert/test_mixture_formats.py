@@ -31,8 +31,8 @@ from tests.helpers import (
 
 TOKENS = np.random.default_rng(3).integers(1, 97, (2, 33))
 
-# The families that have, together, all parts of routers and experts.
-ALL_PARTS = ("qwen2_moe", "gpt_oss", "glm4_moe")
+# The families that have, together, almost all parts of routers and experts.
+MOST_PARTS = ("gpt_oss", "glm4_moe")
 
 
 def chosen(layers: tuple[LayerSizes, ...], experts: bool, lost: bool) -> Kept:
@@ -65,7 +65,7 @@ def unequal(model: Model, experts: bool = False, lost: bool = False) -> Model:
     return replace(model, decoder=slice_groups(model.decoder, kept))
 
 
-@pytest.mark.parametrize("family", quickly(MIXTURES, ALL_PARTS))
+@pytest.mark.parametrize("family", quickly(MIXTURES, MOST_PARTS))
 def test_unequal_layers_are_written_per_layer(tmp_path: Path, family: str) -> None:
     """Unequal heads, dense channels, shared experts and experts: equal logits, tensors and texts with a cache."""
     smaller = unequal(read_model(hugging_face_folder(tmp_path / "dense", family)), experts=True)
@@ -78,7 +78,7 @@ def test_unequal_layers_are_written_per_layer(tmp_path: Path, family: str) -> No
     assert list(generate(smaller.decoder, [prompt[0].tolist()], 12)[0]) == expected[0, 9:].tolist()
 
 
-@pytest.mark.parametrize("family", quickly(MIXTURES, ("gpt_oss", "glm4_moe")))
+@pytest.mark.parametrize("family", quickly(MIXTURES, MOST_PARTS))
 def test_layers_without_attention_or_shared_expert_are_written_per_layer(tmp_path: Path, family: str) -> None:
     smaller = unequal(read_model(hugging_face_folder(tmp_path / "dense", family)), lost=True)
     assert write_model(smaller, tmp_path / "smaller").format == "per-layer"
@@ -129,3 +129,27 @@ def test_layers_that_lose_their_attention_keep_their_experts(tmp_path: Path) -> 
     assert sorted(layer.K for layer in layers) == [0, 4, 4]
     assert write_model(pruned, tmp_path / "pruned").format == "per-layer"
     assert arrays_equal(read_model(tmp_path / "pruned").decoder, pruned.decoder)
+
+
+def test_streamed_experts_of_a_gguf_file_are_those_in_memory(tmp_path: Path) -> None:
+    """GGUF stacks the experts of a layer, for which it has rules of its own."""
+    model = read_model(hugging_face_folder(tmp_path / "model", "glm4_moe"))
+    write_model(model, tmp_path / "gguf", "gguf")
+    streamed = read_model(tmp_path / "gguf", stream=True)
+    for name in ("again", "folder"):
+        write_model(streamed, tmp_path / name, "gguf" if name == "again" else None)
+        assert arrays_equal(read_model(tmp_path / name).decoder, model.decoder)
+
+
+def test_the_keys_of_experts_in_a_gguf_file_are_checked(tmp_path: Path) -> None:
+    model = read_model(hugging_face_folder(tmp_path / "model", "mixtral"))
+    write_model(model, tmp_path / "gguf", "gguf")
+    content = (tmp_path / "gguf" / "model.gguf").read_bytes()
+    for key, sentence in (
+        ("llama.expert_used_count", "llama.expert_used_count must be a whole number, found None"),
+        ("llama.expert_count", "unknown tensor 'blk.0.ffn_down_exps.weight'.*architecture llama has no place for it"),
+    ):
+        path = tmp_path / "changed.gguf"
+        path.write_bytes(content.replace(key.encode(), key.replace("exp", "EXP").encode()))
+        with pytest.raises(InputError, match=sentence):
+            read_model(path)
