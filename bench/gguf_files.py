@@ -60,6 +60,16 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "mlp_only_layers": []}
+GLM = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+    "use_qk_norm": True,
+}
+
 # Name -> model type, changes of the configuration, and whether the layers are pruned to unequal sizes.
 SMALL: dict[str, tuple[str, dict[str, Any], bool]] = {
     "llama": ("llama", {}, False),
@@ -92,6 +102,12 @@ SMALL: dict[str, tuple[str, dict[str, Any], bool]] = {
         {"num_key_value_heads": 4, "hidden_act": "gelu_new", "use_parallel_residual": False},
         False,
     ),
+    "llama, experts": ("mixtral", {"num_local_experts": 6, "sliding_window": None}, False),
+    "qwen2moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 48, "norm_topk_prob": False}, False),
+    "qwen3moe": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True}, False),
+    "olmoe": ("olmoe", EXPERTS | {"num_key_value_heads": 4}, False),
+    "glm4moe": ("glm4_moe", GLM, False),
+    "glm4moe, groups": ("glm4_moe", GLM | {"n_group": 2, "topk_group": 1, "n_shared_experts": 2}, False),
 }
 
 

@@ -57,7 +57,6 @@ class FamilyTable:
       stock: whether transformers has a class of the family.
       stock_width: whether the stock class accepts every MLP width.
       stock_scale: whether the stock class scales the embedding by the square root of the hidden size.
-      per_layer: whether the classes of `modeling_pruned` hold the family.
     """
 
     stem: str
@@ -72,7 +71,6 @@ class FamilyTable:
     stock: bool = True
     stock_width: bool = True
     stock_scale: bool = False
-    per_layer: bool = True
 
 
 def array(name: str, axes: str, path: str) -> tuple[Rule, ...]:
@@ -341,8 +339,7 @@ def _shared_expert(prefix: str) -> tuple[Rule, ...]:
 
 def _mixture(stem: str, *block: Rule, stock_heads: str = "any") -> FamilyTable:
     """The table of a family with a mixture of experts whose other tensor names follow Llama's."""
-    table = _llama_like(stem, *LLAMA_NORMS, *SEPARATE_QKV, *block, stock_heads=stock_heads)
-    return replace(table, per_layer=False)
+    return _llama_like(stem, *LLAMA_NORMS, *SEPARATE_QKV, *block, stock_heads=stock_heads)
 
 
 EXPERTS = _each_expert("mlp.experts", "gate_proj", "up_proj", "down_proj")

@@ -18,17 +18,23 @@ from convert.families import TABLES, FamilyTable
 from minillm_jax.errors import InputError
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.families import FAMILIES, PRUNED, Family
-from minillm_jax.model.family_configs import SHARED_EXPERTS
+from minillm_jax.model.family_configs import SHARED_EXPERTS, SHARED_WIDTH
 from minillm_jax.model.ops import Rope, alibi_slopes
 
 STOCK, PER_LAYER, PADDED, FLAX, GGUF = FORMATS = ("stock", "per-layer", "padded", "flax", "gguf")
+
+# What sentences call the MLP channels of a layer with experts; families without a shared expert have none.
+SHARED = "channels of the shared expert"
 
 # Name of the module that is copied beside per-layer weights; `convert.modeling_pruned` is the same module.
 REMOTE_CODE = "modeling_pruned"
 
 # Keys of the input's config.json that are not copied: they describe the input's weight files, or the output format
 # sets them itself.
-_DROPPED = ("quantization_config", "auto_map", "per_layer_config", "alibi_heads", "embedding_scale", "head_dim")
+_DROPPED = (
+    *("quantization_config", "auto_map", "per_layer_config", "alibi_heads", "embedding_scale", "head_dim"),
+    SHARED_WIDTH,
+)
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,6 @@ def describe(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any], format
     if multimodal.kind_of(raw) is not None:
         return _describe_text(config, sizes, raw, format_name)
     refusal = stock_refusal(config, sizes)
-    if not TABLES[config.family].per_layer:
-        _check_mixture(refusal, format_name)
     if format_name == STOCK and refusal is not None:
         raise InputError(f"no stock class can hold this model: {refusal}; use the format per-layer or padded")
     if format_name == PADDED:
@@ -73,26 +77,6 @@ def describe(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any], format
     if format_name == PER_LAYER or refusal is not None:
         return Described(PER_LAYER, sizes, per_layer_config(config, sizes, raw))
     return Described(STOCK, sizes, stock_config(config, sizes, raw))
-
-
-def _check_mixture(refusal: str | None, format_name: str | None) -> None:
-    """Check that a mixture of experts is written in the format `stock`, the only one of the three that holds it.
-
-    Raises:
-      InputError: it is not, or no stock class holds the shapes.
-    """
-    if refusal is not None:
-        raise InputError(
-            f"a mixture of experts has the format stock alone, and no stock class can hold this model: {refusal}; use "
-            "--budget equal, or prune experts alone (--structures experts)"
-        )
-    if format_name not in (None, STOCK):
-        raise InputError(f"the format {format_name} has no mixture of experts; use stock, which holds this model")
-
-
-def has_per_layer(family: str) -> bool:
-    """Whether the format per-layer holds models of a family."""
-    return TABLES[family].per_layer
 
 
 def _describe_text(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any], format_name: str | None) -> Described:
@@ -150,10 +134,12 @@ def stock_refusal(config: DecoderConfig, sizes: Sizes, table: FamilyTable | None
         ("MLP channels", [layer.F for layer in dense]),
         ("experts", [layer.X for layer in mixed]),
         ("channels of the experts", [layer.W for layer in mixed]),
-        ("channels of the shared expert", [layer.F for layer in mixed]),
+        (SHARED, [layer.F for layer in mixed]),
     ):
         if len(set(counts)) > 1:
             return f"the layers keep unequal numbers of {counted} ({', '.join(map(str, counts))})"
+        if 0 in counts and (counted != SHARED or FAMILIES[config.family].shared is not None):
+            return f"the layers keep no {counted}"
     if FAMILIES[config.family].shared == SHARED_EXPERTS and mixed and mixed[0].F % mixed[0].W:
         return f"{table.stem} has a shared expert of a multiple of {mixed[0].W} channels, but {mixed[0].F} are kept"
     if table.stock_heads == "dense" and (first.N * sizes.H != sizes.D or not _keeps_all_slopes(config, sizes)):
@@ -187,7 +173,6 @@ def padded_sizes(config: DecoderConfig, sizes: Sizes, table: FamilyTable | None 
       InputError: no number of padded heads and channels gives a shape that a stock class holds.
     """
     table = table or TABLES[config.family]
-    width = max(layer.F for layer in sizes.layers) if table.stock_width else 4 * sizes.D
     kv_heads, per_group = _stock_heads(config, sizes, table)
     slopes = () if config.alibi_heads is None else tuple(map(float, alibi_slopes(config.alibi_heads)))
     heads = kv_heads * per_group
@@ -196,11 +181,24 @@ def padded_sizes(config: DecoderConfig, sizes: Sizes, table: FamilyTable | None 
             f"heads of zeros would change the norms of {table.stem}, which are over the queries and "
             "the keys of all heads; use the format per-layer"
         )
-    layers = (replace(layer, N=heads, K=kv_heads, F=width, slopes=slopes) for layer in sizes.layers)
+    widths = {mixed: _padded_width(config, sizes, table, mixed) for mixed in (False, True)}
+    layers = (replace(layer, N=heads, K=kv_heads, F=widths[layer.X > 0], slopes=slopes) for layer in sizes.layers)
     padded = replace(sizes, layers=tuple(layers))
     if (refusal := stock_refusal(config, padded, table)) is not None:
         raise InputError(f"padding cannot fit this model into a stock class: {refusal}; use the format per-layer")
     return padded
+
+
+def _padded_width(config: DecoderConfig, sizes: Sizes, table: FamilyTable, mixed: bool) -> int:
+    """The MLP width of all dense layers, or of the shared experts of all `mixed` layers."""
+    layers, shared = [layer for layer in sizes.layers if bool(layer.X) == mixed], FAMILIES[config.family].shared
+    if not table.stock_width:
+        return 4 * sizes.D
+    if mixed and shared is None:
+        return 0
+    width = max((layer.F for layer in layers if layer.F), default=1)
+    multiple = layers[0].W if mixed and layers and shared == SHARED_EXPERTS else 1
+    return -(-width // multiple) * multiple
 
 
 def _stock_heads(config: DecoderConfig, sizes: Sizes, table: FamilyTable) -> tuple[int, int]:
@@ -248,10 +246,7 @@ def per_layer_config(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]
     layer to the keys whose values differ from those.
     """
     table, family = TABLES[config.family], FAMILIES[config.family]
-    # The classes of transformers are made with one head and one channel at least.
-    heads, kv_heads, width = (max(1, *(getattr(layer, letter) for layer in sizes.layers)) for letter in "NKF")
-    widest = LayerSizes(heads, kv_heads, width)
-    global_keys = _size_keys(family, widest)
+    global_keys = _widest(family, sizes)
     if config.alibi_heads is not None:
         # The slopes are computed from this head count.
         global_keys[family.heads] = config.alibi_heads
@@ -260,14 +255,14 @@ def per_layer_config(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any]
     layers: dict[str, dict[str, Any]] = {}
     for number, layer in enumerate(sizes.layers):
         layer_keys: dict[str, Any] = {
-            key: value for key, value in _size_keys(family, layer).items() if value != global_keys[key]
+            key: value for key, value in _layer_keys(family, layer).items() if value != global_keys[key]
         }
         if not _keeps_all_slopes(config, sizes):
             layer_keys["alibi_heads"] = kept_heads(config, layer)
         if layer_keys:
             layers[str(number)] = layer_keys
     classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
-    keys = _common_keys(config, sizes, raw) | global_keys | {"head_dim": sizes.H}
+    keys = _common_keys(config, sizes, raw) | _expert_keys(family, sizes, raw) | global_keys | {"head_dim": sizes.H}
     # Where remote code is not allowed, AutoTokenizer reads the configuration through the base class of transformers.
     # That class has no attribute map, so it needs the usual name of the number of layers, and it warns of
     # `rope_scaling`. The old versions that read `rope_scaling` cannot load unequal layers.
@@ -305,6 +300,24 @@ def _size_keys(family: Family, layer: LayerSizes) -> dict[str, int]:
     """The sizes of a layer under the family's configuration keys."""
     keys = {family.heads: layer.N, family.width: layer.F}
     return keys if family.kv_heads is None else keys | {family.kv_heads: layer.K}
+
+
+def _layer_keys(family: Family, layer: LayerSizes) -> dict[str, int]:
+    """The sizes of a layer under the keys of the format per-layer, where one with experts has no width of its own."""
+    keys = _size_keys(family, layer)
+    if not layer.X:
+        return keys
+    del keys[family.width]
+    keys |= {family.experts[0]: layer.X, family.expert_width: layer.W}
+    return keys if family.shared is None else keys | {SHARED_WIDTH: layer.F}
+
+
+def _widest(family: Family, sizes: Sizes) -> dict[str, int]:
+    """The largest value of every key of `_layer_keys`: one at least, with which classes of transformers are made."""
+    each = [_layer_keys(family, layer) for layer in sizes.layers]
+    widest = {key: max(1, *(keys.get(key, 1) for keys in each)) for key in {key: None for keys in each for key in keys}}
+    experts = widest.get(family.experts[0]) if family.experts else None
+    return widest if experts is None else widest | dict.fromkeys(family.experts, experts)
 
 
 def _expert_keys(family: Family, sizes: Sizes, raw: Mapping[str, Any]) -> dict[str, Any]:

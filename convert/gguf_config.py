@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from convert import formats
+from convert import formats, gguf_experts
 from convert.families import TABLES
 from convert.gguf_file import GgufFile
-from convert.gguf_names import ARCHS, DECI, LAYER_KEYS, Arch
+from convert.gguf_names import ARCHS, DECI, LAYER_KEYS, LLAMA, MIXTRAL, Arch
 from convert.gguf_tensors import decode, stored_type
 from minillm_jax.errors import InputError
 from minillm_jax.model.families import MOST_LAYERS, PRUNED
@@ -44,16 +44,20 @@ def arch_of(file: GgufFile) -> Arch:
         raise InputError(
             f"{file.path}: the GGUF architecture {file.arch!r} is not supported; expected one of {', '.join(ARCHS)}"
         )
-    return ARCHS[file.arch]
+    arch = ARCHS[file.arch]
+    return MIXTRAL if arch is LLAMA and file.value("expert_count") else arch
 
 
 def layer_count(file: GgufFile) -> int:
-    """Number of layers.
+    """Number of layers, without those behind the last one that predict further tokens (GLM 4.5).
 
     Raises:
       InputError: the metadata do not say, or say a number out of the range.
     """
     count = _needed(file, "block_count")
+    further = file.value("nextn_predict_layers", 0)
+    if isinstance(count, int) and isinstance(further, int):
+        count -= further
     if not isinstance(count, int) or not 0 < count <= MOST_LAYERS:
         raise InputError(f"{file.path}: {file.arch}.block_count must be from 1 to {MOST_LAYERS:,}, found {count!r}")
     return count
@@ -86,7 +90,7 @@ def to_hugging_face(file: GgufFile) -> dict[str, Any]:
     raw: dict[str, Any] = {
         ours: _plain(file.value(key)) for key, ours in arch.keys.items() if file.value(key) is not None
     }
-    raw |= {"vocab_size": embedding.shape[0], "head_dim": head_size(file)}
+    raw |= {"vocab_size": embedding.shape[0], "head_dim": head_size(file), "num_hidden_layers": layer_count(file)}
     raw |= {"tie_word_embeddings": "output.weight" not in file.entries, "dtype": stored_type(file)}
     raw |= {key: file.metadata.get(name) for key, name in TOKEN_IDS.items()}
     raw |= formats.rope_keys(_rope(file, raw["head_dim"]), arch.family)
@@ -136,6 +140,16 @@ def _family_keys(file: GgufFile, arch: Arch, raw: Mapping[str, Any]) -> dict[str
         case "qwen2" | "qwen3":
             layers = ["full_attention"] * raw["num_hidden_layers"]
             return activation | {"use_sliding_window": False, "sliding_window": None, "layer_types": layers}
+        case "qwen2_moe" | "qwen3_moe":
+            layers = ["full_attention"] * raw["num_hidden_layers"]
+            plain = {"use_sliding_window": False, "sliding_window": None, "layer_types": layers}
+            biases = {"attention_bias": False} if arch.family == "qwen3_moe" else {"qkv_bias": has["attn_q"]}
+            return activation | plain | biases | gguf_experts.config_keys(file, arch)
+        case "mixtral" | "olmoe":
+            window = {"sliding_window": file.value("attention.sliding_window") or None}
+            return activation | (window if arch is MIXTRAL else {}) | gguf_experts.config_keys(file, arch)
+        case "glm4_moe":
+            return activation | {"attention_bias": has["attn_q"]} | gguf_experts.config_keys(file, arch)
         case "gemma":
             return activation
         case "gemma2":

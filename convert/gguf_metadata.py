@@ -5,10 +5,12 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from convert import gguf_experts
 from convert.gguf_config import GEMMA2_27B_LAYERS, ROPE_PARAMETERS, TOKEN_IDS
-from convert.gguf_names import DECI, LLAMA, OF_FAMILY, Arch
+from convert.gguf_names import DECI, LLAMA, OF_FAMILY, OTHERWISE, Arch
 from minillm_jax.errors import InputError
 from minillm_jax.model.config import DecoderConfig, Sizes
+from minillm_jax.model.families import FAMILIES
 from minillm_jax.model.ops import Rope
 
 
@@ -34,6 +36,8 @@ def check_family(config: DecoderConfig, unequal: bool = False) -> None:
     Raises:
       InputError: it does not.
     """
+    if config.family in OTHERWISE:
+        raise InputError(f"GGUF cannot hold this model: {OTHERWISE[config.family]}; use another format")
     if config.family not in OF_FAMILY:
         raise InputError(
             f"GGUF cannot hold this model: no GGUF architecture for {config.family}, only for {', '.join(OF_FAMILY)}; "
@@ -50,8 +54,9 @@ def refusal_of(config: DecoderConfig, sizes: Sizes) -> str | None:
     """Why llama.cpp cannot compute a decoder; None where it can."""
     check_family(config, _unequal(sizes))
     for number, layer in enumerate(sizes.layers):
-        if not (layer.N and layer.F):
-            lost = "MLP" if layer.N else "attention sublayer"
+        mixed = layer.X and FAMILIES[config.family].shared is None
+        if not (layer.N and (layer.F or mixed)):
+            lost = "attention sublayer" if not layer.N else "shared expert" if layer.X else "MLP"
             return f"layer {number} has lost its {lost}, and llama.cpp does not compute every such layer"
     arch, first = OF_FAMILY[config.family], sizes.layers[0]
     return next(_refusals(config, sizes, arch, first.N * sizes.H), None)
@@ -79,6 +84,7 @@ def _refusals(config: DecoderConfig, sizes: Sizes, arch: Arch, features: int) ->
         yield f"llama.cpp scales the embedding by the square root of the hidden size {sizes.D}"
     if arch.windows == "even":
         yield from _gemma2_refusals(config, sizes)
+    yield from gguf_experts.refusals(config, sizes, arch)
 
 
 def _gemma2_refusals(config: DecoderConfig, sizes: Sizes) -> Iterator[str]:
@@ -92,7 +98,12 @@ def _gemma2_refusals(config: DecoderConfig, sizes: Sizes) -> Iterator[str]:
 
 
 def _unequal(sizes: Sizes) -> bool:
-    return len({(layer.N, layer.K, layer.F) for layer in sizes.layers}) > 1
+    """Whether layers differ in their heads; or dense layers, or those with experts, in their widths."""
+    heads, widths = (
+        {(layer.N, layer.K) for layer in sizes.layers},
+        {(layer.F, layer.X, layer.W) for layer in sizes.layers},
+    )
+    return len(heads) > 1 or any(sum(bool(x) == mixed for _, x, _ in widths) > 1 for mixed in (False, True))
 
 
 def lost_window(config: DecoderConfig, sizes: Sizes) -> int | None:
@@ -128,8 +139,9 @@ def to_gguf(config: DecoderConfig, sizes: Sizes, raw: Mapping[str, Any], arch: A
         "final_logit_softcapping": config.logit_cap,
     }
     values |= {key: known[ours] for key, ours in arch.keys.items() if ours in known}
+    values |= gguf_experts.metadata(config, sizes, raw, arch)
     windows = [layer.window for layer in sizes.layers]
-    if arch.windows == "even" or (None not in windows and arch.family in ("llama", "phi3")):
+    if arch.windows == "even" or (None not in windows and arch.family in ("llama", "mixtral", "phi3")):
         values["attention.sliding_window"] = windows[0]
     metadata = {f"{arch.name}.{key}": value for key, value in values.items()}
     return metadata if config.rope is None else metadata | _rope_metadata(config.rope, sizes.H, arch)

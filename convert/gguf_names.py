@@ -30,6 +30,23 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Routed:
+    """What llama.cpp computes in the layers with experts of an architecture, and the keys of their sizes.
+
+    Attributes:
+      renormalised: whether it divides the weights of the chosen experts by their sum.
+      width: GGUF key of the width of an expert.
+      shared: GGUF key of the width of the shared expert, or of its multiple of that width; None without one.
+      from_file: whether it reads from the file how the router computes, and how many first layers have no experts.
+    """
+
+    renormalised: bool = True
+    width: str = "expert_feed_forward_length"
+    shared: str | None = None
+    from_file: bool = False
+
+
+@dataclass(frozen=True)
 class Arch:
     """An architecture of GGUF (`general.architecture`).
 
@@ -46,6 +63,7 @@ class Arch:
       biases: the biases that llama.cpp reads: of `qkv`, `output` and `mlp`.
       needs_biases: whether llama.cpp cannot read a model without them.
       windows: the layers in which llama.cpp applies a sliding window: none of them, or `even`.
+      experts: of an architecture with mixtures of experts.
     """
 
     name: str
@@ -60,6 +78,7 @@ class Arch:
     biases: tuple[str, ...] = ()
     needs_biases: bool = False
     windows: str = "none"
+    experts: Routed | None = None
 
     def names(self, layers: int) -> dict[str, tuple[str, str | None]]:
         """GGUF tensor -> Hugging Face tensor and change, for a number of layers; absent tensors are listed too."""
@@ -255,7 +274,77 @@ GPT_NEOX = Arch(
 # The architecture whose layers may differ in size; every other one is sized by its first layer.
 DECI = replace(LLAMA, name="deci")
 
-ARCHS: dict[str, Arch] = {arch.name: arch for arch in (LLAMA, DECI, QWEN2, QWEN3, GEMMA, GEMMA2, PHI3, GPT_NEOX)}
+
+def _experts(prefix: str, gate: str, up: str, down: str) -> tuple[Stored, ...]:
+    """The router and the experts, each of whose matrices is one tensor of all experts."""
+    named = {"gate": gate, "up": up, "down": down}
+    stacked = (Stored(f"ffn_{name}_exps", f"{prefix}.experts.{stored}") for name, stored in named.items())
+    return (Stored("ffn_gate_inp", f"{prefix}.gate"), *stacked)
+
+
+def _shared(name: str) -> tuple[Stored, ...]:
+    return tuple(Stored(f"ffn_{one}_shexp", f"mlp.{name}.{one}_proj") for one in ("gate", "up", "down"))
+
+
+_EXPERTS = _experts("mlp", "gate_proj", "up_proj", "down_proj")
+_QK_NORMS = tuple(Stored(f"attn_{letter}_norm", f"self_attn.{letter}_norm") for letter in "qk")
+
+# The name that `gguf_experts` gives the biases of the choice of experts, behind that of the router.
+CORRECTION = "e_score_correction"
+
+# llama.cpp computes Mixtral as a `llama` with experts.
+MIXTRAL = replace(
+    LLAMA,
+    family="mixtral",
+    block=(*LLAMA.block[: -len(_MLP)], *_experts("block_sparse_moe", "w1", "w3", "w2")),
+    biases=(),
+    experts=Routed(width="feed_forward_length"),
+)
+
+QWEN2_MOE = replace(
+    QWEN2,
+    name="qwen2moe",
+    family="qwen2_moe",
+    block=(
+        *(*_NORMS, *_QKV, _OUTPUT, *_EXPERTS),
+        *_shared("shared_expert"),
+        Stored("ffn_gate_inp_shexp", "mlp.shared_expert_gate"),
+    ),
+    head="separate",
+    experts=Routed(renormalised=False, shared="expert_shared_feed_forward_length"),
+)
+
+QWEN3_MOE = replace(
+    QWEN3, name="qwen3moe", family="qwen3_moe", block=(*_NORMS, *_QKV, _OUTPUT, *_QK_NORMS, *_EXPERTS), experts=Routed()
+)
+
+OLMOE = replace(
+    QWEN3_MOE,
+    name="olmoe",
+    family="olmoe",
+    any_heads=False,
+    head="separate",
+    experts=Routed(renormalised=False, width="feed_forward_length"),
+)
+
+GLM4_MOE = replace(
+    QWEN3_MOE,
+    name="glm4moe",
+    family="glm4_moe",
+    block=(
+        *(Stored("attn_norm", "input_layernorm"), Stored("post_attention_norm", "post_attention_layernorm")),
+        *(*_QKV, _OUTPUT, *_QK_NORMS, *_MLP, *_EXPERTS, *_shared("shared_experts")),
+        Stored("exp_probs_b", f"mlp.gate.{CORRECTION}"),
+    ),
+    biases=("qkv",),
+    experts=Routed(shared="expert_shared_count", from_file=True),
+)
+
+_ALL = (LLAMA, DECI, QWEN2, QWEN3, GEMMA, GEMMA2, PHI3, GPT_NEOX, QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE)
+ARCHS: dict[str, Arch] = {arch.name: arch for arch in _ALL}
 
 # Model type of Hugging Face -> the architecture of layers of equal size.
-OF_FAMILY = {arch.family: arch for arch in ARCHS.values() if arch is not DECI} | {"mistral": LLAMA}
+OF_FAMILY = {arch.family: arch for arch in (*_ALL, MIXTRAL) if arch is not DECI} | {"mistral": LLAMA}
+
+# Model type of Hugging Face -> why llama.cpp's architecture of that family computes another model.
+OTHERWISE = {"gpt_oss": "llama.cpp rounds the range of frequencies that the yarn scaling changes, and gpt-oss does not"}

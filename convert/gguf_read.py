@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from convert import gguf_config, gguf_file, memory
+from convert import gguf_config, gguf_experts, gguf_file, memory
+from convert.families import FamilyTable
 from convert.gguf_names import CHANGES
 from convert.gguf_tensors import decode, stored_type
 from minillm_jax.errors import InputError, warn
@@ -28,14 +29,25 @@ FEW_BITS = 5.0
 
 
 class GgufSource:
-    """A tensor source: the tensors of a GGUF file, named as in a Hugging Face folder and decoded to plain numbers."""
+    """A tensor source: the tensors of a GGUF file, named as in a Hugging Face folder and decoded to plain numbers.
+
+    Attributes:
+      where: the file, for messages.
+      dtype: type of the weights.
+      table: the rules of the tensors of a model with experts; None for those of the family's folders.
+    """
 
     def __init__(self, path: Path):
         self._file = gguf_file.open_gguf(path)
         self.where = str(self._file.path)
         arch = gguf_config.arch_of(self._file)
-        table = arch.names(gguf_config.layer_count(self._file))
+        self.table: FamilyTable | None = None if arch.experts is None else gguf_experts.table_of(arch.family)
+        layers = gguf_config.layer_count(self._file)
+        table, further = arch.names(layers), self._file.value("nextn_predict_layers", 0)
+        # The layers behind the last one that predict further tokens are left out, as transformers does.
+        left = tuple(f"blk.{layers + number}." for number in range(further))
         unknown = sorted(self._file.entries.keys() - table.keys() - {gguf_config.ROPE_FACTORS})
+        unknown = [name for name in unknown if not name.startswith(left)]
         if unknown:
             raise InputError(
                 f"{self.where}: unknown tensor {unknown[0]!r} of shape {self._file.entries[unknown[0]].shape}; the "

@@ -91,9 +91,10 @@ def encode(tensor: np.ndarray, kind: str, name: str, where: str) -> np.ndarray:
         memory.check_finite(result, name, where, f" as {PLAIN[kind]}")
         return result
     gguf = gguf_file.import_gguf(where)
-    result = np.empty((*tensor.shape[:-1], tensor.shape[-1] // 32 * 34), np.uint8)
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    result = np.empty((len(rows), tensor.shape[-1] // 32 * 34), np.uint8)
     step = max(1, AT_ONCE // tensor.shape[-1])
-    for start in range(0, len(tensor), step):
-        part = np.ascontiguousarray(tensor[start : start + step], np.float32)
+    for start in range(0, len(rows), step):
+        part = np.ascontiguousarray(rows[start : start + step], np.float32)
         result[start : start + step] = gguf.quantize(part, gguf.GGMLQuantizationType[kind])
-    return result
+    return result.reshape(*tensor.shape[:-1], -1)

@@ -6,7 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from convert import gguf_config, gguf_file, gguf_metadata, gguf_read, gguf_tensors, gguf_tokenizer, rules
+from convert import (
+    gguf_config,
+    gguf_experts,
+    gguf_file,
+    gguf_metadata,
+    gguf_read,
+    gguf_tensors,
+    gguf_tokenizer,
+    rules,
+)
+from convert.families import FamilyTable
 from convert.gguf_names import CHANGES, Arch
 from minillm_jax.errors import one_of, warn
 from minillm_jax.model.config import DecoderConfig, Sizes
@@ -98,8 +108,19 @@ def write(model: Model, path: Path, gguf_type: str | None = None) -> None:
 
 def take_part(decoder: Decoder) -> None:
     """In the other processes: send the local parts of every tensor, in the order in which process 0 writes them."""
-    for _ in rules.tensors(decoder, {binding.name for binding in rules.bindings(decoder)}):
+    for _ in _stored(decoder):
         pass
+
+
+def _stored(decoder: Decoder) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors before they are changed and encoded."""
+    table = _table(decoder)
+    yield from rules.tensors(decoder, {binding.name for binding in rules.bindings(decoder, table)}, table)
+
+
+def _table(decoder: Decoder) -> FamilyTable | None:
+    """The rules of a model with experts; None for those of the family's folders."""
+    return None if decoder.config.routing is None else gguf_experts.table_of(decoder.config.family)
 
 
 def _plan(decoder: Decoder, wanted: str) -> Iterator[tuple[str, tuple[int, ...], str, str | None]]:
@@ -110,7 +131,7 @@ def _plan(decoder: Decoder, wanted: str) -> Iterator[tuple[str, tuple[int, ...],
         shape = gguf_config.rope_factors(decoder.config.rope, sizes.H).shape
         yield gguf_config.ROPE_FACTORS, shape, "F32", None
     names = {name: (stored, change) for stored, (name, change) in arch.names(len(sizes.layers)).items()}
-    for binding in rules.bindings(decoder):
+    for binding in rules.bindings(decoder, _table(decoder)):
         stored, change = names[binding.name]
         shape = binding.stored_shape()
         yield stored, shape, gguf_tensors.type_of(shape, wanted), change
@@ -122,8 +143,7 @@ def _tensors(decoder: Decoder, wanted: str, head_size: int, where: str) -> Itera
     if decoder.config.rope is not None and decoder.config.rope.kind == "llama3":
         next(plan)
         yield gguf_config.rope_factors(decoder.config.rope, head_size)
-    everything = {binding.name for binding in rules.bindings(decoder)}
-    for (stored, _, kind, change), (_, tensor) in zip(plan, rules.tensors(decoder, everything), strict=True):
+    for (stored, _, kind, change), (_, tensor) in zip(plan, _stored(decoder), strict=True):
         changed = tensor if change is None else CHANGES[change][0](tensor, head_size)
         yield gguf_tensors.encode(changed, kind, stored, where)
 

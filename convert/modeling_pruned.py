@@ -4,7 +4,7 @@ minillm-jax copies this file beside the weights of a pruned model, and `trust_re
 code from a model folder, install minillm-jax and call `convert.modeling_pruned.register()` before loading.
 
 transformers' own code computes the forward pass. This module only builds the layers: `per_layer_config` in config.json
-gives the number of heads and channels that each layer keeps; every other setting is that of the dense model.
+gives the number of heads, channels and experts that each layer keeps; every other setting is that of the dense model.
 """
 
 import copy
@@ -31,6 +31,8 @@ class _Family(NamedTuple):
     divides: bool = False  # whether the attention computes the head size as hidden size / heads
     own: str | None = None  # what the classes are called here, where transformers has the family under no name
     joint_norms: bool = False  # whether the norms of queries and keys have a factor for every feature of every head
+    experts: bool = False  # whether the family has mixtures of experts
+    shared: str = ""  # name of the shared expert in the MLP of a layer with experts
 
     def stock(self, kind: str) -> Any:
         """The stock class of a kind of `_KINDS`."""
@@ -73,6 +75,12 @@ _FAMILIES = {
     "opt": _Family("OPT", "", "DecoderLayer", "decoder.layers", ("self_attn", "out_proj"), ("", "fc2"), True),
     "bloom": _Family("Bloom", "", "Block", "h", ("self_attention", "dense"), ("mlp", "dense_4h_to_h"), True),
     "gpt_neox": _Family("GPTNeoX", "", "Layer", "layers", ("attention", "dense"), ("mlp", "dense_4h_to_h"), True),
+    "mixtral": _Family("Mixtral", experts=True),
+    "qwen2_moe": _Family("Qwen2Moe", experts=True, shared="shared_expert"),
+    "qwen3_moe": _Family("Qwen3Moe", experts=True),
+    "olmoe": _Family("Olmoe", experts=True, joint_norms=True),
+    "gpt_oss": _Family("GptOss", experts=True),
+    "glm4_moe": _Family("Glm4Moe", experts=True, shared="shared_experts"),
 }
 
 # Suffix of a class name, and the Auto class that loads the class.
@@ -138,7 +146,8 @@ class _PrunedModel(PreTrainedModel):
         no_layers = _without_layer_sizes(config)
         no_layers.num_hidden_layers = 0
         super().__init__(no_layers)
-        config._attn_implementation = no_layers._attn_implementation  # the stock constructor selects it
+        for name in ("_attn_implementation", "_experts_implementation"):  # the stock constructor selects them
+            setattr(config, name, getattr(no_layers, name, None))
         # Rotary embeddings keep the copy, because some read the global sizes in the forward pass.
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
@@ -151,13 +160,16 @@ class _PrunedModel(PreTrainedModel):
 
 
 def _layer(family: _Family, config: Any, index: int) -> nn.Module:
-    """A stock layer with the number of heads and channels that layer `index` keeps."""
+    """A stock layer with the number of heads, channels and experts that layer `index` keeps."""
     kept = config.per_layer_config[index]
-    # `attribute_map` gives the attribute that the family's code reads: n_head for num_attention_heads in BLOOM.
+    # `attribute_map` gives the attribute that the family's code reads: n_head for num_attention_heads in BLOOM. Olmoe's
+    # reads the number of experts under both names.
     # The constructor of a layer needs one head and one channel, even where the whole sublayer was removed.
-    sizes = {
-        config.attribute_map.get(name, name): getattr(kept, name) or 1 for name in config.per_layer_attributes or ()
-    }
+    sizes = {}
+    for name in config.per_layer_attributes or ():
+        stored = config.attribute_map.get(name, name)
+        aliases = [alias for alias, target in config.attribute_map.items() if target == stored]
+        sizes |= dict.fromkeys((stored, *aliases), getattr(kept, name) or 1)
     if family.divides:
         sizes["hidden_size"] = (kept.num_attention_heads or 1) * kept.head_dim
     code = sys.modules[family.stock("Model").__module__]
@@ -166,8 +178,10 @@ def _layer(family: _Family, config: Any, index: int) -> nn.Module:
         _set_hidden_size(layer, family.outputs, kept)
     if not kept.num_attention_heads:
         _remove_attention(layer, *family.attention)
-        if family.joint_norms:
-            _remove_norms(layer.get_submodule(family.attention[0]))
+    if family.joint_norms:
+        _fit_norms(layer.get_submodule(family.attention[0]))
+    if hasattr(layer, "mlp") and hasattr(layer.mlp, family.shared or " "):
+        _fit_shared_expert(layer.mlp, family.shared, kept)
     if 0 in (getattr(kept, "intermediate_size", None), getattr(kept, "ffn_dim", None)):
         name, output = family.mlp
         _remove_features(layer.get_submodule(name), output)
@@ -183,15 +197,26 @@ def _layer(family: _Family, config: Any, index: int) -> nn.Module:
 
 def _remove_attention(layer: nn.Module, name: str, output: str) -> None:
     """Leave an attention sublayer without heads: its maps have no features, and its output is the bias."""
-    attention = layer.get_submodule(name)
+    attention: Any = layer.get_submodule(name)
     _remove_features(attention, output)
+    if hasattr(attention, "sinks"):
+        attention.sinks = nn.Parameter(attention.sinks[:0].detach())
     attention.forward = partial(_attend_without_heads, attention, getattr(attention, output))
 
 
-def _remove_norms(attention: Any) -> None:
-    """Leave the norms of the queries and keys of no heads without factors."""
-    for module in (attention.q_norm, attention.k_norm):
-        module.weight = nn.Parameter(module.weight[:0].detach())
+def _fit_norms(attention: Any) -> None:
+    """Give the norms of queries and keys one factor for every feature that is kept; Olmoe's would have those of all."""
+    for norm, linear in ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj)):
+        norm.weight = nn.Parameter(linear.weight.new_ones(linear.out_features))
+
+
+def _fit_shared_expert(mlp: Any, name: str, kept: Any) -> None:
+    """Rebuild the shared expert of a layer with its own number of channels, which need not be a multiple (GLM 4.5)."""
+    width = kept.shared_expert_intermediate_size
+    expert = type(getattr(mlp, name))(kept, intermediate_size=width or 1)
+    if not width:
+        _remove_features(expert, "down_proj")
+    setattr(mlp, name, expert)
 
 
 def _attend_without_heads(attention: Any, output: nn.Linear, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -284,6 +309,15 @@ def _scale_embedding(embedding: Any, scale: float) -> None:
     embedding.embed_scale.fill_(scale)  # from_config keeps the value of the buffer
 
 
+def _stack_experts(model_type: str) -> None:
+    """Let transformers stack the tensors of single experts as it loads them, as it does for the stock class."""
+    from transformers import conversion_mapping
+
+    mapping = conversion_mapping.get_checkpoint_conversion_mapping(model_type)
+    if mapping is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(f"pruned_{model_type}", mapping, overwrite=True)
+
+
 @cache
 def _create_class(name: str) -> type:
     """A class of `_CLASSES`, created on first access because creation imports the code of its family."""
@@ -296,6 +330,11 @@ def _create_class(name: str) -> type:
         bases, members["model_type"] = (_PrunedConfig, stock), f"pruned_{model_type}"
     else:
         members |= {"family": family, "config_class": _create_class(f"Pruned{family.name}Config")}
+        if family.experts:
+            members["_can_set_experts_implementation"] = classmethod(
+                lambda cls: stock._can_set_experts_implementation()
+            )
+            _stack_experts(model_type)
     if kind == "ForCausalLM":  # an Auto class would otherwise subclass the class for Phi3 to add this base
         bases += (transformers.GenerationMixin,)
     created: Any = type(name, bases, members)

@@ -161,9 +161,10 @@ def read_model(
         decoder = _read_flax(abstract, folder / FLAX_WEIGHTS, numpy_dtype, places)
     else:
         source = _source(described, dtype)
+        table = None if described.layout is None else described.layout.table
         if isinstance(source, gguf_read.GgufSource):
             source.warn_of_rounding()
-        table = None if described.layout is None else described.layout.table
+            table = source.table
         read = layers.stream if stream else rules.fill
         decoder = read(abstract, source, numpy_dtype, places, table=table)
         decoder = decoder if described.layout is None else official.finish(decoder, read_json(folder / CONFIG))

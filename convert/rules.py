@@ -178,11 +178,8 @@ def _bind(
 
 
 def _in_layer(rule: Rule, decoder: Decoder, sizes: Mapping[str, int]) -> bool:
-    """Whether a layer has the tensor of a rule. A mixture of experts without a shared expert has no channels."""
-    if decoder.config.routing is None:
-        return True
-    empty = any(not sizes.get(letter, 1) for part in rule.parts for letter in part.axes if letter in "FXW1")
-    return not empty and rule.layers in ("all", "experts" if sizes.get("X") else "dense")
+    """Whether a layer has the tensor of a rule, which may be one of dense layers or of those with experts."""
+    return decoder.config.routing is None or rule.layers in ("all", "experts" if sizes.get("X") else "dense")
 
 
 def fill(
@@ -394,14 +391,16 @@ def check_tied_copy(decoder: Decoder, name: str | None, source: TensorSource) ->
         )
 
 
-def tensors(decoder: Decoder, names: Container[str]) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(
+    decoder: Decoder, names: Container[str], table: FamilyTable | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the stored tensors with the given names as (name, tensor), one at a time, in the Hugging Face layout.
 
     A tensor may be a view of the decoder's memory, so callers must not change it. With several processes, every process
-    must request the same tensors, since each process holds only a part of them.
+    must request the same tensors, since each process holds only a part of them. `table` is that of `bindings`.
     """
     arrays, read = dict(named_arrays(decoder)), None
-    for binding in bindings(decoder):
+    for binding in bindings(decoder, table):
         if binding.name not in names:
             continue
         place = binding.place

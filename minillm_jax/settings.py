@@ -255,7 +255,12 @@ class Budget:
     @property
     def by_share(self) -> bool:
         """Whether every pruned layer loses the same share of its groups, so that the shapes alone decide."""
-        return self.uniform and self.target is None and self.ratio_of == "groups"
+        return self.uniform and self.counts_groups
+
+    @property
+    def counts_groups(self) -> bool:
+        """Whether the budget is a share of the groups, and not of their parameters or a target."""
+        return self.target is None and self.ratio_of == "groups"
 
     def multiple(self, kind: str) -> int:
         """The number that the count of kept groups of a kind is rounded to a multiple of."""

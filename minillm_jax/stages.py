@@ -134,8 +134,8 @@ def _prune_whole_model(
 def _without_empty_layers(model: Model, whole: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
     """The model without the layers that have lost both sublayers and add nothing to the residual stream."""
     decoder, config = model.decoder, model.decoder.config
-    heads, channels = (group_counts(decoder, kind) for kind in axis_table.KINDS)
-    kept = [layer for layer, groups in enumerate(zip(heads, channels, strict=True)) if any(groups)]
+    heads, channels, experts = (group_counts(decoder, kind) for kind in (*axis_table.KINDS, "expert"))
+    kept = [layer for layer, groups in enumerate(zip(heads, channels, experts, strict=True)) if any(groups)]
     adds = config.output_bias or config.mlp_bias or config.norm_after or config.residual_from_norm
     if adds or not kept or len(kept) == len(heads):
         return model, whole
@@ -265,10 +265,9 @@ def output_holds(decoder: Decoder, raw_config: Mapping[str, Any], format_name: s
       raw_config: its config.json.
       format_name: of `FORMATS`; None, like `per-layer` and `flax`, holds all shapes.
     """
-    family = decoder.config.family
 
     def holds(counts: Counts) -> bool:
-        if format_name == formats.FLAX or (format_name in (None, formats.PER_LAYER) and formats.has_per_layer(family)):
+        if format_name in (None, formats.PER_LAYER, formats.FLAX):
             return True
         sizes = expected.sizes_with(decoder, counts)
         try:

@@ -70,7 +70,7 @@ CASES = [
     ("bloom", {"allocation": "measured"}),
     ("llama", {"criterion": "fms", "directions": 4, "rounds": 2}),
     ("llama", {"structures": ("attention", "channels"), "allocation": "curves"}),
-    ("qwen3_moe", {"structures": ("experts", "expert-channels"), "ratio": 0.2}),
+    ("qwen3_moe", {"structures": ("heads", "channels", "experts"), "ratio": 0.2}),
     ("olmo2", {"allocation": "uniform"}),  # one norm over the queries of all heads
 ]
 

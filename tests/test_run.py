@@ -138,6 +138,10 @@ def test_a_stock_class_that_holds_no_pruned_shape_is_an_error_before_the_weights
         ({"heads": "pairs"}, "unknown --heads 'pairs'; expected one of group, query"),
         ({"heads": "query", "structures": ("channels",)}, "--heads would do nothing in this run .structures channels"),
         ({"structures": ("hidden",), "ratio_of": "model"}, "the ratio counts groups, .* where hidden are removed"),
+        (
+            {"structures": ("heads", "experts"), "ratio_of": "model"},
+            "the ratio counts groups, .* where experts are rem",
+        ),
         ({"structures": ("hidden",), "criterion": "obs"}, "obs has no scores for hidden dimensions"),
         ({"structures": ("heads", "layers"), "layers": "0:2"}, "--layers cannot be used where"),
         ({"allocation": "global", "format": "stock"}, "use the format per-layer or padded"),

@@ -47,6 +47,7 @@ CASES = [
     ("llama", {"structures": ("attention", "channels"), "allocation": "curves", "max_shard_size": "20KB"}),
     ("gpt_neox", {"criterion": "random"}),
     ("qwen2_moe", {"structures": ("experts", "expert-channels"), "ratio": 0.2}),
+    ("qwen2_moe", {"structures": ("heads", "channels", "experts"), "ratio": 0.2}),  # layers of unequal size
     ("llama", {"criterion": "fms", "directions": 3, "epsilon": 1e-2, "refit": "none"}),
     ("opt", {"criterion": "gate", "estimator": "jvp", "directions": 3, "refit": "none"}),
 ]

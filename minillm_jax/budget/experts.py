@@ -95,7 +95,7 @@ def experts_to_keep(config: DecoderConfig, sizes: Sizes, budget: Budget) -> int:
             f"kept ones must be a multiple of {_step(config.routing, budget.round_experts_to)}; use a smaller "
             "--round-experts-to, or prune heads"
         )
-    keep = _by_share(budget, count, counts) if budget.by_share else _by_cost(config, sizes, budget, counts)
+    keep = _by_share(budget, count, counts) if budget.counts_groups else _by_cost(config, sizes, budget, counts)
     if keep == count:
         raise InputError(
             f"none of the {count} experts would be removed: {_amount(budget)} rounds to none; use a ratio of at least "

@@ -12,7 +12,7 @@ import numpy as np
 from minillm_jax.errors import InputError
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.config_values import LARGEST_SIZE, MOST_LAYERS, PRUNED, check_size, is_pruned
-from minillm_jax.model.family_configs import FAMILIES, NOT_SUPPORTED, SHARED_EXPERTS, Family
+from minillm_jax.model.family_configs import FAMILIES, NOT_SUPPORTED, SHARED_EXPERTS, SHARED_WIDTH, Family
 from minillm_jax.model.ops import Rope, alibi_slopes, rotary_frequencies
 
 
@@ -115,17 +115,16 @@ def _sizes(raw: Mapping[str, Any], config: DecoderConfig, where: str) -> Sizes:
         check_size(key, number, where)
     head_size = raw.get("head_dim") or raw["hidden_size"] // raw[family.heads]
     check_size("head_dim", head_size, where)
-    changes = _layer_changes(raw, family, where)
-    ropes, experts = _ropes(raw, family, config, where), _experts(raw, family, config, where)
-    layers = tuple(
-        replace(
-            _layer_sizes({**raw, **changes.get(layer, {})}, config, window, where), rope=ropes[layer], **experts[layer]
-        )
-        for layer, window in enumerate(_windows(raw, family, where))
-    )
+    changes, ropes = _layer_changes(raw, family, where), _ropes(raw, family, config, where)
+    dense = _dense_layers(raw, family, raw[family.layers])
+    layers = []
+    for layer, window in enumerate(_windows(raw, family, where)):
+        of_layer = {**raw, **changes.get(layer, {})}
+        experts = {} if dense[layer] else _experts(of_layer, family, config, where)
+        layers.append(replace(_layer_sizes(of_layer, config, window, where), rope=ropes[layer], **experts))
     positions = 0 if config.position_offset is None else checked["max_position_embeddings"] + config.position_offset
     embedding_size = checked.get("word_embed_proj_dim")
-    return Sizes(raw["vocab_size"], raw["hidden_size"], head_size, layers, embedding_size, positions)
+    return Sizes(raw["vocab_size"], raw["hidden_size"], head_size, tuple(layers), embedding_size, positions)
 
 
 def _layer_sizes(raw: Mapping[str, Any], config: DecoderConfig, window: int | None, where: str) -> LayerSizes:
@@ -144,25 +143,35 @@ def _layer_sizes(raw: Mapping[str, Any], config: DecoderConfig, window: int | No
     return LayerSizes(heads, kv_heads, width, window, slopes)
 
 
-def _experts(raw: Mapping[str, Any], family: Family, config: DecoderConfig, where: str) -> list[dict[str, int]]:
-    """Of every layer, the number and width of its experts and the width of its shared expert; nothing of dense layers.
+def _experts(raw: Mapping[str, Any], family: Family, config: DecoderConfig, where: str) -> dict[str, int]:
+    """The number and width of the experts of a layer, and the width of its shared expert; nothing without experts.
+
+    Args:
+      raw: the configuration, updated with the values of the layer.
+      family: how it is read.
+      config: how the decoder computes.
+      where: the file of the configuration, for errors.
 
     Raises:
       InputError: a number is out of its range, or a token would choose more experts than there are.
     """
-    count = raw[family.layers]
     if config.routing is None:
-        return [{}] * count
-    key = family.experts[0]
-    sizes = {"X": raw[key], "W": raw[family.expert_width], "F": 0 if family.shared is None else raw[family.shared]}
+        return {}
+    key, multiple = family.experts[0], family.shared == SHARED_EXPERTS and not (is_pruned(raw) and SHARED_WIDTH in raw)
+    shared = SHARED_WIDTH if family.shared is not None and not multiple else family.shared
+    sizes = {"X": raw[key], "W": raw[family.expert_width], "F": 0 if shared is None else raw[shared]}
     check_size(key, sizes["X"], where)
     check_size(family.expert_width, sizes["W"], where)
-    check_size(str(family.shared), sizes["F"], where, fewest=0)
-    if family.shared == SHARED_EXPERTS:
+    check_size(str(shared), sizes["F"], where, fewest=0)
+    if multiple:
         sizes["F"] *= sizes["W"]
     if config.routing.chosen > sizes["X"]:
         raise InputError(f"{where}: num_experts_per_tok {config.routing.chosen} is larger than {key} {sizes['X']}")
-    return [{} if dense else sizes for dense in _dense_layers(raw, family, count)]
+    if sizes["X"] % config.routing.groups:
+        raise InputError(
+            f"{where}: {key} {sizes['X']} of a layer must be a multiple of n_group {config.routing.groups}"
+        )
+    return sizes
 
 
 def _dense_layers(raw: Mapping[str, Any], family: Family, count: int) -> list[bool]:
@@ -200,6 +209,8 @@ def _layer_changes(raw: Mapping[str, Any], family: Family, where: str) -> dict[i
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{where}: per_layer_config must map layer numbers to objects, found {listed!r}") from error
     allowed = {family.heads, "num_attention_heads", family.kv_heads, family.width, "alibi_heads"} - {None}
+    if family.experts:
+        allowed |= {family.experts[0], family.expert_width} | ({SHARED_WIDTH} if family.shared else set())
     for layer, values in changes.items():
         if not 0 <= layer < raw[family.layers]:
             raise InputError(f"{where}: per_layer_config names layer {layer}, but there are {raw[family.layers]}")

@@ -14,6 +14,9 @@ from minillm_jax.model.config_values import activation, cap, is_pruned, positive
 # Key of the width of the shared expert as a multiple of the width of an expert.
 SHARED_EXPERTS = "n_shared_experts"
 
+# Key of the width itself; in the format per-layer, of every family with a shared expert.
+SHARED_WIDTH = "shared_expert_intermediate_size"
+
 
 @dataclass(frozen=True)
 class Family:
@@ -384,7 +387,7 @@ FAMILIES: dict[str, Family] = {
         "Qwen 1.5 MoE, Qwen 2 MoE",
         windows="layer_types",
         experts=("num_experts",),
-        shared="shared_expert_intermediate_size",
+        shared=SHARED_WIDTH,
         dense_layers="mlp_only_layers",
     ),
     "qwen3_moe": Family(

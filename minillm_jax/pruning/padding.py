@@ -15,6 +15,7 @@ from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block, depth, run_letters
 from minillm_jax.model.streamed import StreamedDecoder, as_model_of, map_layers
 from minillm_jax.model.tree import group_count, named_arrays
+from minillm_jax.pruning.slicing import merge
 
 # Kind of group -> for each layer, the indices of its groups in the padded layer. Key/value heads (`head`) and channels
 # are counted in the layer and ascend; query heads (`query`) are counted within their key/value head.
@@ -29,21 +30,20 @@ def pad_groups(decoder: Decoder, sizes: Sizes, places: Places) -> Decoder:
 
     Args:
       decoder: the model.
-      sizes: the sizes of the padded decoder, equal in all layers.
+      sizes: the sizes of the padded decoder, equal in all dense layers, and in all layers with experts.
       places: the places of the groups in the padded layers.
     """
     if isinstance(decoder, StreamedDecoder):
         return map_layers(decoder, sizes, partial(_padded_layer, decoder, sizes, places))
-    target, first = sizes.layers[0], 0
-    counts = (("query", target.N // target.K), ("head", target.K), ("channel", target.F))
+    first = 0
     pieces: list[Block] = []
     for run in decoder.runs:
-        last = first + depth(run)
+        last, target = first + depth(run), sizes.layers[first]
+        counts = (("query", target.N // target.K), ("head", target.K), ("channel", target.F))
         indices = {kind: jnp.asarray(np.stack(rows[first:last])) for kind, rows in places.items()}
         pieces.append(_pad(run, indices, counts))
         first = last
-    padded = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pieces)
-    return _with_data(with_runs(decoder, [padded]), sizes)
+    return _with_data(with_runs(decoder, merge(pieces)), sizes)
 
 
 def _padded_layer(decoder: StreamedDecoder, sizes: Sizes, places: Places, index: int, layer: Block) -> Block:

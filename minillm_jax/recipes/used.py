@@ -101,7 +101,9 @@ def used(recipe: Recipe, given: Mapping[tuple[str, str], str] | None = None) -> 
 def _budget(budget: Budget, recipe: Recipe) -> Budget:
     budget.check()
     both = [structure for structure in (*OF_EXPERTS, "hidden", "layers") if structure in budget.structures]
-    if both and not budget.by_share and budget.structures != ("experts",):
+    # Experts leave heads and channels their own allocation, of the share of them that the ratio removes.
+    shared = budget.counts_groups and budget.kinds and set(both) <= set(OF_EXPERTS)
+    if both and not budget.by_share and not shared and budget.structures != ("experts",):
         chosen = recipe.named_by("budget", "allocation")
         named = not budget.uniform and chosen is not None
         way = (
@@ -150,8 +152,7 @@ def _allocation(recipe: Recipe) -> str:
     budget = recipe.budget
     if budget.allocation is not None:
         return budget.allocation
-    whole = {*OF_EXPERTS, "hidden", "layers"} & set(budget.structures)
-    if recipe.scoring.criterion != "obs" or whole:
+    if recipe.scoring.criterion != "obs" or {"hidden", "layers"} & set(budget.structures) or not budget.kinds:
         return "uniform"
     if recipe.output.format not in ("stock", "gguf"):
         return "curves"

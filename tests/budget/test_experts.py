@@ -13,6 +13,8 @@ from minillm_jax.model.build import build
 from minillm_jax.model.config import DecoderConfig, Sizes
 from minillm_jax.model.families import parse
 from minillm_jax.model.tree import parameter_count
+from minillm_jax.recipes.recipe import Recipe
+from minillm_jax.recipes.used import used
 from minillm_jax.settings import Budget
 from tests.helpers import MIXTURES, SMALL
 
@@ -69,6 +71,17 @@ def test_experts_keep_a_multiple_of_eight_channels() -> None:
 def test_equally_many_experts_of_every_group_are_kept() -> None:
     config, sizes = shapes("glm4_moe", n_routed_experts=16, n_group=4, topk_group=2)
     assert experts_to_keep(config, sizes, budget(0.3)) == 12
+
+
+def test_heads_and_channels_have_an_allocation_of_their_own() -> None:
+    """The ratio is a share of the experts, of the heads and of the channels; the losses share the latter two out."""
+    structures = ("heads", "channels", "experts")
+    asked = used(Recipe(budget=Budget(0.25, structures=structures))).recipe.budget
+    assert asked.allocation == "curves"
+    config, sizes = shapes("qwen2_moe", num_experts=8)
+    assert experts_to_keep(config, sizes, asked) == 6
+    assert pruned_sizes(config, sizes, asked) is None
+    assert used(Recipe(budget=Budget(0.25, structures=("experts",)))).recipe.budget.allocation == "uniform"
 
 
 def test_more_than_a_quarter_warns() -> None:

@@ -53,8 +53,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3, partial rotary": ("phi3", {"head_dim": 8, "partial_rotary_factor": 0.5}),
     "gpt_neox": ("gpt_neox", {}),
     "gpt_neox, sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "mixtral": ("mixtral", {}),
+    "qwen2_moe": ("qwen2_moe", {"norm_topk_prob": False, "mlp_only_layers": []}),
+    "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": []}),
+    "olmoe": ("olmoe", {"num_key_value_heads": 8}),
+    "glm4_moe": ("glm4_moe", {}),
 }
 QUICK = ("llama, biases", "llama, llama3 rope", "gemma2", "gpt_neox", "qwen3", "phi3, partial rotary")
+QUICK += ("mixtral", "qwen2_moe", "glm4_moe")
 
 
 def model_of(folder: Path, name: str, **changes: Any) -> Model:
@@ -102,7 +108,7 @@ def test_a_model_comes_back_bit_for_bit(tmp_path: Path, name: str) -> None:
 
 
 # transformers reads no GGUF of gemma and gptneox. It takes the head size of Llama from the rotary features, and that of
-# Qwen 3 and the scale of the queries of Gemma 2 from its own defaults.
+# Qwen 3, the widths of experts and the scale of the queries of Gemma 2 from its own defaults.
 READ_BY_TRANSFORMERS = {
     "llama": {"head_dim": 8},
     "llama, tied": {"head_dim": 8},
@@ -110,6 +116,8 @@ READ_BY_TRANSFORMERS = {
     "qwen3": {"head_dim": 128, "num_attention_heads": 4},
     "gemma2": {"head_dim": 256, "query_pre_attn_scalar": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
     "phi3": {},
+    "qwen2_moe": {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
+    "qwen3_moe": {"moe_intermediate_size": 768},
 }
 
 
@@ -263,6 +271,22 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "gpt_neox, no biases": ("gpt_neox", {"attention_bias": False}, "llama.cpp needs the qkv biases of gptneox"),
     "qwen2, yarn": ("qwen2", {"rope_parameters": YARN}, "without the yarn scaling of rotary positions"),
+    "qwen2_moe, renormalised": (
+        "qwen2_moe",
+        {"mlp_only_layers": []},
+        "llama.cpp does not divide the weights of the chosen experts of qwen2moe by their sum, but this model does",
+    ),
+    "qwen3_moe, a dense layer": (
+        "qwen3_moe",
+        {"norm_topk_prob": True},
+        "llama.cpp has experts in every layer of qwen3moe, but layer 1 has none",
+    ),
+    "olmoe, grouped": ("olmoe", {}, "llama.cpp has as many key/value heads as query heads of olmoe"),
+    "gpt_oss": (
+        "gpt_oss",
+        {},
+        "llama.cpp rounds the range of frequencies that the yarn scaling changes, and gpt-oss does",
+    ),
     "qwen3, llama3": ("qwen3", {"rope_parameters": LLAMA_ROPE}, "no Llama 3 scaling of rotary positions for qwen3"),
 }
 

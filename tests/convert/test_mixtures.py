@@ -119,16 +119,6 @@ def test_channels_of_a_model_without_any_are_refused(tmp_path: Path) -> None:
         pruned_sizes(read_model(folder).decoder.config, sizes_of(read_model(folder).decoder), budget)
 
 
-def test_layers_of_unequal_heads_are_refused_with_what_to_do(tmp_path: Path) -> None:
-    model = read_model(hugging_face_folder(tmp_path / "dense", "mixtral"))
-    kept = {"head": [np.arange(4), np.arange(3), np.arange(4)]}
-    with pytest.raises(InputError, match=r"format stock alone, .*unequal numbers of query heads .*--budget equal"):
-        write_model(replace(model, decoder=slice_groups(model.decoder, kept)), tmp_path / "out")
-    for name in ("per-layer", "padded"):
-        with pytest.raises(InputError, match=f"the format {name} has no mixture of experts; use stock"):
-            write_model(model, tmp_path / "out", name)
-
-
 def test_a_mixture_is_written_as_flax(tmp_path: Path) -> None:
     """Dense layers have no experts, and the others no channels: Orbax saves no empty arrays."""
     model = read_model(hugging_face_folder(tmp_path / "dense", "qwen2_moe"))
