@@ -17,7 +17,6 @@ transformers 4 held apart, in the same way (`peft.utils.transformers_weight_conv
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
@@ -36,69 +35,6 @@ _PARAMETERS = {"gate_up_proj": ("experts.gate", "experts.up"), "down_proj": ("ex
 Pair = tuple[np.ndarray, np.ndarray]
 
 
-class Module(Protocol):
-    """A module of one layer with an A and a B.
-
-    Attributes:
-      name: in the settings of PEFT.
-      short: its part inside the layer.
-      prefix: of the names of its two tensors.
-      run: the run of its layer.
-      index: index of the layer in its run.
-      parameter: whether the settings name it in `target_parameters`, in the place of `target_modules`.
-      matrices: the names of our matrices in it.
-    """
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def short(self) -> str: ...  # noqa: D102
-    @property
-    def prefix(self) -> str: ...  # noqa: D102
-    @property
-    def run(self) -> int: ...  # noqa: D102
-    @property
-    def index(self) -> int: ...  # noqa: D102
-    @property
-    def parameter(self) -> bool: ...  # noqa: D102
-    @property
-    def matrices(self) -> tuple[str, ...]: ...  # noqa: D102
-
-    def shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The shapes of A and B."""
-        ...
-
-    def stored(self, factors: Mapping[str, Pair]) -> Pair:
-        """A and B, made of the factors of some of the matrices."""
-        ...
-
-    def separate(self, a: np.ndarray, b: np.ndarray, rank: int) -> dict[str, Pair]:
-        """The factors of each matrix of ours.
-
-        Args:
-          a: A.
-          b: B.
-          rank: rank of the adapter, which `stored` gives to each part of a fused module.
-        """
-        ...
-
-
-def modules(decoder: Decoder, named: Callable[[str, Sequence[str]], bool]) -> list[Module]:
-    """All modules in the layers; modules without inputs or outputs included.
-
-    Args:
-      decoder: the model; it may be abstract.
-      named: name of a parameter of experts, and our matrices in it -> whether the adapter has factors for it.
-    """
-    kernels = [binding for binding in rules.bindings(decoder) if binding.index is not None]
-    found: list[Module] = [
-        LinearModule(binding, _as_parameter(decoder, binding))
-        for binding in kernels
-        if all(part.path.endswith(".kernel") for part in binding.rule.parts)
-    ]
-    return found + [module for layer in _experts(decoder) for module in _nested(layer, named)]
-
-
 # -------------------------------------------------------------------------------------------------- linear modules
 
 
@@ -106,18 +42,18 @@ def _as_parameter(decoder: Decoder, binding: Binding) -> bool:
     """Whether `target_parameters` names the weight of a linear module.
 
     PEFT takes `gate_proj`, `up_proj` and `down_proj` in the `target_modules` of a mixture for the experts, as
-    transformers 4 named them. Those of shared experts and dense layers are named as parameters, which PEFT computes alike.
+    transformers 4 named them. Those of shared experts and dense layers are named as parameters; PEFT computes the same.
     """
     return decoder.config.routing is not None and binding.rule.parts[0].path.startswith("mlp.")
 
 
 @dataclass(frozen=True)
 class LinearModule:
-    """See `Module`: a `torch.nn.Linear`.
+    """A `torch.nn.Linear` of one layer.
 
     Attributes:
       binding: of its weight.
-      parameter: see `Module`.
+      parameter: whether the settings name it in `target_parameters`, in the place of `target_modules`.
     """
 
     binding: Binding
@@ -125,42 +61,42 @@ class LinearModule:
 
     @property
     def name(self) -> str:
-        """See `Module`."""
+        """Its name in the settings of PEFT."""
         return self.prefix + (".weight" if self.parameter else "")
 
     @property
     def short(self) -> str:
-        """See `Module`."""
+        """The part of the name inside the layer."""
         return self.binding.rule.name.removesuffix("" if self.parameter else ".weight")
 
     @property
     def prefix(self) -> str:
-        """See `Module`."""
+        """The prefix of the names of its two tensors."""
         return self.binding.name.removesuffix(".weight")
 
     @property
     def run(self) -> int:
-        """See `Module`."""
+        """The run of its layer."""
         return int(self.binding.paths[0].split(".")[1])
 
     @property
     def index(self) -> int:
-        """See `Module`."""
+        """Index of the layer in its run."""
         assert self.binding.index is not None, "the module stands in a layer"
         return self.binding.index
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """See `Module`."""
+        """The names of our matrices in it."""
         return tuple(map(_matrix, self.binding.rule.parts))
 
     def shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """See `Module`."""
+        """The shapes of A and B at a rank."""
         outputs, inputs = self.binding.stored_shape()
         return (rank, inputs), (outputs, rank)
 
     def stored(self, factors: Mapping[str, Pair]) -> Pair:
-        """See `Module`."""
+        """A and B, made of the factors of some of the matrices."""
         binding = self.binding
         adapted = [part for part in binding.rule.parts if _matrix(part) in factors]
         ranks = [factors[_matrix(part)][0].shape[-1] for part in adapted]
@@ -181,7 +117,13 @@ class LinearModule:
         return np.concatenate(rows), bound.to_torch(columns)
 
     def separate(self, a: np.ndarray, b: np.ndarray, rank: int) -> dict[str, Pair]:
-        """See `Module`."""
+        """The factors of each matrix of ours.
+
+        Args:
+          a: A.
+          b: B.
+          rank: rank of the adapter, which `stored` gives to each part of a fused module.
+        """
         total, parts = len(a), self.binding.rule.parts
         columns = _binding_b(self.binding, total).to_flax(b)
         pairs = {}
@@ -273,7 +215,7 @@ def _experts(decoder: Decoder) -> list[_Experts]:
     return found
 
 
-def _nested(experts: _Experts, named: Callable[[str, Sequence[str]], bool]) -> list[Module]:
+def _nested(experts: _Experts, named: Callable[[str, Sequence[str]], bool]) -> list["ExpertParameter"]:
     """The parameters of a layer that an adapter names. PEFT wraps them in their order."""
     names = [one for one, matrices in _PARAMETERS.items() if named(f"{experts.layer}{_EXPERTS}.{one}", matrices)]
     return [ExpertParameter(experts, one, len(names) - 1 - place) for place, one in enumerate(names)]
@@ -281,7 +223,7 @@ def _nested(experts: _Experts, named: Callable[[str, Sequence[str]], bool]) -> l
 
 @dataclass(frozen=True)
 class ExpertParameter:
-    """See `Module`: a parameter that holds one or two matrices of every expert.
+    """A parameter that holds one or two matrices of every expert of a layer; its methods are those of `LinearModule`.
 
     Attributes:
       experts: the experts of the layer.
@@ -296,32 +238,32 @@ class ExpertParameter:
 
     @property
     def name(self) -> str:
-        """See `Module`."""
+        """See `LinearModule`."""
         return f"{self.experts.layer}{self.short}"
 
     @property
     def short(self) -> str:
-        """See `Module`."""
+        """See `LinearModule`."""
         return f"{_EXPERTS}.{self.leaf}"
 
     @property
     def prefix(self) -> str:
-        """See `Module`."""
+        """See `LinearModule`."""
         return f"{self.experts.layer}{_EXPERTS}" + ".base_layer" * self.inside
 
     @property
     def run(self) -> int:
-        """See `Module`."""
+        """See `LinearModule`."""
         return self.experts.run
 
     @property
     def index(self) -> int:
-        """See `Module`."""
+        """See `LinearModule`."""
         return self.experts.index
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """See `Module`."""
+        """See `LinearModule`."""
         return _PARAMETERS[self.leaf]
 
     def _sizes(self) -> tuple[int, int, int]:
@@ -330,7 +272,7 @@ class ExpertParameter:
         return self.experts.sizes[x], self.experts.sizes[inputs], self.experts.sizes[outputs]
 
     def shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """See `Module`."""
+        """See `LinearModule`."""
         count, inputs, outputs = self._sizes()
         return (count * rank, inputs), (len(self.matrices) * outputs, rank * count)
 
@@ -340,7 +282,7 @@ class ExpertParameter:
         return [b[start::count] for start in range(count)] if self.experts.alternating else np.split(b, count)
 
     def stored(self, factors: Mapping[str, Pair]) -> Pair:
-        """See `Module`."""
+        """See `LinearModule`."""
         adapted = [name for name in self.matrices if name in factors]
         a = np.concatenate([factors[name][0] for name in adapted], axis=-1).swapaxes(1, 2)
         count, rank, inputs = a.shape
@@ -353,7 +295,7 @@ class ExpertParameter:
         return np.ascontiguousarray(a.reshape(count * rank, inputs), np.float32), b.reshape(len(b), rank * count)
 
     def separate(self, a: np.ndarray, b: np.ndarray, rank: int) -> dict[str, Pair]:
-        """See `Module`."""
+        """See `LinearModule`."""
         count, inputs, _ = self._sizes()
         whole = a.reshape(count, -1, inputs).swapaxes(1, 2)
         parts = [outputs.transpose(1, 2, 0) for outputs in self._outputs(b.reshape(len(b), -1, count))]  # [r, X, O]
@@ -362,3 +304,25 @@ class ExpertParameter:
             for name, part, kept in zip(self.matrices, parts, _kept_ranks(parts, rank), strict=True)
             if kept.size
         }
+
+
+# ------------------------------------------------------------------------------------------------------------- both
+
+# A module of one layer with an A and a B.
+Module = LinearModule | ExpertParameter
+
+
+def modules(decoder: Decoder, named: Callable[[str, Sequence[str]], bool]) -> list[Module]:
+    """All modules in the layers; modules without inputs or outputs included.
+
+    Args:
+      decoder: the model; it may be abstract.
+      named: name of a parameter of experts, and our matrices in it -> whether the adapter has factors for it.
+    """
+    kernels = [binding for binding in rules.bindings(decoder) if binding.index is not None]
+    found: list[Module] = [
+        LinearModule(binding, _as_parameter(decoder, binding))
+        for binding in kernels
+        if all(part.path.endswith(".kernel") for part in binding.rule.parts)
+    ]
+    return found + [module for layer in _experts(decoder) for module in _nested(layer, named)]

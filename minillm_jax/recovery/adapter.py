@@ -85,9 +85,7 @@ def _initial_factors(name: str, sizes: Mapping[str, int], seed: int, layers: ran
         numbers = np.random.default_rng((seed, directions.STREAMS["adapter"], layer, matrix))
         return numbers.uniform(-bound, bound, a).astype(np.float32)
 
-    return Factors(
-        jnp.asarray(np.stack([draw(layer) for layer in layers])), jnp.zeros((len(layers), *b), jnp.float32)
-    )
+    return Factors(jnp.asarray(np.stack([draw(layer) for layer in layers])), jnp.zeros((len(layers), *b), jnp.float32))
 
 
 def cut_as_experts(name: str, factors: Factors, sizes: Mapping[str, int], mesh: Mesh | None) -> Factors:

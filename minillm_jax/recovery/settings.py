@@ -32,7 +32,6 @@ def names_of(targets: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for target in targets for name in TARGETS[target])
 
 
-
 def _read_course(text: str) -> tuple[float, float]:
     match = re.fullmatch(r"\s*([\d.eE+-]+)\s*(?::\s*([\d.eE+-]+))?\s*", text)
     try:
