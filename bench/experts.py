@@ -60,7 +60,7 @@ def measure(row: Row) -> Row:
         model = ours(pruned, dense, WAYS[row["recovery"]], row | settings | {"train": row["calibration"]})
         recovered = perplexities(model, texts)
         if row["recovery"] == "adapters":
-            lora = settings_of(WAYS["adapters"], row | settings).sections.lora()
+            lora = settings_of(WAYS["adapters"], row | settings).computed.lora()
             trained = {"trained": adapters.size(adapters.initial(pruned.decoder, lora, row["seed"]))}
     return {
         "parameters": parameter_count(pruned.decoder),

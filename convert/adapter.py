@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ from minillm_jax.model.modules import depth
 from minillm_jax.recovery.adapter import Adapter, Factors, Lora
 
 WEIGHTS = "adapter_model.safetensors"
+
+# The routers of a layer in the classes of transformers 5, and the gate of a shared expert.
+_OF_ROUTERS = re.compile(r"\.mlp\.(gate|router|shared_expert_gate)\.lora_")
+_MERGE = "merge it with PEFT (merge_and_unload), save the result and read that model"
 
 # The names of PEFT begin with those of its two wrappers of the model.
 _PREFIX = "base_model.model."
@@ -200,9 +205,10 @@ def _unknown(name: str, shape: tuple[int, ...], decoder: Decoder, modules: Seque
     outer |= {table.head} | ({table.head_alias} if table.head_alias else set())
     if any(name.startswith(f"{_PREFIX}{one.removesuffix('.weight')}.") for one in outer):
         return (
-            f"tensor {name!r} belongs to the embeddings or the head, and only adapters of the layers are read; "
-            "merge it with PEFT (merge_and_unload), save the result and read that model"
+            f"tensor {name!r} belongs to the embeddings or the head, and only adapters of the layers are read; {_MERGE}"
         )
+    if decoder.config.routing is not None and _OF_ROUTERS.search(name):
+        return f"tensor {name!r} belongs to a router, and only adapters of attention and experts are read; {_MERGE}"
     return (
         f"unknown tensor {name!r} of shape {shape}; expected names such as "
         f"{_names(modules[0])[0]!r}; was the adapter trained on another model?"
