@@ -80,7 +80,7 @@ class Settings:
         if isinstance(targets, str):
             return targets != "all-linear" and self._matches(targets, module)
         names = targets if isinstance(targets, list) else []
-        return self.names_parameter(module) or _ends_with_one(module, names)
+        return self.names_parameter(module) or _ends_with_one(module.removesuffix(".weight"), names)
 
     def names_parameter(self, name: str) -> bool:
         """Whether `target_parameters` names a parameter."""
@@ -91,7 +91,8 @@ class Settings:
 
     def _pattern(self, key: str, module: str, default: Any) -> Any:
         patterns = self.raw.get(key) or {}
-        matching = (value for name, value in patterns.items() if self._matches(rf"(.*\.)?({name})", module))
+        # A linear module of a mixture of experts is named by its weight, or by itself.
+        matching = (value for name, value in patterns.items() if self._matches(rf"(.*\.)?({name})(\.weight)?", module))
         return next(matching, default)
 
     def _matches(self, pattern: str, module: str) -> bool:

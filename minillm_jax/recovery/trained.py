@@ -113,8 +113,9 @@ class TrainedArrays:
         """Whether an array is trained, by its path."""
         if axis_table.is_data(path):
             return False
-        norm = "norm" in path
-        return self.which == "all" or norm or (self.which == "all-small" and path.endswith(".bias"))
+        # `choice_bias` moves the choice of experts alone, where the loss has no slope.
+        bias = path.endswith("bias") and not path.endswith("choice_bias")
+        return self.which == "all" or "norm" in path or (self.which == "all-small" and bias)
 
     def initial(self, decoder: Decoder, seed: int) -> dict[str, Array]:
         """See `Trained`."""

@@ -120,15 +120,15 @@ def test_adapters_of_peft_are_read(tmp_path: Path) -> None:
     """Gate and up share the A of their parameter; one parameter has another rank, and one another α."""
     base = hugging_face_folder(tmp_path / "model", "qwen2_moe")
     settings = {
-        "target_modules": ["q_proj"],
+        "target_modules": ["q_proj", "shared_expert.gate_proj"],
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj", "shared_expert.up_proj.weight"],
-        "rank_pattern": {"down_proj": 2},
+        "rank_pattern": {"experts.down_proj": 2, "shared_expert.gate_proj": 3},
         "alpha_pattern": {"gate_up_proj": 3},
     }
     model = peft_adapter(tmp_path / "adapter", base, **settings)
     decoder = read_model(base).decoder
     adapter, lora = read_adapter(tmp_path / "adapter", decoder)
-    assert lora.targets == ("attention.q", "mlp.up", "experts.gate", "experts.up", "experts.down")
+    assert lora.targets == ("attention.q", "mlp.gate", "mlp.up", "experts.gate", "experts.up", "experts.down")
     np.testing.assert_array_equal(adapter[-1]["experts.gate"].a, adapter[-1]["experts.up"].a)
     expected = torch_logits(model, TOKENS)
     np.testing.assert_allclose(logits_of(merge(decoder, adapter, lora), TOKENS), expected, atol=1e-4)

@@ -55,6 +55,7 @@ def losses(mesh: str) -> dict[str, Any]:
 
 def of_experts(mesh: str) -> dict[str, Any]:
     """Training and validation losses of a mixture of experts, by each method; and the shards of factors of experts."""
+    jax.config.update("jax_disable_most_optimizations", True)
     sizes = Sizes(V=61, D=16, H=4, layers=(LayerSizes(N=4, K=4, F=0, X=6, W=8),) * 2)
     single = small_decoder(sizes=sizes, family="mixtral", routing=Routing(2))
     decoder = sharding.shard(single, sharding.make_mesh(sharding.parse_mesh(mesh)))
