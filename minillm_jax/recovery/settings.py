@@ -227,9 +227,14 @@ class AdapterShape:
 
     rank: int = option(8, int, "Rank r of the adapters.")
     alpha: float = option(16.0, float, "Numerator α of the scale α / r of the adapters.", flag="lora_alpha")
-    dropout: float = option(0.0, float, "Share of an adapter's inputs that are set to zero in training.")
+    dropout: float = option(
+        0.0, float, "Share of an adapter's inputs that are set to zero in training; not of experts."
+    )
     targets: tuple[str, ...] = option(
-        tuple(TARGETS), str, "Matrices with an adapter: q, k, v, o, gate, up, down.", spelling=WORDS
+        tuple(TARGETS),
+        str,
+        "Matrices with an adapter: q, k, v, o, gate, up, down; the last three of every expert too.",
+        spelling=WORDS,
     )
     start: str | None = option(None, str, "Folder of a PEFT adapter to start from.", flag="adapter")
 
