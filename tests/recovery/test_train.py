@@ -265,6 +265,12 @@ def test_full_training_changes_every_parameter_and_norms_only_norms(decoder: Dec
     assert changed == {path for path, _ in named_arrays(decoder) if "norm" in path}
 
 
+def test_biases_of_experts_and_routers_are_biases() -> None:
+    names = ("gate", "gate_bias", "down_bias", "router", "router_bias", "choice_bias")
+    trained = [name for name in names if TrainedArrays("all-small").trains(f"runs.0.experts.{name}")]
+    assert trained == ["gate_bias", "down_bias", "router_bias"]
+
+
 def test_the_estimate_from_forward_passes_approaches_the_gradient(decoder: Decoder) -> None:
     trained, data = TrainedArrays("norms"), examples(8)
     parameters = trained.initial(decoder, 0)
