@@ -54,6 +54,7 @@ PARTS: dict[str, Callable[[str], list[str]]] = {
     "samples": evaluation_tables.samples_table,
     "recovery": recover_tables.recovery_table,
     "experts": expert_tables.experts_table,
+    "adapters": expert_tables.adapters_table,
     "training": recover_tables.speed_table,
     "speed": speed_tables.speed_table,
     "job": speed_tables.tpu_job_table,

@@ -1,17 +1,12 @@
-"""Our adapters ↔ the folder of PEFT, `adapter_model.safetensors` and `adapter_config.json`, by the families' tables.
+"""Our adapters ↔ the folder of PEFT, `adapter_model.safetensors` and `adapter_config.json`.
 
-PEFT stores two matrices for a linear module W [outputs, inputs]: A [r, inputs] and B [outputs, r]. The rule of W is the
-rule of A with the rank in the place of the outputs, and the rule of B with the rank in the place of the inputs.
-
-Each matrix of ours has its own factors, even where the family stores several matrices as one fused module. The A of the
-module then holds the A's of its parts, one below the other. Its B is zero where the rows of one part meet the A of
-another part, so the product is that of the separate factors.
+`adapter_modules` says which modules of PEFT hold the factors of which matrices, and how.
 """
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +16,9 @@ from jax import numpy as jnp
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from convert import adapter_config, memory, rules
+from convert import adapter_config, adapter_modules, memory, rules
 from convert.adapter_config import CONFIG, Settings
-from convert.families import Part, Rule
-from convert.rules import Binding
+from convert.adapter_modules import Module, Pair
 from convert.sources import SafetensorsFolder
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError, reason
@@ -35,57 +29,13 @@ from minillm_jax.recovery.adapter import Adapter, Factors, Lora
 
 WEIGHTS = "adapter_model.safetensors"
 
+# The routers of a layer in the classes of transformers 5, and the gate of a shared expert.
+_OF_ROUTERS = re.compile(r"\.mlp\.(gate|router|shared_expert_gate)\.lora_")
+_MERGE = "merge it with PEFT (merge_and_unload), save the result and read that model"
+
 # The names of PEFT begin with those of its two wrappers of the model.
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-
-# A [*inputs, R] and B [R, *outputs] of one layer, in the layout of the decoder.
-Pair = tuple[np.ndarray, np.ndarray]
-
-
-def _modules(decoder: Decoder) -> list[Binding]:
-    """The bindings of all linear modules in the layers; modules without inputs or outputs included."""
-    kernels = [binding for binding in rules.bindings(decoder) if binding.index is not None]
-    return [binding for binding in kernels if all(part.path.endswith(".kernel") for part in binding.rule.parts)]
-
-
-def _module_name(binding: Binding) -> str:
-    return binding.name.removesuffix(".weight")
-
-
-def _matrix(part: Part) -> str:
-    """The name of a matrix of ours, `attention.q`."""
-    return part.path.removesuffix(".kernel")
-
-
-def _run(binding: Binding) -> int:
-    """The run of a module's layer."""
-    return int(binding.paths[0].split(".")[1])
-
-
-def _inputs_and_outputs(part: Part) -> list[str]:
-    return axis_table.BLOCK_AXES[part.path].split()
-
-
-def _with_rank(binding: Binding, letters: str, rank: int) -> Binding:
-    """A binding in which some axes have the size of the rank: the first that of the rank, all others size 1."""
-    return replace(binding, sizes=binding.sizes | dict.fromkeys(letters, 1) | {letters[0]: rank})
-
-
-def _binding_a(binding: Binding, part: Part, rank: int) -> Binding:
-    """The binding of one part's A, stored [rank, inputs]."""
-    rule = Rule(binding.rule.name, (part,))
-    return replace(_with_rank(binding, _inputs_and_outputs(part)[1], rank), rule=rule)
-
-
-def _binding_b(binding: Binding, rank: int) -> Binding:
-    """The binding of a module's B, stored [outputs of all parts, rank]. All parts have the same inputs."""
-    return _with_rank(binding, _inputs_and_outputs(binding.rule.parts[0])[0], rank)
-
-
-def _part_shape(binding: Binding, part: Part) -> tuple[int, ...]:
-    return axis_table.shape(axis_table.BLOCK_AXES[part.path], binding.sizes)
-
 
 # ------------------------------------------------------------------------------------------------------------ writing
 
@@ -98,7 +48,8 @@ def gathered(adapter: Adapter) -> Adapter:
 def write_adapter(adapter: Adapter, lora: Lora, decoder: Decoder, folder: Path, base_model: str) -> None:
     """Write an adapter in the form of PEFT. With several processes, process 0 alone calls it.
 
-    `PeftModel.from_pretrained` loads the folder on the model of the decoder, in the formats stock and per-layer.
+    `PeftModel.from_pretrained` loads the folder on the model of the decoder, in the formats stock and per-layer. The
+    file of an adapter with factors of experts has no dropout, which PEFT does not take there.
 
     Args:
       adapter: the factors; with several processes those of `gathered`.
@@ -111,48 +62,36 @@ def write_adapter(adapter: Adapter, lora: Lora, decoder: Decoder, folder: Path, 
       OSError: a file cannot be written.
     """
     host = [{name: tuple(map(np.asarray, factors)) for name, factors in run.items()} for run in adapter]
+    adapted = {name for run in adapter for name in run}
+    modules = adapter_modules.modules(decoder, lambda name, matrices: bool(adapted & set(matrices)))
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
-    for binding in _modules(decoder):
-        factors = {name: (a[binding.index], b[binding.index]) for name, (a, b) in host[_run(binding)].items()}
-        if any(_matrix(part) in factors for part in binding.rule.parts):
-            a, b = _stored(binding, factors)
-            module = _module_name(binding)
-            tensors |= {f"{_PREFIX}{module}{_A}": a, f"{_PREFIX}{module}{_B}": b}
-            ranks[module] = len(a)
-    _write_files(folder, adapter_config.document(lora, _shortened(ranks, _modules(decoder)), base_model), tensors)
+    for module in modules:
+        factors = {name: (a[module.index], b[module.index]) for name, (a, b) in host[module.run].items()}
+        own = [factors[name][0].shape[-1] for name in module.matrices if name in factors]
+        if own:
+            tensors |= zip(_names(module), module.stored(factors), strict=True)
+            ranks[module.name] = sum(own)
+    targets, parameters = (
+        _shortened(ranks, [module for module in modules if module.parameter == kind]) for kind in (False, True)
+    )
+    _write_files(folder, adapter_config.document(lora, targets, base_model, parameters), tensors)
 
 
-def _stored(binding: Binding, factors: Mapping[str, Pair]) -> Pair:
-    """A [r, inputs] and B [outputs, r] of a module, made of the factors of its parts; parts may lack factors."""
-    adapted = [part for part in binding.rule.parts if _matrix(part) in factors]
-    ranks = [factors[_matrix(part)][0].shape[-1] for part in adapted]
-    total, first, rows, blocks = sum(ranks), 0, [], {}
-    for part, rank in zip(adapted, ranks, strict=True):
-        a, b = factors[_matrix(part)]
-        bound = _binding_a(binding, part, rank)
-        rows.append(bound.to_torch([a.reshape(_part_shape(bound, part)).astype(np.float32)]))
-        blocks[part] = (slice(first, first + rank), b)
-        first += rank
-    bound, columns = _binding_b(binding, total), []
-    for part in binding.rule.parts:
-        shape = _part_shape(bound, part)
-        columns.append(np.zeros(shape, np.float32))
-        if part in blocks:
-            block, b = blocks[part]
-            columns[-1][block] = b.reshape(-1, *shape[1:])
-    return np.concatenate(rows), bound.to_torch(columns)
+def _names(module: Module) -> tuple[str, str]:
+    """The names of the A and the B of a module."""
+    return f"{_PREFIX}{module.prefix}{_A}", f"{_PREFIX}{module.prefix}{_B}"
 
 
-def _shortened(ranks: Mapping[str, int], modules: Sequence[Binding]) -> dict[str, int]:
-    """Names for target_modules → rank: the name inside the layer where all layers agree, else one name per layer.
+def _shortened(ranks: Mapping[str, int], modules: Sequence[Module]) -> dict[str, int]:
+    """Names for the settings → rank: the name inside the layer where all layers agree, else one name per layer.
 
     PEFT takes a short name for every module whose name ends so. A layer that lost its attention or MLP still has the
     modules, without features, which PEFT would warn of.
     """
     layers: dict[str, list[str]] = {}
-    for binding in modules:
-        layers.setdefault(binding.rule.name.removesuffix(".weight"), []).append(_module_name(binding))
+    for module in modules:
+        layers.setdefault(module.short, []).append(module.name)
     names: dict[str, int] = {}
     for short, whole in layers.items():
         found = {ranks.get(name) for name in whole}
@@ -198,16 +137,15 @@ def read_adapter(folder: Path, decoder: Decoder) -> tuple[Adapter, Lora]:
         layers, a tensor holds NaN or infinite values, or the adapter belongs to another model.
     """
     source, settings = _open(folder)
-    modules = _modules(decoder)
+    modules = adapter_modules.modules(decoder, lambda name, matrices: settings.names_parameter(name))
     _check_tensors(source, settings, modules, decoder)
     stored, pairs = set(source.names()), {}
-    for binding in modules:
-        module = _module_name(binding)
-        if f"{_PREFIX}{module}{_A}" in stored and np.prod(binding.stored_shape()):
-            a, b = (_read_float32(source, f"{_PREFIX}{module}{end}") for end in (_A, _B))
-            ratio = np.float32(settings.scale_of(module) / settings.scale)
-            for name, pair in _separate(binding, a, b * ratio, settings.rank).items():
-                pairs.setdefault((_run(binding), name), {})[binding.index] = pair
+    for module in modules:
+        if _names(module)[0] in stored and _has_elements(module):
+            a, b = (_read_float32(source, name) for name in _names(module))
+            ratio = np.float32(settings.scale_of(module.name) / settings.scale)
+            for name, pair in module.separate(a, b * ratio, settings.rank).items():
+                pairs.setdefault((module.run, name), {})[module.index] = pair
     return _assembled(pairs, settings, decoder)
 
 
@@ -227,28 +165,30 @@ def _open(folder: Path) -> tuple[SafetensorsFolder, Settings]:
     return SafetensorsFolder(folder, WEIGHTS), settings
 
 
-def _check_tensors(source: SafetensorsFolder, settings: Settings, modules: Sequence[Binding], decoder: Decoder) -> None:
+def _has_elements(module: Module) -> bool:
+    """Whether the weight of a module has elements."""
+    (_, inputs), (outputs, _) = module.shapes(1)
+    return bool(inputs * outputs)
+
+
+def _check_tensors(source: SafetensorsFolder, settings: Settings, modules: Sequence[Module], decoder: Decoder) -> None:
     """Check names and shapes of all tensors before any is read."""
     file = f"{source.where}/{WEIGHTS}"
     expected: dict[str, tuple[int, int]] = {}
-    for binding in modules:
-        module = _module_name(binding)
-        rank, (outputs, inputs) = settings.rank_of(module), binding.stored_shape()
-        expected |= {f"{_PREFIX}{module}{_A}": (rank, inputs), f"{_PREFIX}{module}{_B}": (outputs, rank)}
+    for module in modules:
+        expected |= zip(_names(module), module.shapes(settings.rank_of(module.name)), strict=True)
     stored = set(source.names())
     for name in sorted(stored - expected.keys()):
-        raise InputError(f"{file}: {_unknown(name, source.shape(name), decoder)}")
+        raise InputError(f"{file}: {_unknown(name, source.shape(name), decoder, modules)}")
     for name in sorted(stored):
         if source.shape(name) != expected[name]:
             raise InputError(
                 f"{file}: tensor {name!r} has shape {source.shape(name)}, but the model and {CONFIG} expect "
                 f"{expected[name]}; was the adapter trained on another model?"
             )
-    for binding in modules:
-        module = _module_name(binding)
-        names = [f"{_PREFIX}{module}{end}" for end in (_A, _B)]
-        required = np.prod(binding.stored_shape()) and settings.expects(module)
-        missing = [name for name in names if name not in stored]
+    for module in modules:
+        required = _has_elements(module) and settings.expects(module.name)
+        missing = [name for name in _names(module) if name not in stored]
         if missing and (required or len(missing) == 1):
             raise InputError(
                 f"{file}: tensor {missing[0]!r} of shape {expected[missing[0]]} is missing; is the download complete, "
@@ -258,19 +198,20 @@ def _check_tensors(source: SafetensorsFolder, settings: Settings, modules: Seque
         raise InputError(f"{file}: the file holds no tensors; save the adapter again")
 
 
-def _unknown(name: str, shape: tuple[int, ...], decoder: Decoder) -> str:
+def _unknown(name: str, shape: tuple[int, ...], decoder: Decoder, modules: Sequence[Module]) -> str:
     """The clause about a tensor that is no factor of a matrix in the layers."""
     table = rules.table_of(decoder)
     outer = {binding.name for binding in rules.bindings(decoder) if binding.index is None}
     outer |= {table.head} | ({table.head_alias} if table.head_alias else set())
     if any(name.startswith(f"{_PREFIX}{one.removesuffix('.weight')}.") for one in outer):
         return (
-            f"tensor {name!r} belongs to the embeddings or the head, and only adapters of the layers are read; "
-            "merge it with PEFT (merge_and_unload), save the result and read that model"
+            f"tensor {name!r} belongs to the embeddings or the head, and only adapters of the layers are read; {_MERGE}"
         )
+    if decoder.config.routing is not None and _OF_ROUTERS.search(name):
+        return f"tensor {name!r} belongs to a router, and only adapters of attention and experts are read; {_MERGE}"
     return (
         f"unknown tensor {name!r} of shape {shape}; expected names such as "
-        f"{_PREFIX + _module_name(_modules(decoder)[0]) + _A!r}; was the adapter trained on another model?"
+        f"{_names(modules[0])[0]!r}; was the adapter trained on another model?"
     )
 
 
@@ -280,55 +221,21 @@ def _read_float32(source: SafetensorsFolder, name: str) -> np.ndarray:
     return tensor
 
 
-def _separate(binding: Binding, a: np.ndarray, b: np.ndarray, rank: int) -> dict[str, Pair]:
-    """The factors of each matrix of ours in one module.
-
-    Args:
-      binding: the module.
-      a: its A, [r, inputs].
-      b: its B, [outputs, r].
-      rank: rank of the adapter, which `write_adapter` gives to each part of a fused module.
-    """
-    total, parts = len(a), binding.rule.parts
-    columns = _binding_b(binding, total).to_flax(b)
-    pairs = {}
-    for part, column, kept in zip(parts, columns, _kept_ranks(columns, rank), strict=True):
-        inputs = len(_inputs_and_outputs(part)[0])
-        outputs = _part_shape(binding, part)[inputs:]
-        bound = _binding_a(binding, part, total)
-        whole = bound.to_flax(a)[0].reshape(*_part_shape(binding, part)[:inputs], total)
-        if kept.size:
-            pairs[_matrix(part)] = (whole[..., kept], column.reshape(total, *outputs)[kept])
-    return pairs
-
-
-def _kept_ranks(columns: Sequence[np.ndarray], rank: int) -> list[np.ndarray]:
-    """The indices of the ranks that each part of a module keeps, without those in which the part's B is zero.
-
-    Where the parts have equal ranks, one after the other, they keep all of their own, even if some are zero.
-    """
-    count, total = len(columns), len(columns[0])
-    indices = np.arange(total)
-    used = np.stack([column.reshape(total, -1).any(1) for column in columns])
-    own = indices // rank == np.arange(count)[:, None]
-    if total == rank * count and not (used & ~own).any():
-        return [indices[row] for row in own]
-    return [indices[row] for row in used] if count > 1 and used.any() else [indices] * count
-
-
 def _assembled(
-    pairs: Mapping[tuple[int, str], Mapping[int | None, Pair]], settings: Settings, decoder: Decoder
+    pairs: Mapping[tuple[int, str], Mapping[int, Pair]], settings: Settings, decoder: Decoder
 ) -> tuple[Adapter, Lora]:
     """The adapter made of the factors of single layers: (run, matrix) → index of the layer in its run → factors."""
     rank = max((a.shape[-1] for layers in pairs.values() for a, _ in layers.values()), default=settings.rank)
     adapter: Adapter = [{} for _ in decoder.runs]
     for (run, name), layers in pairs.items():
         a, b = next(iter(layers.values()))
-        count = depth(decoder.runs[run])
+        count, axis = depth(decoder.runs[run]), len(axis_table.map_axes(name)[0])
         stacked_a = np.zeros((count, *a.shape[:-1], rank), np.float32)
-        stacked_b = np.zeros((count, rank, *b.shape[1:]), np.float32)
+        stacked_b = np.zeros((count, *b.shape[:axis], rank, *b.shape[axis + 1 :]), np.float32)
         for layer, (a, b) in layers.items():
-            stacked_a[layer, ..., : a.shape[-1]], stacked_b[layer, : len(b)] = a, b
+            own = slice(a.shape[-1])
+            stacked_a[layer, ..., own] = a
+            stacked_b[(layer, *(slice(None),) * axis, own)] = b
         adapter[run][name] = Factors(jnp.asarray(stacked_a), jnp.asarray(stacked_b))
-    targets = tuple(name for name in axis_table.matrices() if any(name in run for run in adapter))
+    targets = tuple(name for name in axis_table.all_matrices() if any(name in run for run in adapter))
     return adapter, Lora(rank, settings.alpha_at(rank), settings.dropout, targets)

@@ -5,7 +5,7 @@ PEFT adds scale · B · A to the weight of a linear module, with scale α / r, o
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ _REFUSED = (
     "lora_bias",
     "modules_to_save",
     "monteclora_config",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_dora",
@@ -81,14 +80,19 @@ class Settings:
         if isinstance(targets, str):
             return targets != "all-linear" and self._matches(targets, module)
         names = targets if isinstance(targets, list) else []
-        return any(module == name or module.endswith(f".{name}") for name in names)
+        return self.names_parameter(module) or _ends_with_one(module.removesuffix(".weight"), names)
+
+    def names_parameter(self, name: str) -> bool:
+        """Whether `target_parameters` names a parameter."""
+        return _ends_with_one(name, self.raw.get("target_parameters") or [])
 
     def _divisor(self, rank: int) -> float:
         return rank**0.5 if self.raw.get("use_rslora") else float(rank)
 
     def _pattern(self, key: str, module: str, default: Any) -> Any:
         patterns = self.raw.get(key) or {}
-        matching = (value for name, value in patterns.items() if self._matches(rf"(.*\.)?({name})", module))
+        # A linear module of a mixture of experts is named by its weight, or by itself.
+        matching = (value for name, value in patterns.items() if self._matches(rf"(.*\.)?({name})(\.weight)?", module))
         return next(matching, default)
 
     def _matches(self, pattern: str, module: str) -> bool:
@@ -96,6 +100,11 @@ class Settings:
             return re.fullmatch(pattern, module) is not None
         except re.error as error:
             raise InputError(f"{self.where}: {pattern!r} is no regular expression ({error})") from error
+
+
+def _ends_with_one(name: str, ends: Sequence[str]) -> bool:
+    """Whether a name is one of others, or ends so."""
+    return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
 def read(folder: Path) -> Settings:
@@ -157,7 +166,9 @@ def _number(values: Mapping[str, Any], key: str, kind: type[int] | type[float], 
     return kind(value)
 
 
-def document(lora: Lora, ranks: Mapping[str, int], base_model: str) -> dict[str, Any]:
+def document(
+    lora: Lora, ranks: Mapping[str, int], base_model: str, parameters: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """The content of adapter_config.json for an adapter of ours.
 
     Args:
@@ -165,8 +176,11 @@ def document(lora: Lora, ranks: Mapping[str, int], base_model: str) -> dict[str,
       ranks: name of a module, or the end of the names of equal modules → rank of its factors. Its scale is that of the
         adapter.
       base_model: folder or Hub id of the model that the adapter belongs to.
+      parameters: the same of parameters. PEFT refuses dropout where it adapts parameters, so the file then has none.
     """
-    others = {name: rank for name, rank in sorted(ranks.items()) if rank != lora.rank}
+    parameters = parameters or {}
+    others = {name: rank for name, rank in sorted({**ranks, **parameters}.items()) if rank != lora.rank}
+    named = {"target_parameters": sorted(parameters)} if parameters else {}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -174,8 +188,9 @@ def document(lora: Lora, ranks: Mapping[str, int], base_model: str) -> dict[str,
         "revision": None,
         "r": lora.rank,
         "lora_alpha": _plain(lora.alpha),
-        "lora_dropout": lora.dropout,
+        "lora_dropout": 0.0 if parameters else lora.dropout,
         "target_modules": sorted(ranks),
+        **named,
         "rank_pattern": others,
         "alpha_pattern": {name: _plain(lora.alpha * rank / lora.rank) for name, rank in others.items()},
         "bias": "none",

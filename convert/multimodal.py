@@ -23,8 +23,8 @@ TEXT = "text_config"
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 
-# The types of tensors that are carried over.
-_CARRIED = sources.FLOATS | {
+# The types of tensors that are carried over, beside those of weights.
+_OTHER_TYPES = {
     "F64": "float64",
     "I64": "int64",
     "I32": "int32",
@@ -175,7 +175,7 @@ class Rest:
           InputError: the weight files are missing or damaged, or a tensor is of a type that is not carried over.
         """
         self._source = (
-            sources.SafetensorsFolder(folder, types=_CARRIED)
+            sources.SafetensorsFolder(folder, types=sources.FLOATS | _OTHER_TYPES)
             if sources.has_safetensors(folder)
             else sources.open_folder(folder)
         )
@@ -185,7 +185,7 @@ class Rest:
 
     def _bytes_of(self, name: str) -> int:
         if isinstance(self._source, sources.SafetensorsFolder):
-            size = np.dtype(_CARRIED.get(self._source.type_of(name), "float32")).itemsize
+            size = np.dtype((sources.FLOATS | _OTHER_TYPES).get(self._source.type_of(name), "float32")).itemsize
             return int(np.prod(self._source.shape(name))) * size
         return self.read(name).nbytes
 

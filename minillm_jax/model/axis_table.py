@@ -105,6 +105,22 @@ def matrices() -> dict[str, str]:
     return {path.removesuffix(suffix): axes for path, axes in BLOCK_AXES.items() if path.endswith(suffix)}
 
 
+def expert_matrices() -> dict[str, str]:
+    """Name of every matrix of the experts (`experts.gate`, ...) and its axes (`X D W`)."""
+    return {path: axes for path, axes in BLOCK_AXES.items() if path.startswith("experts.") and axes.count(" ") == 2}
+
+
+def all_matrices() -> dict[str, str]:
+    """`matrices`, then those of the experts."""
+    return matrices() | expert_matrices()
+
+
+def map_axes(name: str) -> tuple[str, str, str]:
+    """The axes of a matrix of `all_matrices`: those that number linear maps (X or none), inputs, outputs."""
+    *maps, inputs, outputs = all_matrices()[name].split()
+    return "".join(maps), inputs, outputs
+
+
 def letters(axes: str) -> str:
     """The axis letters without spaces: `"DNH"` for `"D NH"`."""
     return axes.replace(" ", "")

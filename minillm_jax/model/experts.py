@@ -99,7 +99,8 @@ def of_chosen(
     """The output of every chosen expert for every token, before its weight."""
     settings = {"routing": routing, "activation": activation}
     of_rows = [partial(by_blocks, largest=rows, **settings) for rows in (ROWS_ON_CPU, ROWS_ELSEWHERE)]
-    return jax.lax.platform_dependent(matrices(experts), tokens, chosen, cpu=of_rows[0], default=of_rows[1])
+    arrays = matrices(experts), experts.low_rank(), tokens, chosen
+    return jax.lax.platform_dependent(*arrays, cpu=of_rows[0], default=of_rows[1])
 
 
 def matrices(experts: Experts) -> Matrices:
@@ -110,13 +111,12 @@ def matrices(experts: Experts) -> Matrices:
 
 def of_one(expert: Matrices, rows: Float[Array, "R D"], routing: Routing, activation: str) -> Float[Array, "R D"]:
     """The output of one expert, whose arrays lack the axis X."""
-    return _plus(ops.einsum("RW,WD->RD", channels(expert, rows, routing, activation), expert["down"]), expert, "down")
+    return _map(expert, "down", channels(expert, rows, routing, activation))
 
 
 def channels(expert: Matrices, rows: Float[Array, "R D"], routing: Routing, activation: str) -> Float[Array, "R W"]:
     """The channels of one expert, the input of its down projection."""
-    gate, up = (_plus(ops.einsum("RD,DW->RW", rows, expert[name]), expert, name) for name in ("gate", "up"))
-    return gated(gate, up, routing, activation)
+    return gated(_map(expert, "gate", rows), _map(expert, "up", rows), routing, activation)
 
 
 def weighted_channels(
@@ -143,10 +143,14 @@ def weighted_channels(
     return channels(expert, tokens, routing, activation).astype(jnp.float32) * weight
 
 
-def _plus(rows: Float[Array, "R O"], expert: Matrices, name: str) -> Float[Array, "R O"]:
-    """With the bias of the matrix `name` of an expert, if it has one."""
+def _map(expert: Matrices, name: str, rows: Float[Array, "R I"]) -> Float[Array, "R O"]:
+    """The product with the matrix `name` of an expert, with its low-rank factors and its bias if it has them."""
+    outputs = ops.einsum("RI,IO->RO", rows, expert[name])
+    if f"{name}_a" in expert:
+        narrow = ops.einsum("RI,Ir->Rr", rows, expert[f"{name}_a"])
+        outputs = (outputs + ops.einsum("Rr,rO->RO", narrow, expert[f"{name}_b"])).astype(outputs.dtype)
     bias = expert.get(f"{name}_bias")
-    return rows if bias is None else rows + jnp.broadcast_to(bias, rows.shape)
+    return outputs if bias is None else outputs + jnp.broadcast_to(bias, outputs.shape)
 
 
 def gated(gate: Float[Array, "R W"], up: Float[Array, "R W"], routing: Routing, activation: str) -> Float[Array, "R W"]:
@@ -159,6 +163,7 @@ def gated(gate: Float[Array, "R W"], up: Float[Array, "R W"], routing: Routing, 
 
 def by_blocks(
     experts: Matrices,
+    factors: Matrices,
     tokens: Float[Array, "M D"],
     chosen: Int[Array, "M C"],
     routing: Routing,
@@ -179,10 +184,13 @@ def by_blocks(
     token_at = jnp.zeros(blocks * size, jnp.int32).at[place].set(jnp.arange(rows, dtype=jnp.int32) // chosen.shape[1])
     expert_of_block = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks) * size, side="right"), count - 1)
 
-    def one_block(block: tuple[Int[Array, ""], Int[Array, " size"]]) -> Float[Array, "size D"]:
-        index, places = block
-        expert = {name: jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for name, a in experts.items()}
-        return of_one(expert, tokens[places], routing, activation)
+    # The factors are taken before the loop, whose gradient would otherwise add an array of all experts in every step.
+    factors_of_block = {name: jnp.take(array, expert_of_block, axis=0) for name, array in factors.items()}
 
-    outputs = jax.lax.map(one_block, (expert_of_block, token_at.reshape(blocks, size)))
+    def one_block(block: tuple[Int[Array, ""], Matrices, Int[Array, " size"]]) -> Float[Array, "size D"]:
+        index, low_rank, places = block
+        expert = {name: jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for name, a in experts.items()}
+        return of_one({**expert, **low_rank}, tokens[places], routing, activation)
+
+    outputs = jax.lax.map(one_block, (expert_of_block, factors_of_block, token_at.reshape(blocks, size)))
     return outputs.reshape(blocks * size, -1)[place].reshape(*chosen.shape, -1)

@@ -153,6 +153,10 @@ class Experts(nnx.Module):
         self.gate_bias, self.up_bias, self.down_bias = array("gate_bias"), array("up_bias"), array("down_bias")
         self.shared_gate = array("shared_gate")
 
+    def low_rank(self) -> Mapping[str, Array]:
+        """The factors that are added to the matrices: `gate_a` [X, D, R], `gate_b` [X, R, W], ...; none here."""
+        return {}
+
 
 class Block(nnx.Module):
     """One layer, or a run of equal layers, whose arrays have a leading axis L."""

@@ -93,6 +93,23 @@ def kernels(block: Block) -> dict[str, nnx.Param]:
     return matrices
 
 
+def all_matrices(block: Block) -> dict[str, nnx.Param]:
+    """`kernels`, then the matrices of the experts, if the block has them."""
+    of_experts = {} if block.experts is None else axis_table.expert_matrices()
+    return kernels(block) | {name: getattr(block.experts, name.split(".")[1]) for name in of_experts}
+
+
+def replace_all_matrices(block: Block, new: Callable[[str, Array], Array]) -> Block:
+    """`replace_kernels`, of the matrices of the experts too."""
+    of_experts = axis_table.expert_matrices()
+
+    def leaf(path: jax.tree_util.KeyPath, array: Array) -> Array:
+        name = axis_table.array_path(path)
+        return new(name, array) if name in of_experts else array
+
+    return jax.tree_util.tree_map_with_path(leaf, replace_kernels(block, new))
+
+
 def replace_kernels(block: Block, new: Callable[[str, Array], Array]) -> Block:
     """A block with every matrix W replaced by `new(name, W)`; all other arrays are shared with the original."""
 

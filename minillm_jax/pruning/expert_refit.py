@@ -102,13 +102,32 @@ def refit_experts(
     Raises:
       InputError: an activation is not finite.
     """
+    smaller = refit_towards(index, layer, slicing.take_layer(kept, layer, streams.mesh), streams, refit, config)
+    return slicing.put_layer(kept, {path: sharding.gather(array) for path, array in named_arrays(smaller)}, layer)
+
+
+def refit_towards(
+    index: int, layer: Block, smaller: Block, streams: Streams, refit: Refit, config: DecoderConfig
+) -> Block:
+    """A layer whose experts have refitted down projections.
+
+    Args:
+      index: of the layer.
+      layer: the dense layer, a run of one layer.
+      smaller: the layer with fewer or narrower experts.
+      streams: the activations of all batches.
+      refit: from `refit.resolve`.
+      config: how the decoder computes.
+
+    Raises:
+      InputError: an activation is not finite.
+    """
     assert config.routing is not None, "the layer has experts"
-    smaller = slicing.take_layer(kept, layer, streams.mesh)
     for _ in range(SWEEPS):
         fit, held_out = _moments(layer, smaller, streams, refit.alpha or 0.0, config)
         steps = hosts.of_first(lambda fit=fit, rest=held_out: {"steps": _steps(index, fit, rest, refit.ridge)})["steps"]
         smaller = _with_down(smaller, steps / config.routing.chosen, streams.mesh)
-    return slicing.put_layer(kept, {path: sharding.gather(array) for path, array in named_arrays(smaller)}, layer)
+    return smaller
 
 
 def _moments(

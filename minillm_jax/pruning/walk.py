@@ -140,6 +140,9 @@ class Site:
       moments: collects the moments of the projection's input, anew at every call; valid until `replace` returns. The
         walk keeps no copy, so that they leave the device with the caller's.
       held_tokens: number of tokens of the held-out windows.
+      dense: the layer of the dense model.
+      states: of every batch before the sublayer on the pruned stream, and after it on the dense one.
+      held_batches: number of batches of the held-out windows, which stand at the end.
     """
 
     layer: int
@@ -148,7 +151,10 @@ class Site:
     tokens: int
     mesh: Mesh | None
     moments: Callable[[], Collected[Moments]]
-    held_tokens: int = 0
+    held_tokens: int
+    dense: Block
+    states: tuple[Sequence[State], Sequence[State]]
+    held_batches: int
 
 
 # Refits the matrices of a sublayer that read the residual stream: layer index, kind, layer, moments -> layer.
@@ -220,8 +226,12 @@ def walk(
             if restored is None:
                 pairs = partial(inputs_and_gaps, layer, **settings)
                 moments = partial(collected, Moments, pairs, list(zip(pruned, dense_totals, strict=True)))
-                layer = replace(Site(index, kind, layer, batches.tokens, batches.mesh, moments, held_tokens))
-                del moments  # it would live on through the next sublayer
+                held, states = len(parts[-1]) if held_out else 0, (tuple(pruned), tuple(dense))
+                site = Site(
+                    index, kind, layer, batches.tokens, batches.mesh, moments, held_tokens, dense_layer, states, held
+                )
+                layer = replace(site)
+                del moments, states, site  # they would live on through the next sublayer
             else:
                 layer = restored
             del dense_totals

@@ -2,10 +2,13 @@
 
 A matrix W of the decoder computes x · W + (α / r) · x · A · B with an adapter. W itself is neither copied nor changed,
 and it gets no gradient. `merge` adds (α / r) · A · B to every W in the end.
+
+Every expert of a mixture has factors of its own. A row of tokens costs the products of the factors of its expert alone.
+The router has none: a step of it changes which experts compute a token, and the loss jumps there.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,13 +16,15 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Key
 
+from minillm_jax.devices.sharding import MODEL, mesh_of, place, spec
 from minillm_jax.model import axis_table, ops, padded_runs
 from minillm_jax.model.build import with_runs
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.modules import PRODUCT, Block, Linear, depth
-from minillm_jax.model.tree import kernels, replace_kernels, replace_linears
+from minillm_jax.model.modules import PRODUCT, Block, Experts, Linear, depth, experts_of, run_letters
+from minillm_jax.model.tree import all_matrices, replace_all_matrices, replace_linears
 from minillm_jax.recovery.settings import Lora
 from minillm_jax.scoring.gradient import directions
 
@@ -28,28 +33,30 @@ class Factors(NamedTuple):
     """The factors of one matrix, in all layers of a run or in one layer.
 
     Attributes:
-      a: maps the inputs to the rank, float32, [L, inputs, R].
-      b: maps the rank to the outputs, float32, [L, R, outputs].
+      a: maps the inputs to the rank, float32, [L, inputs, R]; for matrices of experts [L, X, inputs, R].
+      b: maps the rank to the outputs, float32, [L, R, outputs]; for matrices of experts [L, X, R, outputs].
     """
 
-    a: Float[Array, "*L_inputs R"]
-    b: Float[Array, "*L_R outputs"]
+    a: Float[Array, "*L_X_inputs R"]
+    b: Float[Array, "*L_X_R outputs"]
 
 
 # For each run of the decoder: name of a matrix -> its factors.
 Adapter = list[dict[str, Factors]]
 
 
-def inputs_of(name: str) -> int:
-    """The number of axes of a matrix that are inputs."""
-    return len(axis_table.matrices()[name].split()[0])
+def factor_axes(name: str) -> tuple[str, str]:
+    """The axes of A and of B of a matrix in one layer; the rank has the letter R."""
+    maps, inputs, outputs = axis_table.map_axes(name)
+    return f"{maps}{inputs}R", f"{maps}R{outputs}"
 
 
 def initial(decoder: Decoder, lora: Lora, seed: int) -> Adapter:
     """An adapter without effect: A uniform within ± 1 / √inputs, as PEFT draws it; B zero.
 
     The numbers depend on the seed, the layer and the matrix, and not on the runs or the devices. The host draws them:
-    they are few, and a program for every shape would take longer to compile.
+    they are few, and a program for every shape would take longer to compile. Factors of experts are cut over the
+    devices as the experts are; every device has all others whole.
 
     Args:
       decoder: the model; its shapes alone are read.
@@ -58,28 +65,35 @@ def initial(decoder: Decoder, lora: Lora, seed: int) -> Adapter:
     """
     first, adapter = 0, []
     for run in decoder.runs:
-        layers = range(first, first + depth(run))
-        adapter.append(
-            {
-                name: _initial_factors(kernel.shape[1:], name, lora.rank, seed, layers)
-                for name, kernel in kernels(run).items()
-                if name in lora.targets and kernel.size
-            }
-        )
+        layers, sizes = range(first, first + depth(run)), run_letters(run) | {"R": lora.rank}
+        factors = {
+            name: _initial_factors(name, sizes, seed, layers)
+            for name, matrix in all_matrices(run).items()
+            if name in lora.targets and matrix.size
+        }
+        adapter.append({name: cut_as_experts(name, pair, sizes, mesh_of(decoder)) for name, pair in factors.items()})
         first += depth(run)
     return adapter
 
 
-def _initial_factors(shape: tuple[int, ...], name: str, rank: int, seed: int, layers: range) -> Factors:
-    inputs, outputs = shape[: inputs_of(name)], shape[inputs_of(name) :]
-    bound, matrix = math.prod(inputs) ** -0.5, list(axis_table.matrices()).index(name)
+def _initial_factors(name: str, sizes: Mapping[str, int], seed: int, layers: range) -> Factors:
+    inputs, matrix = axis_table.map_axes(name)[1], list(axis_table.all_matrices()).index(name)
+    a, b = (axis_table.shape(axes, sizes) for axes in factor_axes(name))
+    bound = math.prod(axis_table.shape(inputs, sizes)) ** -0.5
 
     def draw(layer: int) -> np.ndarray:
         numbers = np.random.default_rng((seed, directions.STREAMS["adapter"], layer, matrix))
-        return numbers.uniform(-bound, bound, (*inputs, rank)).astype(np.float32)
+        return numbers.uniform(-bound, bound, a).astype(np.float32)
 
-    a = np.stack([draw(layer) for layer in layers])
-    return Factors(jnp.asarray(a), jnp.zeros((len(layers), rank, *outputs), jnp.float32))
+    return Factors(jnp.asarray(np.stack([draw(layer) for layer in layers])), jnp.zeros((len(layers), *b), jnp.float32))
+
+
+def cut_as_experts(name: str, factors: Factors, sizes: Mapping[str, int], mesh: Mesh | None) -> Factors:
+    """The factors of a matrix of experts in the shards of the experts; all others, or without a mesh, unchanged."""
+    if mesh is None or name not in axis_table.expert_matrices():
+        return factors
+    places = [NamedSharding(mesh, spec(f"L{axes}", sizes, mesh.shape[MODEL])) for axes in factor_axes(name)]
+    return Factors(*(place(factor, where) for factor, where in zip(factors, places, strict=True)))
 
 
 class AdaptedLinear(Linear):
@@ -97,6 +111,30 @@ class AdaptedLinear(Linear):
         a, b = ops.merge_axes(self.a[...], inputs), ops.merge_axes(self.scale * self.b[...], 1)
         change = low_rank_product(ops.merge_last(self.drop(x), inputs), a, b)
         return (y + change.reshape(y.shape)).astype(y.dtype)
+
+
+class AdaptedExperts(Experts):
+    """Experts with low-rank factors beside their matrices.
+
+    There is no dropout: PEFT, which adapts the whole array of the experts, has none there.
+    """
+
+    def __init__(self, experts: Experts, factors: Mapping[str, Factors], scale: float):
+        for path in axis_table.BLOCK_AXES:
+            if path.startswith("experts."):
+                name = path.removeprefix("experts.")
+                setattr(self, name, getattr(experts, name))
+        self.factors = nnx.Dict(
+            {
+                f"{name}_{letter}": nnx.Variable(factor)
+                for name, (a, b) in factors.items()
+                for letter, factor in (("a", a), ("b", scale * b))
+            }
+        )
+
+    def low_rank(self) -> Mapping[str, Array]:
+        """See `Experts`."""
+        return {name: factor[...] for name, factor in self.factors.items()}
 
 
 @jax.custom_vjp
@@ -144,7 +182,12 @@ def adapted(
             return linear
         return AdaptedLinear(linear, factors[name], lora.scale, _dropout(lora.dropout, key, layer, name))
 
-    return replace_linears(block, new)
+    changed = replace_linears(block, new)
+    names = [name for name in axis_table.expert_matrices() if name in factors]
+    if names:
+        of_experts = {name.split(".")[1]: factors[name] for name in names}
+        changed.experts = AdaptedExperts(experts_of(block), of_experts, lora.scale)
+    return changed
 
 
 def _dropout(
@@ -169,14 +212,13 @@ def one_run(runs: Sequence[Block], adapter: Adapter) -> Adapter:
     """
     sizes, found = padded_runs.largest(runs), {}
     for name in dict.fromkeys(name for factors in adapter for name in factors):
-        inputs, outputs = axis_table.matrices()[name].split()
-        pieces = []
+        axes, pieces = factor_axes(name), []
         for run, factors in zip(runs, adapter, strict=True):
             before = padded_runs.letters_of(run)
             a, b = factors.get(name) or _empty(adapter, name, before["L"])
             a, b = (
-                padded_runs.padded(factor, f"L{axes}", before, sizes)
-                for factor, axes in ((a, f"{inputs}R"), (b, f"R{outputs}"))
+                padded_runs.padded(factor, f"L{letters}", before, sizes)
+                for factor, letters in zip((a, b), axes, strict=True)
             )
             pieces.append(Factors(a, b))
         found[name] = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
@@ -198,14 +240,16 @@ def merge(decoder: Decoder, adapter: Adapter, lora: Lora) -> Decoder:
 
 @jax.jit
 def _product(kernel: Float[Array, "L ..."], factors: Factors, scale: float | Float[Array, ""]) -> Float[Array, "L ..."]:
-    count, rank = kernel.shape[0], factors.a.shape[-1]
-    a, b = factors.a.reshape(count, -1, rank), factors.b.reshape(count, rank, -1)
-    change = ops.einsum("LIR,LRO->LIO", a, b).reshape(kernel.shape)
-    return (kernel.astype(jnp.float32) + scale * change).astype(kernel.dtype)
+    a, b = factors
+    # The axes before the inputs: L, and X for experts.
+    maps, rank = a.ndim + b.ndim - kernel.ndim - 2, a.shape[-1]
+    count = math.prod(kernel.shape[:maps])
+    change = ops.einsum("CIR,CRO->CIO", a.reshape(count, -1, rank), b.reshape(count, rank, -1))
+    return (kernel.astype(jnp.float32) + scale * change.reshape(kernel.shape)).astype(kernel.dtype)
 
 
 def _merged_run(run: Block, factors: dict[str, Factors], scale: float) -> Block:
-    return replace_kernels(
+    return replace_all_matrices(
         run, lambda name, kernel: _product(kernel, factors[name], scale) if name in factors else kernel
     )
 

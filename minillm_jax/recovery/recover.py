@@ -14,7 +14,7 @@ from minillm_jax.devices import sharding
 from minillm_jax.devices.store import Store
 from minillm_jax.errors import InputError
 from minillm_jax.model.decoder import Decoder
-from minillm_jax.model.tree import kernels
+from minillm_jax.model.tree import all_matrices
 from minillm_jax.recovery import gradients
 from minillm_jax.recovery.adapter import Adapter
 from minillm_jax.recovery.optimizer import learning_rates, optimizer
@@ -138,7 +138,7 @@ def _refitted(
         Point(update, read, None, None, *(_loss(one, text, training) for text in (texts.validation, texts.watched)))
         for update, read, one in ((0, 0, decoder), (1, tokens, after))
     ]
-    matrices = [kernels(run) for run in after.runs]
+    matrices = [all_matrices(run) for run in after.runs]
     outcome = Outcome(matrices, measured, 1, tokens, tokens, time.perf_counter() - began)
     return Recovered(after, None, sections.lora(), outcome)
 

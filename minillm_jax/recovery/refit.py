@@ -2,8 +2,8 @@
 
 Pruning has refitted the kept rows of every output projection to the calibration windows. This walk refits whole models:
 it visits the sublayers of a pruned model in order, with the residual streams of the pruned model and of the dense model
-on other text, and solves the systems of `pruning.refit` with all rows kept. It needs no step, no learning rate and no
-gradient.
+on other text, and solves the systems of `pruning.refit` with all rows kept. Experts take the sweeps of
+`pruning.expert_refit`. It needs no step, no learning rate and no gradient.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,10 +15,12 @@ from minillm_jax.devices import hosts
 from minillm_jax.devices.sharding import mesh_of, shard
 from minillm_jax.errors import InputError
 from minillm_jax.model.build import with_runs
+from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import group_count, hidden_size, layer_count
-from minillm_jax.pruning import slicing
+from minillm_jax.pruning import expert_refit, slicing
+from minillm_jax.pruning.expert_refit import Streams
 from minillm_jax.pruning.refit import (
     any_input_refit,
     gathered,
@@ -65,7 +67,7 @@ def refit_towards(
     walk(
         teacher,
         batches,
-        lambda site: refitted_site(site, settings, solver),
+        lambda site: refitted_site(site, settings, solver, decoder.config),
         progress,
         refit_inputs if settings.inputs else None,
         held_out_windows(settings, batches),
@@ -75,7 +77,17 @@ def refit_towards(
     return shard(with_runs(decoder, slicing.merge(layers)), mesh_of(decoder))
 
 
-def refitted_site(site: Site, settings: Refit, solver: Solver) -> Block:
+def refitted_site(site: Site, settings: Refit, solver: Solver, config: DecoderConfig) -> Block:
+    """The layer of a site with refitted output projections: that of its groups, then those of its experts."""
+    layer = refitted_groups(site, settings, solver)
+    if site.kind != "channel" or not group_count(layer, "expert"):
+        return layer
+    before, dense = (list(states) for states in site.states)
+    streams = Streams(before, dense, site.held_batches, site.mesh)
+    return expert_refit.refit_towards(site.layer, site.dense, layer, streams, settings, config)
+
+
+def refitted_groups(site: Site, settings: Refit, solver: Solver) -> Block:
     """The layer of a site with a refitted output projection; all its groups are kept."""
     count = group_count(site.run, site.kind)
     if not count:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block
+from minillm_jax.model.tree import replace_all_matrices
 from minillm_jax.recovery import objective
 from minillm_jax.recovery.gradients import Gradient, Part
 from minillm_jax.recovery.objective import Sums
@@ -157,10 +158,12 @@ class Mezo:
 
 def _sums(model: Decoder, key: Key[Array, ""], step: float, part: Part) -> Sums:
     """The losses at W + step · z."""
-    windows = jnp.arange(len(part.sequences.tokens))
 
     def moved(block: Block, layer: Array, extra: None) -> Block:
-        return Weights().moved(block, key, layer, finite(jnp.float32(step)), windows)
+        def new(name: str, matrix: Array) -> Array:
+            return finite(jnp.float32(step))(matrix, partial(Weights().add, key=key, layer=layer, name=name))
+
+        return replace_all_matrices(block, new)
 
     hidden = hidden_states(model, part.sequences.tokens, moved, None, "all")
     return objective.sums(model, hidden, part.sequences, part.teacher, part.weights.temperature)

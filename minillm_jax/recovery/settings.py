@@ -5,6 +5,7 @@ recipe of `minillm-jax prune`. This module imports neither JAX nor transformers,
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -18,11 +19,17 @@ ACTIVATIONS = ("stream", "products", "all")
 SCHEDULES = ("linear", "cosine", "constant")
 # What `--method forward` trains: low-rank adapters, norms, or norms and biases.
 FORWARD_TRAINS = ("lora", "norms", "all-small", "matrices")
-# Name of a matrix in the settings -> its name in the table of axes (`model.axis_table`).
+# Name of a matrix in the settings -> its names in the table of axes (`model.axis_table`): that of the dense MLP or the
+# shared expert, and that of the experts.
 TARGETS = {
-    **{name: f"attention.{name}" for name in ("q", "k", "v", "o")},
-    **{name: f"mlp.{name}" for name in ("gate", "up", "down")},
+    **{name: (f"attention.{name}",) for name in ("q", "k", "v", "o")},
+    **{name: (f"mlp.{name}", f"experts.{name}") for name in ("gate", "up", "down")},
 }
+
+
+def names_of(targets: Sequence[str]) -> tuple[str, ...]:
+    """The names in the table of axes of some of `TARGETS`."""
+    return tuple(name for target in targets for name in TARGETS[target])
 
 
 def _read_course(text: str) -> tuple[float, float]:
@@ -176,14 +183,15 @@ class Lora:
     Attributes:
       rank: rank r of the factors.
       alpha: numerator α of the scale α / r.
-      dropout: share of the inputs of A that are set to zero in training, in [0, 1); the others are scaled up.
+      dropout: share of the inputs of A that are set to zero in training, in [0, 1); the others are scaled up. The
+        factors of experts have none.
       targets: names of the matrices with an adapter (`model.axis_table`).
     """
 
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    targets: tuple[str, ...] = tuple(TARGETS.values())
+    targets: tuple[str, ...] = names_of(tuple(TARGETS))
 
     @property
     def scale(self) -> float:
@@ -212,15 +220,21 @@ class AdapterShape:
       rank: rank r.
       alpha: numerator α of the scale α / r.
       dropout: share of an adapter's inputs that are set to zero in training.
-      targets: matrices with an adapter; `gate` means nothing in models without one.
+      targets: matrices with an adapter; `gate` means nothing in models without one. `gate`, `up` and `down` are those
+        of every expert too.
       start: folder of an adapter to start from, whose shape replaces this one.
     """
 
     rank: int = option(8, int, "Rank r of the adapters.")
     alpha: float = option(16.0, float, "Numerator α of the scale α / r of the adapters.", flag="lora_alpha")
-    dropout: float = option(0.0, float, "Share of an adapter's inputs that are set to zero in training.")
+    dropout: float = option(
+        0.0, float, "Share of an adapter's inputs that are set to zero in training; not of experts."
+    )
     targets: tuple[str, ...] = option(
-        tuple(TARGETS), str, "Matrices with an adapter: q, k, v, o, gate, up, down.", spelling=WORDS
+        tuple(TARGETS),
+        str,
+        "Matrices with an adapter: q, k, v, o, gate, up, down; the last three of every expert too.",
+        spelling=WORDS,
     )
     start: str | None = option(None, str, "Folder of a PEFT adapter to start from.", flag="adapter")
 
@@ -403,7 +417,7 @@ class Sections:
         if unknown or not shape.targets:
             found = unknown[0] if unknown else "none"
             raise InputError(f"--targets must name some of {', '.join(TARGETS)}, found {found!r}")
-        return Lora(shape.rank, shape.alpha, shape.dropout, tuple(TARGETS[name] for name in shape.targets))
+        return Lora(shape.rank, shape.alpha, shape.dropout, names_of(shape.targets))
 
     @property
     def trains_matrices(self) -> bool:

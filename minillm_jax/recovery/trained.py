@@ -19,7 +19,7 @@ from minillm_jax.model.decoder import Decoder, embed, finish, rotary_angles, sca
 from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.modules import PRODUCT, Block
 from minillm_jax.model.padded_runs import one_run, worth_padding
-from minillm_jax.model.tree import kernels, named_arrays, replace_kernels
+from minillm_jax.model.tree import all_matrices, named_arrays, replace_all_matrices
 from minillm_jax.recovery import adapter as adapters
 from minillm_jax.recovery.adapter import Lora
 
@@ -113,8 +113,9 @@ class TrainedArrays:
         """Whether an array is trained, by its path."""
         if axis_table.is_data(path):
             return False
-        norm = "norm" in path
-        return self.which == "all" or norm or (self.which == "all-small" and path.endswith(".bias"))
+        # `choice_bias` moves the choice of experts alone, where the loss has no slope.
+        bias = path.endswith("bias") and not path.endswith("choice_bias")
+        return self.which == "all" or "norm" in path or (self.which == "all-small" and bias)
 
     def initial(self, decoder: Decoder, seed: int) -> dict[str, Array]:
         """See `Trained`."""
@@ -154,12 +155,12 @@ class TrainedMatrices:
 
     def initial(self, decoder: Decoder, seed: int) -> Matrices:
         """See `Trained`."""
-        return [{name: jnp.array(kernel[...]) for name, kernel in kernels(run).items()} for run in decoder.runs]
+        return [{name: jnp.array(matrix[...]) for name, matrix in all_matrices(run).items()} for run in decoder.runs]
 
     def computing(self, parameters: Matrices, decoder: Decoder) -> Decoder:
         """See `Trained`."""
         pairs = zip(decoder.runs, parameters, strict=True)
-        return with_runs(decoder, [replace_kernels(run, lambda name, _, new=new: new[name]) for run, new in pairs])
+        return with_runs(decoder, [replace_all_matrices(run, lambda name, _, new=new: new[name]) for run, new in pairs])
 
     def hidden(
         self, parameters: Matrices, decoder: Decoder, tokens: Int[Array, "B T"], key: Key[Array, ""] | None

@@ -5,6 +5,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,7 +14,12 @@ import pytest
 
 import minillm_jax as mj
 from minillm_jax import cli, demo
+from minillm_jax.data.examples import whole_windows
 from minillm_jax.devices import sharding
+from minillm_jax.model.config import LayerSizes, Routing, Sizes
+from minillm_jax.recovery.recover import Texts, recover_decoder
+from minillm_jax.recovery.settings import ForwardOnly, Sections, Training
+from tests.helpers import random_tokens, small_decoder
 
 OPTIONS = {"seq_len": 32, "steps": 3, "batch": 8, "micro_batch": 4, "validate_every": 1, "learning_rate": 1e-3}
 
@@ -45,6 +51,30 @@ def losses(mesh: str) -> dict[str, Any]:
         record = mj.recover(pruned, text, teacher=teacher, **options).record or {}
         points[method] = [[point["loss"], point["validation"]] for point in record["recovery"]["points"]]
     return points
+
+
+def of_experts(mesh: str) -> dict[str, Any]:
+    """Training and validation losses of a mixture of experts, by each method; and the shards of factors of experts."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    sizes = Sizes(V=61, D=16, H=4, layers=(LayerSizes(N=4, K=4, F=0, X=6, W=8),) * 2)
+    single = small_decoder(sizes=sizes, family="mixtral", routing=Routing(2))
+    decoder = sharding.shard(single, sharding.make_mesh(sharding.parse_mesh(mesh)))
+    texts = Texts(*(whole_windows(random_tokens(61, count, 12, seed=count), "random") for count in (16, 4)))
+    training = Training(steps=3, batch=8, micro_batch=4, validate_every=1, warmup=0, learning_rate=1e-2, last=True)
+    made = {
+        "lora": Sections(training),
+        "forward": Sections(replace(training, method="forward")),
+        "mezo": Sections(replace(training, method="forward", learning_rate=1e-3), forward=ForwardOnly("matrices", 2)),
+    }
+    found = {name: recover_decoder(decoder, texts, sections) for name, sections in made.items()}
+    adapter = found["lora"].adapter
+    assert adapter is not None
+    points = {name: [[point.loss, point.validation] for point in one.outcome.points] for name, one in found.items()}
+    shards = {
+        name: [list(factor.addressable_shards[0].data.shape) for factor in adapter[0][f"experts.{name}"]]
+        for name in ("gate", "down")
+    }
+    return {"points": points, "shards": shards}
 
 
 def commands(folder: str, out: str, *joined: str) -> dict[str, Any]:
@@ -84,4 +114,6 @@ def is_losses(array: Any) -> bool:
 
 if __name__ == "__main__":
     _, name, *arguments = sys.argv
-    sys.stdout.write("\n" + json.dumps({"losses": losses, "commands": commands}[name](*arguments)) + "\n")
+    sys.stdout.write(
+        "\n" + json.dumps({"losses": losses, "experts": of_experts, "commands": commands}[name](*arguments)) + "\n"
+    )

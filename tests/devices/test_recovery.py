@@ -37,6 +37,17 @@ def test_a_mesh_gives_the_losses_of_one_device(mesh: str) -> None:
         assert expected[-1, 1] != expected[0, 1]
 
 
+@pytest.mark.slow
+def test_factors_of_experts_are_cut_as_the_experts_and_give_the_losses_of_one_device() -> None:
+    one, many = (finish([start(4, "recovery_child", "experts", mesh)])[0] for mesh in ("auto", "data=2,model=2"))
+    for method, found in many["points"].items():
+        expected = np.asarray(one["points"][method], dtype=float)
+        np.testing.assert_allclose(np.asarray(found, dtype=float), expected, rtol=1e-5, err_msg=method)
+        assert expected[-1, 1] != expected[0, 1]
+    # Of eight channels a device has four, in the last shards that the updates made.
+    assert many["shards"] == {"gate": [[2, 6, 16, 8], [2, 6, 8, 4]], "down": [[2, 6, 4, 8], [2, 6, 8, 16]]}
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders `one` and `two`, written by the commands of `recovery_child` in one process and in two."""

@@ -40,7 +40,7 @@ def test_every_chosen_expert_computes_its_tokens(tokens: int, count: int, chosen
         return of_all[rows.T, jnp.arange(tokens)].swapaxes(0, 1)
 
     def blocks(arrays: experts.Matrices, largest: int) -> jax.Array:
-        return experts.by_blocks(arrays, x, jnp.asarray(rows), routing, "silu", largest)
+        return experts.by_blocks(arrays, {}, x, jnp.asarray(rows), routing, "silu", largest)
 
     def with_gradient(outputs: Callable[[experts.Matrices], jax.Array]) -> tuple[jax.Array, experts.Matrices]:
         def total(arrays: experts.Matrices) -> tuple[jax.Array, jax.Array]:

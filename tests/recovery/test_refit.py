@@ -136,3 +136,21 @@ def test_the_public_function_refits_a_model_of_any_widths(tmp_path: Path) -> Non
     assert better.record is not None
     assert better.record["recovery"]["updates"] == 1
     assert better.record["recovery"]["settings"]["training"]["method"] == "refit"
+
+
+def test_experts_are_refitted_too(tmp_path: Path) -> None:
+    """A mixture that has lost two experts of each layer, and has a shared expert."""
+    shape = {"num_hidden_layers": 2, "mlp_only_layers": []}
+    dense = read_model(hugging_face_folder(tmp_path / "model", "qwen2_moe", **shape)).decoder
+    pruned = slice_groups(dense, {"expert": [np.arange(4)] * layer_count(dense)})
+    after = refit_towards(pruned, dense, Batches(WINDOWS[:64]), Refit(alpha=1.0))
+    assert distance(after, dense, WINDOWS[64:]) < 0.95 * distance(pruned, dense, WINDOWS[64:])
+    before = dict(named_arrays(pruned))
+    changed = {path for path, array in named_arrays(after) if not np.array_equal(array, before[path])}
+    assert {"runs.0.experts.down", "runs.0.mlp.down.kernel", "runs.0.attention.o.kernel"} <= changed
+    assert not {path for path in changed if path.startswith("runs.0.experts.") and path != "runs.0.experts.down"}
+    # The experts alone: the others have no groups to refit.
+    alone = slice_groups(pruned, {kind: [np.arange(0)] * layer_count(dense) for kind in ("head", "channel")})
+    whole = slice_groups(dense, {kind: [np.arange(0)] * layer_count(dense) for kind in ("head", "channel")})
+    after = refit_towards(alone, whole, Batches(WINDOWS[:64]), Refit(alpha=1.0))
+    assert distance(after, whole, WINDOWS[64:]) < 0.95 * distance(alone, whole, WINDOWS[64:])

@@ -34,7 +34,11 @@ from minillm_jax.scoring.gradient import directions
 from tests.helpers import arrays_equal, hugging_face_folder
 
 # PEFT calls a method of transformers that is deprecated.
-PEFT = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+PEFT = pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing:FutureWarning",
+    # It looks for the names of parameters among those of modules.
+    "ignore:The following (rank|alpha)_pattern keys did not match any targeted module:RuntimeWarning",
+)
 LORA = Lora(rank=4, alpha=8.0)
 CE = Weights(0.0, 1.0)
 TRAINING = Training(steps=6, batch=4, micro_batch=2, warmup=2, validate_every=2, learning_rate=1e-2)
@@ -105,10 +109,11 @@ def stored(adapter: Adapter, decoder: Decoder, path: Path, lora: Lora = LORA) ->
 
 
 @PEFT
-@pytest.mark.parametrize("family", ["llama", "opt", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "opt", "bloom", "qwen3_moe"])
 def test_gradients_are_those_of_peft(family: str, tmp_path: Path) -> None:
-    """Of every factor, to 1e-4 of its norm; BLOOM's fused q, k and v have the blocks of our factors."""
-    folder = hugging_face_folder(tmp_path / "model", family)
+    """Of every factor, to 1e-4 of its norm; fused modules have the blocks of our factors."""
+    changes = {"mlp_only_layers": [], "num_hidden_layers": 2} if family == "qwen3_moe" else {}
+    folder = hugging_face_folder(tmp_path / "model", family, **changes)
     decoder, data = read_model(folder).decoder, examples()
     adapter = with_random_b(initial(decoder, LORA, 0))
     gradient, found = gradients.backward(TrainedAdapter(LORA))(
@@ -123,7 +128,8 @@ def test_gradients_are_those_of_peft(family: str, tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
         # A's blocks of a fused module meet zeros of B that we do not store, where PEFT has a gradient of B.
-        mask = 1.0 if family != "bloom" or "lora_B" not in name else (ours[name] != 0)
+        fused = "query_key_value" in name or "experts.base_layer" in name
+        mask = ours[name] != 0 if fused and "lora_B" in name else 1.0
         expected = mask * expected.numpy()
         assert np.linalg.norm(ours[name] - expected) <= 1e-4 * np.linalg.norm(expected), name
 
@@ -257,6 +263,12 @@ def test_full_training_changes_every_parameter_and_norms_only_norms(decoder: Dec
         path for path, array in named_arrays(norms) if not np.array_equal(array, dict(named_arrays(decoder))[path])
     }
     assert changed == {path for path, _ in named_arrays(decoder) if "norm" in path}
+
+
+def test_biases_of_experts_and_routers_are_biases() -> None:
+    names = ("gate", "gate_bias", "down_bias", "router", "router_bias", "choice_bias")
+    trained = [name for name in names if TrainedArrays("all-small").trains(f"runs.0.experts.{name}")]
+    assert trained == ["gate_bias", "down_bias", "router_bias"]
 
 
 def test_the_estimate_from_forward_passes_approaches_the_gradient(decoder: Decoder) -> None:

@@ -17,7 +17,7 @@ from minillm_jax.settings import RNGS
 # hidden size up to this limit. The limit belongs to the definition of a direction: a change of it changes directions.
 GAUSSIAN_PARTS = 16
 
-_ORDINAL = {name: ordinal for ordinal, name in enumerate(axis_table.matrices())}
+_ORDINAL = {name: ordinal for ordinal, name in enumerate(axis_table.all_matrices())}
 
 # Independent random streams: directions of an estimate, noise of the criterion `noise`, scores of `random`, the first
 # values of an adapter, dropout, directions of MeZO.
@@ -100,7 +100,7 @@ def add(
     key = part_key(key, layer, name)
     if distribution == "rademacher":
         return target + scale * _signs(key, target.shape)
-    axis = axis_table.letters(axis_table.matrices()[name]).index("D")
+    axis = axis_table.letters(axis_table.all_matrices()[name]).index("D")
     return _add_gaussian(target, scale, key, axis)
 
 
