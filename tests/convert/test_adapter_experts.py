@@ -22,11 +22,13 @@ from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.recovery.adapter import Adapter, Lora, initial, merge
 from minillm_jax.recovery.trained import TrainedAdapter
+from tests.convert.test_mixture_formats import unequal
 from tests.helpers import (
     MIXTURES,
     arrays_equal,
     hugging_face_folder,
     load_stock,
+    load_torch,
     logits_of,
     quickly,
     random_tokens,
@@ -37,6 +39,9 @@ TOKENS = random_tokens(97, 2, 12)
 LORA = Lora(rank=3, alpha=5.0, dropout=0.1)
 # Gate and up apart with a shared expert and a dense layer, and gate and up that alternate.
 QUICK = ("qwen2_moe", "gpt_oss")
+# Family and format where layers are unequal. Heads of zeros would change OLMoE's norms, so it is never padded.
+UNEQUAL = [f"{family}, {name}" for family in MIXTURES for name in ("per-layer", "padded")]
+UNEQUAL.remove("olmoe, padded")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),  # PEFT calls it
@@ -84,6 +89,19 @@ def test_peft_computes_what_we_compute(tmp_path: Path, family: str) -> None:
     assert arrays_equal(again, adapter)
     present = tuple(name for name in axis_table.all_matrices() if any(name in run for run in adapter))
     assert lora == dataclasses.replace(LORA, targets=present, dropout=0.0)
+
+
+@pytest.mark.parametrize("case", quickly(UNEQUAL, ("glm4_moe, per-layer",)))
+def test_peft_computes_what_we_compute_in_unequal_layers(tmp_path: Path, case: str) -> None:
+    family, name = case.split(", ")
+    small = unequal(read_model(hugging_face_folder(tmp_path / "dense", family)), experts=name == "per-layer")
+    write_model(small, tmp_path / "small", name)
+    model = read_model(tmp_path / "small")
+    adapter = random_adapter(model.decoder)
+    adapter_folder = written(tmp_path / "adapter", adapter, LORA, model.decoder, tmp_path / "small")
+    adapted = peft.PeftModel.from_pretrained(load_torch(tmp_path / "small"), str(adapter_folder)).eval()
+    expected = logits_of(merge(model.decoder, adapter, LORA), TOKENS)
+    np.testing.assert_allclose(torch_logits(adapted, TOKENS), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("targets", [("experts.up",), ("experts.down", "attention.q")])

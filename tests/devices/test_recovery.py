@@ -31,8 +31,9 @@ def test_a_mesh_gives_the_losses_of_one_device(mesh: str) -> None:
     one, many = losses("auto"), losses(mesh)
     for method, found in many.items():
         expected = np.asarray(one[method], dtype=float)
-        # The refit multiplies the differences between float32 moments whose sums have another order.
-        tolerance = 1e-4 if method == "refit" else 3e-6
+        # The refit multiplies the differences between float32 moments whose sums have another order, and MeZO those
+        # between the losses at the ends of a short step.
+        tolerance = {"refit": 1e-4, "mezo": 2e-5}.get(method, 3e-6)
         np.testing.assert_allclose(np.asarray(found, dtype=float), expected, rtol=tolerance, err_msg=method)
         assert expected[-1, 1] != expected[0, 1]
 
