@@ -62,13 +62,13 @@ METHODS = (
 )
 # Options of each way beside those that all have; PEFT takes LLM-Pruner's.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "ce": {"loss": "ce", "learning_rate": 1e-3},
-    "distil": {"learning_rate": 1e-3},
-    "full": {"method": "full", "learning_rate": 3e-4},
+    "ce": {"loss": "ce"},
+    "full": {"method": "full"},
     "refit": {"method": "refit"},
-    "forward": {"learning_rate": 1e-3},
 }
-RANK, ALPHA, DROPOUT, RATE = 8, 16, 0.05, 1e-3
+# Ways that train adapters, whose learning rate `--rate` sets. That of `full` is `--full-rate`, that of MeZO its own.
+ADAPTERS = ("ce", "distil", "forward")
+RANK, ALPHA, DROPOUT = 8, 16, 0.05
 
 Row = dict[str, Any]
 
@@ -156,7 +156,9 @@ def shared_options(row: Row) -> dict[str, Any]:
 def settings_of(way: str, row: Row) -> Recovery:
     """The settings of a way of our own."""
     loaded = recipes.load_as(Recovery, way if way in ("forward", "mezo") else "distil")
-    return recipes.with_options(loaded, shared_options(row) | OPTIONS.get(way, {}))[0]
+    rates = {"full": row["full_rate"]} | dict.fromkeys(ADAPTERS, row["rate"])
+    rate = {"learning_rate": rates[way]} if way in rates else {}
+    return recipes.with_options(loaded, shared_options(row) | OPTIONS.get(way, {}) | rate)[0]
 
 
 def ours(pruned: Model, dense: Model, way: str, row: Row) -> Model:
@@ -169,7 +171,8 @@ def ours(pruned: Model, dense: Model, way: str, row: Row) -> Model:
     if row["work"] is None:
         recovered = recover_model(pruned, texts, settings, known)
     else:
-        identity = {key: row[key] for key in ("method", "target", "seed", "steps", "batch", "seq_len", "train")}
+        keys = ("method", "target", "seed", "steps", "batch", "seq_len", "train", "rate", "full_rate")
+        identity = {key: row[key] for key in keys}
         name = f"{row['method'].replace(':', '-')}-{row['target']:g}-{row['seed']}.state"
         with Store(Path(row["work"]) / name, identity, "a recovery", save_every=120) as store:
             recovered = recover_model(pruned, texts, settings, known, store)
@@ -215,7 +218,7 @@ def train_peft(model: Any, examples: Examples, row: Row) -> int:
 
     steps, batch, micro, total = row["steps"], row["batch"], row["micro_batch"], 0
     warmup = steps // 10
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE, weight_decay=0.0)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], row["rate"], weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: step / warmup if step < warmup else (steps - step) / (steps - warmup)
     )
@@ -273,6 +276,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of all adapters, PEFT's too")
+    parser.add_argument("--full-rate", type=float, default=3e-4, help="learning rate of all weights")
     parser.add_argument("--windows", type=int, default=96, help="sequences that each text is measured on")
     parser.add_argument("--work", type=Path, help="folder that keeps pruned models and unfinished rows")
     parser.add_argument("--output", type=Path, required=True)
@@ -292,6 +297,7 @@ def main() -> None:
     arguments = parse_arguments()
     calibration = arguments.calibration or arguments.train
     numbers = {key: getattr(arguments, key) for key in ("steps", "batch", "micro_batch", "seq_len", "windows")}
+    numbers |= {"rate": arguments.rate, "full_rate": arguments.full_rate}
     names = {"model": Path(arguments.model).name, "train": arguments.train.name, "calibration": calibration.name}
     settings = names | numbers | {"texts": {name: path.name for name, path in arguments.text}}
     try:
