@@ -48,13 +48,14 @@ def recovery_table(model: str, results: Path = RESULTS) -> list[str]:
         [
             f"{100 * target:.0f} %" if target < 1 else f"{target / 1e6:.2f}M",
             f"`{method}`",
+            str(len(found)),
             *(f"{_multiple(found, key, text):.3f}" for text in texts for key in ("perplexity_before", "perplexity")),
             f"{mean(row['tokens'] for row in found):,.0f}",
             f"{mean(row['recovery_seconds'] for row in found):,.0f}",
         ]
         for (target, method), found in ordered
     ]
-    heads = ["target", "method", *(f"{text}, {when}" for text in texts for when in ("pruned", "recovered"))]
+    heads = ["target", "method", "seeds", *(f"{text}, {when}" for text in texts for when in ("pruned", "recovered"))]
     return table([*heads, "tokens", "seconds"], rows)
 
 

@@ -234,10 +234,16 @@ def _updated(state: _State) -> _State:
     """The state with all gathered rows applied to both matrices; NumPy matrices are changed in place."""
     inverse, products, n, p = state.inverse, state.products, state.n, state.p
     xp = n.__array_namespace__()
-    # Products of two different arrays: for a product of an array with its own transpose, and for a sum with a
-    # transpose, NumPy takes three times as long.
-    inverse -= n.T @ n.copy()
-    products -= xp.concat([n, p]).T @ xp.concat([p, n])
+    left, right = xp.concat([n, p]), xp.concat([p, n])
+    if isinstance(inverse, np.ndarray):
+        # Products of two different arrays: for a product of an array with its own transpose, and for a sum with a
+        # transpose, NumPy takes three times as long.
+        other = n.copy()
+        for rows in solve.row_blocks(len(inverse)):
+            inverse[rows] -= n[:, rows].T @ other
+            products[rows] -= left[:, rows].T @ right
+    else:
+        inverse, products = inverse - n.T @ n, products - left.T @ right
     return state._replace(inverse=inverse, products=products, n=xp.zeros_like(n), p=xp.zeros_like(p))
 
 

@@ -5,6 +5,7 @@ place of all other rows: one program serves every number of kept rows. A functio
 LinAlgError. `system.Solver` decides what happens then.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,9 @@ from numpy.linalg import LinAlgError
 from minillm_jax.model import ops
 from minillm_jax.pruning.blocked import solve_on_device
 from minillm_jax.settings import SOLVERS as SOLVERS
+
+# Rows of a matrix on the host that are changed at a time.
+BLOCK_ROWS = 1024
 
 NOT_DEFINITE = "the matrix is not positive definite in {type}"
 
@@ -50,8 +54,16 @@ def inverse(matrix: Float[np.ndarray, "I I"], solver: str = "host") -> Float[np.
     if failed:
         raise LinAlgError(NOT_DEFINITE.format(type="float64"))
     lower, _ = invert(factor, lower=True, overwrite_c=True)
-    lower += np.tril(lower, -1).T  # dpotri writes the lower triangle only; the upper one holds zeros
+    for rows in row_blocks(len(lower)):  # dpotri writes the lower triangle only; the upper one holds zeros
+        lower[rows, rows.stop :] = lower[rows.stop :, rows].T
+        lower[rows, rows] += np.tril(lower[rows, rows], -1).T
     return checked(lower, "float64")
+
+
+def row_blocks(count: int) -> Iterator[slice]:
+    """The rows of a matrix in blocks. Work in blocks has no temporary array of the size of the matrix."""
+    for first in range(0, count, BLOCK_ROWS):
+        yield slice(first, min(first + BLOCK_ROWS, count))
 
 
 def product(

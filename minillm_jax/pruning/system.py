@@ -121,13 +121,25 @@ class HeldOut:
     The squared error of W' on them is, up to a constant, tr(W'ᵀ G W') − 2 tr(W'ᵀ R), with the Gram matrix G of the
     held-out inputs and R = (1 − γ) G W + γ C.
 
+    Both systems are made when they are first needed: the order of removal comes before, and needs the memory.
+
     Attributes:
-      fit: the system of the other windows.
-      held: the system of the held-out windows, with a ridge of 0.
+      make_fit: makes `fit`.
+      make_held: makes `held`.
     """
 
-    fit: System
-    held: System
+    make_fit: Callable[[], System]
+    make_held: Callable[[], System]
+
+    @cached_property
+    def fit(self) -> System:
+        """The system of the windows that are not held out, with a ridge of 0."""
+        return self.make_fit()
+
+    @cached_property
+    def held(self) -> System:
+        """The system of the held-out windows, with a ridge of 0."""
+        return self.make_held()
 
     def best(self, rows: Int[np.ndarray, " kept"], solver: str) -> float:
         """The chosen ridge, as a share of the mean diagonal: of `CHOICES`, the smallest with `ENOUGH` of the best gain.
@@ -197,7 +209,8 @@ def system_of(
         )
     mean, target = center + inputs / tokens, target_center + targets / tokens
     if biased:  # a covariance is the same about any center
-        gram -= np.outer(inputs / tokens, inputs)
+        for rows in solve.row_blocks(len(gram)):
+            gram[rows] -= np.outer(inputs[rows] / tokens, inputs)
         cross -= np.outer(inputs / tokens, targets)
     else:
         gram, cross = raw_moments(gram, inputs, cross, targets, center, target_center, tokens)
@@ -229,9 +242,12 @@ def system_with_ridge(
     system = make(moments, tokens[0], RIDGE if ridge is None else ridge)
     if ridge is not None or held_out is None:
         return system
-    fit = [total - held for total, held in zip(moments[:4], held_out[:4], strict=True)]
-    fit_system = make([*fit, *moments[4:]], tokens[0] - tokens[1], 0.0)
-    return replace(system, held_out=HeldOut(fit_system, make(held_out, tokens[1], 0.0)))
+
+    def make_fit() -> System:
+        fit = [total - held for total, held in zip(moments[:4], held_out[:4], strict=True)]
+        return make([*fit, *moments[4:]], tokens[0] - tokens[1], 0.0)
+
+    return replace(system, held_out=HeldOut(make_fit, lambda: make(held_out, tokens[1], 0.0)))
 
 
 class Solver:

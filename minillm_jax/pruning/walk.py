@@ -39,6 +39,7 @@ from minillm_jax.model.modules import Angles, Block, Linear
 from minillm_jax.model.narrow import is_narrow, narrowed
 from minillm_jax.model.streamed import StreamedDecoder
 from minillm_jax.model.tree import layer_count
+from minillm_jax.pruning.solve import row_blocks
 
 # The output projection that reads the groups of a kind, and no other groups.
 PROJECTIONS = {"head": "attention.o", "channel": "mlp.down"}
@@ -330,8 +331,9 @@ def raw_moments(
     Float64; both matrices are overwritten.
     """
     total = inputs + tokens * center
-    gram += np.outer(center, total)
-    gram += np.outer(inputs, center)
+    for rows in row_blocks(len(gram)):
+        gram[rows] += np.outer(center[rows], total)
+        gram[rows] += np.outer(inputs[rows], center)
     cross += np.outer(center, targets)
     cross += np.outer(total, target_center)
     return gram, cross
