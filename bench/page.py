@@ -59,6 +59,7 @@ PARTS: dict[str, Callable[[str], list[str]]] = {
     "speed": speed_tables.speed_table,
     "job": speed_tables.tpu_job_table,
     "slices": speed_tables.tpu_slices_table,
+    "large": speed_tables.large_table,
     "tpu": speed_tables.tpu_table,
     "stream": speed_tables.stream_table,
     "flags": speed_tables.flags_table,

@@ -118,6 +118,19 @@ def tpu_job_table(chip: str, results: Path = RESULTS) -> list[str]:
     )
 
 
+def large_table(shape: str, results: Path = RESULTS) -> list[str]:
+    """A row for each pruned layer of a large model: seconds, memory after it, and the peak until then."""
+    path = results / f"large-{shape}.json"
+    if not path.exists():
+        return []
+    rows, before = [], 0.0
+    for row in json.loads(path.read_text())["rows"]:
+        seconds, before = row["seconds"] - before, row["seconds"]
+        sizes = (f"{row[key] / 1e9:.1f} GB" for key in ("resident", "peak_bytes"))
+        rows.append([row["stage"], f"{row['done']} of {row['of']}", f"{seconds:,.0f}", *sizes])
+    return table(["stage", "layer", "seconds", "memory after it", "peak so far"], rows)
+
+
 def tpu_slices_table(name: str, results: Path = RESULTS) -> list[str]:
     """A row for each slice and program: compile time, memory of a chip and collectives at every shape."""
     path = results / f"tpu-{name}.json"

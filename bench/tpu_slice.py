@@ -44,7 +44,7 @@ from minillm_jax.devices import sharding
 from minillm_jax.devices.sharding import MeshShape
 from minillm_jax.evaluation import layerwise
 from minillm_jax.model import axis_table
-from minillm_jax.model.build import build, with_runs, without_layers
+from minillm_jax.model.build import build, without_layers
 from minillm_jax.model.config import Sizes
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import sequence_losses
@@ -108,7 +108,7 @@ def programs(sizes: Sizes, mesh: Mesh, streamed: bool) -> Iterator[Program]:
         layer,
         sharding.run_shardings(layer, mesh, whole=True),
     )
-    outer = on_mesh(jax.eval_shape(without_layers, with_runs(decoder, [layer])), mesh)
+    outer = on_mesh(jax.eval_shape(without_layers, decoder), mesh)
     stream = array(batch, LENGTH, sizes.D, spec=(over,))
     narrow = array(batch, LENGTH, sizes.D, kind=jnp.bfloat16, spec=(over,))
     yield Program("layer of an evaluation", partial(layerwise.advance, mesh=mesh), (outer, run, narrow))
