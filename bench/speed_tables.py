@@ -140,8 +140,9 @@ def tpu_slices_table(name: str, results: Path = RESULTS) -> list[str]:
     for row in (rows := json.loads(path.read_text())["rows"]):
         says = "does not fit"
         if "bytes" in row:
-            sent = sum(size for _, size in row["collectives"].values()) / 1e6
-            says = f"{_seconds_and_memory(row)}; {sent:,.0f} MB"
+            says = _seconds_and_memory(row)
+            if "collectives" in row:
+                says += f"; {sum(size for _, size in row['collectives'].values()) / 1e6:,.0f} MB"
         cells.setdefault((row["slice"], row["program"]), {})[row["shape"]] = says
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     return table(
