@@ -33,7 +33,6 @@ import numpy as np
 from environment import environment
 from jax import numpy as jnp
 from shapes import CONFIG, SHAPES
-from tpu_job import MORE
 from transformers import LlamaConfig
 
 from convert.writer import write_model
@@ -104,14 +103,14 @@ def rows(words: list[str], layers: int | None) -> Iterator[Row]:
 def main() -> None:
     """Write the model, prune it, and write the JSON after every line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="7B", choices=sorted(SHAPES | MORE))
+    parser.add_argument("--shape", default="7B", choices=list(SHAPES))
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--layers", type=int, help="pruned layers after which the process is ended; all by default")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--output", type=Path, required=True)
     arguments, options = parser.parse_known_args()
-    sizes = (SHAPES | MORE)[arguments.shape]
+    sizes = SHAPES[arguments.shape]
     if not arguments.folder.exists():
         write_random(arguments.folder, sizes)
     tokens = arguments.folder.with_name(f"{arguments.folder.name}-tokens.npy")

@@ -6,6 +6,8 @@ tiny    for tests
 135M    SmolLM2-135M, with a head of its own: 9 query heads share 3 key/value heads
 1B      TinyLlama 1.1B (arXiv 2401.02385): 32 query heads share 4 key/value heads
 7B      LLaMA 7B (arXiv 2302.13971)
+8B      LLaMA 3 8B (arXiv 2407.21783): 32 query heads share 8 key/value heads
+70B     LLaMA 3 70B (the same): 64 query heads share 8 key/value heads
 """
 
 from dataclasses import replace
@@ -29,6 +31,8 @@ SHAPES = {
     "135M": Sizes(V=49152, D=576, H=64, layers=(LayerSizes(N=9, K=3, F=1536),) * 30),
     "1B": Sizes(V=32000, D=2048, H=64, layers=(LayerSizes(N=32, K=4, F=5632),) * 22),
     "7B": Sizes(V=32000, D=4096, H=128, layers=(LayerSizes(N=32, K=32, F=11008),) * 32),
+    "8B": Sizes(V=128256, D=4096, H=128, layers=(LayerSizes(N=32, K=8, F=14336),) * 32),
+    "70B": Sizes(V=128256, D=8192, H=128, layers=(LayerSizes(N=64, K=8, F=28672),) * 80),
 }
 
 

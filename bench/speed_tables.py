@@ -104,18 +104,37 @@ def stream_table(model: str, results: Path = RESULTS) -> list[str]:
 
 def tpu_job_table(chip: str, results: Path = RESULTS) -> list[str]:
     """A row for each program of a streamed pruning: compile time and memory at every shape."""
-    path = results / f"tpu-job-{chip}.json"
+    return _by_shape(results / f"tpu-job-{chip}.json", ["program"])
+
+
+def tpu_slices_table(name: str, results: Path = RESULTS) -> list[str]:
+    """A row for each slice and program: compile time, memory of a chip and collectives at every shape."""
+    return _by_shape(results / f"tpu-{name}.json", ["slice", "program"])
+
+
+def _by_shape(path: Path, heads: list[str]) -> list[str]:
+    """A row for each value of some fields, with a column for every shape."""
     if not path.exists():
         return []
-    found = json.loads(path.read_text())
-    cells: dict[str, dict[str, str]] = {}
-    for row in found["rows"]:
-        says = "does not fit" if "bytes" not in row else _seconds_and_memory(row)
-        cells.setdefault(row["program"], {})[row["shape"]] = says
-    shapes = list(dict.fromkeys(row["shape"] for row in found["rows"]))
-    return table(
-        ["program", *shapes], [[name, *(row.get(shape, "") for shape in shapes)] for name, row in cells.items()]
-    )
+    found, cells = json.loads(path.read_text())["rows"], dict[tuple[str, ...], dict[str, str]]()
+    for row in found:
+        cells.setdefault(tuple(row[head] for head in heads), {})[row["shape"]] = _compiled(row)
+    shapes = list(dict.fromkeys(row["shape"] for row in found))
+    rows = [[*names, *(row.get(shape, "") for shape in shapes)] for names, row in cells.items()]
+    return table([*heads, *shapes], rows)
+
+
+def _compiled(row: Row) -> str:
+    """Compile time and memory of a program, and the bytes of its collectives where they were counted."""
+    if "bytes" not in row:
+        return "does not fit"
+    sent = sum(size for _, size in row.get("collectives", {}).values()) / 1e6
+    return _seconds_and_memory(row) + (f"; {sent:,.0f} MB" if "collectives" in row else "")
+
+
+def _seconds_and_memory(row: Row) -> str:
+    whole = (row["bytes"] + row["resident"]) / 1e9
+    return f"{row['compile_seconds']:.0f} s, {whole:.1f} GB{'' if row['fits'] else ': does not fit'}"
 
 
 def large_table(shape: str, results: Path = RESULTS) -> list[str]:
@@ -129,28 +148,3 @@ def large_table(shape: str, results: Path = RESULTS) -> list[str]:
         sizes = (f"{row[key] / 1e9:.1f} GB" for key in ("resident", "peak_bytes"))
         rows.append([row["stage"], f"{row['done']} of {row['of']}", f"{seconds:,.0f}", *sizes])
     return table(["stage", "layer", "seconds", "memory after it", "peak so far"], rows)
-
-
-def tpu_slices_table(name: str, results: Path = RESULTS) -> list[str]:
-    """A row for each slice and program: compile time, memory of a chip and collectives at every shape."""
-    path = results / f"tpu-{name}.json"
-    if not path.exists():
-        return []
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    for row in (rows := json.loads(path.read_text())["rows"]):
-        says = "does not fit"
-        if "bytes" in row:
-            says = _seconds_and_memory(row)
-            if "collectives" in row:
-                says += f"; {sum(size for _, size in row['collectives'].values()) / 1e6:,.0f} MB"
-        cells.setdefault((row["slice"], row["program"]), {})[row["shape"]] = says
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    return table(
-        ["slice", "program", *shapes],
-        [[*names, *(row.get(shape, "") for shape in shapes)] for names, row in cells.items()],
-    )
-
-
-def _seconds_and_memory(row: Row) -> str:
-    whole = (row["bytes"] + row["resident"]) / 1e9
-    return f"{row['compile_seconds']:.0f} s, {whole:.1f} GB{'' if row['fits'] else ': does not fit'}"

@@ -36,15 +36,12 @@ from shapes import CONFIG, SHAPES
 
 from minillm_jax.evaluation import layerwise
 from minillm_jax.model.build import build, without_layers
-from minillm_jax.model.config import LayerSizes, Sizes
+from minillm_jax.model.config import Sizes
+from minillm_jax.model.loss import losses_of_stream
 from minillm_jax.model.tree import named_arrays
 from minillm_jax.pruning import removal_order, solve, walk
 
 BATCH, LENGTH, FLOAT = 2, 2048, 4
-MORE = {
-    "8B": Sizes(V=128256, D=4096, H=128, layers=(LayerSizes(N=32, K=8, F=14336),) * 32),
-    "70B": Sizes(V=128256, D=8192, H=128, layers=(LayerSizes(N=64, K=8, F=28672),) * 80),
-}
 RIDGES = 7
 
 
@@ -100,7 +97,7 @@ def programs(sizes: Sizes, place: SingleDeviceSharding) -> Iterator[Program]:
         yield Program(f"{word}: ridges", solve.gains_on_device, (less, less, kept, ridges), both + 4 * size_of(right))
         yield Program(f"{word}: refit", solve.rows_on_device, (matrix, right, kept, array()), both + size_of(system))
     tokens = array(BATCH, LENGTH, kind=jnp.int32)
-    yield Program("loss", layerwise.last_losses, (outer, half(stream), tokens), of_layer)
+    yield Program("loss", losses_of_stream, (outer, half(stream), tokens), of_layer)
 
 
 def half(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -113,18 +110,18 @@ def size_of(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for _, leaf in named_arrays(tree))
 
 
-def compiled(program: Program, memory: float) -> dict[str, Any]:
-    """The row of a program."""
+def compiled(program: Program, memory: float) -> tuple[dict[str, Any], Any]:
+    """The row of a program, and the compiled program; None where the chip has too little memory."""
     started = time.perf_counter()
     try:
         made = jax.jit(program.function).lower(*program.arguments).compile()
     except jax.errors.JaxRuntimeError as error:  # the compiler says that the chip has too little memory
-        return {"program": program.name, "resident": program.resident, "fits": False, "says": str(error)[:200]}
+        return {"program": program.name, "resident": program.resident, "fits": False, "says": str(error)[:200]}, None
     seconds = time.perf_counter() - started
     held: Any = made.memory_analysis()
     taken = held.argument_size_in_bytes + held.output_size_in_bytes + held.temp_size_in_bytes - held.alias_size_in_bytes
     row = {"program": program.name, "compile_seconds": round(seconds, 1), "bytes": taken, "resident": program.resident}
-    return row | {"fits": taken + program.resident <= memory * 1e9}
+    return row | {"fits": taken + program.resident <= memory * 1e9}, made
 
 
 def main() -> None:
@@ -140,10 +137,10 @@ def main() -> None:
     rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
     done = {(row["shape"], row["program"]) for row in rows}
     for name in arguments.shapes:
-        for program in programs((SHAPES | MORE)[name], SingleDeviceSharding(devices[0])):
+        for program in programs(SHAPES[name], SingleDeviceSharding(devices[0])):
             if (name, program.name) in done:
                 continue
-            rows.append({"shape": name} | compiled(program, arguments.memory))
+            rows.append({"shape": name} | compiled(program, arguments.memory)[0])
             print(json.dumps(rows[-1]), flush=True)
             result = {"environment": environment(), "compiled_for": devices[0].device_kind, "settings": settings}
             arguments.output.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")

@@ -21,7 +21,6 @@ import argparse
 import json
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -33,12 +32,13 @@ os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import tpu_job
 from environment import environment
 from jax import numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from shapes import CONFIG, SHAPES
-from tpu_job import LENGTH, MORE
+from tpu_job import BATCH, LENGTH, Program
 
 from minillm_jax.devices import sharding
 from minillm_jax.devices.sharding import MeshShape
@@ -54,7 +54,6 @@ from minillm_jax.scoring.gradient import slopes
 from minillm_jax.scoring.gradient.directions import Directions, direction_keys
 from minillm_jax.scoring.gradient.spaces import Gates, Space, Weights
 
-WINDOWS = 2  # of a device
 KEPT = 0.8  # share of the weights of the pruned model
 WIDTHS = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "f16": 2, "s8": 1, "u8": 1}
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
@@ -79,17 +78,9 @@ SLICES = {
 }
 
 
-class Program(NamedTuple):
-    """A function with its abstract arguments, and whether these hold the weights of the whole model."""
-
-    name: str
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    whole: bool = False
-
-
 def programs(sizes: Sizes, mesh: Mesh, streamed: bool) -> Iterator[Program]:
     """The programs of a job: passes over the whole model, then those of one layer of the walk."""
+    resident = resident_bytes(sizes, mesh, streamed)
     decoder, batch = on_mesh(build(sharding.on_mesh(CONFIG, mesh), sizes, jnp.bfloat16), mesh), batch_of(mesh)
 
     def array(*shape: int, kind: Any = jnp.float32, spec: tuple[Any, ...] = ()) -> Any:
@@ -98,10 +89,10 @@ def programs(sizes: Sizes, mesh: Mesh, streamed: bool) -> Iterator[Program]:
     over = sharding.batch_axes(mesh)
     tokens, windows = array(batch, LENGTH, kind=jnp.int32, spec=(over,)), array(batch, kind=jnp.int32)
     if not streamed:
-        yield Program("forward loss", sequence_losses, (decoder, tokens), True)
+        yield Program("forward loss", sequence_losses, (decoder, tokens), 0)
         for name, space in {"rademacher": Weights("rademacher"), "gaussian": Weights(), "gates": Gates()}.items():
-            yield Program(f"pair, {name}", *pair(decoder, tokens, windows, space), True)
-        yield Program("jvp, 8 gates", *derivatives(decoder, tokens, windows, 8), True)
+            yield Program(f"pair, {name}", *pair(decoder, tokens, windows, space), 0)
+        yield Program("jvp, 8 gates", *derivatives(decoder, tokens, windows, 8), 0)
     (layer,) = build(CONFIG, Sizes(sizes.V, sizes.D, sizes.H, sizes.layers[:1]), jnp.bfloat16).runs
     run = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -111,7 +102,7 @@ def programs(sizes: Sizes, mesh: Mesh, streamed: bool) -> Iterator[Program]:
     outer = on_mesh(jax.eval_shape(without_layers, decoder), mesh)
     stream = array(batch, LENGTH, sizes.D, spec=(over,))
     narrow = array(batch, LENGTH, sizes.D, kind=jnp.bfloat16, spec=(over,))
-    yield Program("layer of an evaluation", partial(layerwise.advance, mesh=mesh), (outer, run, narrow))
+    yield Program("layer of an evaluation", partial(layerwise.advance, mesh=mesh), (outer, run, narrow), resident)
     angles = tuple(array(LENGTH, sizes.H // 2) for _ in range(2))
     settings = {"kind": "channel", "config": decoder.config, "mesh": mesh}
     state, width, shares = walk.State(stream), sizes.layers[0].F, sharding.shares(batch, mesh)
@@ -119,11 +110,13 @@ def programs(sizes: Sizes, mesh: Mesh, streamed: bool) -> Iterator[Program]:
         "walk: advance",
         lambda run, state, angles: walk.advance(run, state, angles=angles, **settings),
         (run, state, angles),
+        resident,
     )
     yield Program(
         "walk: inputs and gaps",
         lambda run, state, total, angles: walk.inputs_and_gaps(run, state, total, angles=angles, **settings),
         (run, state, stream, angles),
+        resident,
     )
     inputs = array(batch, LENGTH, width, spec=(over, None, sharding.MODEL))
     sums = (
@@ -133,7 +126,7 @@ def programs(sizes: Sizes, mesh: Mesh, streamed: bool) -> Iterator[Program]:
         array(shares, sizes.D, spec=(over,)),
     )
     add = partial(walk.add_pair, shares=shares, mesh=mesh)
-    yield Program("walk: Gram matrix", add, (sums, (inputs, stream), (array(width), array(sizes.D))))
+    yield Program("walk: Gram matrix", add, (sums, (inputs, stream), (array(width), array(sizes.D))), resident)
 
 
 def pair(decoder: Decoder, tokens: Any, windows: Any, space: Space) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -164,7 +157,7 @@ def on_mesh(decoder: Decoder, mesh: Mesh) -> Decoder:
 
 def batch_of(mesh: Mesh) -> int:
     """Windows of a batch."""
-    return WINDOWS * sharding.data_size(mesh)
+    return BATCH * sharding.data_size(mesh)
 
 
 def size_on_chip(tree: Any) -> int:
@@ -194,20 +187,12 @@ def collectives(text: str) -> dict[str, list[int]]:
     return found
 
 
-def compiled(program: Program, resident: int, memory: float) -> dict[str, Any]:
+def compiled(program: Program, memory: float) -> dict[str, Any]:
     """The row of a program."""
-    beside, started = 0 if program.whole else resident, time.perf_counter()
-    try:
-        made = jax.jit(program.function).lower(*program.arguments).compile()
-    except jax.errors.JaxRuntimeError as error:  # the compiler says that the chip has too little memory
-        return {"program": program.name, "resident": beside, "fits": False, "says": str(error)[:200]}
-    seconds, held = time.perf_counter() - started, made.memory_analysis()
-    assert held is not None
-    taken = held.argument_size_in_bytes + held.output_size_in_bytes + held.temp_size_in_bytes - held.alias_size_in_bytes
-    costs: Any = made.cost_analysis()
-    row = {"program": program.name, "compile_seconds": round(seconds, 1), "bytes": taken, "resident": beside}
-    row |= {"fits": taken + beside <= memory * 1e9, "flops": costs["flops"]}
-    row |= {"temporary": held.temp_size_in_bytes}
+    row, made = tpu_job.compiled(program, memory)
+    if made is None:
+        return row
+    row |= {"flops": made.cost_analysis()["flops"], "temporary": made.memory_analysis().temp_size_in_bytes}
     try:
         return row | {"collectives": collectives(made.as_text() or "")}
     except jax.errors.JaxRuntimeError:  # libtpu 0.0.52 cannot print some programs for a v6e
@@ -217,11 +202,7 @@ def compiled(program: Program, resident: int, memory: float) -> dict[str, Any]:
 def mesh_of(place: Slice) -> tuple[Mesh, str]:
     """The mesh of a slice, and the kind of its chips."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=place.topology).devices
-    axes = {sharding.DATA: place.mesh.data, sharding.FSDP: place.mesh.fsdp, sharding.MODEL: place.mesh.model}
-    if place.mesh.fsdp == 1:
-        del axes[sharding.FSDP]
-    kinds = (AxisType.Auto,) * len(axes)
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices), devices[0].device_kind
+    return sharding.mesh_over(place.mesh, devices), devices[0].device_kind
 
 
 def main() -> None:
@@ -237,15 +218,14 @@ def main() -> None:
         place = SLICES[where]
         mesh, chip = mesh_of(place)
         for name in arguments.shapes:
-            sizes = (SHAPES | MORE)[name]
-            resident = resident_bytes(sizes, mesh, place.streamed)
+            sizes = SHAPES[name]
             for program in programs(sizes, mesh, place.streamed):
                 if (name, where, program.name) in done:
                     continue
                 named = {"shape": name, "slice": where, "chip": chip, "mesh": asdict(place.mesh)}
-                rows.append(named | compiled(program, resident, place.memory))
+                rows.append(named | compiled(program, place.memory))
                 print(json.dumps(rows[-1]), flush=True)
-                settings = {"windows": WINDOWS, "length": LENGTH, "pruned": KEPT}
+                settings = {"windows": BATCH, "length": LENGTH, "pruned": KEPT}
                 result = {"environment": environment(), "settings": settings, "rows": rows}
                 arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -11,7 +11,7 @@ An array whose size does not divide by the number of devices is replicated: ever
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -97,10 +97,16 @@ def make_mesh(shape: MeshShape | None) -> Mesh | None:
             f"the mesh is for {size} devices, but there are {devices} in {processes} processes; "
             f"use --mesh {DATA}={devices} for all devices"
         )
+    return mesh_over(shape)
+
+
+def mesh_over(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a shape over the given devices; all of the processes by default."""
     axes = {DATA: shape.data, FSDP: shape.fsdp, MODEL: shape.model}
     if shape.fsdp == 1:
         del axes[FSDP]
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    kinds = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices)
 
 
 def mesh_of(decoder: Decoder) -> Mesh | None:
@@ -124,12 +130,14 @@ def shardings(decoder: Decoder, mesh: Mesh) -> dict[str, NamedSharding]:
     return {path: one(path) for path, _ in named_arrays(decoder)}
 
 
-def _rule(name: str, axes: str, sizes: Mapping[str, int], mesh: Mesh) -> NamedSharding:
-    """The sharding of an array by its axes. Data of a layer are replicated: every host reads their few numbers."""
-    data = axis_table.is_data(name)
-    return NamedSharding(
-        mesh, PartitionSpec() if data else spec(axes, sizes, mesh.shape[MODEL], mesh.shape.get(FSDP, 1))
-    )
+def _rule(name: str, axes: str, sizes: Mapping[str, int], mesh: Mesh, whole: bool = False) -> NamedSharding:
+    """The sharding of an array by its axes; of an array that is computed with, `whole` along `fsdp`.
+
+    Data of a layer are replicated: every host reads their few numbers.
+    """
+    fsdp = 1 if whole else mesh.shape.get(FSDP, 1)
+    cut = PartitionSpec() if axis_table.is_data(name) else spec(axes, sizes, mesh.shape[MODEL], fsdp)
+    return NamedSharding(mesh, cut)
 
 
 def spec(axes: str, sizes: Mapping[str, int], model: int, fsdp: int = 1) -> PartitionSpec:
@@ -167,10 +175,7 @@ def run_shardings(run: Block, mesh: Mesh, whole: bool = False) -> Block:
 
     def one(path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding:
         name = axis_table.array_path(path)
-        rule = _rule(name, f"L {axis_table.BLOCK_AXES[name]}", sizes, mesh)
-        if not whole:
-            return rule
-        return NamedSharding(mesh, PartitionSpec(*(None if axis == FSDP else axis for axis in rule.spec)))
+        return _rule(name, f"L {axis_table.BLOCK_AXES[name]}", sizes, mesh, whole)
 
     return jax.tree_util.tree_map_with_path(one, run)
 
@@ -190,10 +195,10 @@ class WholeLayer:
         sizes = run_letters(jax.tree.map(lambda array: jax.ShapeDtypeStruct((1, *array.shape), array.dtype), block))
 
         def one(path: jax.tree_util.KeyPath, array: Array) -> Array:
-            axes = axis_table.BLOCK_AXES.get(axis_table.array_path(path))
-            if axes is None or axis_table.is_data(axis_table.array_path(path)):
+            name = axis_table.array_path(path)
+            if name not in axis_table.BLOCK_AXES:
                 return array
-            rule = NamedSharding(self.mesh, spec(axes, sizes, self.mesh.shape[MODEL]))
+            rule = _rule(name, axis_table.BLOCK_AXES[name], sizes, self.mesh, whole=True)
             return jax.lax.with_sharding_constraint(array, rule)
 
         return jax.tree_util.tree_map_with_path(one, block)

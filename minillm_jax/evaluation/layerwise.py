@@ -5,16 +5,15 @@ from functools import partial
 
 import jax
 import numpy as np
-from jax import numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from minillm_jax.data.batches import Batch, Batches
 from minillm_jax.devices import sharding
 from minillm_jax.model.build import without_layers
-from minillm_jax.model.decoder import Decoder, embed, finish, rotary_angles
+from minillm_jax.model.decoder import Decoder, embed, rotary_angles
 from minillm_jax.model.layer import apply_layer
-from minillm_jax.model.loss import token_losses
+from minillm_jax.model.loss import losses_of_stream
 from minillm_jax.model.modules import Block
 
 Stream = Float[Array, "B T D"]
@@ -45,7 +44,7 @@ def layerwise_losses(
         for layer in sharding.layers_of(decoder, mesh):
             streams = [advance(outer, layer, x, mesh=mesh) for x in streams]
         for x, batch in zip(streams, part, strict=True):
-            losses.append(sharding.gather(last_losses(outer, x, batch.tokens)))
+            losses.append(sharding.gather(losses_of_stream(outer, x, batch.tokens)))
             done += len(batch.numbers)
             if progress is not None:
                 progress(done, batches.count)
@@ -85,9 +84,3 @@ def advance(outer: Decoder, run: Block, x: Stream, *, mesh: Mesh | None) -> Stre
     """
     block, angles = jax.tree.map(lambda array: array[0], run), rotary_angles(outer, x.shape[1])
     return sharding.spread(apply_layer(block, outer.config, x, angles)[0], mesh)
-
-
-@jax.jit
-def last_losses(outer: Decoder, x: Stream, tokens: Int[Array, "B T"]) -> Float[Array, " B"]:
-    """The summed cross entropy of every sequence, from the last stream."""
-    return jnp.sum(token_losses(outer, finish(outer, x), tokens), axis=1)

@@ -8,7 +8,7 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minillm_jax.model.decoder import Decoder, final_hidden, project_to_vocabulary
+from minillm_jax.model.decoder import Decoder, final_hidden, finish, project_to_vocabulary
 
 # Number of logits in memory at a time: 32 MiB of float32, whatever the length and the vocabulary. The logits of one
 # position of all sequences are always in memory together, even if they are more.
@@ -81,6 +81,12 @@ def sequence_losses(
 ) -> Float[Array, " B"]:
     """Summed next-token cross entropy of each sequence, float32, nats; the arguments are those of `token_losses`."""
     return jnp.sum(token_losses(decoder, final_hidden(decoder, tokens), tokens, logits_at_once), axis=1)
+
+
+@jax.jit
+def losses_of_stream(decoder: Decoder, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]) -> Float[Array, " B"]:
+    """The same from the last residual stream; the layers of the decoder are not read."""
+    return jnp.sum(token_losses(decoder, finish(decoder, x), tokens), axis=1)
 
 
 class Top(NamedTuple):

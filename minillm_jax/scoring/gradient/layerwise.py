@@ -18,6 +18,7 @@ from minillm_jax.devices import sharding
 from minillm_jax.evaluation.layerwise import STREAMS, begin, parts
 from minillm_jax.model.build import without_layers
 from minillm_jax.model.decoder import Decoder, rotary_angles
+from minillm_jax.model.loss import losses_of_stream
 from minillm_jax.model.modules import Block
 from minillm_jax.model.streamed import StreamedDecoder
 from minillm_jax.model.tree import hidden_size
@@ -76,11 +77,11 @@ def _after_all_layers(
     """The streams of some batches after the last layer."""
     shape, pairs = directions.factors.shape, epsilon is not None
     streams = [first_streams(outer, batch.tokens, shape=shape, pairs=pairs, mesh=mesh) for batch in part]
+    advance: Callable[..., Streams] = partial(advance_tangents, space=space)
+    if epsilon is not None:
+        advance = partial(advance_pairs, epsilon=jnp.float32(epsilon), space=space)
     for number, layer in enumerate(sharding.layers_of(decoder, mesh)):
         index = jnp.asarray(number, jnp.int32)
-        advance: Callable[..., Streams] = partial(advance_tangents, space=space)
-        if epsilon is not None:
-            advance = partial(advance_pairs, epsilon=jnp.float32(epsilon), space=space)
         streams = [
             advance(outer, layer, of_batch, directions, batch.numbers, index)
             for of_batch, batch in zip(streams, part, strict=True)
@@ -157,7 +158,7 @@ def losses_of_pairs(
 ) -> Float[Array, "chunks P 2 B"]:
     """The summed cross entropy of every window on both sides of every direction, from the last streams."""
     flat = streams.reshape(-1, *streams.shape[3:])
-    return jax.lax.map(partial(slopes.summed_losses, outer, tokens), flat).reshape(streams.shape[:4])
+    return jax.lax.map(lambda x: losses_of_stream(outer, x, tokens), flat).reshape(streams.shape[:4])
 
 
 @jax.jit

@@ -51,10 +51,6 @@ class Plan:
         """Number of directions in one call."""
         return self.per_step * self.chunks
 
-    def calls(self, directions: int) -> int:
-        """Number of calls for so many directions."""
-        return -(-directions // self.per_call)
-
 
 def shared_plan(decoder: Decoder, length: int, settings: Estimation, tokens: int) -> Plan:
     """The plan of process 0, in all processes; the arguments are those of `plan`, and the tokens of all windows."""
@@ -76,8 +72,9 @@ def plan_of_streams(decoder: StreamedDecoder, length: int, settings: Estimation,
     """
     one_pass = plan(decoder, length, settings, work_per_call=0.0)
     streams = tokens * stream_bytes(decoder, settings.estimator == "spsa") * one_pass.per_step
-    calls = -(-one_pass.calls(settings.directions) // max(1, STREAMS // streams))
-    return replace(one_pass, chunks=-(-one_pass.calls(settings.directions) // calls))
+    passes = -(-settings.directions // one_pass.per_step)
+    calls = -(-passes // max(1, STREAMS // streams))
+    return replace(one_pass, chunks=-(-passes // calls))
 
 
 def plan(

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder, embed, finish, rotary_angles, scan_layers
 from minillm_jax.model.layer import apply_layer
-from minillm_jax.model.loss import LOGITS_AT_ONCE, token_losses
+from minillm_jax.model.loss import LOGITS_AT_ONCE, losses_of_stream, token_losses
 from minillm_jax.model.modules import Angles, Block
 from minillm_jax.scoring.gradient import spaces
 from minillm_jax.scoring.gradient.directions import Directions
@@ -147,17 +147,12 @@ def tangents_after_layer(
     return jax.vmap(along, out_axes=(None, 0))(keys, tangents)
 
 
-def summed_losses(decoder: Decoder, tokens: Int[Array, "B T"], x: Float[Array, "B T D"]) -> Float[Array, " B"]:
-    """The summed cross entropy of every window from the last residual stream, float32, nats."""
-    return jnp.sum(token_losses(decoder, finish(decoder, x), tokens), axis=-1)
-
-
 def derivatives_of_losses(
     decoder: Decoder, tokens: Int[Array, "B T"], x: Float[Array, "B T D"], tangents: Float[Array, "P B T D"]
 ) -> Float[Array, "P B"]:
     """The derivative of every window's summed cross entropy along P tangents of the last residual stream."""
 
     def along(tangent: Array) -> tuple[Array, Array]:
-        return jax.jvp(partial(summed_losses, decoder, tokens), (x,), (tangent,))
+        return jax.jvp(lambda x: losses_of_stream(decoder, x, tokens), (x,), (tangent,))
 
     return jax.vmap(along, out_axes=(None, 0))(tangents)[1]
