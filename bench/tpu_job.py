@@ -31,7 +31,7 @@ import jax
 from environment import environment
 from jax import numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 from shapes import CONFIG, SHAPES
 
 from minillm_jax.evaluation import layerwise
@@ -39,10 +39,10 @@ from minillm_jax.model.build import build, without_layers
 from minillm_jax.model.config import Sizes
 from minillm_jax.model.loss import losses_of_stream
 from minillm_jax.model.tree import named_arrays
-from minillm_jax.pruning import removal_order, solve, walk
+from minillm_jax.pruning import device_system, walk
+from minillm_jax.pruning.device_system import SUMS, Numbers, choose_and_refit, shared_rows
 
-BATCH, LENGTH, FLOAT = 2, 2048, 4
-RIDGES = 7
+BATCH, LENGTH = 2, 2048
 
 
 class Program(NamedTuple):
@@ -74,7 +74,7 @@ def programs(sizes: Sizes, place: SingleDeviceSharding) -> Iterator[Program]:
         word = {"head": "attention", "channel": "mlp"}[kind]
         state, pair = walk.State(stream), (array(BATCH, LENGTH, inputs), stream)
         sums = array(1, inputs, inputs), array(1, inputs), array(1, inputs, sizes.D), array(1, sizes.D)
-        moments, matrix, right = size_of(sums), array(inputs, inputs), array(inputs, sizes.D)
+        moments = size_of(sums)
         both = 2 * of_layer + outside
 
         def advanced(run: Any, state: Any, angles: Any, kind: str = kind) -> Any:
@@ -88,16 +88,41 @@ def programs(sizes: Sizes, place: SingleDeviceSharding) -> Iterator[Program]:
         centers = array(inputs), array(sizes.D)
         add = partial(walk.add_pair, shares=1, mesh=None)
         yield Program(f"{word}: Gram matrix", add, (sums, pair, centers), both + moments)
-        order = partial(removal_order.order_on_device, count=groups, parts=1, gathered=removal_order.GATHERED)
-        yield Program(f"{word}: inverse", solve.cholesky_solve, (matrix, matrix), both)
-        yield Program(f"{word}: order of removal", order, (matrix, matrix, array(kind=jnp.int32)), both)
-        kept, columns = array(inputs, kind=jnp.bool_), array(inputs, 256)
-        system, less = solve.OnDevice(matrix, right, right), solve.OnDevice(matrix, columns, columns)
-        ridges = array(RIDGES)
-        yield Program(f"{word}: ridges", solve.gains_on_device, (less, less, kept, ridges), both + 4 * size_of(right))
-        yield Program(f"{word}: refit", solve.rows_on_device, (matrix, right, kept, array()), both + size_of(system))
+        problem, settings_of = chosen(inputs, sizes.D, groups, array)
+        yield Program(f"{word}: choose and refit", partial(choose_and_refit, **settings_of), problem, both)
+    inputs, settings_of = chosen(sizes.D, sizes.D, sizes.D, array)
+    yield Program("input refit", partial(refit_all, **settings_of), inputs[:-1], 2 * of_layer + outside)
     tokens = array(BATCH, LENGTH, kind=jnp.int32)
     yield Program("loss", losses_of_stream, (outer, half(stream), tokens), of_layer)
+
+
+def chosen(
+    inputs: int, outputs: int, groups: int, array: Callable[..., Any], mesh: Mesh | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Abstract arguments and settings of the program from the moments to the kept groups and their rows.
+
+    Args:
+      inputs: rows of the matrix.
+      outputs: its columns.
+      groups: number of groups.
+      array: makes an abstract array from a shape and, on a mesh, `spec`.
+      mesh: the devices; None for one.
+    """
+    rows = shared_rows(inputs, outputs, groups, mesh)
+    shapes = (inputs, inputs), (inputs,), (inputs, outputs), (outputs,), (inputs,), (outputs,)
+    specs = [{"spec": spec} for spec in SUMS] if rows.axis else [{}] * len(shapes)
+    sums = tuple(array(*shape, **spec) for shape, spec in zip(shapes, specs, strict=True))
+    kernel = array(inputs, outputs, **(specs[2]))
+    numbers = Numbers._make(jax.ShapeDtypeStruct((), jnp.float32) for _ in Numbers._fields)
+    settings = {"biased": False, "count": groups, "parts": 1, "mesh": mesh, "rows": rows}
+    return (sums, sums, kernel, numbers, jax.ShapeDtypeStruct((), jnp.int32)), settings
+
+
+def refit_all(total: Any, held: Any, kernel: Any, numbers: Any, **settings: Any) -> Any:
+    """The input refit: every row is kept."""
+    places = {name: settings[name] for name in ("mesh", "rows")}
+    prepared = device_system.prepare(total, held, kernel, numbers, biased=settings["biased"], **places)
+    return device_system.refit(prepared, jnp.ones(len(kernel), bool), **places)
 
 
 def half(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

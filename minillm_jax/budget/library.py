@@ -37,7 +37,7 @@ from minillm_jax.model.modules import Block, depth
 from minillm_jax.model.tree import group_count, named_arrays
 from minillm_jax.pruning import slicing
 from minillm_jax.pruning.refit import held_out_windows, input_refit, pruned_kind, resolve, with_projection
-from minillm_jax.pruning.system import Solver
+from minillm_jax.pruning.solver import Solver
 from minillm_jax.pruning.walk import PROJECTIONS, Site, begin, projection, walk
 from minillm_jax.settings import Refit
 
@@ -232,8 +232,8 @@ def _add_levels(
         library.put((kind, site.layer, whole), kernel.reshape(-1, kernel.shape[-1]), old)
     found = projections(site, kind, fewer, min(counts), None, settings, solver)
     for count, (kernel, shift, _) in zip(fewer, found, strict=True):
-        bias = None if old is None else (old.astype(np.float64) + shift).astype(dtype)
-        library.put((kind, site.layer, count), kernel.astype(dtype), bias)
+        bias = old if old is None or shift is None else (old.astype(np.float64) + np.asarray(shift)).astype(dtype)
+        library.put((kind, site.layer, count), np.asarray(kernel.astype(dtype)), bias)
         if count == start:
             layer = with_projection(site.run, name, kernel, shift, site.mesh)
     return layer

@@ -29,18 +29,10 @@ from minillm_jax.model.decoder import Decoder, finish
 from minillm_jax.model.loss import Top, token_divergences, token_losses, top_tokens
 from minillm_jax.model.modules import Block
 from minillm_jax.model.streamed import StreamedDecoder
-from minillm_jax.model.tree import group_count, layer_count, part_count
-from minillm_jax.pruning.refit import (
-    gathered,
-    held_out_windows,
-    pruned_kind,
-    refitted,
-    removal_order,
-    resolve,
-    system_at,
-    with_projection,
-)
-from minillm_jax.pruning.system import Solver
+from minillm_jax.model.tree import group_count, layer_count
+from minillm_jax.pruning.refit import fit_at, held_out_windows, pruned_kind, resolve, with_projection
+from minillm_jax.pruning.removal_order import Removal
+from minillm_jax.pruning.solver import Matrix, Solver
 from minillm_jax.pruning.walk import PROJECTIONS, Site, begin, walk
 from minillm_jax.settings import Refit
 
@@ -280,8 +272,8 @@ def trials_of(decoder: Decoder, batches: Batches) -> Trials:
 
 def projections(
     site: Site, kind: str, counts: Sequence[int], fewest: int, choose: Choose | None, settings: Refit, solver: Solver
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """For each count, the refitted kernel at full width, with rows of zeros, and the change of the bias.
+) -> Iterator[tuple[Matrix, Any | None, np.ndarray]]:
+    """For each count, the refitted kernel at full width, with rows of zeros, and the change of the bias, None without.
 
     With groups chosen by structured OBS, also the sums of the errors of its removals.
 
@@ -299,29 +291,27 @@ def projections(
     """
     if not counts:
         return
-    values, count, parts = gathered(site), group_count(site.run, kind), part_count(site.run, kind)
-    system, order = None, None
+    fit, count = fit_at(site, kind, settings, solver), group_count(site.run, kind)
+    order: Removal | None = None
 
-    def at_full_width(keep: int) -> dict[str, np.ndarray]:
-        nonlocal system, order
-        system = system or system_at(site, settings, values)
+    def at_full_width(keep: int) -> dict[str, Any]:
+        nonlocal order
         if choose is None and order is None:
-            order = solver.run(system, lambda s, name: removal_order(s, count, fewest, parts, name))
+            order = fit.order(fewest)
+        of_all = np.arange(count)
         if choose is not None:
-            kept = choose(kind, site.layer, keep)
+            kept = np.isin(of_all, choose(kind, site.layer, keep))
         else:
             assert order is not None
-            kept = np.delete(np.arange(count), order.groups[: count - keep])
-        kernel, shift = np.zeros_like(system.kernel), np.zeros(system.kernel.shape[1])
-        rows = np.arange(len(kernel)).reshape(count, -1)[kept].ravel()
-        found = {"kernel": system.kernel[rows], "shift": shift} | refitted(system, kept, count, settings, solver)
-        kernel[rows] = found["kernel"]
+            kept = ~np.isin(of_all, order.groups[: count - keep])
+        rows = fit.refit(kept, settings.method == "least-squares")
+        rows = rows._replace(shift=None) if settings.method == "none" else rows
         errors = np.zeros(1) if order is None else np.cumsum([0.0, *order.errors])
-        return {"kernel": kernel, "shift": found["shift"], "errors": errors}
+        return rows.named() | {"errors": errors}
 
     for keep in counts:
         found = hosts.of_first(partial(at_full_width, keep))
-        yield found["kernel"], found["shift"], found["errors"]
+        yield found["kernel"], found.get("shift"), found["errors"]
 
 
 @jax.jit

@@ -79,20 +79,22 @@ def agree(text: str) -> str:
     return text if jax.process_count() == 1 else _send(text.encode()).decode()
 
 
-def of_first(compute: Callable[[], Mapping[str, Any]]) -> dict[str, np.ndarray]:
+def of_first(compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     """Arrays by name, computed in process 0 alone, in every process bit for bit.
+
+    They are arrays of NumPy; with one process, arrays of JAX stay on their devices.
 
     `compute` must not run programs on devices of other processes: these wait for its result.
 
     Args:
-      compute: called in process 0; arrays or numbers of NumPy, by name.
+      compute: called in process 0; arrays or numbers, by name.
 
     Raises:
       InputError: `compute` raised it, in every process.
       RuntimeError: `compute` raised another error, in the other processes; or the arrays arrived damaged.
     """
     if jax.process_count() == 1:
-        return {name: np.asarray(value) for name, value in compute().items()}
+        return {name: value if isinstance(value, jax.Array) else np.asarray(value) for name, value in compute().items()}
     arrays, failure = {}, None
     if is_writer():
         try:

@@ -281,7 +281,7 @@ def place(array: Shaped[np.ndarray, "..."] | Shaped[Array, "..."], sharding: Nam
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def replicated(array: Shaped[np.ndarray, "..."], mesh: Mesh | None) -> Array:
+def replicated(array: Shaped[np.ndarray, "..."] | Shaped[Array, "..."], mesh: Mesh | None) -> Array:
     """An array that every device of a mesh holds whole; on the default device without a mesh."""
     return place(array, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 

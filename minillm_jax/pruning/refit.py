@@ -19,7 +19,7 @@ With several processes, process 0 chooses the groups and solves the systems. The
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -37,11 +37,10 @@ from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import group_count, named_arrays, part_count
-from minillm_jax.pruning import solve
 from minillm_jax.pruning.finished import FinishedLayers
 from minillm_jax.pruning.refit_inputs import refit_sublayer_inputs
-from minillm_jax.pruning.removal_order import Removal, greedy_removal, products_of_best
-from minillm_jax.pruning.system import HELD_OUT, Solver, System, system_of, system_with_ridge
+from minillm_jax.pruning.solver import Fit, Groups, Solver
+from minillm_jax.pruning.system import HELD_OUT
 from minillm_jax.pruning.walk import PROJECTIONS, Collected, InputMoments, RefitInputs, Site, projection, walk
 from minillm_jax.settings import METHODS, SOLVER_CHOICES, Refit
 
@@ -238,50 +237,28 @@ def pruned_kind(sublayer: str, kinds: Container[str]) -> str | None:
 # ------------------------------------------------------------------------------------------- one output projection
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """What the system of an output projection is made of, on the host. All processes gather it together.
-
-    Attributes:
-      moments: the fields of `walk.Moments`.
-      held_out: the same of the held-out windows; None without any.
-      kernel: W, the dense kernel, float64.
-    """
-
-    moments: tuple[np.ndarray, ...]
-    held_out: tuple[np.ndarray, ...] | None
-    kernel: Float[np.ndarray, "I D"]
-
-
-def gathered(site: Site) -> Gathered:
-    """The moments and the kernel of a site. With several processes, every process must call this."""
-    collected = site.moments()
-    moments = tuple(gather(moment) for moment in collected.total)
-    held_out = collected.held_out and tuple(gather(moment) for moment in collected.held_out)
-    kernel = gather(projection(site.run, site.kind).kernel[...])
-    return Gathered(moments, held_out, kernel.astype(np.float64).reshape(len(moments[0]), -1))
-
-
-def system_at(site: Site, settings: Refit, values: Gathered | None = None) -> System:
-    """The linear system of one output projection.
+def fit_at(site: Site, kind: str, settings: Refit, solver: Solver) -> Fit:
+    """The solutions for one output projection. With several processes, every process must call this.
 
     Args:
       site: the projection.
+      kind: kind of its groups: that of the site, or `query`.
       settings: from `resolve`.
-      values: from `gathered`, which this function calls otherwise.
-
-    Raises:
-      InputError: the activations are not finite.
+      solver: solves the system.
     """
-    values = values or gathered(site)
-    biased = projection(site.run, site.kind).bias is not None
-    where, alpha = f"{PROJECTIONS[site.kind]} of layer {site.layer}", settings.alpha or 0.0
-
-    def make(moments: Sequence[np.ndarray], tokens: int, ridge: float) -> System:
-        return system_of(moments, values.kernel, tokens, alpha, ridge, biased, where, settings.solver)
-
-    tokens = site.tokens, site.held_tokens
-    return system_with_ridge(values.moments, values.held_out, tokens, settings.ridge, make)
+    linear = projection(site.run, site.kind)
+    problem = solver.problem(
+        site.moments(),
+        linear.kernel[...],
+        site.mesh,
+        groups=Groups(group_count(site.run, kind), part_count(site.run, kind)),
+        tokens=(site.tokens, site.held_tokens),
+        towards=settings.alpha or 0.0,
+        ridge=settings.ridge,
+        biased=linear.bias is not None,
+        where=f"{PROJECTIONS[site.kind]} of layer {site.layer}",
+    )
+    return solver.fit(problem)
 
 
 def held_out_windows(settings: Refit, batches: Batches) -> int:
@@ -290,41 +267,21 @@ def held_out_windows(settings: Refit, batches: Batches) -> int:
     return int(HELD_OUT * batches.count) if chooses else 0
 
 
-def removal_order(system: System, count: int, keep: int, parts: int = 1, solver: str = "host") -> Removal:
-    """The removed groups of a projection in the order of structured OBS, until `keep` groups remain.
-
-    Args:
-      system: the linear system of the projection.
-      count: number of groups.
-      keep: number of kept groups.
-      parts: see `greedy_removal`.
-      solver: `host` (float64) or `device` (float32).
-
-    Raises:
-      LinAlgError: the system or a group of it is not positive definite in the solver's type.
-    """
-    inverse = solve.inverse(system.hessian, solver)
-    products = products_of_best(inverse, system.right, solver)
-    return greedy_removal(inverse, products, count, keep, parts, solver)
-
-
 def _choose_and_refit(
     site: Site, kind: str, keep: int, settings: Refit, solver: Solver
 ) -> tuple[Int[np.ndarray, " kept"], Block]:
     """The groups that structured OBS keeps, and the layer with zeros in the rows of all others."""
-    count, parts = group_count(site.run, kind), part_count(site.run, kind)
+    count = group_count(site.run, kind)
     if keep == count:
         return np.arange(count), site.run
-    values = [gathered(site)]
+    fits = [fit_at(site, kind, settings, solver)]
 
-    def solution() -> dict[str, np.ndarray]:
-        system = system_at(site, settings, values.pop())  # frees the moments
-        order = solver.run(system, lambda system, name: removal_order(system, count, keep, parts, name))
-        kept = np.delete(np.arange(count), order.groups)
-        return {"kept": kept} | refitted(system, kept, count, settings, solver)
+    def solution() -> dict[str, Any]:
+        kept, rows = fits.pop().choose_and_refit(keep, settings.method == "least-squares")  # frees the moments
+        return {"kept": kept} | (rows.named() if settings.method != "none" else {})
 
     found = hosts.of_first(solution)
-    return found["kept"], _with_zeros(site, kind, found)
+    return np.flatnonzero(found["kept"]), _with_rows(site, kind, found)
 
 
 def prune_site(
@@ -345,55 +302,35 @@ def prune_site(
     count = group_count(site.run, kind)
     if len(kept) == count:
         return site.run
-    found = {"kept": np.asarray(kept)}
+    found: dict[str, Any] = {"kept": np.isin(np.arange(count), kept)}
     if settings.method != "none":
-        values, chosen = gathered(site), solver or Solver(settings.solver)
-        found |= hosts.of_first(lambda: refitted(system_at(site, settings, values), kept, count, settings, chosen))
-    return _with_zeros(site, kind, found)
+        fit = fit_at(site, kind, settings, solver or Solver(settings.solver))
+        least_squares = settings.method == "least-squares"
+        found |= hosts.of_first(lambda: fit.refit(found["kept"], least_squares).named())
+    return _with_rows(site, kind, found)
 
 
-def refitted(
-    system: System, kept: Int[np.ndarray, " kept"], count: int, settings: Refit, solver: Solver
-) -> dict[str, np.ndarray]:
-    """`kernel`, the kept rows of the kernel, and `shift`, the change of the bias; without those that stay as they are.
-
-    Least squares solves for the kernel anew. The method `bias` changes the bias only.
-
-    Args:
-      system: the linear system of an output projection.
-      kept: indices of the kept groups.
-      count: number of groups before.
-      settings: from `resolve`.
-      solver: solves the system.
-
-    Raises:
-      InputError: the system has no solution.
-    """
-    if settings.method == "none":
-        return {}
-    rows = np.arange(len(system.kernel)).reshape(count, -1)[kept].ravel()
-    kernel = system.kernel[rows]
-    if settings.method == "least-squares" and len(kept):
-        kernel = solver.run(system, lambda system, name: system.rows(rows, name))
-    shift = system.shift(rows, kernel)
-    return {"kernel": kernel} | ({} if shift is None else {"shift": shift})
-
-
-def _with_zeros(site: Site, kind: str, found: Mapping[str, np.ndarray]) -> Block:
+def _with_rows(site: Site, kind: str, found: Mapping[str, Any]) -> Block:
     """The layer with zeros in the rows of the groups that are not kept, and with the new kernel and shift if found."""
-    dense = gather(projection(site.run, site.kind).kernel[...])
-    groups = dense.reshape(group_count(site.run, kind), -1, dense.shape[-1])
-    kept, kernel = found["kept"], np.zeros(groups.shape, np.float64 if "kernel" in found else dense.dtype)
-    kernel[kept] = found["kernel"].reshape(-1, *groups.shape[1:]) if "kernel" in found else groups[kept]
+    kernel = found.get("kernel")
+    if kernel is None:
+        dense = gather(projection(site.run, site.kind).kernel[...])
+        kept = found["kept"].reshape(-1, 1, 1)
+        kernel = np.where(kept, dense.reshape(len(kept), -1, dense.shape[-1]), 0)
     return with_projection(site.run, PROJECTIONS[site.kind], kernel, found.get("shift"), site.mesh)
 
 
 def with_projection(
-    run: Block, name: str, kernel: Shaped[np.ndarray, "..."], shift: Float[np.ndarray, " D"] | None, mesh: Mesh | None
+    run: Block,
+    name: str,
+    kernel: Shaped[np.ndarray, "..."] | Shaped[Array, "..."],
+    shift: Float[np.ndarray, " D"] | Float[Array, " D"] | None,
+    mesh: Mesh | None,
 ) -> Block:
     """The layer with a new kernel of one projection and `shift` added to its bias, rounded to the types of both.
 
-    Each device receives its shard of the kernel, whose elements are in the order of the projection.
+    Each device receives its shard of the kernel, whose elements are in the order of the projection. A kernel on the
+    devices does not pass the host.
     """
     places = {} if mesh is None else dict(named_arrays(run_shardings(run, mesh)))
 
@@ -403,7 +340,7 @@ def with_projection(
             case "kernel":
                 new = kernel.reshape(array.shape)
             case "bias" if shift is not None:
-                new = gather(array).astype(np.float64) + shift
+                new = gather(array).astype(np.float64) + np.asarray(shift)
             case _:
                 return array
         return place(new.astype(array.dtype), places.get(full_name))

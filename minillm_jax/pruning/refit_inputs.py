@@ -9,7 +9,6 @@ With biases, the moments are centred, and the biases take the difference of the 
 all matrices of a sublayer.
 """
 
-from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -19,11 +18,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from minillm_jax.devices import hosts, sharding
-from minillm_jax.devices.sharding import gather
 from minillm_jax.model import axis_table, ops
 from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import named_arrays
-from minillm_jax.pruning.system import Solver, System, system_of, system_with_ridge
+from minillm_jax.pruning.solver import Groups, Solver
 from minillm_jax.pruning.walk import Collected, InputMoments
 
 # Kind of group -> the matrices of its sublayer that read the residual stream.
@@ -63,29 +61,26 @@ def refit_sublayer_inputs(
       InputError: the moments are not finite, or the system has no solution.
     """
     names, chosen = INPUT_MATRICES[kind], solver or Solver()
-    on_host = [gather(moment) for moment in moments.total]
-    held_out = moments.held_out and [gather(moment) for moment in moments.held_out]
-    biased = f"{names[-1]}.bias" in dict(named_arrays(run))
-
-    def solution() -> dict[str, np.ndarray]:
-        identity = np.eye(len(on_host[0]))
-        described = f"{names[-1]}{where}"
-
-        def make(sums: Sequence[np.ndarray], count: int, share: float) -> System:
-            return system_of(sums, identity, count, beta, share, biased, described, chosen.name)
-
-        return chosen.run(system_with_ridge(on_host, held_out, tokens, ridge, make), _solution)
-
-    found = hosts.of_first(solution)
-    linear_map, shift = (sharding.replicated(found[name].astype(np.float32), mesh) for name in ("map", "shift"))
+    width = len(moments.total.inputs)
+    problem = chosen.problem(
+        moments,
+        np.eye(width, dtype=np.float32),
+        mesh,
+        groups=Groups(width),
+        tokens=tokens,
+        towards=beta,
+        ridge=ridge,
+        biased=f"{names[-1]}.bias" in dict(named_arrays(run)),
+        where=f"{names[-1]}{where}",
+    )
+    found = hosts.of_first(lambda: chosen.fit(problem).refit(np.ones(width, bool)).named())
+    shift = found.get("shift", np.zeros(width))
+    linear_map, shift = (sharding.replicated(_float32(part), mesh) for part in (found["kernel"], shift))
     return mapped(run, linear_map, shift, names=names, mesh=mesh)
 
 
-def _solution(system: System, solver: str) -> dict[str, np.ndarray]:
-    """M, and the change of the mean input; zero in sublayers without biases."""
-    linear_map = system.rows(np.arange(len(system.kernel)), solver)
-    shift = np.zeros(len(linear_map)) if system.mean is None else system.target - system.mean @ linear_map
-    return {"map": linear_map, "shift": shift}
+def _float32(array: np.ndarray | Array) -> np.ndarray | Array:
+    return array.astype(np.float32)
 
 
 @partial(jax.jit, static_argnames=("names", "mesh"))

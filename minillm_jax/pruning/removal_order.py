@@ -15,10 +15,12 @@ blocked factorisation, the rows N and P of several groups are gathered first. On
 gathered rows to each matrix. Between two such updates, the program computes the current rows of the next group only,
 and updates the diagonal block of every group.
 
-    G groups    R gathered rows at most    w features of a group
+The host computes this in NumPy and float64, a device in JAX and float32, where the rows of both matrices may be shared
+between devices (`blocked.Rows`): each applies the gathered rows to its own rows.
+
+    G groups    R gathered rows at most    w features of a group    i of I rows on this device
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +31,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from minillm_jax.pruning import blocked, solve
+from minillm_jax.pruning.blocked import ALL, Rows
 
 # Rows N and P that are gathered before both matrices are updated.
 GATHERED = 128
@@ -41,8 +44,8 @@ class _State(NamedTuple):
     """The system during the removal, as NumPy or JAX arrays.
 
     Attributes:
-      inverse: [I, I], H⁻¹ after its last update.
-      products: [I, I], M after its last update.
+      inverse: [i, I], H⁻¹ after its last update.
+      products: [i, I], M after its last update.
       n: [R, I], the rows N gathered since the last update; zero in rows not yet filled, and in the columns of removed
         groups.
       p: [R, I], the rows P gathered since the last update.
@@ -62,12 +65,10 @@ class _State(NamedTuple):
     to_remove: Int[Array, " _"] | Int[np.ndarray, " _"]
 
 
-def products_of_best(
-    inverse: Float[np.ndarray, "I I"], right: Float[np.ndarray, "I D"], solver: str = "host"
-) -> Float[np.ndarray, "I I"]:
-    """M = W Wᵀ of the least-squares weights before any removal, W = H⁻¹ · right; for the solver see `solve.solve`."""
-    weights = solve.product(inverse, right, solver)
-    return solve.product(weights, weights.T, solver)
+def products_of_best(inverse: Float[np.ndarray, "I I"], right: Float[np.ndarray, "I D"]) -> Float[np.ndarray, "I I"]:
+    """M = W Wᵀ of the least-squares weights before any removal, W = H⁻¹ · right."""
+    weights = inverse @ right
+    return weights @ weights.T
 
 
 class Removal(NamedTuple):
@@ -88,33 +89,24 @@ def greedy_removal(
     count: int,
     keep: int,
     parts: int = 1,
-    solver: str = "host",
     gathered: int = GATHERED,
 ) -> Removal:
-    """The removed groups in the order of removal, with the error of each.
+    """The removed groups in the order of removal, with the error of each; on the host, in float64.
 
     Each step removes the group with the least error, of equal ones the group with the lowest index, until `keep`
     groups remain.
 
     Args:
-      inverse: H⁻¹, symmetric and positive definite. The host solver overwrites this matrix and `products`.
+      inverse: H⁻¹, symmetric and positive definite. It is overwritten, as is `products`.
       products: M = W Wᵀ of the least-squares weights W before any removal.
       count: number of groups. Each group has equally many neighbouring features.
       keep: number of kept groups.
       parts: number of parts, each of equally many neighbouring groups. Every part loses equally many groups.
-      solver: `host` (NumPy, float64), or `device` (JAX, float32).
       gathered: number of gathered rows after which both matrices are updated, rounded down to whole groups.
 
     Raises:
-      LinAlgError: a group is not positive definite in the solver's type, so that its error is not known.
+      LinAlgError: a group is not positive definite, so that its error is not known.
     """
-    if solver == "device" and keep < count:
-        matrices = (jnp.asarray(matrix, jnp.float32) for matrix in (inverse, products))
-        found = order_on_device(*matrices, jnp.int32(count - keep), count=count, parts=parts, gathered=gathered)
-        order, errors = (np.asarray(array)[: count - keep] for array in found)
-        if not np.isfinite(errors).all():
-            raise np.linalg.LinAlgError("the order of removal takes more precision than float32 has")
-        return Removal(order.astype(np.int64), errors.astype(np.float64))
     inverse, products = (np.require(matrix, np.float64, "W") for matrix in (inverse, products))
     state = _begin(inverse, products, count, count - keep, parts, gathered)
     groups, errors, width = [], [], len(inverse) // count
@@ -131,55 +123,76 @@ def greedy_removal(
     return Removal(np.asarray(groups, np.int64), np.asarray(errors, np.float64))
 
 
-@partial(jax.jit, static_argnames=("count", "parts", "gathered"))
 def order_on_device(
-    inverse: Float[Array, "I I"],
-    products: Float[Array, "I I"],
+    inverse: Float[Array, "i I"],
+    products: Float[Array, "i I"],
     removed: Int[Array, ""],
     *,
     count: int,
     parts: int,
-    gathered: int,
-) -> tuple[Int[Array, " count"], Float[Array, " count"]]:
-    """The removed groups in order, and the error of each removal: not finite where float32 is not precise enough.
+    gathered: int = GATHERED,
+    rows: Rows = ALL,
+) -> tuple[Int[Array, " count"], Float[Array, " count"], Bool[Array, " count"]]:
+    """The removed groups in order, the error of each removal, and which groups remain; a function to be compiled.
 
     The number of removed groups is an argument of the program, so that all layers share it. The entries behind that
-    number mean nothing.
+    number mean nothing. An error that is not finite says that float32 is not precise enough.
+
+    Args:
+      inverse: this device's rows of H⁻¹, float32.
+      products: this device's rows of M.
+      removed: number of removed groups.
+      count: see `greedy_removal`.
+      parts: see `greedy_removal`.
+      gathered: see `greedy_removal`.
+      rows: how the rows lie on the devices; the groups of a device are whole.
     """
-    width = len(inverse) // count
+    width = inverse.shape[1] // count
     per_update = max(1, gathered // width)
 
     def step(done: Array, carry: tuple[_State, Array, Array]) -> tuple[_State, Array, Array]:
         state, order, errors = carry
-        group, error, state = _remove(state, done % per_update * width)
+        group, error, state = _remove(state, done % per_update * width, rows)
         return state, order.at[done].set(group), errors.at[done].set(error)
 
     # Two nested loops: a condition inside a single loop would copy the matrices for every group.
     def steps_and_update(number: Array, carry: tuple[_State, Array, Array]) -> tuple[_State, Array, Array]:
         first = number * per_update
         state, order, errors = lax.fori_loop(first, jnp.minimum(first + per_update, removed), step, carry)
-        return _updated(state), order, errors
+        return _updated(state, rows), order, errors
 
     with jax.default_matmul_precision("highest"):
-        state = _begin(inverse, products, count, removed, parts, gathered)
+        state = _begin(inverse, products, count, removed, parts, gathered, rows)
         carry = (state, jnp.zeros(count, jnp.int32), jnp.zeros(count))
-        _, order, errors = lax.fori_loop(0, -(-removed // per_update), steps_and_update, carry)
-    return order, errors
+        state, order, errors = lax.fori_loop(0, -(-removed // per_update), steps_and_update, carry)
+    return order, errors, jnp.asarray(state.kept)
 
 
-def _begin(inverse: Matrix, products: Matrix, count: int, removed: int | Array, parts: int, gathered: int) -> _State:
+def _begin(
+    inverse: Matrix,
+    products: Matrix,
+    count: int,
+    removed: int | Array,
+    parts: int,
+    gathered: int,
+    rows: Rows = ALL,
+) -> _State:
     """The state before the first removal."""
-    xp, width = inverse.__array_namespace__(), len(inverse) // count
-    groups = xp.arange(count)
+    xp, features = inverse.__array_namespace__(), inverse.shape[1]
+    width = features // count
+    own = xp.arange(len(inverse) // width)  # of this device's groups
+    first = 0 if rows.axis is None else lax.axis_index(rows.axis) * len(own)
     inverse_blocks, product_blocks = (
-        matrix.reshape(count, width, count, width)[groups, :, groups] for matrix in (inverse, products)
+        matrix.reshape(-1, width, count, width)[own, :, first + own] for matrix in (inverse, products)
     )
-    n, p = (xp.zeros((max(1, gathered // width) * width, len(inverse)), inverse.dtype) for _ in range(2))
+    if rows.axis is not None:
+        inverse_blocks, product_blocks = (rows.whole(jnp.asarray(b)) for b in (inverse_blocks, product_blocks))
+    n, p = (xp.zeros((max(1, gathered // width) * width, features), inverse.dtype) for _ in range(2))
     kept, to_remove = xp.ones(count, bool), xp.full(parts, removed // parts)
     return _State(inverse, products, n, p, inverse_blocks, product_blocks, kept, to_remove)
 
 
-def _remove(state: _State, place: int | Array) -> tuple[Any, Any, _State]:
+def _remove(state: _State, place: int | Array, rows: Rows = ALL) -> tuple[Any, Any, _State]:
     """The next removed group, its error, and the state after its removal, with its rows N and P at `place`."""
     xp, width = state.n.__array_namespace__(), state.inverse_blocks.shape[-1]
     per_part = len(state.kept) // len(state.to_remove)
@@ -187,8 +200,8 @@ def _remove(state: _State, place: int | Array) -> tuple[Any, Any, _State]:
     errors = xp.where(removable, removal_errors(state.inverse_blocks, state.product_blocks), xp.inf)
     group = xp.argmin(errors)
     kept = state.kept & (xp.arange(len(state.kept)) != group)
-    n, p = _rows(state, group, xp.repeat(kept, width)[None])
-    n_blocks, p_blocks = (rows.reshape(width, -1, width).swapaxes(0, 1) for rows in (n, p))
+    n, p = _rows(state, group, xp.repeat(kept, width)[None], rows)
+    n_blocks, p_blocks = (gathered.reshape(width, -1, width).swapaxes(0, 1) for gathered in (n, p))
     state = state._replace(
         n=_put(state.n, n, place),
         p=_put(state.p, p, place),
@@ -201,15 +214,19 @@ def _remove(state: _State, place: int | Array) -> tuple[Any, Any, _State]:
     return group, error, state
 
 
-def _rows(state: _State, group: Any, kept: Array | np.ndarray) -> tuple[Matrix, Matrix]:
+def _rows(state: _State, group: Any, kept: Array | np.ndarray, rows: Rows) -> tuple[Matrix, Matrix]:
     """N and P of one group, [w, I] each; `kept` [1, I] marks the features of the groups that remain."""
     xp, width = state.n.__array_namespace__(), state.inverse_blocks.shape[-1]
-    rows = group * width + xp.arange(width)
-    before_n, before_p = state.n[:, rows].T, state.p[:, rows].T
+    features = group * width + xp.arange(width)
+
+    def of_group(matrix: Matrix) -> Matrix:
+        return matrix[features] if rows.axis is None else rows.take(jnp.asarray(matrix), group * width, width)
+
+    before_n, before_p = state.n[:, features].T, state.p[:, features].T
     whiten = _inverse_pivot(state.inverse_blocks[group])
-    n = whiten @ (state.inverse[rows] - before_n @ state.n) * kept
-    p = whiten @ (state.products[rows] - before_n @ state.p - before_p @ state.n)
-    square = whiten @ p[:, rows].T  # R⁻¹ M_SS R⁻ᵀ, symmetric
+    n = whiten @ (of_group(state.inverse) - before_n @ state.n) * kept
+    p = whiten @ (of_group(state.products) - before_n @ state.p - before_p @ state.n)
+    square = whiten @ p[:, features].T  # R⁻¹ M_SS R⁻ᵀ, symmetric
     return n, p - 0.5 * (square @ n)
 
 
@@ -230,7 +247,7 @@ def _put(array: Matrix, rows: Matrix, place: int | Array) -> Matrix:
     return array
 
 
-def _updated(state: _State) -> _State:
+def _updated(state: _State, rows: Rows = ALL) -> _State:
     """The state with all gathered rows applied to both matrices; NumPy matrices are changed in place."""
     inverse, products, n, p = state.inverse, state.products, state.n, state.p
     xp = n.__array_namespace__()
@@ -239,11 +256,12 @@ def _updated(state: _State) -> _State:
         # Products of two different arrays: for a product of an array with its own transpose, and for a sum with a
         # transpose, NumPy takes three times as long.
         other = n.copy()
-        for rows in solve.row_blocks(len(inverse)):
-            inverse[rows] -= n[:, rows].T @ other
-            products[rows] -= left[:, rows].T @ right
+        for block in solve.row_blocks(len(inverse)):
+            inverse[block] -= n[:, block].T @ other
+            products[block] -= left[:, block].T @ right
     else:
-        inverse, products = inverse - n.T @ n, products - left.T @ right
+        own_n, own_left = (rows.mine(jnp.asarray(gathered).T) for gathered in (n, left))
+        inverse, products = inverse - own_n @ n, products - own_left @ right
     return state._replace(inverse=inverse, products=products, n=xp.zeros_like(n), p=xp.zeros_like(p))
 
 

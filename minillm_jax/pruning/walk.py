@@ -23,7 +23,6 @@ from functools import partial, reduce
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
-import numpy as np
 from jax import numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -39,7 +38,6 @@ from minillm_jax.model.modules import Angles, Block, Linear
 from minillm_jax.model.narrow import is_narrow, narrowed
 from minillm_jax.model.streamed import StreamedDecoder
 from minillm_jax.model.tree import layer_count
-from minillm_jax.pruning.solve import row_blocks
 
 # The output projection that reads the groups of a kind, and no other groups.
 PROJECTIONS = {"head": "attention.o", "channel": "mlp.down"}
@@ -70,7 +68,8 @@ class Moments(NamedTuple):
     to close the gap, and `cross` and `gaps` mean nothing.
 
     All sums are about a reference point, the means of the first batch: where a mean is much larger than the deviation
-    from it, a float32 sum of squares would lose the digits of the deviation. `raw_moments` moves them back to zero.
+    from it, a float32 sum of squares would lose the digits of the deviation. A system moves them to zero or to the
+    means.
 
     Attributes:
       gram: the Gram matrix (A − a₀)ᵀ (A − a₀).
@@ -315,28 +314,6 @@ def advance(
 
 
 # ---------------------------------------------------------------------------------------------------------- moments
-
-
-def raw_moments(
-    gram: Float[np.ndarray, "I I"],
-    inputs: Float[np.ndarray, " I"],
-    cross: Float[np.ndarray, "I J"],
-    targets: Float[np.ndarray, " J"],
-    center: Float[np.ndarray, " I"],
-    target_center: Float[np.ndarray, " J"],
-    tokens: int,
-) -> tuple[Float[np.ndarray, "I I"], Float[np.ndarray, "I J"]]:
-    """Aᵀ A and Aᵀ target about zero, from the sums about the two centers (see `Moments`).
-
-    Float64; both matrices are overwritten.
-    """
-    total = inputs + tokens * center
-    for rows in row_blocks(len(gram)):
-        gram[rows] += np.outer(center[rows], total)
-        gram[rows] += np.outer(inputs[rows], center)
-    cross += np.outer(center, targets)
-    cross += np.outer(total, target_center)
-    return gram, cross
 
 
 # The inputs of a projection, and what it is fitted to, at every token of a batch.

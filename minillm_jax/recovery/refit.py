@@ -6,7 +6,7 @@ on other text, and solves the systems of `pruning.refit` with all rows kept. Exp
 `pruning.expert_refit`. It needs no step, no learning rate and no gradient.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
@@ -21,16 +21,8 @@ from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import group_count, hidden_size, layer_count
 from minillm_jax.pruning import expert_refit, slicing
 from minillm_jax.pruning.expert_refit import Streams
-from minillm_jax.pruning.refit import (
-    any_input_refit,
-    gathered,
-    held_out_windows,
-    refitted,
-    resolve,
-    system_at,
-    with_projection,
-)
-from minillm_jax.pruning.system import Solver
+from minillm_jax.pruning.refit import any_input_refit, fit_at, held_out_windows, resolve, with_projection
+from minillm_jax.pruning.solver import Solver
 from minillm_jax.pruning.walk import PROJECTIONS, Collected, InputMoments, Site, walk
 from minillm_jax.settings import Refit
 
@@ -92,12 +84,8 @@ def refitted_groups(site: Site, settings: Refit, solver: Solver) -> Block:
     count = group_count(site.run, site.kind)
     if not count:
         return site.run
-    values = gathered(site)
-
-    def solution() -> Mapping[str, np.ndarray]:
-        return refitted(system_at(site, settings, values), np.arange(count), count, settings, solver)
-
-    found = hosts.of_first(solution)
+    fit = fit_at(site, site.kind, settings, solver)
+    found = hosts.of_first(lambda: fit.refit(np.ones(count, bool)).named())
     return with_projection(site.run, PROJECTIONS[site.kind], found["kernel"], found.get("shift"), site.mesh)
 
 

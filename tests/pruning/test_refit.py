@@ -1,10 +1,7 @@
 """The refit against independent least squares, structured OBS against brute force."""
 
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,9 +15,11 @@ from minillm_jax.model import axis_table
 from minillm_jax.model.decoder import Decoder, final_hidden
 from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import group_counts, named_arrays, sizes_of
-from minillm_jax.pruning import removal_order, solve, system
-from minillm_jax.pruning.refit import can_compensate, prune_by_obs, prune_site, resolve, slice_and_refit, system_at
+from minillm_jax.pruning import removal_order
+from minillm_jax.pruning.refit import can_compensate, fit_at, prune_by_obs, prune_site, resolve, slice_and_refit
 from minillm_jax.pruning.slicing import slice_groups, slice_sizes
+from minillm_jax.pruning.solver import HostFit, Solver
+from minillm_jax.pruning.system import System
 from minillm_jax.pruning.walk import Site, projection, walk
 from minillm_jax.settings import SOLVERS, Refit
 from tests.helpers import (
@@ -144,7 +143,7 @@ def test_refitted_projection_is_nearer_to_its_target_than_the_sliced_one() -> No
     decoder, settings = small_decoder(**BIASED), resolve(Refit(), small_decoder(**BIASED).config)
 
     def check(site: Site) -> Block:
-        fit, old_bias = system_at(site, settings), run_kernel_and_bias(site.run, site.kind)[1]
+        fit, old_bias = host_system(site, settings), run_kernel_and_bias(site.run, site.kind)[1]
         smaller = prune_site(site, site.kind, KEPT[site.kind], settings)
         kernel, bias = run_kernel_and_bias(smaller, site.kind)
         rows = feature_rows(site.kind, len(fit.kernel))
@@ -161,6 +160,13 @@ def test_refitted_projection_is_nearer_to_its_target_than_the_sliced_one() -> No
         return smaller
 
     walk(decoder, BATCHES, check)
+
+
+def host_system(site: Site, settings: Refit) -> System:
+    """The linear system of an output projection, float64."""
+    fit = fit_at(site, site.kind, settings, Solver())
+    assert isinstance(fit, HostFit)
+    return fit.system
 
 
 def run_kernel_and_bias(run: Block, kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -230,78 +236,6 @@ def test_device_and_host_solvers_agree() -> None:
         np.testing.assert_allclose(left, right, atol=1e-4 * float(jnp.abs(left).max()), err_msg=path)
 
 
-INDEFINITE = np.diag([-1e-3, 1.0, 2.0, 3.0, 4.0])
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_a_matrix_that_is_not_definite_is_not_solved(solver: str) -> None:
-    vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0]
-    for function in (lambda m, s: solve.solve(m, np.ones((5, 2)), s), solve.inverse):
-        with pytest.raises(np.linalg.LinAlgError):
-            function(vectors @ INDEFINITE @ vectors.T, solver)
-
-
-def short_system(ridge: float) -> system.System:
-    """The system of 12 inputs with 5 tokens, so that its Gram matrix is singular."""
-    rng = np.random.default_rng(0)
-    x, target, kernel = 100 * rng.normal(size=(5, 12)), rng.normal(size=(5, 4)), rng.normal(size=(12, 4))
-    moments = (x.T @ x, x.sum(0), x.T @ target, target.sum(0), np.zeros(12), np.zeros(4))
-    return system.system_of(moments, kernel, 5, 0.5, ridge, False, "mlp.down of layer 3")
-
-
-def test_a_system_that_is_not_definite_gets_a_larger_ridge_and_one_warning() -> None:
-    singular, solver, rows = short_system(1e-25), system.Solver(), np.arange(12)
-    sentence = r"mlp\.down of layer 3: the ridge is raised from 1\.0e-25 to 1\.0e-1\d of the mean diagonal"
-    with pytest.warns(InputWarning, match=sentence) as warned:
-        kernels = [solver.run(singular, lambda s, name: s.rows(rows, name)) for _ in range(3)]
-    assert len(warned) == 1
-    np.testing.assert_allclose(kernels[0], short_system(1e-12).rows(rows, "host"), atol=2e-2)
-
-
-def test_a_system_without_a_solution_is_an_error() -> None:
-    broken = replace(short_system(1e-2), hessian=np.full((12, 12), np.nan))
-    with pytest.raises(InputError, match="the refit has no solution at any ridge"):
-        system.Solver().run(broken, lambda s, name: s.rows(np.arange(12), name))
-
-
-@pytest.fixture
-def broken_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], None]]:
-    """Makes the solver of the device fail with a message, or give NaN if the message is None."""
-
-    def break_with(message: str | None) -> None:
-        def fail(factor: Any, right: jax.Array) -> jax.Array:
-            if message is not None:
-                raise jax.errors.JaxRuntimeError(message)
-            return right * jnp.nan
-
-        monkeypatch.setattr(jax.scipy.linalg, "cho_solve", fail)
-        jax.clear_caches()
-
-    yield break_with
-    jax.clear_caches()  # the programs that were traced with the broken function
-
-
-@pytest.mark.parametrize("message", ["RESOURCE_EXHAUSTED: out of memory", None])
-def test_a_system_that_fails_on_the_device_is_solved_on_the_host(
-    broken_device: Callable[[str | None], None], message: str | None
-) -> None:
-    """For lack of memory; for lack of precision, with NaN as its result."""
-    decoder = small_decoder()
-    host = slice_and_refit(decoder, kept_in(decoder), BATCHES, Refit(inputs=0.0))
-    broken_device(message)
-    with pytest.warns(InputWarning, match="layer 0: solved on the host in place of the device") as warned:
-        device = slice_and_refit(decoder, kept_in(decoder), BATCHES, Refit(solver="device", inputs=0.0))
-    assert len(warned) == 1
-    for (path, left), (_, right) in zip(named_arrays(host), named_arrays(device), strict=True):
-        np.testing.assert_allclose(left, right, atol=1e-4 * float(jnp.abs(left).max()), err_msg=path)
-
-
-def test_another_failure_of_the_device_is_not_hidden(broken_device: Callable[[str | None], None]) -> None:
-    broken_device("INTERNAL: broken")
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        system.Solver("device").run(short_system(1e-2), lambda s, name: s.rows(np.arange(12), name))
-
-
 def test_structured_obs_with_fewer_tokens_than_channels_and_hardly_a_ridge() -> None:
     decoder, counts = small_decoder(), {kind: [len(rows)] * 3 for kind, rows in KEPT.items()}
     with pytest.warns(InputWarning, match="the ridge is raised"):
@@ -325,71 +259,6 @@ def obs_update(inverse: np.ndarray, weights: np.ndarray, removed: np.ndarray, co
     return weights[np.delete(all_rows, removed, axis=0).ravel()]
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("gathered", [128, 3])
-@pytest.mark.parametrize("width", [1, 3])
-def test_greedy_removal_equals_brute_force(width: int, gathered: int, solver: str) -> None:
-    """Errors, order and updated weights, against a least-squares solution for every candidate."""
-    rng = np.random.default_rng(width)
-    count, size = 8, 8 * width
-    a, weights = rng.normal(size=(60, size)) @ rng.normal(size=(size, size)), rng.normal(size=(size, 4))
-    hessian = a.T @ a + 0.1 * np.eye(size)
-    inverse, products = np.linalg.inv(hessian), weights @ weights.T
-
-    def least_squares(kept: list[int]) -> tuple[float, np.ndarray]:
-        rows = np.arange(size).reshape(count, width)[kept].ravel()
-        solution = np.linalg.solve(hessian[np.ix_(rows, rows)], hessian[rows] @ weights)
-        delta = weights.copy()
-        delta[rows] -= solution
-        return float(np.trace(delta.T @ hessian @ delta)), solution
-
-    def blocks(matrix: np.ndarray) -> np.ndarray:
-        return np.stack([matrix[i : i + width, i : i + width] for i in range(0, size, width)])
-
-    errors = [least_squares([g for g in range(count) if g != removed])[0] for removed in range(count)]
-    np.testing.assert_allclose(removal_order.removal_errors(blocks(inverse), blocks(products)), errors)
-    kept, expected = list(range(count)), []
-    for keep in range(count - 1, 0, -1):
-        expected.append(min(kept, key=lambda group, kept=kept: least_squares([g for g in kept if g != group])[0]))
-        kept.remove(expected[-1])
-        if solver == "host" or keep == 1:
-            order = removal_order.greedy_removal(inverse.copy(), products.copy(), count, keep, 1, solver, gathered)
-            assert order.groups.tolist() == expected
-            exact = [
-                least_squares(np.delete(np.arange(count), expected[:n]).tolist())[0] for n in range(count - keep + 1)
-            ]
-            np.testing.assert_allclose(np.cumsum(order.errors), exact[1:], rtol=1e-3)
-            solution = least_squares(kept)[1]
-            np.testing.assert_allclose(
-                obs_update(inverse, weights, order.groups, count), solution, rtol=1e-9, atol=1e-12
-            )
-
-
-def test_every_part_loses_equally_many_groups() -> None:
-    """Although all groups of the second part cost less than those of the first."""
-    products = np.diag([4.0, 3.0, 2.0, 1.0, 0.4, 0.3, 0.2, 0.1])
-    assert removal_order.greedy_removal(np.eye(8), products.copy(), 8, 4).groups.tolist() == [7, 6, 5, 4]
-    for solver in SOLVERS:
-        assert removal_order.greedy_removal(np.eye(8), products.copy(), 8, 4, 2, solver).groups.tolist() == [7, 6, 3, 2]
-
-
-def test_an_order_that_takes_more_precision_is_not_guessed() -> None:
-    inverse, products = np.diag([1e-60, 1e-60, 1e-60]), np.diag([3.0, 1.0, 2.0])
-    with pytest.raises(np.linalg.LinAlgError, match="more precision than float32"):
-        removal_order.greedy_removal(inverse, products, 3, 1, 1, "device")
-    assert removal_order.greedy_removal(inverse, products, 3, 1, 1, "host").groups.tolist() == [1, 2]
-    for broken in (np.nan, -1.0):
-        with pytest.raises(np.linalg.LinAlgError, match="more precision than float64"):
-            removal_order.greedy_removal(np.diag([1.0, broken, 1.0]), np.diag([3.0, 1.0, 2.0]), 3, 1)
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_inverse_of_a_definite_matrix(solver: str) -> None:
-    vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0]
-    inverse = solve.inverse(vectors @ np.diag([1.0, 2, 3, 4, 5]) @ vectors.T, solver)
-    np.testing.assert_allclose(inverse, vectors @ np.diag([1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]) @ vectors.T, atol=1e-6)
-
-
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_update_of_obs_equals_the_least_squares_refit(alpha: float) -> None:
     """OBS starts from the least-squares weights before any removal, with the ridge in H."""
@@ -401,7 +270,7 @@ def test_update_of_obs_equals_the_least_squares_refit(alpha: float) -> None:
     assert arrays_equal(pruned, slice_and_refit(decoder, kept, BATCHES, settings))
 
     def check(site: Site) -> Block:
-        fit = system_at(site, resolve(settings, decoder.config))
+        fit = host_system(site, resolve(settings, decoder.config))
         inverse = np.linalg.inv(fit.hessian)
         weights = inverse @ fit.right
         if alpha == 0:
@@ -412,7 +281,7 @@ def test_update_of_obs_equals_the_least_squares_refit(alpha: float) -> None:
         assert (groups == kept[site.kind][site.layer]).all()
         rows = np.arange(len(weights)).reshape(count, -1)[groups].ravel()
         updated = obs_update(inverse, weights, order, count)
-        np.testing.assert_allclose(updated, fit.rows(rows, "host"), rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(updated, fit.rows(rows), rtol=1e-6, atol=1e-9)
         return prune_site(site, site.kind, groups, resolve(settings, decoder.config))
 
     walk(decoder, BATCHES, check)
@@ -429,13 +298,13 @@ def test_layers_with_other_numbers_of_kept_groups_share_the_programs_of_the_walk
 
 def test_layers_with_other_numbers_of_kept_groups_share_the_programs_of_the_device() -> None:
     """The solver has one program for the heads and one for the channels."""
-    decoder, names = small_decoder(), ("rows_on_device", "gains_on_device", "order_on_device")
+    decoder, names = small_decoder(), ("choose_and_refit", "prepare", "order", "refit")
     jax.clear_caches()
     with ExitStack() as stack:
         compiled = [stack.enter_context(compilations(name)) for name in names]
         counts = {"head": [3, 2, 1], "channel": [9, 7, 11]}
         prune_by_obs(decoder, counts, Batches(random_tokens(61, 16, 11)), Refit(inputs=0.0, solver="device"))
-    assert [len(programs) for programs in compiled] == [2, 2, 2]
+    assert [len(programs) for programs in compiled] == [2, 0, 0, 0]
 
 
 def test_a_device_solves_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,11 +29,8 @@ def noisy(tokens: int, noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def chosen(x: np.ndarray, kernel: np.ndarray, target: np.ndarray, held: int, biased: bool = False) -> System:
-    def make(moments: list[np.ndarray], tokens: int, ridge: float) -> System:
-        return system_of(moments, kernel, tokens, 1.0, ridge, biased, "mlp.down of layer 0")
-
     parts = (moments_of(x, target), moments_of(x[-held:], target[-held:]))
-    return system_with_ridge(*parts, (len(x), held), None, make)
+    return system_with_ridge(*parts, kernel, (len(x), held), 1.0, None, biased, "mlp.down of layer 0")
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -48,28 +45,28 @@ def test_the_chosen_ridge_has_nearly_the_least_error_on_held_out_tokens(
     errors = []
     for ridge in CHOICES:
         fit = system_of(moments_of(fit_x, fit_target), kernel, len(fit_x), 1.0, ridge, biased, "")
-        solution, held_x, held_target = fit.rows(ROWS, "host"), x[-held:][:, ROWS], target[-held:]
+        solution, held_x, held_target = fit.rows(ROWS), x[-held:][:, ROWS], target[-held:]
         if biased:
             held_x, held_target = held_x - held_x.mean(0), held_target - held_target.mean(0)
         errors.append(np.sum((held_x @ solution - held_target) ** 2))
         if ridge == CHOICES[0]:
             before = np.sum((held_x @ kernel[ROWS] - held_target) ** 2)
     assert system.held_out is not None
-    best = system.held_out.best(ROWS, "host")
+    best = system.held_out.best(ROWS)
     gains = before - np.asarray(errors)
     expected = next(
         (ridge for ridge, gain in zip(CHOICES, gains, strict=True) if gain >= ENOUGH * gains.max() > 0), 0.3
     )
     assert best == expected
-    refitted = system_of(moments_of(x, target), kernel, len(x), 1.0, best, biased, "").rows(ROWS, "host")
-    np.testing.assert_allclose(system.rows(ROWS, "host"), refitted, rtol=1e-9)
+    refitted = system_of(moments_of(x, target), kernel, len(x), 1.0, best, biased, "").rows(ROWS)
+    np.testing.assert_allclose(system.rows(ROWS), refitted, rtol=1e-9)
 
 
 def test_noise_and_few_tokens_ask_for_a_larger_ridge() -> None:
     few, many = (chosen(*noisy(tokens, 6.0), tokens // 4).held_out for tokens in (24, 2000))
     assert few is not None
     assert many is not None
-    assert few.best(ROWS, "host") > many.best(ROWS, "host")
+    assert few.best(ROWS) > many.best(ROWS)
 
 
 def test_a_larger_ridge_after_a_failure_is_not_chosen_again() -> None:

@@ -17,6 +17,7 @@ from minillm_jax.model.decoder import Decoder, embed, rotary_angles
 from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.modules import Block
 from minillm_jax.pruning import slicing
+from minillm_jax.pruning.system import HostMoments
 from minillm_jax.pruning.walk import (
     PROJECTIONS,
     Moments,
@@ -24,7 +25,6 @@ from minillm_jax.pruning.walk import (
     State,
     advance,
     projection,
-    raw_moments,
     sums_about_means,
     walk,
 )
@@ -171,7 +171,8 @@ def test_moments_do_not_depend_on_batches() -> None:
 
 def about_zero(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
     """Aᵀ A and Aᵀ gap, whatever the first batch is."""
-    return raw_moments(*(np.asarray(moment, np.float64) for moment in moments), tokens=7 * 9)
+    sums = HostMoments([np.asarray(moment) for moment in moments], 7 * 9, biased=False)
+    return sums.gram(slice(None)), sums.cross()
 
 
 def test_moments_keep_the_digits_of_small_deviations_from_large_means() -> None:

@@ -1,0 +1,353 @@
+"""Solves the least-squares problems of a walk: on the host in float64, or on the device in float32.
+
+A problem is the moments of one matrix, as the walk collects them, and what it is fitted to. Its `Fit` gives the order
+in which structured OBS removes the groups of the matrix, and the refitted rows of those that are kept.
+
+With several processes, process 0 solves for all of them, from moments on its host.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Shaped
+from numpy.linalg import LinAlgError
+
+from minillm_jax.devices.sharding import gather
+from minillm_jax.errors import InputError, cause, shortened, warn
+from minillm_jax.pruning import device_system, solve
+from minillm_jax.pruning.device_system import Numbers, placed, placed_kernel, shared_rows
+from minillm_jax.pruning.removal_order import Removal, greedy_removal, products_of_best
+from minillm_jax.pruning.system import RIDGE, System, system_with_ridge
+from minillm_jax.pruning.walk import Collected
+
+# Shares of the mean diagonal that are tried as the ridge, in turn, where a system is not positive definite.
+RIDGES = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2, 1.0)
+
+T = TypeVar("T")
+Matrix = Shaped[np.ndarray, "I D"] | Shaped[Array, "I D"]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of the rows of a matrix.
+
+    Attributes:
+      count: number of groups, each of equally many neighbouring rows.
+      parts: number of parts, each of equally many neighbouring groups. A removal takes equally many from every part.
+    """
+
+    count: int
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A least-squares problem of the walk (see `system`).
+
+    Attributes:
+      total: moments of all windows; the fields of `walk.Moments` or `walk.InputMoments`, on the devices or the host.
+      held_out: the same of the held-out windows; None where the ridge is given, or without such windows.
+      kernel: W, the matrix that the ridge keeps the solution near to.
+      groups: the groups of its rows.
+      tokens: number of all tokens, and of those of the held-out windows.
+      towards: γ.
+      ridge: λ as a share of the mean diagonal; None to choose it by held-out windows.
+      biased: whether the map has a bias.
+      where: layer and matrix, for messages.
+      mesh: the devices of the moments; None for one device, or for moments on the host.
+    """
+
+    total: tuple[Any, ...]
+    held_out: tuple[Any, ...] | None
+    kernel: Any
+    groups: Groups
+    tokens: tuple[int, int]
+    towards: float
+    ridge: float | None
+    biased: bool
+    where: str
+    mesh: Mesh | None = None
+
+
+class Rows(NamedTuple):
+    """The refitted rows of a matrix.
+
+    Attributes:
+      kernel: at full width, with zeros in the rows that are not kept.
+      shift: the change of the bias; None without a bias.
+    """
+
+    kernel: Matrix
+    shift: Any | None
+
+    def named(self) -> dict[str, Any]:
+        """The arrays by name."""
+        return {"kernel": self.kernel} | ({} if self.shift is None else {"shift": self.shift})
+
+
+class Fit(ABC):
+    """The solutions of one problem."""
+
+    @abstractmethod
+    def order(self, keep: int) -> Removal:
+        """The removed groups in the order of structured OBS, until `keep` groups remain."""
+
+    @abstractmethod
+    def refit(self, kept: Bool[np.ndarray, " count"], least_squares: bool = True) -> Rows:
+        """The rows of the kept groups: solved for, or as they are with another bias."""
+
+    @abstractmethod
+    def choose_and_refit(self, keep: int, least_squares: bool = True) -> tuple[Bool[np.ndarray, " count"], Rows]:
+        """Which groups structured OBS keeps, and their rows."""
+
+
+class Solver:
+    """Solves the problems of one walk.
+
+    A problem that fails on the device, for lack of precision or of memory, is solved on the host. A system that is not
+    positive definite on the host gets a larger ridge. The first case of each kind is a warning.
+
+    Args:
+      name: `host` or `device`.
+    """
+
+    def __init__(self, name: str = "host") -> None:
+        self.name = name
+        self._warned: set[str] = set()
+
+    def problem(self, collected: Collected, kernel: Any, mesh: Mesh | None, **settings: Any) -> Problem:
+        """A problem with its moments where the solver needs them. With several processes, every one must call this.
+
+        Args:
+          collected: the moments, on the devices.
+          kernel: W, on the devices or the host; [I, D] or with more axes in the place of I.
+          mesh: the devices of the moments.
+          settings: the other fields of `Problem`.
+        """
+        on_device = self.name == "device" and jax.process_count() == 1
+        moved = tuple if on_device else _gathered
+        total, held_out = moved(collected.total), collected.held_out and moved(collected.held_out)
+        kernel = kernel if on_device or isinstance(kernel, np.ndarray) else gather(kernel)
+        kernel = kernel.reshape(total[2].shape[0], -1)
+        return Problem(total, held_out, kernel, mesh=mesh if on_device else None, **settings)
+
+    def fit(self, problem: Problem) -> Fit:
+        """The solutions of a problem."""
+        return WithFallback(problem, self) if self.name == "device" else HostFit(problem, self)
+
+    def warn_once(self, kind: str, sentence: str) -> None:
+        """A warning, unless this walk had one of its kind."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warn(f"{sentence}; further cases in this run are not reported")
+
+
+def _gathered(moments: tuple[Array, ...]) -> tuple[np.ndarray, ...]:
+    return tuple(gather(moment) for moment in moments)
+
+
+# ------------------------------------------------------------------------------------------------------------- host
+
+
+class HostFit(Fit):
+    """The solutions in float64 on the host.
+
+    Args:
+      problem: the problem.
+      solver: the solver of the walk, which warns.
+
+    Raises (all methods):
+      InputError: the moments are not finite, no ridge helps, or the host has not enough memory.
+    """
+
+    def __init__(self, problem: Problem, solver: Solver) -> None:
+        self._problem, self._solver = problem, solver
+
+    @cached_property
+    def system(self) -> System:
+        """The linear system."""
+        p = self._problem
+        sums = tuple(np.asarray(part) for part in p.total)
+        held_out = p.held_out and tuple(np.asarray(part) for part in p.held_out)
+        kernel = np.asarray(p.kernel).astype(np.float64)
+        return system_with_ridge(sums, held_out, kernel, p.tokens, p.towards, p.ridge, p.biased, p.where)
+
+    def order(self, keep: int) -> Removal:
+        """See `Fit`."""
+        groups = self._problem.groups
+
+        def work(system: System) -> Removal:
+            inverse = solve.inverse(system.hessian)
+            return greedy_removal(inverse, products_of_best(inverse, system.right), groups.count, keep, groups.parts)
+
+        return self._solved(work)
+
+    def refit(self, kept: Bool[np.ndarray, " count"], least_squares: bool = True) -> Rows:
+        """See `Fit`."""
+        system = self._with_memory(lambda: self.system)
+        rows = np.flatnonzero(np.repeat(kept, len(system.kernel) // len(kept)))
+        found, kernel = system.kernel[rows], np.zeros_like(system.kernel)
+        if least_squares and len(rows):
+            found = self._solved(lambda system: system.rows(rows))
+        kernel[rows] = found
+        return Rows(kernel, system.shift(rows, found))
+
+    def choose_and_refit(self, keep: int, least_squares: bool = True) -> tuple[Bool[np.ndarray, " count"], Rows]:
+        """See `Fit`."""
+        kept = np.ones(self._problem.groups.count, bool)
+        kept[self.order(keep).groups] = False
+        return kept, self.refit(kept, least_squares)
+
+    def _solved(self, work: Callable[[System], T]) -> T:
+        """The result of `work`, with the least ridge that it succeeds with."""
+        system, reason = self._with_memory(lambda: self.system), ""
+        for ridge in _ridges(system):
+            raised = system if ridge == system.ridge else system.with_ridge(ridge)
+            try:
+                result = self._with_memory(lambda raised=raised: work(raised))
+            except LinAlgError as error:
+                reason = reason or cause(error)
+                continue
+            if ridge > system.ridge:
+                shares = f"{system.ridge / system.diagonal:.1e} to {ridge / system.diagonal:.1e}"
+                sentence = f"{system.where}: the ridge is raised from {shares} of the mean diagonal ({reason})"
+                self._solver.warn_once("ridge", sentence)
+            return result
+        raise InputError(
+            f"{system.where}: the refit has no solution at any ridge ({reason}); give more calibration windows, or use "
+            "--refit none and another criterion than obs"
+        )
+
+    def _with_memory(self, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except MemoryError as error:
+            rows = len(self._problem.kernel)
+            raise InputError(
+                f"{self._problem.where}: the host has no memory for a system of {rows:,} x {rows:,} numbers in "
+                "float64; use --solver device, or --refit none and another criterion than obs"
+            ) from error
+
+
+def _ridges(system: System) -> Iterator[float]:
+    """The ridge of a system, then larger ones."""
+    yield system.ridge
+    yield from (share * system.diagonal for share in RIDGES if share * system.diagonal > system.ridge)
+
+
+# ----------------------------------------------------------------------------------------------------------- device
+
+
+class DeviceFit(Fit):
+    """The solutions in float32 on the device.
+
+    Args:
+      problem: the problem.
+
+    Raises (all methods):
+      LinAlgError: float32 is not precise enough, or the moments are not finite.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        inputs, outputs = problem.kernel.shape
+        rows = shared_rows(inputs, outputs, problem.groups.count, problem.mesh)
+        self._places: dict[str, Any] = {"mesh": problem.mesh, "rows": rows}
+        self._counts = asdict(problem.groups)
+
+    @cached_property
+    def prepared(self) -> device_system.Prepared:
+        """The systems of the problem."""
+        return device_system.prepare(*self.arguments(), biased=self._problem.biased, **self._places)
+
+    def order(self, keep: int) -> Removal:
+        """See `Fit`."""
+        removed = self._problem.groups.count - keep
+        found = device_system.order(self.prepared.system, jnp.int32(removed), **self._counts, **self._places)
+        order, errors = (np.asarray(array)[:removed] for array in found[:2])
+        _check(bool(np.isfinite(errors).all()))
+        return Removal(order.astype(np.int64), errors.astype(np.float64))
+
+    def refit(self, kept: Bool[np.ndarray, " count"], least_squares: bool = True) -> Rows:
+        """See `Fit`."""
+        settings = {"least_squares": least_squares} | self._places
+        return self._rows(device_system.refit(self.prepared, jnp.asarray(kept), **settings))
+
+    def choose_and_refit(self, keep: int, least_squares: bool = True) -> tuple[Bool[np.ndarray, " count"], Rows]:
+        """See `Fit`; one program."""
+        settings = {"biased": self._problem.biased, "least_squares": least_squares} | self._counts | self._places
+        removed = jnp.int32(self._problem.groups.count - keep)
+        kept, found = device_system.choose_and_refit(*self.arguments(), removed, **settings)
+        return np.asarray(kept), self._rows(found)
+
+    def _rows(self, found: device_system.Refitted) -> Rows:
+        _check(bool(found.sound))
+        return Rows(found.kernel, found.shift if self._problem.biased else None)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Moments, kernel and numbers of the programs."""
+        problem = self._problem
+        held_out = problem.held_out if problem.ridge is None else None
+        share = RIDGE if problem.ridge is None else problem.ridge
+        numbers = (*problem.tokens, problem.towards, share)
+        return (
+            placed(problem.total, **self._places),
+            held_out and placed(held_out, **self._places),
+            placed_kernel(problem.kernel, **self._places),
+            Numbers._make(jnp.asarray(number, jnp.float32) for number in numbers),
+        )
+
+
+def _check(sound: bool) -> None:
+    if not sound:
+        raise LinAlgError("the system takes more precision than float32 has")
+
+
+class WithFallback(Fit):
+    """The solutions on the device, and on the host from the first failure on.
+
+    Args:
+      problem: the problem.
+      solver: the solver of the walk, which warns.
+
+    Raises (all methods):
+      InputError: see `HostFit`.
+    """
+
+    def __init__(self, problem: Problem, solver: Solver) -> None:
+        self._problem, self._solver = problem, solver
+        self._fit: Fit = DeviceFit(problem)
+
+    def order(self, keep: int) -> Removal:
+        """See `Fit`."""
+        return self._solved(lambda fit: fit.order(keep))
+
+    def refit(self, kept: Bool[np.ndarray, " count"], least_squares: bool = True) -> Rows:
+        """See `Fit`."""
+        return self._solved(lambda fit: fit.refit(kept, least_squares))
+
+    def choose_and_refit(self, keep: int, least_squares: bool = True) -> tuple[Bool[np.ndarray, " count"], Rows]:
+        """See `Fit`."""
+        return self._solved(lambda fit: fit.choose_and_refit(keep, least_squares))
+
+    def _solved(self, work: Callable[[Fit], T]) -> T:
+        if isinstance(self._fit, DeviceFit):
+            try:
+                return work(self._fit)
+            except LinAlgError as error:
+                reason = cause(error)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                reason = shortened(cause(error), 120)
+            sentence = f"{self._problem.where}: solved on the host in place of the device ({reason})"
+            self._solver.warn_once("device", sentence)
+            self._fit = HostFit(self._problem, self._solver)
+        return work(self._fit)

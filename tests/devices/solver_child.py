@@ -1,0 +1,74 @@
+"""Solutions with rows that are shared between devices, for test_solver.py; see mesh_child for how it runs."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from jax import numpy as jnp
+from jax.sharding import Mesh
+
+from minillm_jax.devices.sharding import MeshShape, make_mesh
+from minillm_jax.pruning import device_system
+from minillm_jax.pruning.device_system import shared_rows
+from minillm_jax.pruning.solver import DeviceFit, Groups, HostFit, Problem, Solver
+from tests.pruning.problems import problem
+
+# Four devices hold 32 rows and 8 columns each.
+SIZES = {"inputs": 128, "outputs": 32}
+CASES = {
+    "channels": problem(groups=Groups(512), inputs=512, outputs=32),
+    "heads of two parts": problem(groups=Groups(16, 2), **SIZES),
+    "biased": problem(True, groups=Groups(32), **SIZES),
+    "given ridge": problem(ridge=0.05, groups=Groups(128), **SIZES),
+    "does not divide": problem(groups=Groups(12), inputs=12),
+}
+
+
+def shared() -> dict[str, Any]:
+    """Of every case whether rows are shared, and how far the solution is from that of the host."""
+    mesh = make_mesh(MeshShape(2, 4))
+    assert mesh is not None
+    return {name: compared(replace(case, mesh=mesh)) for name, case in CASES.items()}
+
+
+def compared(case: Problem) -> dict[str, Any]:
+    """One case on a mesh beside the host."""
+    keep = case.groups.count // 2
+    host, device = HostFit(replace(case, mesh=None), Solver()), DeviceFit(case)
+    (kept, rows), (same, found) = (fit.choose_and_refit(keep) for fit in (host, device))
+    orders = [fit.order(keep) for fit in (host, device)]
+    again, scale = device.refit(same), np.abs(rows.kernel).max()
+    shift = 0.0 if rows.shift is None or found.shift is None else np.abs(rows.shift - np.asarray(found.shift)).max()
+    mesh = case.mesh
+    assert mesh is not None
+    return {
+        "shared": shared_rows(*case.kernel.shape, case.groups.count, mesh).axis is not None,
+        "kept": bool((kept == same).all()),
+        "order": sorted(orders[0].groups.tolist()) == sorted(orders[1].groups.tolist()),
+        "errors": float(np.abs(orders[0].errors / orders[1].errors - 1).max()),
+        "kernel": float(np.abs(rows.kernel - np.asarray(found.kernel)).max() / scale),
+        "again": float(np.abs(np.asarray(again.kernel) - np.asarray(found.kernel)).max() / scale),
+        "shift": float(shift / scale),
+        "largest": largest(case, mesh, keep),
+    }
+
+
+def largest(case: Problem, mesh: Mesh, keep: int) -> int:
+    """Numbers of the largest array in the program of a device."""
+    fit = DeviceFit(case)
+    settings = {"biased": case.biased, "count": case.groups.count, "parts": case.groups.parts}
+    places = {"mesh": mesh, "rows": shared_rows(*case.kernel.shape, case.groups.count, mesh)}
+    arguments = (*fit.arguments(), jnp.int32(keep))
+    program = device_system.choose_and_refit.lower(*arguments, **settings, **places).compile().as_text()
+    shapes = re.findall(r"f32\[([\d,]+)\]", program)
+    return max(int(np.prod([int(size) for size in shape.split(",")])) for shape in shapes)
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {"shared": shared}
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(FUNCTIONS[sys.argv[1]](*sys.argv[2:])))
