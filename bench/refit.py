@@ -6,13 +6,16 @@
 The default recipe scores, refits and slices in one walk over the layers, with no gradient estimate. The decoder has
 `--layers` layers of the preset's shape. A row of kind `layer` for every layer holds its seconds and those of each part:
 
-    moments     the moments of the projection's input; waits for the residual streams
-    system      the linear system in float64
+    moments     the moments; on the host, waits for the residual streams
+    system      the linear systems in float64
     inverse     the inverse of the system's matrix
     products    all products of two rows of the least-squares weights
     order       the removal order
+    ridge       the choice of the ridges
     solve       the kept rows, and the input refit
-    rest        the residual streams, the moments of the input refit, slicing
+    outputs     with `--solver device`: the kept groups and rows of the output projections, from their moments
+    inputs      with `--solver device`: the input refit
+    rest        the residual streams, slicing
 
 The first layer also compiles. The row of kind `whole` multiplies the median of the other layers by the number of layers
 of the preset. It holds the peak memory, which includes the weights of the `--layers` layers. The device computes
@@ -38,23 +41,33 @@ from minillm_jax.budget.budget import kept_count
 from minillm_jax.data.batches import Batches
 from minillm_jax.model.axis_table import KINDS
 from minillm_jax.model.tree import group_counts
-from minillm_jax.pruning import refit, solve
+from minillm_jax.pruning import refit, solve, solver, system
+from minillm_jax.settings import SOLVERS
 
-# Part -> the module through which the refit calls the function of that part, and the function's name.
-PARTS = {
-    "moments": (refit, "gathered"),
-    "system": (refit, "system_at"),
-    "inverse": (solve, "inverse"),
-    "products": (refit, "products_of_best"),
-    "order": (refit, "greedy_removal"),
-    "solve": (solve, "solve"),
+# Solver -> part -> the owner of the function of that part, and the function's name.
+PARTS: dict[str, dict[str, tuple[Any, str]]] = {
+    "host": {
+        "moments": (solver.Solver, "problem"),
+        "system": (solver, "system_with_ridge"),
+        "inverse": (solve, "inverse"),
+        "products": (solver, "products_of_best"),
+        "order": (solver, "greedy_removal"),
+        "ridge": (system.HeldOut, "best"),
+        "solve": (solve, "solve"),
+    },
+    "device": {
+        "moments": (solver.Solver, "problem"),
+        "outputs": (solver.DeviceFit, "choose_and_refit"),
+        "inputs": (solver.DeviceFit, "refit"),
+    },
 }
 
 
 @contextmanager
-def watched() -> Iterator[dict[str, float]]:
-    """Seconds of every part so far. Inside the block, the functions of `PARTS` measure their own time."""
-    seconds = dict.fromkeys(PARTS, 0.0)
+def watched(name: str) -> Iterator[dict[str, float]]:
+    """Seconds of every part of a solver so far. Inside the block, the functions of `PARTS` measure their own time."""
+    parts = PARTS[name]
+    seconds = dict.fromkeys(parts, 0.0)
     inside = [False]
 
     def watch(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,13 +83,13 @@ def watched() -> Iterator[dict[str, float]]:
 
         return timed
 
-    functions = {part: getattr(module, name) for part, (module, name) in PARTS.items()}
-    for part, (module, name) in PARTS.items():
+    functions = {part: getattr(module, name) for part, (module, name) in parts.items()}
+    for part, (module, name) in parts.items():
         setattr(module, name, watch(part, functions[part]))
     try:
         yield seconds
     finally:
-        for part, (module, name) in PARTS.items():
+        for part, (module, name) in parts.items():
             setattr(module, name, functions[part])
 
 
@@ -88,7 +101,7 @@ def layers(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     counts = {kind: [kept_count(n, arguments.ratio) for n in group_counts(decoder, kind)] for kind in KINDS}
     settings = refit.Refit(solver=arguments.solver)
     rows: list[dict[str, Any]] = []
-    with watched() as part_seconds:
+    with watched(arguments.solver) as part_seconds:
         last, before = [time.perf_counter()], dict(part_seconds)
 
         def progress(done: int, total: int) -> None:
@@ -126,7 +139,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.2)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--solver", choices=solve.SOLVERS, default="host")
+    parser.add_argument("--solver", choices=SOLVERS, default="host")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     rows = list(layers(arguments))

@@ -31,7 +31,7 @@ import jax
 from environment import environment
 from jax import numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 from shapes import CONFIG, SHAPES
 
 from minillm_jax.evaluation import layerwise
@@ -40,7 +40,7 @@ from minillm_jax.model.config import Sizes
 from minillm_jax.model.loss import losses_of_stream
 from minillm_jax.model.tree import named_arrays
 from minillm_jax.pruning import device_system, walk
-from minillm_jax.pruning.device_system import SUMS, Numbers, choose_and_refit, shared_rows
+from minillm_jax.pruning.device_system import Numbers
 
 BATCH, LENGTH = 2, 2048
 
@@ -88,41 +88,27 @@ def programs(sizes: Sizes, place: SingleDeviceSharding) -> Iterator[Program]:
         centers = array(inputs), array(sizes.D)
         add = partial(walk.add_pair, shares=1, mesh=None)
         yield Program(f"{word}: Gram matrix", add, (sums, pair, centers), both + moments)
-        problem, settings_of = chosen(inputs, sizes.D, groups, array)
-        yield Program(f"{word}: choose and refit", partial(choose_and_refit, **settings_of), problem, both)
-    inputs, settings_of = chosen(sizes.D, sizes.D, sizes.D, array)
-    yield Program("input refit", partial(refit_all, **settings_of), inputs[:-1], 2 * of_layer + outside)
+        yield from of_system(word, inputs, sizes.D, groups, placed, both)
     tokens = array(BATCH, LENGTH, kind=jnp.int32)
     yield Program("loss", losses_of_stream, (outer, half(stream), tokens), of_layer)
 
 
-def chosen(
-    inputs: int, outputs: int, groups: int, array: Callable[..., Any], mesh: Mesh | None = None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Abstract arguments and settings of the program from the moments to the kept groups and their rows.
-
-    Args:
-      inputs: rows of the matrix.
-      outputs: its columns.
-      groups: number of groups.
-      array: makes an abstract array from a shape and, on a mesh, `spec`.
-      mesh: the devices; None for one.
-    """
-    rows = shared_rows(inputs, outputs, groups, mesh)
+def of_system(
+    word: str, inputs: int, outputs: int, groups: int, placed: Callable[[Any], Any], both: int
+) -> Iterator[Program]:
+    """The programs from the moments of a matrix to its kept groups and their rows."""
     shapes = (inputs, inputs), (inputs,), (inputs, outputs), (outputs,), (inputs,), (outputs,)
-    specs = [{"spec": spec} for spec in SUMS] if rows.axis else [{}] * len(shapes)
-    sums = tuple(array(*shape, **spec) for shape, spec in zip(shapes, specs, strict=True))
-    kernel = array(inputs, outputs, **(specs[2]))
+    sums = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
     numbers = Numbers._make(jax.ShapeDtypeStruct((), jnp.float32) for _ in Numbers._fields)
-    settings = {"biased": False, "count": groups, "parts": 1, "mesh": mesh, "rows": rows}
-    return (sums, sums, kernel, numbers, jax.ShapeDtypeStruct((), jnp.int32)), settings
-
-
-def refit_all(total: Any, held: Any, kernel: Any, numbers: Any, **settings: Any) -> Any:
-    """The input refit: every row is kept."""
-    places = {name: settings[name] for name in ("mesh", "rows")}
-    prepared = device_system.prepare(total, held, kernel, numbers, biased=settings["biased"], **places)
-    return device_system.refit(prepared, jnp.ones(len(kernel), bool), **places)
+    arguments = placed((sums, sums, sums[2], numbers))
+    prepare = partial(device_system.prepare, biased=False)
+    prepared, kept = placed(jax.eval_shape(prepare, *arguments)), jax.ShapeDtypeStruct((groups,), jnp.bool_)
+    order = partial(device_system.order, count=groups, parts=1)
+    yield Program(f"{word}: systems", prepare, arguments, both)
+    more = both + size_of(arguments)  # the moments are there until the rows are found
+    removed = placed(jax.ShapeDtypeStruct((), jnp.int32))
+    yield Program(f"{word}: order of removal", order, (prepared.system, removed), more + size_of(prepared[1:]))
+    yield Program(f"{word}: refit", device_system.refit, (prepared, placed(kept)), more)
 
 
 def half(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

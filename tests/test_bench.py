@@ -26,6 +26,7 @@ from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.loss import sequence_losses
 from minillm_jax.model.modules import Block
 from minillm_jax.pruning.refit import prune_by_obs
+from minillm_jax.settings import SOLVERS, Refit
 from tests.helpers import hugging_face_folder, random_tokens
 
 ROOT = Path(__file__).parents[1]
@@ -242,10 +243,10 @@ def test_torch_directions_are_independent_and_of_unit_variance(
 def test_refit_bench_times_every_part(bench: Callable[[str], ModuleType]) -> None:
     """The parts of a layer sum to its seconds, no part is counted twice, and the functions are restored."""
     refit = bench("refit")
-    before = {part: getattr(module, name) for part, (module, name) in refit.PARTS.items()}
+    before = {part: getattr(module, name) for part, (module, name) in refit.PARTS["host"].items()}
     settings = {"preset": "tiny", "layers": 2, "dtype": "float32", "samples": 2, "length": 16, "solver": "host"}
     first, second, total = refit.layers(argparse.Namespace(ratio=0.5, **settings))
-    assert before == {part: getattr(module, name) for part, (module, name) in refit.PARTS.items()}
+    assert before == {part: getattr(module, name) for part, (module, name) in refit.PARTS["host"].items()}
     for row in (first, second):
         assert sum(row[part] for part in (*before, "rest")) == pytest.approx(row["seconds"], abs=0.02)
         assert row["rest"] > -0.02
@@ -254,13 +255,16 @@ def test_refit_bench_times_every_part(bench: Callable[[str], ModuleType]) -> Non
     assert total["peak_bytes"] > total["layer_bytes"] > 4 * 3 * 64 * 160
 
 
-def test_refit_bench_watches_the_functions_that_the_refit_calls(bench: Callable[[str], ModuleType]) -> None:
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_refit_bench_watches_the_functions_that_the_refit_calls(
+    bench: Callable[[str], ModuleType], solver: str
+) -> None:
     refit = bench("refit")
     decoder = bench("shapes").random_decoder("tiny")
-    windows = np.asarray(bench("shapes").random_tokens(96, 2, 16))
-    with refit.watched() as seconds:
-        prune_by_obs(decoder, {"head": [1, 1], "channel": [80, 80]}, Batches(windows))
-    assert seconds.keys() == refit.PARTS.keys()
+    windows = np.asarray(bench("shapes").random_tokens(96, 8, 16))
+    with refit.watched(solver) as seconds:
+        prune_by_obs(decoder, {"head": [1, 1], "channel": [80, 80]}, Batches(windows), Refit(solver=solver))
+    assert seconds.keys() == refit.PARTS[solver].keys()
     assert all(value > 0 for value in seconds.values()), seconds
 
 

@@ -1,4 +1,4 @@
-"""A linear system on the device: from the moments to the kept groups and the refitted rows in one program, float32.
+"""A linear system on the device: from the moments to the kept groups and the refitted rows, float32.
 
 The formulas are those of `system` and `removal_order`. Nothing leaves the device but the result. All functions work at
 full width: rows that are not kept stand as the identity in a matrix and as zeros in a solution, so that one program
@@ -218,7 +218,6 @@ def refit(
     return _over(mesh, rows, body, (Prepared(SYSTEM, pair, pair), _WHOLE), REFITTED)(prepared, kept)
 
 
-@partial(jax.jit, static_argnames=("biased", "count", "parts", "least_squares", "mesh", "rows"))
 def choose_and_refit(
     total: Sums,
     held: Sums | None,
@@ -233,7 +232,10 @@ def choose_and_refit(
     mesh: Mesh | None = None,
     rows: Rows = ALL,
 ) -> tuple[Bool[Array, " count"], Refitted]:
-    """The groups that structured OBS keeps, and their refitted rows: `prepare`, `order` and `refit` as one program."""
+    """The groups that structured OBS keeps, and their refitted rows: `prepare`, `order` and `refit` in turn.
+
+    They are three programs, between which nothing leaves the device. As one program they take a TPU's compiler minutes.
+    """
     prepared = prepare(total, held, kernel, numbers, biased=biased, mesh=mesh, rows=rows)
     _, errors, kept = order(prepared.system, removed, count=count, parts=parts, mesh=mesh, rows=rows)
     found = refit(prepared, kept, least_squares=least_squares, mesh=mesh, rows=rows)

@@ -5,8 +5,10 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 from jax import numpy as jnp
 from jax.sharding import Mesh
@@ -63,7 +65,8 @@ def largest(case: Problem, mesh: Mesh, keep: int) -> int:
     settings = {"biased": case.biased, "count": case.groups.count, "parts": case.groups.parts}
     places = {"mesh": mesh, "rows": shared_rows(*case.kernel.shape, case.groups.count, mesh)}
     arguments = (*fit.arguments(), jnp.int32(keep))
-    program = device_system.choose_and_refit.lower(*arguments, **settings, **places).compile().as_text()
+    program = jax.jit(partial(device_system.choose_and_refit, **settings, **places)).lower(*arguments)
+    program = program.compile().as_text()
     shapes = re.findall(r"f32\[([\d,]+)\]", program)
     return max(int(np.prod([int(size) for size in shape.split(",")])) for shape in shapes)
 

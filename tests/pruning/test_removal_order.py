@@ -1,4 +1,4 @@
-"""The removal order of structured OBS against brute force; an error that is not finite is never the cheapest removal."""
+"""The removal order of structured OBS against brute force; an error that is not finite is never the least."""
 
 from collections.abc import Callable
 
