@@ -291,7 +291,7 @@ class DeviceFit(Fit):
         _check(bool(found.sound))
         return Rows(found.kernel, found.shift if self._problem.biased else None)
 
-    def arguments(self) -> tuple[Any, ...]:
+    def arguments(self) -> tuple[Any, Any, Any, Numbers]:
         """Moments, kernel and numbers of the programs."""
         problem = self._problem
         held_out = problem.held_out if problem.ridge is None else None
