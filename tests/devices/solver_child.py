@@ -62,10 +62,10 @@ def compared(case: Problem) -> dict[str, Any]:
 def largest(case: Problem, mesh: Mesh, keep: int) -> int:
     """Numbers of the largest array in the program of a device."""
     fit = DeviceFit(case)
-    settings = {"biased": case.biased, "count": case.groups.count, "parts": case.groups.parts}
-    places = {"mesh": mesh, "rows": shared_rows(*case.kernel.shape, case.groups.count, mesh)}
+    settings: dict[str, Any] = {"biased": case.biased, "count": case.groups.count, "parts": case.groups.parts}
+    places: dict[str, Any] = {"mesh": mesh, "rows": shared_rows(*case.kernel.shape, case.groups.count, mesh)}
     arguments = (*fit.arguments(), jnp.int32(keep))
-    program = jax.jit(partial(device_system.choose_and_refit, **settings, **places)).lower(*arguments)
+    program = jax.jit(partial(device_system.choose_and_refit, **(settings | places))).lower(*arguments)
     program = program.compile().as_text()
     shapes = re.findall(r"f32\[([\d,]+)\]", program)
     return max(int(np.prod([int(size) for size in shape.split(",")])) for shape in shapes)
