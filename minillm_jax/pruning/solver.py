@@ -282,7 +282,8 @@ class DeviceFit(Fit):
 
     def choose_and_refit(self, keep: int, least_squares: bool = True) -> tuple[Bool[np.ndarray, " count"], Rows]:
         """See `Fit`; the kept groups do not pass the host between the programs."""
-        settings = {"biased": self._problem.biased, "least_squares": least_squares} | self._counts | self._places
+        settings: dict[str, Any] = {"biased": self._problem.biased, "least_squares": least_squares}
+        settings |= self._counts | self._places
         removed = jnp.int32(self._problem.groups.count - keep)
         kept, found = device_system.choose_and_refit(*self.arguments(), removed, **settings)
         return np.asarray(kept), self._rows(found)
