@@ -20,7 +20,7 @@ from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from minillm_jax.devices.sharding import MODEL
+from minillm_jax.devices.sharding import MODEL, place
 from minillm_jax.model import ops
 from minillm_jax.pruning.blocked import ALL, Rows, block_of, product, solve_on_device
 from minillm_jax.pruning.removal_order import order_on_device
@@ -133,8 +133,8 @@ def placed_kernel(kernel: Any, mesh: Mesh | None, rows: Rows) -> Float[Array, "I
 
 
 def _placed(array: Any, mesh: Mesh | None, spec: PartitionSpec) -> Array:
-    place = None if mesh is None else NamedSharding(mesh, spec)
-    return jax.device_put(jnp.asarray(array, jnp.float32), place)
+    sharding = None if mesh is None else NamedSharding(mesh, spec)
+    return place(jnp.asarray(array, jnp.float32), sharding)
 
 
 # --------------------------------------------------------------------------------------------------------- programs

@@ -277,7 +277,9 @@ def _choose_and_refit(
     fits = [fit_at(site, kind, settings, solver)]
 
     def solution() -> dict[str, Any]:
-        kept, rows = fits.pop().choose_and_refit(keep, settings.method == "least-squares")  # frees the moments
+        kept, rows = fits.pop().choose_and_refit(
+            keep, settings.method == "least-squares"
+        )  # the moments are freed with it
         return {"kept": kept} | (rows.named() if settings.method != "none" else {})
 
     found = hosts.of_first(solution)

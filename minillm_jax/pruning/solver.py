@@ -76,7 +76,7 @@ class Problem:
     mesh: Mesh | None = None
 
 
-class Rows(NamedTuple):
+class Solution(NamedTuple):
     """The refitted rows of a matrix.
 
     Attributes:
@@ -100,11 +100,11 @@ class Fit(ABC):
         """The removed groups in the order of structured OBS, until `keep` groups remain."""
 
     @abstractmethod
-    def refit(self, kept: Bool[np.ndarray, " count"], least_squares: bool = True) -> Rows:
+    def refit(self, kept: Bool[np.ndarray, " count"], least_squares: bool = True) -> Solution:
         """The rows of the kept groups: solved for, or as they are with another bias."""
 
     @abstractmethod
-    def choose_and_refit(self, keep: int, least_squares: bool = True) -> tuple[Bool[np.ndarray, " count"], Rows]:
+    def choose_and_refit(self, keep: int, least_squares: bool = True) -> tuple[Bool[np.ndarray, " count"], Solution]:
         """Which groups structured OBS keeps, and their rows."""
 
 
@@ -189,7 +189,7 @@ class HostFit(Fit):
 
         return self._solved(work)
 
-    def refit(self, kept: Bool[np.ndarray, " count"], least_squares: bool = True) -> Rows:
+    def refit(self, kept: Bool[np.ndarray, " count"], least_squares: bool = True) -> Solution:
         """See `Fit`."""
         system = self._with_memory(lambda: self.system)
         rows = np.flatnonzero(np.repeat(kept, len(system.kernel) // len(kept)))
@@ -197,9 +197,9 @@ class HostFit(Fit):
         if least_squares and len(rows):
             found = self._solved(lambda system: system.rows(rows))
         kernel[rows] = found
-        return Rows(kernel, system.shift(rows, found))
+        return Solution(kernel, system.shift(rows, found))
 
-    def choose_and_refit(self, keep: int, least_squares: bool = True) -> tuple[Bool[np.ndarray, " count"], Rows]:
+    def choose_and_refit(self, keep: int, least_squares: bool = True) -> tuple[Bool[np.ndarray, " count"], Solution]:
         """See `Fit`."""
         kept = np.ones(self._problem.groups.count, bool)
         kept[self.order(keep).groups] = False
@@ -275,12 +275,12 @@ class DeviceFit(Fit):
         _check(bool(np.isfinite(errors).all()))
         return Removal(order.astype(np.int64), errors.astype(np.float64))
 
-    def refit(self, kept: Bool[np.ndarray, " count"], least_squares: bool = True) -> Rows:
+    def refit(self, kept: Bool[np.ndarray, " count"], least_squares: bool = True) -> Solution:
         """See `Fit`."""
         settings = {"least_squares": least_squares} | self._places
         return self._rows(device_system.refit(self.prepared, jnp.asarray(kept), **settings))
 
-    def choose_and_refit(self, keep: int, least_squares: bool = True) -> tuple[Bool[np.ndarray, " count"], Rows]:
+    def choose_and_refit(self, keep: int, least_squares: bool = True) -> tuple[Bool[np.ndarray, " count"], Solution]:
         """See `Fit`; the kept groups do not pass the host between the programs."""
         settings: dict[str, Any] = {"biased": self._problem.biased, "least_squares": least_squares}
         settings |= self._counts | self._places
@@ -288,9 +288,9 @@ class DeviceFit(Fit):
         kept, found = device_system.choose_and_refit(*self.arguments(), removed, **settings)
         return np.asarray(kept), self._rows(found)
 
-    def _rows(self, found: device_system.Refitted) -> Rows:
+    def _rows(self, found: device_system.Refitted) -> Solution:
         _check(bool(found.sound))
-        return Rows(found.kernel, found.shift if self._problem.biased else None)
+        return Solution(found.kernel, found.shift if self._problem.biased else None)
 
     def arguments(self) -> tuple[Any, Any, Any, Numbers]:
         """Moments, kernel and numbers of the programs."""
@@ -330,11 +330,11 @@ class WithFallback(Fit):
         """See `Fit`."""
         return self._solved(lambda fit: fit.order(keep))
 
-    def refit(self, kept: Bool[np.ndarray, " count"], least_squares: bool = True) -> Rows:
+    def refit(self, kept: Bool[np.ndarray, " count"], least_squares: bool = True) -> Solution:
         """See `Fit`."""
         return self._solved(lambda fit: fit.refit(kept, least_squares))
 
-    def choose_and_refit(self, keep: int, least_squares: bool = True) -> tuple[Bool[np.ndarray, " count"], Rows]:
+    def choose_and_refit(self, keep: int, least_squares: bool = True) -> tuple[Bool[np.ndarray, " count"], Solution]:
         """See `Fit`."""
         return self._solved(lambda fit: fit.choose_and_refit(keep, least_squares))
 

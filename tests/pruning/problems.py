@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from minillm_jax.pruning.solver import Groups, Problem, Rows
+from minillm_jax.pruning.solver import Groups, Problem, Solution
 
 
 def problem(
@@ -28,7 +28,7 @@ def sums(x: np.ndarray, target: np.ndarray, center: np.ndarray, target_center: n
     return tuple(part.astype(np.float32) for part in parts)
 
 
-def assert_close(found: Rows, expected: Rows) -> None:
+def assert_close(found: Solution, expected: Solution) -> None:
     """Checks rows in float32 against rows in float64."""
     np.testing.assert_allclose(found.kernel, expected.kernel, atol=1e-4 * np.abs(expected.kernel).max())
     assert (found.shift is None) == (expected.shift is None)
