@@ -7,8 +7,8 @@ package libtpu. A row for each program:
 
     compile_seconds     of lowering and compiling, on this machine
     bytes               of the compiler: argument + output + temp - alias
-    resident            bytes that are on the chip beside it: the arrays outside the layers, the layer in the dense and
-                        the pruned model where the program does not take it, the sums of the other windows
+    resident            bytes that are on the chip beside it: the layer in the dense and the pruned model where the program
+                        does not take it, the sums of the other windows; in an evaluation the arrays outside the layers
     fits                whether both fit the memory of the chip
 
 A study that was interrupted goes on with the programs that its file lacks.
@@ -41,17 +41,22 @@ from minillm_jax.model.loss import losses_of_stream
 from minillm_jax.model.tree import named_arrays
 from minillm_jax.pruning import device_system, walk
 from minillm_jax.pruning.device_system import Numbers
+from minillm_jax.pruning.system import CHOICES
 
 BATCH, LENGTH = 2, 2048
 
 
 class Program(NamedTuple):
-    """A function with its abstract arguments, and the bytes that are on the chip beside it."""
+    """A function with its abstract arguments, and the bytes that are on the chip beside it.
+
+    `donated` are the places of the arguments whose memory the program takes.
+    """
 
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     resident: int
+    donated: tuple[int, ...] = ()
 
 
 def programs(sizes: Sizes, place: SingleDeviceSharding) -> Iterator[Program]:
@@ -69,13 +74,13 @@ def programs(sizes: Sizes, place: SingleDeviceSharding) -> Iterator[Program]:
     stream = array(BATCH, LENGTH, sizes.D)
     angles = tuple(array(LENGTH, sizes.H // 2) for _ in range(2))
     settings = {"config": decoder.config, "mesh": None}
-    yield Program("layer, bfloat16", partial(layerwise.advance, mesh=None), (outer, run, half(stream)), 0)
+    yield Program("layer, bfloat16", partial(layerwise.advance, mesh=None), (outer, run, half(stream)), outside)
     for kind, inputs, groups in (("head", layer.N * sizes.H, layer.K), ("channel", layer.F, layer.F)):
         word = {"head": "attention", "channel": "mlp"}[kind]
         state, pair = walk.State(stream), (array(BATCH, LENGTH, inputs), stream)
         sums = array(1, inputs, inputs), array(1, inputs), array(1, inputs, sizes.D), array(1, sizes.D)
         moments = size_of(sums)
-        both = 2 * of_layer + outside
+        both = 2 * of_layer
 
         def advanced(run: Any, state: Any, angles: Any, kind: str = kind) -> Any:
             return walk.advance(run, state, kind=kind, angles=angles, **settings)
@@ -83,11 +88,11 @@ def programs(sizes: Sizes, place: SingleDeviceSharding) -> Iterator[Program]:
         def inputs_of(run: Any, state: Any, total: Any, angles: Any, kind: str = kind) -> Any:
             return walk.inputs_and_gaps(run, state, total, kind=kind, angles=angles, **settings)
 
-        yield Program(f"{word}: advance", advanced, (run, state, angles), outside + of_layer)
-        yield Program(f"{word}: inputs and gaps", inputs_of, (run, state, stream, angles), outside + of_layer)
+        yield Program(f"{word}: advance", advanced, (run, state, angles), of_layer)
+        yield Program(f"{word}: inputs and gaps", inputs_of, (run, state, stream, angles), of_layer)
         centers = array(inputs), array(sizes.D)
         add = partial(walk.add_pair, shares=1, mesh=None)
-        yield Program(f"{word}: Gram matrix", add, (sums, pair, centers), both + moments)
+        yield Program(f"{word}: Gram matrix", add, (sums, pair, centers), both + moments, donated=(0,))
         yield from of_system(word, inputs, sizes.D, groups, placed, both)
     tokens = array(BATCH, LENGTH, kind=jnp.int32)
     yield Program("loss", losses_of_stream, (outer, half(stream), tokens), of_layer)
@@ -96,19 +101,26 @@ def programs(sizes: Sizes, place: SingleDeviceSharding) -> Iterator[Program]:
 def of_system(
     word: str, inputs: int, outputs: int, groups: int, placed: Callable[[Any], Any], both: int
 ) -> Iterator[Program]:
-    """The programs from the moments of a matrix to its kept groups and their rows."""
+    """The programs from the moments of a matrix, which lie on the host, to its kept groups and their rows."""
     shapes = (inputs, inputs), (inputs,), (inputs, outputs), (outputs,), (inputs,), (outputs,)
-    sums = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-    numbers = Numbers._make(jax.ShapeDtypeStruct((), jnp.float32) for _ in Numbers._fields)
-    arguments = placed((sums, sums, sums[2], numbers))
-    prepare = partial(device_system.prepare, biased=False)
-    prepared, kept = placed(jax.eval_shape(prepare, *arguments)), jax.ShapeDtypeStruct((groups,), jnp.bool_)
+    gram, *others = sums = placed([jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes])
+    one, kept = placed((jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((groups,), jnp.bool_)))
+    kernel = placed(jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16))
+    making = gram, tuple(others), None, kernel, Numbers(one, one, one)
+    whole = partial(device_system.system, biased=False)
+    system = placed(jax.eval_shape(whole, *making))
+    yield Program(f"{word}: system", whole, making, both, donated=(0,))
     order = partial(device_system.order, count=groups, parts=1)
-    yield Program(f"{word}: systems", prepare, arguments, both)
-    more = both + size_of(arguments)  # the moments are there until the rows are found
     removed = placed(jax.ShapeDtypeStruct((), jnp.int32))
-    yield Program(f"{word}: order of removal", order, (prepared.system, removed), more + size_of(prepared[1:]))
-    yield Program(f"{word}: refit", device_system.refit, (prepared, placed(kept)), more)
+    yield Program(f"{word}: order of removal", order, (system.matrix, system.right, removed), both, donated=(0,))
+    some = partial(device_system.system, biased=False, stride=device_system.stride_of(outputs))
+    making = gram, tuple(others), tuple(sums), kernel, Numbers(one, one, one)
+    yield Program(f"{word}: system of a part", some, making, both, donated=(0,))
+    part, choices = placed(jax.eval_shape(some, *making)), placed(jax.ShapeDtypeStruct((len(CHOICES),), jnp.float32))
+    yield Program(f"{word}: rows with each ridge", device_system.solutions, (part, kept, choices), both)
+    found = placed(jax.eval_shape(device_system.solutions, part, kept, choices))
+    yield Program(f"{word}: choice of the ridge", device_system.best_share, (part, kept, found), both)
+    yield Program(f"{word}: refit", device_system.refit, (system, kept, one), both)
 
 
 def half(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -125,7 +137,7 @@ def compiled(program: Program, memory: float) -> tuple[dict[str, Any], Any]:
     """The row of a program, and the compiled program; None where the chip has too little memory."""
     started = time.perf_counter()
     try:
-        made = jax.jit(program.function).lower(*program.arguments).compile()
+        made = jax.jit(program.function, donate_argnums=program.donated).lower(*program.arguments).compile()
     except jax.errors.JaxRuntimeError as error:  # the compiler says that the chip has too little memory
         return {"program": program.name, "resident": program.resident, "fits": False, "says": str(error)[:200]}, None
     seconds = time.perf_counter() - started

@@ -35,7 +35,8 @@ def stream(
     """
     table = table or rules.table_of(abstract)
     layers = _LayersOfSource(abstract, source, dtype, places or {}, table)
-    outer = assemble(abstract.config, layers.arrays(None), abstract.runs)
+    arrays = {name: sharding.parked(array) for name, array in layers.arrays(None).items()}
+    outer = assemble(abstract.config, arrays, abstract.runs)
     rules.check_tied_copy(outer, layers.stored_names.get(table.head), source)
     types = layers.types()
     return StreamedDecoder(outer, of_types(abstract.runs, types), partial(layers.read, types=types))

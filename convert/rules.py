@@ -414,10 +414,9 @@ def tensors(
         yield binding.name, binding.to_torch([_on_host(arrays[path], place) for path in binding.paths])
 
 
-def _on_host(array: jax.Array, place: tuple[int, ...] | None) -> np.ndarray:
+def _on_host(array: jax.Array | np.ndarray, place: tuple[int, ...] | None) -> np.ndarray:
     """An array, or the part at `place` of a stacked array, in host memory; a view where a CPU holds it whole."""
     if place is None:
         return sharding.gather(array)
-    if [device.platform for device in array.devices()] == ["cpu"]:
-        return np.asarray(array)[place]
-    return sharding.gather(array[place])
+    in_host_memory = isinstance(array, np.ndarray) or {device.platform for device in array.devices()} == {"cpu"}
+    return np.asarray(array)[place] if in_host_memory else sharding.gather(array[place])

@@ -23,7 +23,8 @@ from minillm_jax.data.text import Tokens
 from minillm_jax.evaluation.perplexity import perplexity, window_losses
 from minillm_jax.model import ops
 from minillm_jax.model.loss import sequence_losses
-from minillm_jax.pruning import device_system, refit_inputs, removal_order, walk
+from minillm_jax.pruning import refit_inputs, removal_order, walk
+from minillm_jax.pruning.solver import DeviceFit, Groups, Problem
 from minillm_jax.scoring.gradient import directions, plan, slopes
 from minillm_jax.scoring.gradient.directions import Directions
 from minillm_jax.scoring.gradient.spaces import Gates, LowRank, Space, Weights
@@ -81,9 +82,8 @@ def low_rank_matrix(decoder: Any, tokens: Any) -> Any:
 def system(decoder: Any, tokens: Any) -> Any:
     """From moments to refitted rows."""
     sums = (jnp.eye(6), jnp.ones(6), jnp.ones((6, 4)), jnp.ones(4), jnp.ones(6), jnp.ones(4))
-    numbers = device_system.Numbers._make(jnp.float32(number) for number in (16, 4, 0.5, 0.01))
-    settings = {"biased": False, "count": 3, "parts": 1}
-    return device_system.choose_and_refit(sums, sums, jnp.ones((6, 4)), numbers, jnp.int32(1), **settings)
+    fit = DeviceFit(Problem(sums, sums, jnp.ones((6, 4)), Groups(3), (16, 4), 0.5, None, False, "mlp.down"))
+    return fit.refitted(fit.removed(1).kept)
 
 
 @pytest.mark.parametrize(
@@ -121,13 +121,13 @@ def test_every_float32_product_has_the_highest_precision(program: Callable[..., 
 def test_systems_on_the_device_are_solved_with_the_highest_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """The products inside a factorisation take their precision from the context."""
     seen = []
-    solver = jax.scipy.linalg.cho_solve
+    cholesky = jnp.linalg.cholesky
 
     def watched(*arguments: Any) -> Any:
         seen.append(jax.config.jax_default_matmul_precision)
-        return solver(*arguments)
+        return cholesky(*arguments)
 
-    monkeypatch.setattr(jax.scipy.linalg, "cho_solve", watched)
+    monkeypatch.setattr(jnp.linalg, "cholesky", watched)
     jax.clear_caches()  # a traced program would not be traced again
     jax.make_jaxpr(system)(None, None)
     assert set(seen) == {"highest"}

@@ -87,14 +87,15 @@ def test_an_interrupted_streamed_pruning_goes_on_bit_for_bit(tmp_path: Path) -> 
     check_equal(root / "whole", root / "resumed")
 
 
-def test_streams_in_the_memory_of_the_host_do_not_change_the_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("solver", ["host", "device"])
+def test_arrays_in_the_memory_of_the_host_do_not_change_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solver: str
 ) -> None:
-    """As on an accelerator, whose memory holds the residual streams of one batch."""
+    """As on an accelerator, which holds the residual streams of one batch, no moments, and no embedding in a layer."""
     root = make_model(tmp_path)
-    prune(root, "whole", stream=True, solver="host", allocation="curves")
+    prune(root, "whole", stream=True, solver=solver, allocation="curves")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    prune(root, "parked", stream=True, solver="host", allocation="curves")
+    prune(root, "parked", stream=True, solver=solver, allocation="curves")
     check_equal(root / "whole", root / "parked")
 
 

@@ -24,7 +24,6 @@ from minillm_jax.devices import hosts, sharding
 from minillm_jax.devices.work_folder import Part, WorkFolder, computed_once
 from minillm_jax.evaluation.layerwise import Stream, advance
 from minillm_jax.evaluation.perplexity import check_dense_loss
-from minillm_jax.model.build import without_layers
 from minillm_jax.model.decoder import Decoder, finish
 from minillm_jax.model.loss import Top, token_divergences, token_losses, top_tokens
 from minillm_jax.model.modules import Block
@@ -150,7 +149,7 @@ class Trials:
         Raises:
           InputError: the loss of the dense model is not finite.
         """
-        self.decoder, self.batches, self.outer = decoder, batches, without_layers(decoder)
+        self.decoder, self.batches, self.outer = decoder, batches, sharding.outer_of(decoder, batches.mesh)
         self.streams = [begin(self.outer, batch.tokens, mesh=batches.mesh).stream for batch in batches]
         self._measure_dense(self._through(0, self.streams))
 
@@ -218,7 +217,7 @@ class StreamedTrials(Trials):
     NAME = "streams"
 
     def __init__(self, decoder: Decoder, batches: Batches) -> None:
-        self.decoder, self.batches, self.outer = decoder, batches, without_layers(decoder)
+        self.decoder, self.batches, self.outer = decoder, batches, sharding.outer_of(decoder, batches.mesh)
         self.streams = [begin(self.outer, batch.tokens, mesh=batches.mesh).stream for batch in batches]
         self.trials: list[list[Parked]] = []
         self.before = 0  # the trials of earlier layers; those of the present one are past it

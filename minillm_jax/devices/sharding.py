@@ -24,7 +24,7 @@ from jaxtyping import Array, Int, Shaped
 
 from minillm_jax.errors import InputError
 from minillm_jax.model import axis_table
-from minillm_jax.model.build import assemble
+from minillm_jax.model.build import assemble, without_layers
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block, depth, run_letters
@@ -309,6 +309,23 @@ def unparked(array: Shaped[Array, "B ..."] | Shaped[np.ndarray, "B ..."], mesh: 
     return array if isinstance(array, jax.Array) else shard_batch(array, mesh)
 
 
+def outer_of(decoder: Decoder, mesh: Mesh | None) -> Decoder:
+    """The decoder without its layers (see `without_layers`), on its devices.
+
+    A streamed model keeps these arrays in the memory of the host, and its callers keep the result while they need it.
+    """
+    outer = without_layers(decoder)
+    if not isinstance(decoder, StreamedDecoder):
+        return outer
+    rules = {} if mesh is None else shardings(outer, mesh)
+
+    def leaf(path: jax.tree_util.KeyPath, array: Any) -> Any:
+        name = axis_table.array_path(path)
+        return array if name.startswith("runs.") else place(array, rules.get(name))
+
+    return jax.tree_util.tree_map_with_path(leaf, outer)
+
+
 def shard(decoder: Decoder, mesh: Mesh | None) -> Decoder:
     """A decoder with its weights cut over `model` and `fsdp`, replicated over `data`; unchanged without a mesh."""
     if mesh is None:
@@ -365,8 +382,10 @@ def over_data(count: int, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(batch_axes(mesh) if count % data_size(mesh) == 0 else None))
 
 
-def gather(array: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
+def gather(array: Shaped[Array, "..."] | Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
     """An array with all its shards on the host. With several processes, every process must call it."""
+    if isinstance(array, np.ndarray):
+        return array
     if isinstance(array.sharding, NamedSharding) and not array.is_fully_addressable:
         replicated = NamedSharding(array.sharding.mesh, PartitionSpec())
         array = jax.jit(lambda array: array, out_shardings=replicated)(array)

@@ -20,7 +20,7 @@ from minillm_jax.data.batches import Batches
 from minillm_jax.devices import sharding
 from minillm_jax.errors import InputError
 from minillm_jax.model import ops
-from minillm_jax.model.build import with_runs, without_layers
+from minillm_jax.model.build import with_runs
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder, embed, rotary_angles
 from minillm_jax.model.layer import attention_sublayer, mlp_sublayer
@@ -87,7 +87,7 @@ def layer_errors(
     _check(pruned, layers, dimensions)
     mesh = batches.mesh
     angles = rotary_angles(dense, batches.length)
-    outer = without_layers(pruned), without_layers(dense)
+    outer = sharding.outer_of(pruned, mesh), sharding.outer_of(dense, mesh)
     ours, theirs = ([_begin(one, batch.tokens, mesh=mesh) for batch in batches] for one in outer)
     smaller = iter(sharding.layers_of(_few_programs(pruned), mesh))
     rows = []

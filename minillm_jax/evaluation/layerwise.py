@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from minillm_jax.data.batches import Batch, Batches
 from minillm_jax.devices import sharding
-from minillm_jax.model.build import without_layers
 from minillm_jax.model.decoder import Decoder, embed, rotary_angles
 from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.loss import losses_of_stream
@@ -38,7 +37,7 @@ def layerwise_losses(
       progress: called with the number of windows done, and of all.
       most_bytes: of the residual streams on the devices.
     """
-    outer, mesh, losses, done = without_layers(decoder), batches.mesh, [], 0
+    outer, mesh, losses, done = sharding.outer_of(decoder, batches.mesh), batches.mesh, [], 0
     for part in parts(batches, decoder.embedding.shape[1] * decoder.embedding.dtype.itemsize, most_bytes):
         streams = [begin(outer, batch.tokens, mesh=mesh) for batch in part]
         for layer in sharding.layers_of(decoder, mesh):

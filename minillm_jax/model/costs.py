@@ -82,7 +82,7 @@ def _expert_macs(run: Block, chosen: int) -> int:
     return parts.router.size + matrices + gate
 
 
-def _bytes(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
+def _bytes(leaf: jax.Array | np.ndarray | jax.ShapeDtypeStruct) -> int:
     return leaf.size * leaf.dtype.itemsize
 
 

@@ -32,7 +32,6 @@ from minillm_jax.devices.work_folder import WorkFolder
 from minillm_jax.errors import InputError
 from minillm_jax.model import experts
 from minillm_jax.model.axis_table import EXPERT_CHANNEL
-from minillm_jax.model.build import without_layers
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder, rotary_angles
 from minillm_jax.model.layer import mlp_sublayer
@@ -111,7 +110,7 @@ def prune_experts(
             walk.advance_all(layer, states, settings, park)
 
     held = held_out_windows(refit, batches)
-    parts, outer = list(batches.split(batches.count - held) if held else (batches,)), without_layers(decoder)
+    parts, outer = list(batches.split(batches.count - held) if held else (batches,)), sharding.outer_of(decoder, mesh)
     pruned = [walk.parked(walk.begin(outer, batch.tokens, mesh=mesh), park) for part in parts for batch in part]
     dense = list(pruned) if refits else []
     streams = Streams(pruned, dense, len(parts[1]) if held else 0, mesh)

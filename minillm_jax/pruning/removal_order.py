@@ -83,6 +83,23 @@ class Removal(NamedTuple):
     errors: Float[np.ndarray, " removed"]
 
 
+class Removed(NamedTuple):
+    """The same on a device. Entries of `order` and `errors` behind the number of removed groups mean nothing.
+
+    Attributes:
+      order: the groups in the order of removal.
+      errors: the error of each removal; one that is not finite says that float32 was not precise enough.
+      kept: whether a group remains.
+      inverse: this device's rows of H⁻¹ after the last update, so that the program can work in the memory of its
+        argument.
+    """
+
+    order: Int[Array, " groups"]
+    errors: Float[Array, " groups"]
+    kept: Bool[Array, " groups"]
+    inverse: Float[Array, "i I"]
+
+
 def greedy_removal(
     inverse: Float[np.ndarray, "I I"],
     products: Float[np.ndarray, "I I"],
@@ -132,11 +149,10 @@ def order_on_device(
     parts: int,
     gathered: int = GATHERED,
     rows: Rows = ALL,
-) -> tuple[Int[Array, " count"], Float[Array, " count"], Bool[Array, " count"]]:
-    """The removed groups in order, the error of each removal, and which groups remain; a function to be compiled.
+) -> Removed:
+    """The order of removal on a device; a function to be compiled.
 
-    The number of removed groups is an argument of the program, so that all layers share it. The entries behind that
-    number mean nothing. An error that is not finite says that float32 is not precise enough.
+    The number of removed groups is an argument of the program, so that all layers share it.
 
     Args:
       inverse: this device's rows of H⁻¹, float32.
@@ -165,7 +181,7 @@ def order_on_device(
         state = _begin(inverse, products, count, removed, parts, gathered, rows)
         carry = (state, jnp.zeros(count, jnp.int32), jnp.zeros(count))
         state, order, errors = lax.fori_loop(0, -(-removed // per_update), steps_and_update, carry)
-    return order, errors, jnp.asarray(state.kept)
+    return Removed(order, errors, jnp.asarray(state.kept), jnp.asarray(state.inverse))
 
 
 def _begin(

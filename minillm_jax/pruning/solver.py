@@ -8,7 +8,7 @@ With several processes, process 0 solves for all of them, from moments on its ho
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,15 +16,15 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 from numpy.linalg import LinAlgError
 
 from minillm_jax.devices.sharding import gather
 from minillm_jax.errors import InputError, cause, shortened, warn
 from minillm_jax.pruning import device_system, solve
 from minillm_jax.pruning.device_system import Numbers, placed, placed_kernel, shared_rows
-from minillm_jax.pruning.removal_order import Removal, greedy_removal, products_of_best
-from minillm_jax.pruning.system import RIDGE, System, system_with_ridge
+from minillm_jax.pruning.removal_order import Removal, Removed, greedy_removal, products_of_best
+from minillm_jax.pruning.system import CHOICES, RIDGE, System, system_with_ridge
 from minillm_jax.pruning.walk import Collected
 
 # Shares of the mean diagonal that are tried as the ridge, in turn, where a system is not positive definite.
@@ -126,7 +126,7 @@ class Solver:
         """A problem with its moments where the solver needs them. With several processes, every one must call this.
 
         Args:
-          collected: the moments, on the devices.
+          collected: the moments, on the devices or the host.
           kernel: W, on the devices or the host; [I, D] or with more axes in the place of I.
           mesh: the devices of the moments.
           settings: the other fields of `Problem`.
@@ -134,7 +134,7 @@ class Solver:
         on_device = self.name == "device" and jax.process_count() == 1
         moved = tuple if on_device else _gathered
         total, held_out = moved(collected.total), collected.held_out and moved(collected.held_out)
-        kernel = kernel if on_device or isinstance(kernel, np.ndarray) else gather(kernel)
+        kernel = kernel if on_device else gather(kernel)
         kernel = kernel.reshape(total[2].shape[0], -1)
         return Problem(total, held_out, kernel, mesh=mesh if on_device else None, **settings)
 
@@ -149,7 +149,7 @@ class Solver:
             warn(f"{sentence}; further cases in this run are not reported")
 
 
-def _gathered(moments: tuple[Array, ...]) -> tuple[np.ndarray, ...]:
+def _gathered(moments: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
     return tuple(gather(moment) for moment in moments)
 
 
@@ -248,6 +248,8 @@ def _ridges(system: System) -> Iterator[float]:
 class DeviceFit(Fit):
     """The solutions in float32 on the device.
 
+    The moments stay where they are, on the device or on the host. Each system is made from a copy.
+
     Args:
       problem: the problem.
 
@@ -257,53 +259,72 @@ class DeviceFit(Fit):
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
+        self._chooses = problem.ridge is None and problem.held_out is not None
+        self._share = RIDGE if problem.ridge is None else problem.ridge
         inputs, outputs = problem.kernel.shape
         rows = shared_rows(inputs, outputs, problem.groups.count, problem.mesh)
         self._places: dict[str, Any] = {"mesh": problem.mesh, "rows": rows}
-        self._counts = asdict(problem.groups)
-
-    @cached_property
-    def prepared(self) -> device_system.Prepared:
-        """The systems of the problem."""
-        return device_system.prepare(*self.arguments(), biased=self._problem.biased, **self._places)
 
     def order(self, keep: int) -> Removal:
         """See `Fit`."""
-        removed = self._problem.groups.count - keep
-        found = device_system.order(self.prepared.system, jnp.int32(removed), **self._counts, **self._places)
-        order, errors = (np.asarray(array)[:removed] for array in found[:2])
+        count = self._problem.groups.count - keep
+        found = self.removed(count)
+        order, errors = (np.asarray(array)[:count] for array in (found.order, found.errors))
         _check(bool(np.isfinite(errors).all()))
         return Removal(order.astype(np.int64), errors.astype(np.float64))
 
     def refit(self, kept: Bool[np.ndarray, " count"], least_squares: bool = True) -> Solution:
         """See `Fit`."""
-        settings = {"least_squares": least_squares} | self._places
-        return self._rows(device_system.refit(self.prepared, jnp.asarray(kept), **settings))
+        return self._solution(self.refitted(jnp.asarray(kept), least_squares))
 
     def choose_and_refit(self, keep: int, least_squares: bool = True) -> tuple[Bool[np.ndarray, " count"], Solution]:
         """See `Fit`; the kept groups do not pass the host between the programs."""
-        settings: dict[str, Any] = {"biased": self._problem.biased, "least_squares": least_squares}
-        settings |= self._counts | self._places
-        removed = jnp.int32(self._problem.groups.count - keep)
-        kept, found = device_system.choose_and_refit(*self.arguments(), removed, **settings)
-        return np.asarray(kept), self._rows(found)
+        count = self._problem.groups.count - keep
+        removed = self.removed(count)
+        found = self.refitted(removed.kept, least_squares)
+        _check(bool(np.isfinite(removed.errors[:count]).all()))
+        return np.asarray(removed.kept), self._solution(found)
 
-    def _rows(self, found: device_system.Refitted) -> Solution:
+    def removed(self, count: int) -> Removed:
+        """The order of removal of some groups."""
+        system, groups = self._system(self._problem.total, self._share), self._problem.groups
+        counts = {"count": groups.count, "parts": groups.parts}
+        return device_system.order(system.matrix, system.right, jnp.int32(count), **counts, **self._places)
+
+    def refitted(self, kept: Bool[Array, " count"], least_squares: bool = True) -> device_system.Refitted:
+        """The rows of the kept groups, with the ridge that held-out windows choose for them."""
+        share = jnp.float32(self._share)
+        if self._chooses and least_squares:
+            share = self.best_share(kept)
+        system = self._system(self._problem.total, self._share)
+        return device_system.refit(system, kept, share, least_squares=least_squares, **self._places)
+
+    def best_share(self, kept: Bool[Array, " count"]) -> Float[Array, ""]:
+        """The ridge that held-out windows choose, as a share of the mean diagonal."""
+        problem, stride = self._problem, device_system.stride_of(self._problem.kernel.shape[1])
+        assert problem.held_out is not None
+        fit = self._system(problem.total, 0.0, problem.held_out, stride)
+        found = device_system.solutions(fit, kept, jnp.asarray(CHOICES, jnp.float32), **self._places)
+        del fit  # two matrices at a time
+        held = self._system(problem.held_out, 0.0, stride=stride)
+        return device_system.best_share(held, kept, found, **self._places)
+
+    def _system(
+        self, sums: tuple[Any, ...], share: float, less: tuple[Any, ...] | None = None, stride: int = 1
+    ) -> device_system.DeviceSystem:
+        problem = self._problem
+        total, held = problem.tokens
+        tokens = held if sums is problem.held_out else total - held if less else total
+        gram, *others = placed(sums, **self._places)
+        gram = jnp.copy(gram) if isinstance(sums[0], jax.Array) else gram  # the program takes its memory
+        numbers = Numbers._make(jnp.float32(number) for number in (tokens, problem.towards, share))
+        less, kernel = less and placed(less, **self._places), placed_kernel(problem.kernel, **self._places)
+        settings = {"biased": problem.biased, "stride": stride} | self._places
+        return device_system.system(gram, tuple(others), less, kernel, numbers, **settings)
+
+    def _solution(self, found: device_system.Refitted) -> Solution:
         _check(bool(found.sound))
         return Solution(found.kernel, found.shift if self._problem.biased else None)
-
-    def arguments(self) -> tuple[Any, Any, Any, Numbers]:
-        """Moments, kernel and numbers of the programs."""
-        problem = self._problem
-        held_out = problem.held_out if problem.ridge is None else None
-        share = RIDGE if problem.ridge is None else problem.ridge
-        numbers = (*problem.tokens, problem.towards, share)
-        return (
-            placed(problem.total, **self._places),
-            held_out and placed(held_out, **self._places),
-            placed_kernel(problem.kernel, **self._places),
-            Numbers._make(jnp.asarray(number, jnp.float32) for number in numbers),
-        )
 
 
 def _check(sound: bool) -> None:

@@ -30,7 +30,6 @@ from jaxtyping import Array, Float, Int
 from minillm_jax.data.batches import Batches
 from minillm_jax.devices import sharding
 from minillm_jax.model import ops
-from minillm_jax.model.build import without_layers
 from minillm_jax.model.config import DecoderConfig
 from minillm_jax.model.decoder import Decoder, embed, rotary_angles
 from minillm_jax.model.layer import Sublayer, attention_sublayer, mlp_sublayer
@@ -201,11 +200,12 @@ def walk(
     angles = rotary_angles(decoder, batches.length)
     parts = batches.split(batches.count - held_out) if held_out else (batches,)
 
-    # A model that is streamed may leave no room on the device for the streams of all windows.
+    # A model that is streamed may leave no room on the device for the streams of all windows, or for moments beside a
+    # system.
     park = sharding.parked if isinstance(decoder, StreamedDecoder) else None
 
     def begun(model: Decoder) -> list[State]:
-        outer = without_layers(model)
+        outer = sharding.outer_of(model, batches.mesh)
         return [parked(begin(outer, batch.tokens, mesh=batches.mesh), park) for part in parts for batch in part]
 
     dense = begun(decoder)
@@ -215,7 +215,7 @@ def walk(
         restored = None if restore is None else restore(dense_layer)
         for kind in PROJECTIONS:
             settings = {"kind": kind, "config": decoder.config, "mesh": batches.mesh, "angles": angles}
-            collected = partial(_collected, lengths=[len(part) for part in parts], mesh=batches.mesh)
+            collected = partial(_collected, lengths=[len(part) for part in parts], mesh=batches.mesh, park=park)
             if refit_inputs is not None and restored is None:
                 pairs = partial(inputs_of_both, layer, dense_layer, **settings)
                 inputs = list(zip(pruned, dense, strict=True))
@@ -327,14 +327,24 @@ def _collected(
     *,
     lengths: Sequence[int],
     mesh: Mesh | None,
+    park: Park,
 ) -> Collected[M]:
     """Sums over all batches, and over the held-out ones, which are the last; `lengths` counts both parts."""
+
+    def made(sums: tuple[Array, ...]) -> M:
+        return fields._make(sums if park is None else map(park, sums))
+
     fit = sums_about_means(pair_of, batches[: lengths[0]], mesh)
     if len(lengths) == 1:
-        return Collected(fields._make(fit), None)
+        return Collected(made(fit), None)
     held_out = sums_about_means(pair_of, batches[lengths[0] :], mesh, (fit[4], fit[5]))
-    total = *jax.tree.map(jnp.add, fit[:4], held_out[:4]), *fit[4:]
-    return Collected(fields._make(total), fields._make(held_out))
+    return Collected(made((*_added(fit[:4], held_out[:4]), *fit[4:])), made(held_out))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _added(sums: tuple[Array, ...], more: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Two sums, in the memory of the first."""
+    return jax.tree.map(jnp.add, sums, more)
 
 
 @partial(jax.jit, static_argnames=("kind", "config", "mesh"))
@@ -418,11 +428,11 @@ def _mean(x: Float[Array, "B T I"]) -> Float[Array, " I"]:
     return jnp.mean(x, axis=(0, 1))
 
 
-@partial(jax.jit, static_argnames=("shares", "mesh"))
+@partial(jax.jit, static_argnames=("shares", "mesh"), donate_argnames="total")
 def add_pair(
     total: tuple[Array, ...], pair: Pair, centers: tuple[Array, Array], *, shares: int, mesh: Mesh | None
 ) -> tuple[Array, ...]:
-    """The sums over the windows of each device, [S, ...], with those of one more batch."""
+    """The sums over the windows of each device, [S, ...], with those of one more batch, in the memory of `total`."""
     x, target = (part - jnp.broadcast_to(mean, part.shape) for part, mean in zip(pair, centers, strict=True))
     x, target = (part.reshape(shares, -1, *part.shape[1:]) for part in (x, target))
     x = sharding.spread(x, mesh, sharding.MODEL)

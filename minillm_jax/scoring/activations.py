@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int
 from minillm_jax.data.batches import Batches
 from minillm_jax.devices import sharding
 from minillm_jax.evaluation.layerwise import begin
-from minillm_jax.model.build import without_layers
 from minillm_jax.model.decoder import Decoder, embed, rotary_angles, scan_layers
 from minillm_jax.model.layer import apply_layer
 from minillm_jax.model.modules import Block
@@ -54,7 +53,7 @@ def _layerwise(
     decoder: Decoder, batches: Batches, power: str, means: RunStatistics | None
 ) -> Iterator[dict[str, Float[Array, "_ ..."]]]:
     """The same for every layer as a run of its own: all batches pass a layer before the next one is read."""
-    mesh, outer = batches.mesh, without_layers(decoder)
+    mesh, outer = batches.mesh, sharding.outer_of(decoder, batches.mesh)
     streams = [begin(outer, batch.tokens, mesh=mesh) for batch in batches]
     for index, layer in enumerate(sharding.layers_of(decoder, mesh)):
         total = None

@@ -11,11 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jax.sharding import Mesh
 
 from minillm_jax.devices.sharding import MeshShape, make_mesh
 from minillm_jax.pruning import device_system
-from minillm_jax.pruning.device_system import shared_rows
+from minillm_jax.pruning.device_system import Numbers, placed, placed_kernel, shared_rows
 from minillm_jax.pruning.solver import DeviceFit, Groups, HostFit, Problem, Solver
 from tests.pruning.problems import problem
 
@@ -55,19 +54,32 @@ def compared(case: Problem) -> dict[str, Any]:
         "kernel": float(np.abs(rows.kernel - np.asarray(found.kernel)).max() / scale),
         "again": float(np.abs(np.asarray(again.kernel) - np.asarray(found.kernel)).max() / scale),
         "shift": float(shift / scale),
-        "largest": largest(case, mesh, keep),
+        "largest": largest(case),
     }
 
 
-def largest(case: Problem, mesh: Mesh, keep: int) -> int:
-    """Numbers of the largest array in the program of a device."""
-    fit = DeviceFit(case)
-    settings: dict[str, Any] = {"biased": case.biased, "count": case.groups.count, "parts": case.groups.parts}
-    places: dict[str, Any] = {"mesh": mesh, "rows": shared_rows(*case.kernel.shape, case.groups.count, mesh)}
-    arguments = (*fit.arguments(), jnp.int32(keep))
-    program = jax.jit(partial(device_system.choose_and_refit, **(settings | places))).lower(*arguments)
-    program = program.compile().as_text()
-    shapes = re.findall(r"f32\[([\d,]+)\]", program)
+def largest(case: Problem) -> int:
+    """Numbers of the largest array in the programs of a device, from the moments to the rows."""
+    assert case.held_out is not None
+    groups, places = (
+        case.groups,
+        {"mesh": case.mesh, "rows": shared_rows(*case.kernel.shape, case.groups.count, case.mesh)},
+    )
+    gram, *others = placed(case.total, **places)
+    less, kernel = placed(case.held_out, **places), placed_kernel(case.kernel, **places)
+    one, kept = jnp.float32(1), jnp.ones(groups.count, bool)
+    making = gram, tuple(others), less, kernel, Numbers(one, one, one)
+    made = partial(device_system.system, biased=case.biased, **places)
+    system = jax.eval_shape(made, *making)
+    counts = {"count": groups.count, "parts": groups.parts}
+    lowered = (
+        device_system.system.lower(*making, biased=case.biased, **places),
+        device_system.order.lower(system.matrix, system.right, jnp.int32(1), **counts, **places),
+        device_system.solutions.lower(system, kept, jnp.ones(2), **places),
+        device_system.best_share.lower(system, kept, jnp.zeros((2, *case.kernel.shape)), **places),
+        device_system.refit.lower(system, kept, one, **places),
+    )
+    shapes = [shape for one_of in lowered for shape in re.findall(r"f32\[([\d,]+)\]", one_of.compile().as_text())]
     return max(int(np.prod([int(size) for size in shape.split(",")])) for shape in shapes)
 
 

@@ -15,7 +15,7 @@ from minillm_jax.model.build import build
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.loss import sequence_losses
 from minillm_jax.model.ops import Rope
-from minillm_jax.pruning.blocked import solve_on_device
+from minillm_jax.pruning.blocked import inverse
 from minillm_jax.scoring.gradient import exact
 
 SIZES = Sizes(V=256, D=128, H=32, layers=(LayerSizes(N=4, K=4, F=256),) * 2)
@@ -25,7 +25,10 @@ def main() -> None:
     """Compile all programs."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
     mesh = jax.make_mesh((1, 4), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices)
-    found = {"all-reduce": loss_on(mesh).count("all-reduce("), "whiles": solution_on(devices[0]).count("while(")}
+    found = {
+        "all-reduce": loss_on(mesh).count("all-reduce("),
+        "temporaries / matrix": temporaries_of_inverse_on(devices[0]),
+    }
     sys.stdout.write(json.dumps(found | {"gradients / weights": memory_of_gradients_on(devices[0])}))
 
 
@@ -42,11 +45,11 @@ def loss_on(mesh: Mesh) -> str:
     return program.lower(jax.tree_util.tree_map_with_path(leaf, decoder), tokens).compile().as_text()
 
 
-def solution_on(device: Any) -> str:
-    """The solution of a system of 300 rows, as HLO."""
-    place = SingleDeviceSharding(device)
-    matrix, right = (jax.ShapeDtypeStruct((300, count), jnp.float32, sharding=place) for count in (300, 64))
-    return jax.jit(lambda m, r: solve_on_device(m, r, True)).lower(matrix, right).compile().as_text()
+def temporaries_of_inverse_on(device: Any) -> float:
+    """Bytes that the inverse of a system takes beside its argument, over those of the argument."""
+    matrix = jax.ShapeDtypeStruct((8192, 8192), jnp.float32, sharding=SingleDeviceSharding(device))
+    held: Any = jax.jit(inverse, donate_argnums=0).lower(matrix).compile().memory_analysis()
+    return (held.temp_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes) / (matrix.size * 4)
 
 
 def memory_of_gradients_on(device: Any) -> float:

@@ -298,13 +298,19 @@ def test_layers_with_other_numbers_of_kept_groups_share_the_programs_of_the_walk
 
 def test_layers_with_other_numbers_of_kept_groups_share_the_programs_of_the_device() -> None:
     """The solver has one program for the heads and one for the channels."""
-    decoder, names = small_decoder(), ("prepare", "order", "refit")
+    decoder, names = small_decoder(), ("system", "order", "solutions", "best_share", "refit")
     jax.clear_caches()
     with ExitStack() as stack:
         compiled = [stack.enter_context(compilations(name)) for name in names]
         counts = {"head": [3, 2, 1], "channel": [9, 7, 11]}
         prune_by_obs(decoder, counts, Batches(random_tokens(61, 16, 11)), Refit(inputs=0.0, solver="device"))
-    assert [len(programs) for programs in compiled] == [2, 2, 2]
+    assert [len(programs) for programs in compiled] == [
+        4,
+        2,
+        2,
+        2,
+        2,
+    ]  # systems of some windows, and of all the others without them
 
 
 def test_a_device_solves_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

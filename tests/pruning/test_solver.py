@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 from minillm_jax.errors import InputError, InputWarning
 from minillm_jax.model.tree import named_arrays
-from minillm_jax.pruning import device_system, solve
+from minillm_jax.pruning import solve
 from minillm_jax.pruning.refit import slice_and_refit
 from minillm_jax.pruning.solver import DeviceFit, Fit, Groups, HostFit, Problem, Solver
 from minillm_jax.settings import Refit
@@ -54,10 +54,7 @@ def test_the_device_chooses_the_ridge_of_the_host() -> None:
         fit = HostFit(noisy, Solver())
         assert fit.system.held_out is not None
         best = fit.system.held_out.best(np.arange(6))
-        prepared = DeviceFit(noisy).prepared
-        assert prepared.fit is not None
-        assert prepared.held is not None
-        found = device_system.best_ridge(prepared.fit, prepared.held, jnp.arange(12) < 6)
+        found = DeviceFit(noisy).best_share(jnp.arange(12) < 6)
         assert float(found) == pytest.approx(best)
         ridges.append(best)
     assert ridges[0] < ridges[1]
@@ -142,15 +139,15 @@ def test_a_host_without_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def broken_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], None]]:
-    """Makes the factorisation of the device fail with a message, or give NaN if the message is None."""
+    """Makes the pivots of the device fail with a message, or give NaN if the message is None."""
 
     def break_with(message: str | None) -> None:
-        def fail(factor: Any, right: jax.Array) -> jax.Array:
+        def fail(pivot: jax.Array) -> jax.Array:
             if message is not None:
                 raise jax.errors.JaxRuntimeError(message)
-            return right * jnp.nan
+            return pivot * jnp.nan
 
-        monkeypatch.setattr(jax.scipy.linalg, "cho_solve", fail)
+        monkeypatch.setattr(jnp.linalg, "cholesky", fail)
         jax.clear_caches()
 
     yield break_with

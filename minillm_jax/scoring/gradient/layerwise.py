@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from minillm_jax.data.batches import Batch, Batches
 from minillm_jax.devices import sharding
 from minillm_jax.evaluation.layerwise import STREAMS, begin, parts
-from minillm_jax.model.build import without_layers
 from minillm_jax.model.decoder import Decoder, rotary_angles
 from minillm_jax.model.loss import losses_of_stream
 from minillm_jax.model.modules import Block
@@ -49,7 +48,7 @@ def measure(
       epsilon: the step of the paired losses; None for the derivatives.
       most_bytes: of the residual streams on the devices; the layers are read again for further windows.
     """
-    outer, mesh, measured = without_layers(decoder), batches.mesh, []
+    outer, mesh, measured = sharding.outer_of(decoder, batches.mesh), batches.mesh, []
     token_bytes = directions.factors.size * stream_bytes(decoder, pairs=epsilon is not None)
     for part in parts(batches, token_bytes, most_bytes):
         streams = _after_all_layers(decoder, outer, part, directions, space, epsilon, mesh)
