@@ -8,6 +8,8 @@ dropout. The programs take turns in one process. `ours` keeps the outputs of lin
 kept` the residual stream before every layer alone, `all kept` everything. Peak memory is that of a process of its own
 which does three steps of one program alone: its resident memory, or what it takes on the accelerator. PEFT runs the
 stock `LlamaForCausalLM` with PyTorch's fused attention on the same device, and takes the loss as transformers does.
+`products` are the products with the frozen matrices alone, which every step needs: once for the activations, once for
+their gradients. No step can be faster.
 Adapters and the optimiser are float32 whatever the type of the weights.
 """
 
@@ -21,12 +23,16 @@ from typing import Any
 from environment import environment
 from processes import FLAG, cost, end_with_parent, launch
 
-PROGRAMS = ("ours", "ours, stream kept", "ours, all kept", "PEFT")
+PROGRAMS = ("ours", "ours, stream kept", "ours, all kept", "PEFT", "products, XLA", "products, PyTorch")
 KEPT = {"ours": "products", "ours, stream kept": "stream", "ours, all kept": "all"}
 
 
 def program_of(name: str, shape: str, batch: int, length: int, dtype: str) -> Callable[[], Any]:
     """A program that does one training step."""
+    if name.startswith("products"):
+        matrices = matrices_of(shape)
+        function = products_of_xla if name.endswith("XLA") else products_of_torch
+        return function(matrices, batch * length, dtype)
     if name == "PEFT":
         return peft_step(shape, batch, length, dtype)
     return our_step(shape, batch, length, dtype, KEPT[name])
@@ -84,6 +90,63 @@ def peft_step(shape: str, batch: int, length: int, dtype: str) -> Callable[[], A
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def matrices_of(shape: str) -> list[tuple[int, int]]:
+    """The shapes of all matrices of the layers and of the head, of a model whose layers are equal."""
+    from shapes import SHAPES
+
+    sizes = SHAPES[shape]
+    layer, width, wide = sizes.layers[0], sizes.D, sizes.layers[0].F
+    heads, keys = layer.N * sizes.H, layer.K * sizes.H
+    of_layer = [
+        (width, heads),
+        (width, keys),
+        (width, keys),
+        (heads, width),
+        (width, wide),
+        (width, wide),
+        (wide, width),
+    ]
+    return len(sizes.layers) * of_layer + [(width, sizes.V)]
+
+
+def products_of_xla(matrices: list[tuple[int, int]], tokens: int, dtype: str) -> Callable[[], Any]:
+    """The products with these matrices that a step needs: of the activations, and of their gradients."""
+    import jax
+    from jax import numpy as jnp
+
+    kernels = {shape: jnp.full(shape, 1 / shape[0], dtype) for shape in set(matrices)}
+    x = {width: jnp.ones((tokens, width), dtype) for shape in kernels for width in shape}
+
+    @jax.jit
+    def both(kernel: jax.Array, x: jax.Array, gradient: jax.Array) -> Any:
+        return jnp.matmul(x, kernel, precision="highest"), jnp.matmul(gradient, kernel.T, precision="highest")
+
+    def step() -> None:
+        for shape in matrices:
+            jax.block_until_ready(both(kernels[shape], x[shape[0]], x[shape[1]]))
+
+    return step
+
+
+def products_of_torch(matrices: list[tuple[int, int]], tokens: int, dtype: str) -> Callable[[], Any]:
+    """The same in PyTorch."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
+    kernels = {shape: torch.full(shape[::-1], 1 / shape[0], **settings) for shape in set(matrices)}
+    x = {width: torch.ones((tokens, width), **settings) for shape in kernels for width in shape}
+
+    def step() -> None:
+        for shape in matrices:
+            torch.matmul(x[shape[0]], kernels[shape].T)
+            torch.matmul(x[shape[1]], kernels[shape])
         if device == "cuda":
             torch.cuda.synchronize()
 

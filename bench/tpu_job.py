@@ -7,8 +7,9 @@ package libtpu. A row for each program:
 
     compile_seconds     of lowering and compiling, on this machine
     bytes               of the compiler: argument + output + temp - alias
-    resident            bytes that are on the chip beside it: the layer in the dense and the pruned model where the program
-                        does not take it, the sums of the other windows; in an evaluation the arrays outside the layers
+    resident            bytes that are on the chip beside it: the layer in the dense and the pruned model where the
+                        program does not take it, the sums of the other windows; in an evaluation the arrays outside
+                        the layers
     fits                whether both fit the memory of the chip
 
 A study that was interrupted goes on with the programs that its file lacks.

@@ -232,17 +232,25 @@ def _remove(state: _State, place: int | Array, rows: Rows = ALL) -> tuple[Any, A
 
 def _rows(state: _State, group: Any, kept: Array | np.ndarray, rows: Rows) -> tuple[Matrix, Matrix]:
     """N and P of one group, [w, I] each; `kept` [1, I] marks the features of the groups that remain."""
-    xp, width = state.n.__array_namespace__(), state.inverse_blocks.shape[-1]
-    features = group * width + xp.arange(width)
+    width = state.inverse_blocks.shape[-1]
+    first = group * width
 
     def of_group(matrix: Matrix) -> Matrix:
-        return matrix[features] if rows.axis is None else rows.take(jnp.asarray(matrix), group * width, width)
+        on_host = isinstance(matrix, np.ndarray)
+        return matrix[first : first + width] if on_host else rows.take(matrix, first, width)
 
-    before_n, before_p = state.n[:, features].T, state.p[:, features].T
+    def columns(gathered: Matrix) -> Matrix:
+        on_host = isinstance(gathered, np.ndarray)
+        return gathered[:, first : first + width] if on_host else lax.dynamic_slice_in_dim(gathered, first, width, 1)
+
+    inverse, products = of_group(state.inverse), of_group(state.products)
+    if len(state.n) > width:  # else both matrices are updated after every group
+        before_n, before_p = columns(state.n).T, columns(state.p).T
+        inverse = inverse - before_n @ state.n
+        products = products - before_n @ state.p - before_p @ state.n
     whiten = _inverse_pivot(state.inverse_blocks[group])
-    n = whiten @ (of_group(state.inverse) - before_n @ state.n) * kept
-    p = whiten @ (of_group(state.products) - before_n @ state.p - before_p @ state.n)
-    square = whiten @ p[:, features].T  # R⁻¹ M_SS R⁻ᵀ, symmetric
+    n, p = whiten @ inverse * kept, whiten @ products
+    square = whiten @ columns(p).T  # R⁻¹ M_SS R⁻ᵀ, symmetric
     return n, p - 0.5 * (square @ n)
 
 
