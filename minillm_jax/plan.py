@@ -310,6 +310,7 @@ def walk_bytes(dense: Decoder, recipe: Recipe, parked: bool = False) -> int:
     """Memory of the walk through the layers beside the weights of both models.
 
     The residual streams of a streamed model are `parked` on the host, and on an accelerator for one batch at a time.
+    Its moments are too, except while they are collected; otherwise they stay beside the system and its inverse.
     """
     letters, tokens = _letters(dense), prod(_windows(recipe))
     if parked:
@@ -317,6 +318,7 @@ def walk_bytes(dense: Decoder, recipe: Recipe, parked: bool = False) -> int:
     streams = (4 if dense.config.parallel else 2) * tokens * letters["D"]
     inputs = max(letters["N"] * letters["H"], letters["F"])
     sums = 2 if recipe.refit.ridge is not None else 3  # with those of the held-out windows
+    sums += 0 if parked else 1
     moments = sums * (inputs**2 + inputs * letters["D"] + letters["D"] ** 2)
     layer = _layer_parameters(dense)
     return FLOAT * (streams + tokens * letters["D"] + moments + 2 * layer) + _activations(dense, recipe)
