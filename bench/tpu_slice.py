@@ -1,6 +1,7 @@
 """Programs on whole TPU slices, compiled without one: memory of a chip and collectives at 7B, 8B and 70B.
 
-    python bench/tpu_slice.py [--shapes 7B 8B 70B] [--slices v5e-8 v6e-8] --output bench/results/tpu-slices.json
+    python bench/tpu_slice.py [--shapes 7B 8B 70B] [--slices v5e-8 v6e-8] [--programs walk solver]
+        --output bench/results/tpu-slices.json
 
 bfloat16 weights, windows of 2,048 tokens, two for each device that shares them. It needs the package libtpu. A row for
 each shape, slice and program:
@@ -49,7 +50,7 @@ from minillm_jax.model.config import Sizes
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import sequence_losses
 from minillm_jax.model.tree import named_arrays
-from minillm_jax.pruning import walk
+from minillm_jax.pruning import device_system, walk
 from minillm_jax.scoring.gradient import slopes
 from minillm_jax.scoring.gradient.directions import Directions, direction_keys
 from minillm_jax.scoring.gradient.spaces import Gates, Space, Weights
@@ -125,8 +126,42 @@ def programs(sizes: Sizes, mesh: Mesh, streamed: bool) -> Iterator[Program]:
         array(shares, width, sizes.D, spec=(over, sharding.MODEL)),
         array(shares, sizes.D, spec=(over,)),
     )
-    add = partial(walk.add_pair, shares=shares, mesh=mesh)
-    yield Program("walk: Gram matrix", add, (sums, (inputs, stream), (array(width), array(sizes.D))), resident)
+    add, centers = partial(walk.add_pair, shares=shares, mesh=mesh), (array(width), array(sizes.D))
+    yield Program("walk: Gram matrix", add, (sums, (inputs, stream), centers), resident, donated=(0,))
+    yield from of_system(sizes, mesh, resident, streamed)
+
+
+def of_system(sizes: Sizes, mesh: Mesh, resident: int, streamed: bool) -> Iterator[Program]:
+    """The programs from the moments of mlp.down to its kept groups and their rows.
+
+    The moments of a model in memory stay on the chips, those of a streamed one on the host.
+    """
+    width, outputs = sizes.layers[0].F, sizes.D
+    rows = device_system.shared_rows(width, outputs, width, mesh)
+    places: dict[str, Any] = {"mesh": mesh, "rows": rows}
+
+    def placed(tree: Any, specs: Any) -> Any:
+        def leaf(array: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+            place = NamedSharding(mesh, spec if rows.axis else PartitionSpec())
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+
+        return jax.tree.map(leaf, tree, specs)
+
+    shapes = (width, width), (width,), (width, outputs), (outputs,), (width,), (outputs,)
+    gram, *others = sums = placed(tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes), device_system.SUMS)
+    one: Any = jax.ShapeDtypeStruct((), jnp.float32)
+    every = jax.ShapeDtypeStruct((width,), jnp.bool_)
+    columns = PartitionSpec(None, sharding.MODEL)
+    kernel = placed(jax.ShapeDtypeStruct((width, outputs), jnp.bfloat16), columns)
+    beside = resident if streamed else resident + 2 * sum(prod(s.sharding.shard_shape(s.shape)) * 4 for s in sums)
+    whole = partial(device_system.system, biased=False, **places)
+    making = gram, tuple(others), None, kernel, device_system.Numbers(one, one, one)
+    yield Program("solver: system", whole, making, beside, donated=(0,))
+    system = placed(jax.eval_shape(whole, *making), device_system.SYSTEM)
+    order = partial(device_system.order, count=width, parts=1, **places)
+    removed = jax.ShapeDtypeStruct((), jnp.int32)
+    yield Program("solver: order of removal", order, (system.matrix, system.right, removed), beside, donated=(0,))
+    yield Program("solver: refit", partial(device_system.refit, **places), (system, every, one), beside)
 
 
 def pair(decoder: Decoder, tokens: Any, windows: Any, space: Space) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -210,6 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["7B", "8B", "70B"])
     parser.add_argument("--slices", nargs="+", default=list(SLICES), choices=list(SLICES))
+    parser.add_argument("--programs", nargs="+", default=[""], help="only programs whose names hold one of these")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
@@ -220,7 +256,8 @@ def main() -> None:
         for name in arguments.shapes:
             sizes = SHAPES[name]
             for program in programs(sizes, mesh, place.streamed):
-                if (name, where, program.name) in done:
+                wanted = any(part in program.name for part in arguments.programs)
+                if (name, where, program.name) in done or not wanted:
                     continue
                 named = {"shape": name, "slice": where, "chip": chip, "mesh": asdict(place.mesh)}
                 rows.append(named | compiled(program, place.memory))
