@@ -9,8 +9,8 @@ each shape, slice and program:
     compile_seconds     of lowering and compiling, on this machine
     bytes               of a chip, by the compiler: argument + output + temp - alias
     resident            bytes of a chip beside the program, where it does not take all weights: those of a model in
-                        memory, and of a pruned model of four fifths of them; with `streamed` the arrays outside the
-                        layers and the layer in both models
+                        memory, and of a pruned model of four fifths of them; with `streamed` the layer in both models,
+                        in an evaluation one layer and the arrays outside the layers
     fits                whether both fit the memory of the chip
     flops               of a chip, by the compiler, which counts a loop over the layers once
     collectives         kind -> number and bytes of the results on a chip, in a loop counted once
@@ -103,7 +103,8 @@ def programs(sizes: Sizes, mesh: Mesh, streamed: bool) -> Iterator[Program]:
     outer = on_mesh(jax.eval_shape(without_layers, decoder), mesh)
     stream = array(batch, LENGTH, sizes.D, spec=(over,))
     narrow = array(batch, LENGTH, sizes.D, kind=jnp.bfloat16, spec=(over,))
-    yield Program("layer of an evaluation", partial(layerwise.advance, mesh=mesh), (outer, run, narrow), resident)
+    beside = size_on_chip(outer) if streamed else resident
+    yield Program("layer of an evaluation", partial(layerwise.advance, mesh=mesh), (outer, run, narrow), beside)
     angles = tuple(array(LENGTH, sizes.H // 2) for _ in range(2))
     settings = {"kind": "channel", "config": decoder.config, "mesh": mesh}
     state, width, shares = walk.State(stream), sizes.layers[0].F, sharding.shares(batch, mesh)
@@ -207,7 +208,7 @@ def resident_bytes(sizes: Sizes, mesh: Mesh, streamed: bool) -> int:
     if not streamed:
         return int((1 + KEPT) * whole)
     outer = size_on_chip(on_mesh(jax.eval_shape(without_layers, decoder), mesh))
-    return outer + 2 * (whole - outer) // len(sizes.layers)
+    return 2 * (whole - outer) // len(sizes.layers)
 
 
 def collectives(text: str) -> dict[str, list[int]]:
