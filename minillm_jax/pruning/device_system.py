@@ -90,7 +90,7 @@ _ROWS, _COLUMNS, _WHOLE, _PART = PartitionSpec(MODEL), PartitionSpec(None, MODEL
 SUMS = (_ROWS, _WHOLE, _COLUMNS, _PART, _WHOLE, _PART)
 # Specifications in the place of arrays.
 SYSTEM: Any = DeviceSystem._make((_ROWS, _COLUMNS, _COLUMNS, _WHOLE, _WHOLE, _WHOLE, _PART))
-REMOVED: Any = Removed._make((_WHOLE, _WHOLE, _WHOLE, _ROWS))
+REMOVED: Any = Removed._make((_WHOLE,) * 3)
 REFITTED: Any = Refitted._make((_COLUMNS, _PART, _WHOLE))
 
 
@@ -173,8 +173,8 @@ def order(
     parts: int,
     mesh: Mesh | None = None,
     rows: Rows = ALL,
-) -> Removed:
-    """The order in which structured OBS removes groups.
+) -> tuple[Removed, Float[Array, "I I"]]:
+    """The order in which structured OBS removes groups, and what is left in the memory of the matrix.
 
     Args:
       matrix: the matrix of the system; its memory is taken.
@@ -186,7 +186,7 @@ def order(
       rows: from `shared_rows`.
     """
     body = partial(_order, count=count, parts=parts, rows=rows)
-    return _over(mesh, rows, body, (_ROWS, _COLUMNS, _WHOLE), REMOVED)(matrix, right, removed)
+    return _over(mesh, rows, body, (_ROWS, _COLUMNS, _WHOLE), (REMOVED, _ROWS))(matrix, right, removed)
 
 
 @partial(jax.jit, static_argnames=("mesh", "rows"))
@@ -317,7 +317,7 @@ def _order(
     count: int,
     parts: int,
     rows: Rows,
-) -> Removed:
+) -> tuple[Removed, Float[Array, "i I"]]:
     inverted = inverse(matrix, _block(matrix, rows), rows)
     weights = rows.whole(product(inverted, right, rows), axis=1)
     products = ops.einsum("ID,JD->IJ", rows.mine(weights), weights)

@@ -90,14 +90,11 @@ class Removed(NamedTuple):
       order: the groups in the order of removal.
       errors: the error of each removal; one that is not finite says that float32 was not precise enough.
       kept: whether a group remains.
-      inverse: this device's rows of H⁻¹ after the last update, so that the program can work in the memory of its
-        argument.
     """
 
     order: Int[Array, " groups"]
     errors: Float[Array, " groups"]
     kept: Bool[Array, " groups"]
-    inverse: Float[Array, "i I"]
 
 
 def greedy_removal(
@@ -149,10 +146,11 @@ def order_on_device(
     parts: int,
     gathered: int = GATHERED,
     rows: Rows = ALL,
-) -> Removed:
-    """The order of removal on a device; a function to be compiled.
+) -> tuple[Removed, Float[Array, "i I"]]:
+    """The order of removal on a device, and H⁻¹ after the last update; a function to be compiled.
 
-    The number of removed groups is an argument of the program, so that all layers share it.
+    The number of removed groups is an argument of the program, so that all layers share it. With H⁻¹ as a result, the
+    program can work in the memory of its argument.
 
     Args:
       inverse: this device's rows of H⁻¹, float32.
@@ -181,7 +179,7 @@ def order_on_device(
         state = _begin(inverse, products, count, removed, parts, gathered, rows)
         carry = (state, jnp.zeros(count, jnp.int32), jnp.zeros(count))
         state, order, errors = lax.fori_loop(0, -(-removed // per_update), steps_and_update, carry)
-    return Removed(order, errors, jnp.asarray(state.kept), jnp.asarray(state.inverse))
+    return Removed(order, errors, jnp.asarray(state.kept)), jnp.asarray(state.inverse)
 
 
 def _begin(

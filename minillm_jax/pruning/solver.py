@@ -289,7 +289,7 @@ class DeviceFit(Fit):
         """The order of removal of some groups."""
         system, groups = self._system(self._problem.total, self._share), self._problem.groups
         counts = {"count": groups.count, "parts": groups.parts}
-        return device_system.order(system.matrix, system.right, jnp.int32(count), **counts, **self._places)
+        return device_system.order(system.matrix, system.right, jnp.int32(count), **counts, **self._places)[0]
 
     def refitted(self, kept: Bool[Array, " count"], least_squares: bool = True) -> device_system.Refitted:
         """The rows of the kept groups, with the ridge that held-out windows choose for them."""

@@ -21,7 +21,7 @@ def on_device(
 ) -> Removal:
     program = jax.jit(removal_order.order_on_device, static_argnames=("count", "parts", "gathered"))
     arrays = (jnp.asarray(array, jnp.float32) for array in (inverse, products))
-    order, errors, kept, _ = program(*arrays, jnp.int32(count - keep), count=count, parts=parts, gathered=gathered)
+    (order, errors, kept), _ = program(*arrays, jnp.int32(count - keep), count=count, parts=parts, gathered=gathered)
     groups = np.asarray(order)[: count - keep]
     np.testing.assert_array_equal(np.flatnonzero(~np.asarray(kept)), np.sort(groups))
     return Removal(groups, np.asarray(errors)[: count - keep])
