@@ -8,8 +8,8 @@ package libtpu. A row for each program:
     compile_seconds     of lowering and compiling, on this machine
     bytes               of the compiler: argument + output + temp - alias
     resident            bytes that are on the chip beside it: the layer in the dense and the pruned model where the
-                        program does not take it, the sums of the other windows; in an evaluation the arrays outside
-                        the layers
+                        program does not take it, the next layer, the sums of the other windows; in an evaluation the
+                        arrays outside the layers
     fits                whether both fit the memory of the chip
 
 A study that was interrupted goes on with the programs that its file lacks.
@@ -75,13 +75,15 @@ def programs(sizes: Sizes, place: SingleDeviceSharding) -> Iterator[Program]:
     stream = array(BATCH, LENGTH, sizes.D)
     angles = tuple(array(LENGTH, sizes.H // 2) for _ in range(2))
     settings = {"config": decoder.config, "mesh": None}
-    yield Program("layer, bfloat16", partial(layerwise.advance, mesh=None), (outer, run, half(stream)), outside)
+    yield Program(
+        "layer, bfloat16", partial(layerwise.advance, mesh=None), (outer, run, half(stream)), outside + of_layer
+    )
     for kind, inputs, groups in (("head", layer.N * sizes.H, layer.K), ("channel", layer.F, layer.F)):
         word = {"head": "attention", "channel": "mlp"}[kind]
         state, pair = walk.State(stream), (array(BATCH, LENGTH, inputs), stream)
         sums = array(1, inputs, inputs), array(1, inputs), array(1, inputs, sizes.D), array(1, sizes.D)
         moments = size_of(sums)
-        both = 2 * of_layer
+        both = 3 * of_layer  # of the dense and the pruned model, and the next one
 
         def advanced(run: Any, state: Any, angles: Any, kind: str = kind) -> Any:
             return walk.advance(run, state, kind=kind, angles=angles, **settings)
@@ -89,8 +91,8 @@ def programs(sizes: Sizes, place: SingleDeviceSharding) -> Iterator[Program]:
         def inputs_of(run: Any, state: Any, total: Any, angles: Any, kind: str = kind) -> Any:
             return walk.inputs_and_gaps(run, state, total, kind=kind, angles=angles, **settings)
 
-        yield Program(f"{word}: advance", advanced, (run, state, angles), of_layer)
-        yield Program(f"{word}: inputs and gaps", inputs_of, (run, state, stream, angles), of_layer)
+        yield Program(f"{word}: advance", advanced, (run, state, angles), 2 * of_layer)
+        yield Program(f"{word}: inputs and gaps", inputs_of, (run, state, stream, angles), 2 * of_layer)
         centers = array(inputs), array(sizes.D)
         add = partial(walk.add_pair, shares=1, mesh=None)
         yield Program(f"{word}: Gram matrix", add, (sums, pair, centers), both + moments, donated=(0,))

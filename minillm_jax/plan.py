@@ -320,8 +320,8 @@ def walk_bytes(dense: Decoder, recipe: Recipe, parked: bool = False) -> int:
     sums = 2 if recipe.refit.ridge is not None else 3  # with those of the held-out windows
     sums += 0 if parked else 1
     moments = sums * (inputs**2 + inputs * letters["D"] + letters["D"] ** 2)
-    layer = _layer_parameters(dense)
-    return FLOAT * (streams + tokens * letters["D"] + moments + 2 * layer) + _activations(dense, recipe)
+    copies = 0 if parked else 2 * _layer_parameters(dense)  # an accelerator widens bfloat16 weights inside its products
+    return FLOAT * (streams + tokens * letters["D"] + moments + copies) + _activations(dense, recipe)
 
 
 def forward_bytes(dense: Decoder, recipe: Recipe) -> int:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from minillm_jax.devices.sharding import MODEL, place
 from minillm_jax.model import ops
@@ -39,7 +39,7 @@ class DeviceSystem(NamedTuple):
     Attributes:
       matrix: G + λI.
       right: the right-hand side.
-      kernel: the matrix W that the ridge keeps the solution near to.
+      kernel: the matrix W that the ridge keeps the solution near to, in its own type.
       ridge: λ.
       diagonal: mean diagonal of G; 1 where G is zero.
       mean: mean of the inputs.
@@ -48,7 +48,7 @@ class DeviceSystem(NamedTuple):
 
     matrix: Float[Array, "i I"]
     right: Float[Array, "I d"]
-    kernel: Float[Array, "I d"]
+    kernel: Shaped[Array, "I d"]
     ridge: Float[Array, ""]
     diagonal: Float[Array, ""]
     mean: Float[Array, " I"]
@@ -120,7 +120,7 @@ def placed(sums: Sequence[Any], mesh: Mesh | None, rows: Rows) -> Sums:
     return tuple(_placed(part, mesh, spec) for part, spec in zip(sums, specs, strict=True))
 
 
-def placed_kernel(kernel: Any, mesh: Mesh | None, rows: Rows) -> Float[Array, "I D"]:
+def placed_kernel(kernel: Any, mesh: Mesh | None, rows: Rows) -> Shaped[Array, "I D"]:
     """A matrix W on the devices of a mesh."""
     return _placed(kernel, mesh, _COLUMNS if rows.axis else _WHOLE)
 
@@ -137,7 +137,7 @@ def system(
     gram: Float[Array, "I I"],
     others: Sums,
     less: Sums | None,
-    kernel: Float[Array, "I D"],
+    kernel: Shaped[Array, "I D"],
     numbers: Numbers,
     *,
     biased: bool,
@@ -276,7 +276,7 @@ def _system(
     gram: Float[Array, "i I"],
     others: Sums,
     less: Sums | None,
-    kernel: Float[Array, "I d"],
+    kernel: Shaped[Array, "I d"],
     numbers: Numbers,
     *,
     biased: bool,
@@ -289,7 +289,8 @@ def _system(
         others = (*rest, *others[3:])
     inputs, cross, targets, center, target_center = others
     cross, targets, target_center = cross[:, ::stride], targets[::stride], target_center[::stride]
-    kernel, tokens, towards = kernel[:, ::stride].astype(jnp.float32), numbers.tokens, numbers.towards
+    kernel, tokens, towards = kernel[:, ::stride], numbers.tokens, numbers.towards
+    wide = kernel.astype(jnp.float32)
     own, mean = rows.own(gram), center + inputs / tokens
     if biased:  # a covariance is the same about any center
         gram = gram - jnp.outer(inputs[own], inputs) / tokens
@@ -304,8 +305,8 @@ def _system(
     ridge = numbers.share * diagonal
     matrix = gram + ridge * on_diagonal
     # (1 − γ) G W + γ C + λ W, with the one matrix that is in memory
-    right = (1 - towards) * product(matrix, kernel, rows) + towards * (cross + ridge * kernel)
-    target = (1 - towards) * ops.einsum("I,ID->D", mean, kernel) + towards * (target_center + targets / tokens)
+    right = (1 - towards) * product(matrix, wide, rows) + towards * (cross + ridge * wide)
+    target = (1 - towards) * ops.einsum("I,ID->D", mean, wide) + towards * (target_center + targets / tokens)
     return DeviceSystem(matrix, right, kernel, ridge, diagonal, mean, target)
 
 
@@ -349,7 +350,7 @@ def ridge_gains(
     change from W₀ to W is tr((W − W₀)ᵀ (G (W + W₀) − 2 R)), which keeps the digits that a difference of two errors
     loses.
     """
-    before = jnp.where(_of_rows(kept, held.kernel)[:, None], held.kernel, 0)
+    before = jnp.where(_of_rows(kept, held.kernel)[:, None], held.kernel.astype(jnp.float32), 0)
 
     def gain(after: Array) -> Array:
         slope = product(held.matrix, after + before, rows) - 2 * held.right
@@ -364,7 +365,7 @@ def _refit(
     if least_squares:
         kernel = _rows(system, kept, share, rows)
     else:
-        kernel = jnp.where(_of_rows(kept, system.kernel)[:, None], system.kernel, 0)
+        kernel = jnp.where(_of_rows(kept, system.kernel)[:, None], system.kernel.astype(jnp.float32), 0)
     shift = system.target - ops.einsum("I,ID->D", system.mean, kernel)
     parts = (system.matrix, system.right, kernel, shift)
     broken = rows.total(jnp.stack([jnp.sum(~jnp.isfinite(part)) for part in parts]))
@@ -385,13 +386,13 @@ def _rows(
     both = of_rows[own][:, None] & of_rows[None]
     inverted = inverse(jnp.where(both, matrix, 0) + jnp.where(both, more, 1) * on_diagonal, _block(matrix, rows), rows)
     inside = of_rows[:, None]
-    right = jnp.where(inside, system.right + more * system.kernel, 0)
+    right = jnp.where(inside, system.right + more * system.kernel.astype(jnp.float32), 0)
     first = product(inverted, right, rows)
     rest = right - jnp.where(inside, product(matrix, first, rows) + more * first, 0)
     return first + product(inverted, rest, rows)
 
 
-def _of_rows(kept: Bool[Array, " groups"], kernel: Float[Array, "I d"]) -> Bool[Array, " I"]:
+def _of_rows(kept: Bool[Array, " groups"], kernel: Shaped[Array, "I d"]) -> Bool[Array, " I"]:
     """Whether the group of each row is kept."""
     return jnp.repeat(kept, len(kernel) // len(kept))
 
