@@ -17,6 +17,7 @@ batch.
     S    devices that share the windows of a batch
 """
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -334,11 +335,14 @@ def _collected(
     def made(sums: tuple[Array, ...]) -> M:
         return fields._make(sums if park is None else map(park, sums))
 
-    fit = sums_about_means(pair_of, batches[: lengths[0]], mesh)
+    sums = sums_about_means(pair_of, batches[: lengths[0]], mesh)
+    centers, fit = (sums[4], sums[5]), made(sums)
+    del sums  # parked sums leave the devices before the next ones are collected
     if len(lengths) == 1:
-        return Collected(made(fit), None)
-    held_out = sums_about_means(pair_of, batches[lengths[0] :], mesh, (fit[4], fit[5]))
-    return Collected(made((*_added(fit[:4], held_out[:4]), *fit[4:])), made(held_out))
+        return Collected(fit, None)
+    held_out = made(sums_about_means(pair_of, batches[lengths[0] :], mesh, centers))
+    add = _added if park is None else partial(jax.tree.map, operator.add)
+    return Collected(fields._make((*add(tuple(fit[:4]), tuple(held_out[:4])), *fit[4:])), held_out)
 
 
 @partial(jax.jit, donate_argnums=0)
