@@ -32,7 +32,7 @@ import jax
 from environment import environment
 from jax import numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import PartitionSpec, SingleDeviceSharding
 from shapes import CONFIG, SHAPES
 
 from minillm_jax.evaluation import layerwise
@@ -96,34 +96,49 @@ def programs(sizes: Sizes, place: SingleDeviceSharding) -> Iterator[Program]:
         centers = array(inputs), array(sizes.D)
         add = partial(walk.add_pair, shares=1, mesh=None)
         yield Program(f"{word}: Gram matrix", add, (sums, pair, centers), both + moments, donated=(0,))
-        yield from of_system(word, inputs, sizes.D, groups, placed, both)
+        yield from of_system(word, (inputs, sizes.D, groups), lambda tree, _: placed(tree), both)
     tokens = array(BATCH, LENGTH, kind=jnp.int32)
     yield Program("loss", losses_of_stream, (outer, half(stream), tokens), of_layer)
 
 
 def of_system(
-    word: str, inputs: int, outputs: int, groups: int, placed: Callable[[Any], Any], both: int
+    word: str, sizes: tuple[int, int, int], place: Callable[..., Any], resident: int, **places: Any
 ) -> Iterator[Program]:
-    """The programs from the moments of a matrix, which lie on the host, to its kept groups and their rows."""
+    """The programs from the moments of a matrix to its kept groups and their rows.
+
+    Args:
+      word: begins their names.
+      sizes: numbers of inputs, outputs and groups.
+      place: gives abstract arrays their shardings, by specifications in the place of the arrays.
+      resident: bytes of a chip beside them.
+      places: `mesh` and `rows` of the programs; none for one chip.
+    """
+    inputs, outputs, groups = sizes
+    abstract, whole = partial(jax.ShapeDtypeStruct, dtype=jnp.float32), PartitionSpec()
     shapes = (inputs, inputs), (inputs,), (inputs, outputs), (outputs,), (inputs,), (outputs,)
-    gram, *others = sums = placed([jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes])
-    one, kept = placed((jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((groups,), jnp.bool_)))
-    kernel = placed(jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16))
+    gram, *others = sums = place(tuple(map(abstract, shapes)), device_system.SUMS)
+    kernel = jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16)
+    kernel = place(kernel, device_system.SYSTEM.kernel)
+    kept = place(jax.ShapeDtypeStruct((groups,), jnp.bool_), whole)
+    one, choices = (place(abstract(shape), whole) for shape in ((), (len(CHOICES),)))
+    removed = place(jax.ShapeDtypeStruct((), jnp.int32), whole)
+
+    make = partial(device_system.system, biased=False, **places)
     making = gram, tuple(others), None, kernel, Numbers(one, one, one)
-    whole = partial(device_system.system, biased=False)
-    system = placed(jax.eval_shape(whole, *making))
-    yield Program(f"{word}: system", whole, making, both, donated=(0,))
-    order = partial(device_system.order, count=groups, parts=1)
-    removed = placed(jax.ShapeDtypeStruct((), jnp.int32))
-    yield Program(f"{word}: order of removal", order, (system.matrix, system.right, removed), both, donated=(0,))
-    some = partial(device_system.system, biased=False, stride=device_system.stride_of(outputs))
+    system = place(jax.eval_shape(make, *making), device_system.SYSTEM)
+    yield Program(f"{word}: system", make, making, resident, donated=(0,))
+    order = partial(device_system.order, count=groups, parts=1, **places)
+    yield Program(f"{word}: order of removal", order, (system.matrix, system.right, removed), resident, donated=(0,))
+    make = partial(make, stride=device_system.stride_of(outputs))
     making = gram, tuple(others), tuple(sums), kernel, Numbers(one, one, one)
-    yield Program(f"{word}: system of a part", some, making, both, donated=(0,))
-    part, choices = placed(jax.eval_shape(some, *making)), placed(jax.ShapeDtypeStruct((len(CHOICES),), jnp.float32))
-    yield Program(f"{word}: rows with each ridge", device_system.solutions, (part, kept, choices), both)
-    found = placed(jax.eval_shape(device_system.solutions, part, kept, choices))
-    yield Program(f"{word}: choice of the ridge", device_system.best_share, (part, kept, found), both)
-    yield Program(f"{word}: refit", device_system.refit, (system, kept, one), both)
+    part = place(jax.eval_shape(make, *making), device_system.SYSTEM)
+    yield Program(f"{word}: system of a part", make, making, resident, donated=(0,))
+    solutions = partial(device_system.solutions, **places)
+    yield Program(f"{word}: rows with each ridge", solutions, (part, kept, choices), resident)
+    found = place(jax.eval_shape(solutions, part, kept, choices), device_system.SOLUTIONS)
+    best = partial(device_system.best_share, **places)
+    yield Program(f"{word}: choice of the ridge", best, (part, kept, found), resident)
+    yield Program(f"{word}: refit", partial(device_system.refit, **places), (system, kept, one), resident)
 
 
 def half(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -139,30 +139,17 @@ def of_system(sizes: Sizes, mesh: Mesh, resident: int, streamed: bool) -> Iterat
     """
     width, outputs = sizes.layers[0].F, sizes.D
     rows = device_system.shared_rows(width, outputs, width, mesh)
-    places: dict[str, Any] = {"mesh": mesh, "rows": rows}
 
-    def placed(tree: Any, specs: Any) -> Any:
+    def place(tree: Any, specs: Any) -> Any:
         def leaf(array: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
-            place = NamedSharding(mesh, spec if rows.axis else PartitionSpec())
-            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+            shards = NamedSharding(mesh, spec if rows.axis else PartitionSpec())
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=shards)
 
         return jax.tree.map(leaf, tree, specs)
 
-    shapes = (width, width), (width,), (width, outputs), (outputs,), (width,), (outputs,)
-    gram, *others = sums = placed(tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes), device_system.SUMS)
-    one: Any = jax.ShapeDtypeStruct((), jnp.float32)
-    every = jax.ShapeDtypeStruct((width,), jnp.bool_)
-    columns = PartitionSpec(None, sharding.MODEL)
-    kernel = placed(jax.ShapeDtypeStruct((width, outputs), jnp.bfloat16), columns)
-    beside = resident if streamed else resident + 2 * sum(prod(s.sharding.shard_shape(s.shape)) * 4 for s in sums)
-    whole = partial(device_system.system, biased=False, **places)
-    making = gram, tuple(others), None, kernel, device_system.Numbers(one, one, one)
-    yield Program("solver: system", whole, making, beside, donated=(0,))
-    system = placed(jax.eval_shape(whole, *making), device_system.SYSTEM)
-    order = partial(device_system.order, count=width, parts=1, **places)
-    removed = jax.ShapeDtypeStruct((), jnp.int32)
-    yield Program("solver: order of removal", order, (system.matrix, system.right, removed), beside, donated=(0,))
-    yield Program("solver: refit", partial(device_system.refit, **places), (system, every, one), beside)
+    matrices = width * (width + outputs) * 4 // (mesh.shape[sharding.MODEL] if rows.axis else 1)
+    beside = resident if streamed else resident + 2 * matrices
+    yield from tpu_job.of_system("solver", (width, outputs, width), place, beside, mesh=mesh, rows=rows)
 
 
 def pair(decoder: Decoder, tokens: Any, windows: Any, space: Space) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -84,14 +84,15 @@ class Rows(NamedTuple):
 ALL = Rows()
 
 
-def inverse(matrix: Float[Array, "i I"], block: int = BLOCK, rows: Rows = ALL) -> Float[Array, "i I"]:
+def inverse(matrix: Float[Array, "i I"], block: int | None = None, rows: Rows = ALL) -> Float[Array, "i I"]:
     """The inverse of a symmetric matrix, float32; NaN where the matrix is not positive definite.
 
     Args:
       matrix: this device's rows.
-      block: rows of a block; they divide the rows of a device where the rows are shared.
+      block: rows of a block; by default `BLOCK`, and `block_of` the rows of a device where the rows are shared.
       rows: how the rows lie on the devices.
     """
+    block = block or (BLOCK if rows.axis is None else block_of(len(matrix)))
 
     def sweep(first: int | Array, width: int, array: Array) -> Array:
         pivot_rows, inside = _pivot_rows(array, first, width, rows)

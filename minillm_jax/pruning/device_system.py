@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from minillm_jax.devices.sharding import MODEL, place
 from minillm_jax.model import ops
-from minillm_jax.pruning.blocked import ALL, BLOCK, Rows, block_of, inverse, product
+from minillm_jax.pruning.blocked import ALL, Rows, block_of, inverse, product
 from minillm_jax.pruning.removal_order import Removed, order_on_device
 from minillm_jax.pruning.system import CHOICES, COLUMNS, ENOUGH
 
@@ -90,6 +90,7 @@ _ROWS, _COLUMNS, _WHOLE, _PART = PartitionSpec(MODEL), PartitionSpec(None, MODEL
 SUMS = (_ROWS, _WHOLE, _COLUMNS, _PART, _WHOLE, _PART)
 # Specifications in the place of arrays.
 SYSTEM: Any = DeviceSystem._make((_ROWS, _COLUMNS, _COLUMNS, _WHOLE, _WHOLE, _WHOLE, _PART))
+SOLUTIONS = PartitionSpec(None, None, MODEL)
 REMOVED: Any = Removed._make((_WHOLE,) * 3)
 REFITTED: Any = Refitted._make((_COLUMNS, _PART, _WHOLE))
 
@@ -207,8 +208,8 @@ def solutions(
       mesh: the devices of the arrays; None for one device.
       rows: from `shared_rows`.
     """
-    spec = PartitionSpec(None, None, MODEL)
-    return _over(mesh, rows, partial(_solutions, rows=rows), (SYSTEM, _WHOLE, _WHOLE), spec)(system, kept, shares)
+    body = partial(_solutions, rows=rows)
+    return _over(mesh, rows, body, (SYSTEM, _WHOLE, _WHOLE), SOLUTIONS)(system, kept, shares)
 
 
 @partial(jax.jit, static_argnames=("mesh", "rows"))
@@ -229,7 +230,7 @@ def best_share(
       mesh: the devices of the arrays; None for one device.
       rows: from `shared_rows`.
     """
-    specs = SYSTEM, _WHOLE, PartitionSpec(None, None, MODEL)
+    specs = SYSTEM, _WHOLE, SOLUTIONS
     return _over(mesh, rows, partial(_best_share, rows=rows), specs, _WHOLE)(held, kept, found)
 
 
@@ -319,7 +320,7 @@ def _order(
     parts: int,
     rows: Rows,
 ) -> tuple[Removed, Float[Array, "i I"]]:
-    inverted = inverse(matrix, _block(matrix, rows), rows)
+    inverted = inverse(matrix, rows=rows)
     weights = rows.whole(product(inverted, right, rows), axis=1)
     products = ops.einsum("ID,JD->IJ", rows.mine(weights), weights)
     return order_on_device(inverted, products, removed, count=count, parts=parts, rows=rows)
@@ -384,7 +385,7 @@ def _rows(
     own, more = rows.own(matrix), share * system.diagonal - system.ridge
     on_diagonal = own[:, None] == jnp.arange(matrix.shape[1])[None]
     both = of_rows[own][:, None] & of_rows[None]
-    inverted = inverse(jnp.where(both, matrix, 0) + jnp.where(both, more, 1) * on_diagonal, _block(matrix, rows), rows)
+    inverted = inverse(jnp.where(both, matrix, 0) + jnp.where(both, more, 1) * on_diagonal, rows=rows)
     inside = of_rows[:, None]
     right = jnp.where(inside, system.right + more * system.kernel.astype(jnp.float32), 0)
     first = product(inverted, right, rows)
@@ -395,7 +396,3 @@ def _rows(
 def _of_rows(kept: Bool[Array, " groups"], kernel: Shaped[Array, "I d"]) -> Bool[Array, " I"]:
     """Whether the group of each row is kept."""
     return jnp.repeat(kept, len(kernel) // len(kept))
-
-
-def _block(matrix: Float[Array, "i I"], rows: Rows) -> int:
-    return BLOCK if rows.axis is None else block_of(len(matrix))
