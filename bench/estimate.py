@@ -22,8 +22,8 @@ machine at the start.
 
 A row of kind `memory` for every estimator and shape holds the compiler's memory analysis for abstract weights, without
 an allocation. `extra_bytes` is temp - temp(forward). `extra_layers` divides it by the size of one layer's weights,
-`extra_streams` by the size of the residual stream [B, T, D] in float32. The streams of both sides of a pair, or the
-tangents of all directions of a pass, exist together. Results of a program are not in temp: `output_bytes` of the exact
+`extra_streams` by the size of the residual stream [B, T, D] in float32. A pair runs one program for each side. The
+tangents of all directions of a pass exist together. Results of a program are not in temp: `output_bytes` of the exact
 gradient are the size of the weights. The type is float32, and on an accelerator bfloat16 too (the CPU compiler keeps
 float32 copies of bfloat16 weights).
 
@@ -58,14 +58,13 @@ from minillm_jax.model.loss import sequence_losses
 from minillm_jax.model.tree import parameter_count
 from minillm_jax.scoring.gradient.exact import gate_gradients, weight_gradients
 from minillm_jax.scoring.gradient.settings import draw, space_of
-from minillm_jax.scoring.gradient.slopes import directional_derivatives, paired_losses
+from minillm_jax.scoring.gradient.slopes import directional_derivatives, losses_at
 from minillm_jax.settings import Estimation
 
 DTYPES = ("float32", "bfloat16")
 EPSILON = 1e-3
 FASTER_AIM = 1.25
 MEMORY_AIMS = {"weights": 1.25, "low-rank": 0.1, "gates": 0.1}  # layers
-CHUNKS = 2  # for the account of memory, so that chunks are scanned
 
 # Programs of the rows of kind `process`: names of cases, and names of PyTorch's programs after `torch, `.
 PROCESSES = {
@@ -144,11 +143,11 @@ def chosen(arguments: argparse.Namespace) -> dict[str, Case]:
     return {name: case for name, case in known.items() if name in ("forward", *(arguments.programs or known))}
 
 
-def inputs(case: Case, chunks: int, decoder: Decoder, tokens: jax.Array) -> tuple[Any, ...]:
-    """The arguments of a program."""
+def inputs(case: Case, decoder: Decoder, tokens: jax.Array) -> tuple[Any, ...]:
+    """The arguments of a program; for a pair those of its first side."""
     if case.settings is None or case.settings.estimator == "exact":
         return decoder, tokens
-    directions = draw(case.settings, decoder, 0, chunks * case.per_step).stacked(case.per_step)
+    directions = draw(case.settings, decoder, 0, case.per_step)
     windows = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     step = (jnp.float32(EPSILON),) if case.settings.estimator == "spsa" else ()
     return decoder, directions, tokens, windows, *step
@@ -161,14 +160,17 @@ def compiled(case: Case, arrays: tuple[Any, ...]) -> Any:
     if case.settings.estimator == "exact":
         function = gate_gradients if case.settings.space == "gates" else weight_gradients
         return function.lower(*arrays).compile()
-    function = paired_losses if case.settings.estimator == "spsa" else directional_derivatives
+    function = losses_at if case.settings.estimator == "spsa" else directional_derivatives
     return function.lower(*arrays, space=space_of(case.settings)).compile()
 
 
 def program(case: Case, decoder: Decoder, tokens: jax.Array) -> Program:
-    """The compiled program of a case with its arguments; one chunk of directions."""
-    arrays = inputs(case, 1, decoder, tokens)
-    return partial(compiled(case, arrays), *arrays)
+    """The compiled program of a case with its arguments; a pair runs it for both sides."""
+    arrays = inputs(case, decoder, tokens)
+    run = compiled(case, arrays)
+    if case.settings is None or case.settings.estimator != "spsa":
+        return partial(run, *arrays)
+    return lambda: (run(*arrays), run(*arrays[:-1], -arrays[-1]))
 
 
 def torch_programs(shape: str, arguments: argparse.Namespace) -> tuple[dict[str, Program], int]:
@@ -248,7 +250,7 @@ def memory_rows(shape: str, dtype: str, arguments: argparse.Namespace) -> Iterat
     layer, stream = layer_bytes(decoder), 4 * arguments.batch * arguments.length * SHAPES[shape].D
     forward = None
     for name, case in chosen(arguments).items():
-        arrays = jax.eval_shape(partial(inputs, case, CHUNKS), decoder, tokens)
+        arrays = jax.eval_shape(partial(inputs, case), decoder, tokens)
         account = compiled(case, arrays).memory_analysis()
         forward = account.temp_size_in_bytes if forward is None else forward
         extra = account.temp_size_in_bytes - forward

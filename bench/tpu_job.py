@@ -7,9 +7,8 @@ package libtpu. A row for each program:
 
     compile_seconds     of lowering and compiling, on this machine
     bytes               of the compiler: argument + output + temp - alias
-    resident            bytes that are on the chip beside it: the layer in the dense and the pruned model where the
-                        program does not take it, the next layer, the sums of the other windows; in an evaluation the
-                        arrays outside the layers
+    resident            bytes that are on the chip beside it: the layer in the dense and the pruned model, the next
+                        layer, the sums of earlier batches; in an evaluation the arrays outside the layers
     fits                whether both fit the memory of the chip
 
 A study that was interrupted goes on with the programs that its file lacks.
@@ -91,11 +90,11 @@ def programs(sizes: Sizes, place: SingleDeviceSharding) -> Iterator[Program]:
         def inputs_of(run: Any, state: Any, total: Any, angles: Any, kind: str = kind) -> Any:
             return walk.inputs_and_gaps(run, state, total, kind=kind, angles=angles, **settings)
 
-        yield Program(f"{word}: advance", advanced, (run, state, angles), 2 * of_layer)
-        yield Program(f"{word}: inputs and gaps", inputs_of, (run, state, stream, angles), 2 * of_layer)
+        yield Program(f"{word}: advance", advanced, (run, state, angles), both)
+        yield Program(f"{word}: inputs and gaps", inputs_of, (run, state, stream, angles), both + moments)
         centers = array(inputs), array(sizes.D)
         add = partial(walk.add_pair, shares=1, mesh=None)
-        yield Program(f"{word}: Gram matrix", add, (sums, pair, centers), both + moments, donated=(0,))
+        yield Program(f"{word}: Gram matrix", add, (sums, pair, centers), both, donated=(0,))
         yield from of_system(word, (inputs, sizes.D, groups), lambda tree, _: placed(tree), both)
     tokens = array(BATCH, LENGTH, kind=jnp.int32)
     yield Program("loss", losses_of_stream, (outer, half(stream), tokens), of_layer)

@@ -92,7 +92,7 @@ def programs(sizes: Sizes, mesh: Mesh, streamed: bool) -> Iterator[Program]:
     if not streamed:
         yield Program("forward loss", sequence_losses, (decoder, tokens), 0)
         for name, space in {"rademacher": Weights("rademacher"), "gaussian": Weights(), "gates": Gates()}.items():
-            yield Program(f"pair, {name}", *pair(decoder, tokens, windows, space), 0)
+            yield Program(f"side of a pair, {name}", *side(decoder, tokens, windows, space), 0)
         yield Program("jvp, 8 gates", *derivatives(decoder, tokens, windows, 8), 0)
     (layer,) = build(CONFIG, Sizes(sizes.V, sizes.D, sizes.H, sizes.layers[:1]), jnp.bfloat16).runs
     run = jax.tree.map(
@@ -152,10 +152,10 @@ def of_system(sizes: Sizes, mesh: Mesh, resident: int, streamed: bool) -> Iterat
     yield from tpu_job.of_system("solver", (width, outputs, width), place, beside, mesh=mesh, rows=rows)
 
 
-def pair(decoder: Decoder, tokens: Any, windows: Any, space: Space) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The paired losses of one direction: function and arguments."""
-    epsilon = jax.ShapeDtypeStruct((), jnp.float32)
-    return partial(slopes.paired_losses, space=space), (decoder, directions_of_pass(1), tokens, windows, epsilon)
+def side(decoder: Decoder, tokens: Any, windows: Any, space: Space) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """One side of the paired losses of one direction, which runs twice: function and arguments."""
+    step = jax.ShapeDtypeStruct((), jnp.float32)
+    return partial(slopes.losses_at, space=space), (decoder, directions_of_pass(1), tokens, windows, step)
 
 
 def derivatives(decoder: Decoder, tokens: Any, windows: Any, count: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -164,8 +164,8 @@ def derivatives(decoder: Decoder, tokens: Any, windows: Any, count: int) -> tupl
 
 
 def directions_of_pass(count: int) -> Directions:
-    """Abstract directions of one pass, [1, count]."""
-    return jax.eval_shape(lambda: Directions.plain(direction_keys(0, 0, count)).stacked(count))
+    """Abstract directions of one pass."""
+    return jax.eval_shape(lambda: Directions.plain(direction_keys(0, 0, count)))
 
 
 def on_mesh(decoder: Decoder, mesh: Mesh) -> Decoder:

@@ -24,7 +24,7 @@ from minillm_jax.data.calibration_size import widest_mlp
 from minillm_jax.errors import InputError, shortened
 from minillm_jax.evaluation.layerwise import STREAMS
 from minillm_jax.model import costs
-from minillm_jax.model.attention import rows_at_once
+from minillm_jax.model.attention import causal_rows
 from minillm_jax.model.build import build
 from minillm_jax.model.config import DecoderConfig, Sizes
 from minillm_jax.model.decoder import Decoder
@@ -246,7 +246,7 @@ def device_bytes(dense: Decoder, pruned: Decoder, recipe: Recipe, count: int = 1
     width = np.dtype(dense.embedding.dtype).itemsize
     weights, smaller = (costs.cost(decoder, "parameters") * width for decoder in (dense, pruned))
     scores = score_bytes(dense, recipe, on_cpu)
-    walked = smaller // count + walk_bytes(dense, recipe) if walks(recipe) else 0
+    walked = smaller // count + walk_bytes(dense, recipe, on_cpu) if walks(recipe) else 0
     composed = smaller // count + scores if recipe.budget.allocation == "search" else 0
     work = _work_on_experts(recipe)
     experts = 0 if work is None else smaller // count + plan_experts.memory(dense, work)
@@ -256,23 +256,28 @@ def device_bytes(dense: Decoder, pruned: Decoder, recipe: Recipe, count: int = 1
 def streamed_bytes(dense: Decoder, recipe: Recipe, count: int = 1, on_cpu: bool = False) -> int | None:
     """Peak memory of one device with --stream; None for a run that needs all weights in memory.
 
-    It holds one layer of the dense and of the pruned model, the next layer, which is read meanwhile, the arrays outside
-    the layers, and the walk or the residual streams of the evaluation.
+    It holds one layer of the dense and of the pruned model, the next layer, which is read meanwhile, and what the walk
+    or the evaluation needs. The arrays outside the layers are on an accelerator for the evaluation alone.
     """
     try:
         check_streamed(recipe.budget, resolve(recipe.scoring)[1], recipe.output.format)
     except InputError:
         return None
     width = np.dtype(dense.embedding.dtype).itemsize
-    outer = (costs.cost(dense, "parameters") - costs.block_parameters(dense)) * width
-    evaluated = 0 if recipe.evaluation.text is None else STREAMS + forward_bytes(dense, recipe)
-    walked = walk_bytes(dense, recipe, parked=not on_cpu) if walks(recipe) else forward_bytes(dense, recipe)
+    outer = (costs.cost(dense, "parameters") - costs.block_parameters(dense)) * width // count
+    evaluated = outer + (0 if recipe.evaluation.text is None else STREAMS + forward_bytes(dense, recipe, on_cpu))
+    if not walks(recipe):
+        walked = outer + forward_bytes(dense, recipe, on_cpu)
+    elif on_cpu:
+        walked = outer + walk_bytes(dense, recipe, on_cpu)
+    else:
+        walked = parked_walk_bytes(dense, recipe)
     if CRITERIA[recipe.scoring.criterion].takes_gradient:
-        walked = max(walked, STREAMS + _estimate_bytes(dense, recipe))
+        walked = max(walked, outer + STREAMS + _estimate_bytes(dense, recipe))
     work = _work_on_experts(recipe)
     if work is not None:
-        walked = max(walked, plan_experts.memory(dense, work, parked=not on_cpu))
-    return (outer + 3 * _layer_parameters(dense) * width) // count + max(walked, evaluated)
+        walked = max(walked, outer + plan_experts.memory(dense, work, parked=not on_cpu))
+    return 3 * _layer_parameters(dense) * width // count + max(walked, evaluated)
 
 
 def score_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
@@ -296,7 +301,7 @@ def score_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
         gradient = FLOAT * (streams + (0 if criterion.by_gates else sums))
     else:
         gradient = _estimate_bytes(dense, recipe)
-    return upcast + gradient + forward_bytes(dense, recipe)
+    return upcast + gradient + forward_bytes(dense, recipe, on_cpu)
 
 
 def _estimate_bytes(dense: Decoder, recipe: Recipe) -> int:
@@ -306,32 +311,49 @@ def _estimate_bytes(dense: Decoder, recipe: Recipe) -> int:
     return (estimate.directions_per_step or 1) * direction_bytes(dense, tokens, length, estimate)
 
 
-def walk_bytes(dense: Decoder, recipe: Recipe, parked: bool = False) -> int:
+def walk_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
     """Memory of the walk through the layers beside the weights of both models.
 
-    The residual streams of a streamed model are `parked` on the host, and on an accelerator for one batch at a time.
-    Its moments are too, except while they are collected; otherwise they stay beside the system and its inverse.
+    The moments of a projection stay beside its system and the inverse.
     """
     letters, tokens = _letters(dense), prod(_windows(recipe))
-    if parked:
-        tokens = _tokens_per_batch(recipe)
-    streams = (4 if dense.config.parallel else 2) * tokens * letters["D"]
+    streams = (5 if dense.config.parallel else 3) * tokens * letters["D"]
+    moments = (3 if recipe.refit.ridge is not None else 4) * sum(
+        _moments(letters)
+    )  # with those of the held-out windows
+    copies = 2 * _layer_parameters(dense)  # an accelerator widens bfloat16 weights inside its products
+    return FLOAT * (streams + moments + copies) + _activations(dense, recipe, on_cpu)
+
+
+def parked_walk_bytes(dense: Decoder, recipe: Recipe) -> int:
+    """The same where residual streams and moments wait on the host, as those of a streamed model on an accelerator.
+
+    One sum of moments is there while it is collected, with the streams of one batch. Later a system, its inverse and a
+    copy of either are, or products with the weights in the place of the copy. `bench/tpu_job.py` has these figures
+    from the compiler.
+    """
+    letters, tokens = _letters(dense), _tokens_per_batch(recipe)
+    matrix, products = _moments(letters)
+    streams = (5 if dense.config.parallel else 3) * tokens * letters["D"]
+    collected = FLOAT * (matrix + products + streams) + _activations(dense, recipe, on_cpu=False)
+    return max(collected, FLOAT * max(3 * matrix, 2 * matrix + 9 * products // 2))
+
+
+def _moments(letters: dict[str, int]) -> tuple[int, int]:
+    """Numbers in the Gram matrix of the widest projection's inputs, and in its products with the outputs."""
     inputs = max(letters["N"] * letters["H"], letters["F"])
-    sums = 2 if recipe.refit.ridge is not None else 3  # with those of the held-out windows
-    sums += 0 if parked else 1
-    moments = sums * (inputs**2 + inputs * letters["D"] + letters["D"] ** 2)
-    copies = 0 if parked else 2 * _layer_parameters(dense)  # an accelerator widens bfloat16 weights inside its products
-    return FLOAT * (streams + tokens * letters["D"] + moments + copies) + _activations(dense, recipe)
+    return inputs**2, inputs * letters["D"]
 
 
-def forward_bytes(dense: Decoder, recipe: Recipe) -> int:
+def forward_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
     """Memory of a forward pass over one batch beside the weights: one layer's activations, one chunk of logits."""
-    return _activations(dense, recipe) + FLOAT * LOGITS_AT_ONCE
+    return _activations(dense, recipe, on_cpu) + FLOAT * LOGITS_AT_ONCE
 
 
-def _activations(dense: Decoder, recipe: Recipe) -> int:
+def _activations(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
+    """Memory of the arrays inside one layer. XLA for the CPU holds three copies of the scores of attention."""
     letters, (_, length), tokens = _letters(dense), _windows(recipe), _tokens_per_batch(recipe)
-    scores = 3 * letters["N"] * rows_at_once(length, length)
+    scores = (3 if on_cpu else 1) * letters["N"] * causal_rows(length)
     attention = 4 * letters["N"] * letters["H"] + 4 * letters["K"] * letters["H"] + scores
     return FLOAT * tokens * (8 * letters["D"] + max(attention, 4 * letters["F"]))
 

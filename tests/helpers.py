@@ -22,7 +22,7 @@ from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.modules import Block
 from minillm_jax.model.ops import Rope
 from minillm_jax.scoring.gradient.directions import Directions
-from minillm_jax.scoring.gradient.slopes import paired_losses
+from minillm_jax.scoring.gradient.slopes import losses_at
 from minillm_jax.scoring.gradient.spaces import Weights, finite
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -348,9 +348,15 @@ def pairs_of(
     decoder: Decoder, keys: jax.Array, tokens: jax.Array, epsilon: float, space: Any, per_step: int = 1
 ) -> Any:
     """The paired losses along the directions of some keys, [P, 2, B]."""
-    stacked, windows = Directions.plain(keys).stacked(per_step), jnp.arange(len(tokens), dtype=jnp.int32)
-    losses = paired_losses(decoder, stacked, tokens, windows, jnp.float32(epsilon), space)
-    return losses.reshape(-1, *losses.shape[2:])
+    windows = jnp.arange(len(tokens), dtype=jnp.int32)
+
+    def pair(keys: jax.Array) -> jax.Array:
+        steps = (jnp.float32(step) for step in (epsilon, -epsilon))
+        return jnp.stack(
+            [losses_at(decoder, Directions.plain(keys), tokens, windows, step, space) for step in steps], 1
+        )
+
+    return jnp.concatenate([pair(keys[first : first + per_step]) for first in range(0, len(keys), per_step)])
 
 
 def best_of(scores: dict[str, list[np.ndarray]], ratio: float) -> axis_table.Kept:

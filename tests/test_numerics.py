@@ -53,8 +53,8 @@ def forward(decoder: Any, tokens: Any) -> Any:
 
 def paired(space: Space) -> Callable[..., Any]:
     def program(decoder: Any, tokens: Any) -> Any:
-        drawn = Directions.plain(directions.direction_keys(0, 0, 1)).stacked(1)
-        return slopes.paired_losses(decoder, drawn, tokens, jnp.arange(len(tokens)), jnp.float32(0.1), space)
+        drawn = Directions.plain(directions.direction_keys(0, 0, 1))
+        return slopes.losses_at(decoder, drawn, tokens, jnp.arange(len(tokens)), jnp.float32(0.1), space)
 
     return program
 

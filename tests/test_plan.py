@@ -3,13 +3,16 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from jax import numpy as jnp
 from safetensors.numpy import load_file
 
 from convert.reader import describe_model
@@ -27,6 +30,8 @@ from minillm_jax.report.tables import plan_table
 from minillm_jax.run import Job, run
 from minillm_jax.settings import MEASURED, Budget, Data
 from tests.helpers import edit_json, hugging_face_folder, random_tokens
+
+RECORD = Path(__file__).parents[1] / "bench" / "results" / "tpu-job-v5e.json"
 
 
 def settings_of(name: str = "ours", **options: Any) -> Recipe:
@@ -262,6 +267,21 @@ def test_the_pruning_of_experts_is_planned(tmp_path: Path) -> None:
     assert found == sorted(found)
     # The residual streams hold all windows, and the moments of a layer one square and one product for each expert.
     assert found[1] - found[0] == 4 * (8 * 32 * 64 + 3 * 6 * (40 * 40 + 40 * 64))
+
+
+@pytest.mark.parametrize("shape", ["7B", "8B", "70B"])
+def test_the_plan_of_a_streamed_run_holds_what_the_compiler_counts(
+    bench: Callable[[str], ModuleType], shape: str
+) -> None:
+    """The largest program of the record, with what lies beside it, to one percent, and at most a third more."""
+    shapes = bench("shapes")
+    dense = build(shapes.CONFIG, shapes.SHAPES[shape], jnp.bfloat16)
+    rows = json.loads(RECORD.read_text())["rows"]
+    counted = max(row["bytes"] + row["resident"] for row in rows if row["shape"] == shape)
+    recipe = settings_of(ratio=0.2, samples=2, seq_len=2048)
+    planned = plans.streamed_bytes(dense, recipe)
+    assert planned is not None
+    assert 0.99 * counted <= planned <= 4 / 3 * counted
 
 
 def test_every_round_costs_as_much_as_the_first() -> None:

@@ -100,7 +100,7 @@ class Batches:
         return self.first(count), replace(self, windows=self.windows[count:])
 
     def collect(
-        self, program: Callable[[Batch], Array], progress: Callable[[int, int], None] | None = None
+        self, program: Callable[[Batch], Array | np.ndarray], progress: Callable[[int, int], None] | None = None
     ) -> Float[np.ndarray, "*rest B"]:
         """The results of all batches on the host, joined along their last axis, one entry a window.
 

@@ -58,7 +58,6 @@ def scan_layers(
     step: Callable[..., tuple[Any, Any]],
     carry: Any,
     per_layer: Sequence[Any] | None = None,
-    visits: int = 1,
 ) -> tuple[Any, list[Any]]:
     """A scan over all layers in order: `carry, out = step(carry, block, layer, extra)`.
 
@@ -70,7 +69,6 @@ def scan_layers(
       step: carry, block of one layer, index of the layer (int32 []), slice of `per_layer` -> carry, output.
       carry: the carry of the first step.
       per_layer: for each run, a further pytree whose leaves have the run's leading axis L; or None.
-      visits: number of consecutive steps with the same layer.
 
     Returns:
       The last carry, and for each run the stacked outputs of its steps.
@@ -79,23 +77,10 @@ def scan_layers(
     for position, run in enumerate(runs):
         indices = jnp.arange(start, start + depth(run), dtype=jnp.int32)
         stacked = (run, indices, None if per_layer is None else per_layer[position])
-        carry, out = _scan_run(stacked, step, carry, depth(run), visits)
+        carry, out = jax.lax.scan(lambda carry, layer: step(carry, *layer), carry, stacked)
         outputs.append(out)
         start += depth(run)
     return carry, outputs
-
-
-def _scan_run(
-    stacked: Any, step: Callable[..., tuple[Any, Any]], carry: Any, count: int, visits: int
-) -> tuple[Any, Any]:
-    if visits == 1:
-        return jax.lax.scan(lambda carry, layer: step(carry, *layer), carry, stacked)
-
-    def visit(carry: Any, number: Array) -> tuple[Any, Any]:
-        layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number // visits, keepdims=False), stacked)
-        return step(carry, *layer)
-
-    return jax.lax.scan(visit, carry, jnp.arange(count * visits, dtype=jnp.int32))
 
 
 def layers_from(

@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
 
 from convert import reader, writer
 from minillm_jax.data.batches import Batch, Batches
@@ -122,13 +121,21 @@ def disable_optimizations(disable: bool) -> None:
 
 
 def paired_losses(decoder: Decoder, tokens: np.ndarray, space: Space) -> tuple[np.ndarray, Any]:
-    """The losses along two directions on the decoder's devices, [2, 1, 2, B], and the program of the first batch."""
-    stacked, programs = plain(2).stacked(1), []
+    """The losses of both sides of two directions on the decoder's devices, [2, 2, B], and a program."""
+    programs = []
 
-    def program(batch: Batch) -> Array:
-        arguments = (decoder, stacked, batch.tokens, batch.numbers, EPSILON)
-        programs.append(slopes.paired_losses.lower(*arguments, space, LOGITS_AT_ONCE).compile())
-        return programs[-1](*arguments)
+    def program(batch: Batch) -> np.ndarray:
+        shared = (batch.tokens, batch.numbers)
+        single = jax.tree.map(lambda leaf: leaf[:1], plain(2))
+        programs.append(slopes.losses_at.lower(decoder, single, *shared, EPSILON, space, LOGITS_AT_ONCE).compile())
+        sides = [
+            sharding.gather(
+                programs[-1](decoder, jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], plain(2)), *shared, step)
+            )
+            for n in range(2)
+            for step in (EPSILON, -EPSILON)
+        ]
+        return np.concatenate(sides).reshape(2, 2, -1)
 
     return batches_for(decoder, tokens).collect(program), programs[0]
 
@@ -249,16 +256,15 @@ def directions_over_data() -> dict[str, Any]:
     plan = Plan(per_step=4, chunks=1, tokens=batches.tokens_per_batch)
     expected = measure_call(single, Batches(tokens), settings, plan, 0, 4)
     (batch,) = batches
-    over_data = NamedSharding(mesh, PartitionSpec(None, sharding.DATA))
-    spread = jax.device_put(plain(4).stacked(4), over_data)
+    spread = jax.device_put(plain(4), NamedSharding(mesh, PartitionSpec(sharding.DATA)))
     arguments = (decoder, spread, batch.tokens, batch.numbers, jnp.float32(EPSILON), SPACES["rademacher"])
-    with compilations("paired_losses") as compiled:
+    with compilations("losses_at") as compiled:
         losses = measure_call(decoder, batches, settings, plan, 0, 4)
-        slopes.paired_losses(*arguments)
+        slopes.losses_at(*arguments)
     return {
         "difference": relative_difference(losses, expected),
         "compilations": len(compiled),
-        "communication": communication(slopes.paired_losses.lower(*arguments).compile()),
+        "communication": communication(slopes.losses_at.lower(*arguments).compile()),
     }
 
 

@@ -39,7 +39,7 @@ VARIANTS: dict[str, tuple[Mask, dict[str, Any]]] = {
 }
 
 
-def mixed_and_derivatives(name: str, rows: int) -> list[np.ndarray]:
+def mixed_and_derivatives(name: str, rows: int = LENGTH, parts: int = 1) -> list[np.ndarray]:
     """The mixed values, their gradients by queries, keys and values, and a derivative along a direction."""
     mask, options = VARIANTS[name]
     others = {key: jnp.asarray(value) if isinstance(value, np.ndarray) else value for key, value in options.items()}
@@ -51,7 +51,7 @@ def mixed_and_derivatives(name: str, rows: int) -> list[np.ndarray]:
     )
 
     def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return grouped_attention(q, k, v, mask, rows=rows, **others)
+        return grouped_attention(q, k, v, mask, rows=rows, parts=parts, **others)
 
     @jax.jit
     def everything() -> Any:
@@ -64,9 +64,27 @@ def mixed_and_derivatives(name: str, rows: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_blocks_of_queries_give_the_values_and_derivatives_of_whole_scores(name: str) -> None:
     """Four blocks of eight queries, of which the last two are no queries of the sequence."""
-    found, whole = mixed_and_derivatives(name, 8), mixed_and_derivatives(name, LENGTH)
+    found, whole = mixed_and_derivatives(name, rows=8), mixed_and_derivatives(name)
     for one, other in zip(found, whole, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("rows", [LENGTH, 5])
+def test_parts_of_a_sequence_give_the_values_and_derivatives_of_the_whole(name: str, rows: int) -> None:
+    """Four parts of seven or eight queries, whole or in blocks of four or fewer queries."""
+    found, whole = mixed_and_derivatives(name, rows, parts=4), mixed_and_derivatives(name)
+    for one, other in zip(found, whole, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_a_causal_mask_needs_no_later_keys() -> None:
+    """What grouped attention leaves out: in every variant that says so, query t attends to no key after key t."""
+    for mask, options in VARIANTS.values():
+        allowed = np.asarray(mask.rows(jnp.arange(LENGTH)))
+        keys = np.arange(options.get("keys", LENGTH))
+        later = keys[None, :] > np.arange(LENGTH)[:, None]
+        assert mask.is_causal == (not (allowed & later).any())
 
 
 # Decoders with each kind of score: norms of queries and keys, sliding windows in one layer, soft caps, ALiBi.

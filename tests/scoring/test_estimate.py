@@ -99,8 +99,8 @@ def test_memory_of_a_direction_is_bounded_by_the_formula() -> None:
     for settings in (replace(GATES, directions=8), Estimation("jvp", "weights", 8, distribution="rademacher")):
         temporary = []
         for per_step in (4, 8):
-            stacked = draw(settings, decoder, 0, 8).stacked(per_step)
-            arguments = (decoder, stacked, batch.tokens, batch.numbers, space_of(settings))
+            drawn = draw(settings, decoder, 0, per_step)
+            arguments = (decoder, drawn, batch.tokens, batch.numbers, space_of(settings))
             compiled = slopes.directional_derivatives.lower(*arguments).compile()
             temporary.append(compiled.memory_analysis().temp_size_in_bytes)
         bound = 4 * direction_bytes(decoder, 512, 128, resolve(settings))

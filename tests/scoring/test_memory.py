@@ -41,30 +41,30 @@ def layer_bytes(decoder: Decoder) -> float:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run)) / depth(run)
 
 
-def account_of_paired_losses(decoder: Decoder, space: Space) -> tuple[int, int]:
-    stacked = jax.eval_shape(lambda: Directions.plain(directions.direction_keys(0, 0, 16)).stacked(1))
-    epsilon, windows = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.int32)
-    return account(slopes.paired_losses.lower(decoder, stacked, TOKENS, windows, epsilon, space))
+def account_of_a_side(decoder: Decoder, space: Space) -> tuple[int, int]:
+    direction = jax.eval_shape(lambda: Directions.plain(directions.direction_keys(0, 0, 1)))
+    step, windows = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.int32)
+    return account(slopes.losses_at.lower(decoder, direction, TOKENS, windows, step, space))
 
 
 @pytest.mark.parametrize("distribution", [pytest.param("gaussian", marks=pytest.mark.slow), "rademacher"])
-def test_paired_losses_take_the_memory_of_a_forward_pass(distribution: str) -> None:
-    """25 M parameters, 8 windows of 128 tokens, 16 directions: argument + temp at most 1.15 times the forward's."""
+def test_a_side_of_a_pair_takes_the_memory_of_a_forward_pass(distribution: str) -> None:
+    """25 M parameters, 8 windows of 128 tokens: argument + temp at most 1.15 times the forward's."""
     forward = account(sequence_losses.lower(MEDIUM, TOKENS))
-    assert sum(account_of_paired_losses(MEDIUM, Weights(distribution))) <= 1.15 * sum(forward)
+    assert sum(account_of_a_side(MEDIUM, Weights(distribution))) <= 1.15 * sum(forward)
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", pytest.param("rademacher", marks=pytest.mark.slow)])
-def test_paired_losses_of_seven_billion_parameters_add_at_most_a_layer_and_a_quarter(distribution: str) -> None:
+def test_a_side_of_a_pair_of_seven_billion_parameters_adds_at_most_a_layer_and_a_quarter(distribution: str) -> None:
     _, forward = account(sequence_losses.lower(LARGE, TOKENS))
-    assert account_of_paired_losses(LARGE, Weights(distribution))[1] - forward <= 1.25 * layer_bytes(LARGE)
+    assert account_of_a_side(LARGE, Weights(distribution))[1] - forward <= 1.25 * layer_bytes(LARGE)
 
 
 @pytest.mark.parametrize("space", [LowRank(), Gates()], ids=str)
-def test_directions_without_a_copy_of_the_weights_add_one_residual_stream(space: Space) -> None:
-    """The residual stream of the second side: at most a tenth of a layer of seven billion parameters."""
+def test_directions_without_a_copy_of_the_weights_add_no_layer(space: Space) -> None:
+    """The float32 residual stream: at most a tenth of a layer of seven billion parameters."""
     _, forward = account(sequence_losses.lower(LARGE, TOKENS))
-    assert account_of_paired_losses(LARGE, space)[1] - forward <= 0.1 * layer_bytes(LARGE)
+    assert account_of_a_side(LARGE, space)[1] - forward <= 0.1 * layer_bytes(LARGE)
 
 
 @pytest.mark.parametrize("name", ["mlp.gate", "mlp.down"])

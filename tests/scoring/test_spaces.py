@@ -124,9 +124,9 @@ def test_forward_and_reverse_mode_agree_in_every_kind_of_family(
             np.testing.assert_allclose(np.asarray(gradients[kind]).sum(1), values, rtol=1e-3, atol=1e-3)
     weights = weight_gradients(decoder, tokens)
     key, windows = directions.direction_keys(1, 0, 1), jnp.arange(2, dtype=jnp.int32)
-    stacked = directions.Directions.plain(key).stacked(1)
+    direction = directions.Directions.plain(key)
     for space in (Weights(), LowRank(2), Gates()):
-        slope = float(jnp.sum(directional_derivatives(decoder, stacked, tokens, windows, space)))
+        slope = float(jnp.sum(directional_derivatives(decoder, direction, tokens, windows, space)))
         assert slope == pytest.approx(along(decoder, key[0], space, weights, gates), rel=2e-4, abs=2e-3)
 
 

@@ -1,9 +1,11 @@
 """Measurements along directions, of models in memory and of models whose layers are read one at a time."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from minillm_jax.data.batches import Batch, Batches
@@ -33,21 +35,29 @@ def measure(
     if isinstance(decoder, StreamedDecoder):
         return layerwise.measure(decoder, batches, directions, space, epsilon).astype(np.float64)
 
-    def program(batch: Batch) -> Array:
-        spread = _spread(directions, batch, batches.mesh)
-        if epsilon is None:
-            return slopes.directional_derivatives(decoder, spread, batch.tokens, batch.numbers, space)
-        return slopes.paired_losses(decoder, spread, batch.tokens, batch.numbers, jnp.float32(epsilon), space)
+    def of_batch(batch: Batch) -> Float[np.ndarray, "chunks P *sides B"]:
+        """All programs are started before the first result is waited for."""
+        chunks = (jax.tree.map(lambda leaf, n=n: leaf[n], directions) for n in range(len(directions.factors)))
+        found = [
+            of_chunk((decoder, _spread(chunk, batch, batches.mesh), batch.tokens, batch.numbers)) for chunk in chunks
+        ]
+        return np.stack([np.stack([sharding.gather(side) for side in sides], axis=1) for sides in found])
 
-    return batches.collect(program).astype(np.float64)
+    def of_chunk(arguments: tuple[Any, ...]) -> list[Array]:
+        if epsilon is None:
+            return [slopes.directional_derivatives(*arguments, space)]
+        return [slopes.losses_at(*arguments, jnp.float32(step), space) for step in (epsilon, -epsilon)]
+
+    measured = batches.collect(of_batch).astype(np.float64)
+    return measured[:, :, 0] if epsilon is None else measured
 
 
 def _spread(directions: Directions, batch: Batch, mesh: Mesh | None) -> Directions:
-    """Directions [chunks, P], spread over the axis `data` where the windows of the batch do not divide by it."""
+    """Directions [P], spread over the axis `data` where the windows of the batch do not divide by it."""
     devices = sharding.data_size(mesh)
     if mesh is None or len(batch.numbers) % devices == 0:
         return directions
-    over_data = NamedSharding(mesh, PartitionSpec(None, *sharding.over_data(directions.factors.shape[1], mesh).spec))
+    over_data = sharding.over_data(len(directions.factors), mesh)
     data = sharding.place(np.asarray(jax.random.key_data(directions.keys)), over_data)
     keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(directions.keys))
     return Directions(keys, sharding.place(np.asarray(directions.factors), over_data))

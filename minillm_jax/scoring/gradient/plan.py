@@ -9,7 +9,7 @@ import jax
 from minillm_jax.data.batches import TOKENS_PER_BATCH
 from minillm_jax.devices import hosts
 from minillm_jax.evaluation.layerwise import STREAMS
-from minillm_jax.model.attention import rows_at_once
+from minillm_jax.model.attention import causal_rows
 from minillm_jax.model.decoder import Decoder
 from minillm_jax.model.loss import LOGITS_AT_ONCE
 from minillm_jax.model.modules import depth, run_letters
@@ -34,11 +34,11 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """How an estimate is divided into calls of the compiled program. It changes speed and memory, not the directions.
+    """How an estimate is divided into calls. It changes speed and memory, not the directions.
 
     Attributes:
       per_step: number of directions in one pass, vmapped.
-      chunks: number of passes in one call, scanned.
+      chunks: number of passes in one call, one after the other.
       tokens: tokens of a batch on each device, at least one window.
     """
 
@@ -135,7 +135,7 @@ def direction_bytes(decoder: Decoder, tokens: int, length: int, settings: Estima
     widest = 0
     for run in decoder.runs:
         size = run_letters(run)
-        scores = 3 * size["N"] * rows_at_once(length, length)
+        scores = 3 * size["N"] * causal_rows(length)
         attention = 4 * size["N"] * size["H"] + 4 * size["K"] * size["H"] + scores
         widest = max(widest, attention, 4 * size["F"])
     streams = 8 * hidden_size(decoder)

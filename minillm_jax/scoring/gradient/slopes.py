@@ -4,8 +4,8 @@ Simultaneous perturbation (SPSA; Spall 1992; MINI-LLM, arXiv 2407.11681, step 1)
 
     ĝ = mean over n directions of [L(W + εz) - L(W - εz)] / (2ε) · z
 
-The factor of z is the projected gradient, one number for each direction. `spsa` computes it from the paired losses of
-two opposite steps. `jvp` computes its limit for ε → 0, the exact directional derivative, in forward mode; directions
+The factor of z is the projected gradient, one number for each direction. `spsa` computes it from the losses after two
+opposite steps. `jvp` computes its limit for ε → 0, the exact directional derivative, in forward mode; directions
 that share a pass share everything that does not depend on them. Only the projected gradients are stored: `rebuild`
 computes ĝ from them and the keys, one layer at a time. `exact` computes the exact gradient in reverse mode.
 """
@@ -29,38 +29,44 @@ from minillm_jax.scoring.gradient.spaces import Space
 
 
 @partial(jax.jit, static_argnames=("space", "logits_at_once"))
-def paired_losses(
+def losses_at(
     decoder: Decoder,
     directions: Directions,
     tokens: Int[Array, "B T"],
     windows: Int[Array, " B"],
-    epsilon: Float[Array, ""],
+    step: Float[Array, ""],
     space: Space,
     logits_at_once: int = LOGITS_AT_ONCE,
-) -> Float[Array, "chunks P 2 B"]:
-    """Summed cross entropy of every window at ε and at -ε along every direction, float32, nats.
+) -> Float[Array, "P B"]:
+    """Summed cross entropy of every window after a step along every direction, float32, nats.
 
-    The two passes run through the layers together and draw the direction of each layer when they reach it. The P
-    directions of a chunk are vmapped. The extra memory is at most P perturbed layers, never a perturbed model.
+    The pass draws the direction of a layer when it reaches the layer. The P directions are vmapped. The extra memory is
+    at most P perturbed layers, never a perturbed model.
+
+    The loops over sides and over further directions are those of the caller. Inside this program, the loop over layers
+    would be a loop within a loop, and the compiler for TPUs would hold a second copy of all weights (docs/LOG.md).
 
     Args:
       decoder: the model.
-      directions: keys and factors, [chunks, P]; the chunks are scanned.
+      directions: keys and factors, [P].
       tokens: token ids of the batch.
       windows: the number of each window among all calibration windows (see `spaces.Space`).
-      epsilon: the length ε of the step.
+      step: length of the step; ε for one side of a pair, -ε for the other.
       space: the space of the directions.
       logits_at_once: see `token_losses`.
     """
     angles = rotary_angles(decoder, tokens.shape[1])
 
-    def both_sides(direction: Directions) -> Array:
-        x = embed(decoder, tokens).astype(jnp.float32)
-        moved = partial(space.moved, key=direction.keys, windows=windows)
-        hidden = finish(decoder, _pair(decoder, moved, x, epsilon * direction.factors, angles))
-        return jax.lax.map(lambda side: jnp.sum(token_losses(decoder, side, tokens, logits_at_once), axis=-1), hidden)
+    def along(direction: Directions) -> Array:
+        moved, scale = partial(space.moved, key=direction.keys, windows=windows), step * direction.factors
 
-    return jax.lax.map(lambda chunk: map_chunk(both_sides, chunk), directions)
+        def through_layer(x: Array, block: Block, layer: Array, extra: None) -> tuple[Array, None]:
+            return perturbed_layer(moved, block, decoder.config, x, scale, layer, angles), None
+
+        x, _ = scan_layers(decoder.runs, through_layer, embed(decoder, tokens).astype(jnp.float32))
+        return jnp.sum(token_losses(decoder, finish(decoder, x), tokens, logits_at_once), axis=-1)
+
+    return map_chunk(along, directions)
 
 
 def map_chunk(program: Callable[..., Array], chunk: Directions, *of_chunk: Array) -> Array:
@@ -76,22 +82,6 @@ def map_chunk(program: Callable[..., Array], chunk: Directions, *of_chunk: Array
     return jax.vmap(program)(chunk, *of_chunk)
 
 
-def _pair(decoder: Decoder, moved: Any, x: Array, scale: Array, angles: Angles) -> Float[Array, "2 B T D"]:
-    """The residual streams of both sides after the last layer.
-
-    The scan visits every layer twice, once for each side. The two streams change places between the visits, so that
-    only one perturbed layer exists at a time. One visit for both sides held almost five perturbed layers at the 7B
-    shape (docs/LOG.md), and was not faster in the spaces without a copy.
-    """
-
-    def step(carry: tuple[Array, Array, Array], block: Block, layer: Array, extra: None) -> tuple[Any, None]:
-        current, opposite, scale = carry
-        return (opposite, perturbed_layer(moved, block, decoder.config, current, scale, layer, angles), -scale), None
-
-    (plus, minus, _), _ = scan_layers(decoder.runs, step, (x, x, scale), visits=2)
-    return jnp.stack([plus, minus])
-
-
 def perturbed_layer(
     moved: Any, block: Block, config: DecoderConfig, x: Array, scale: Array, layer: Array, angles: Angles
 ) -> Float[Array, "B T D"]:
@@ -102,26 +92,23 @@ def perturbed_layer(
 @partial(jax.jit, static_argnames="space")
 def directional_derivatives(
     decoder: Decoder, directions: Directions, tokens: Int[Array, "B T"], windows: Int[Array, " B"], space: Space
-) -> Float[Array, "chunks P B"]:
+) -> Float[Array, "P B"]:
     """The derivative of every window's summed cross entropy along every direction, float32, nats.
 
-    Forward mode inside the scan over layers: each chunk computes the residual stream of the unperturbed model once, and
-    a tangent of it for each direction. No losses are subtracted, so bfloat16 weights and streams keep their type.
+    Forward mode inside the scan over layers: the pass computes the residual stream of the unperturbed model once, and a
+    tangent of it for each direction. No losses are subtracted, so bfloat16 weights and streams keep their type.
 
-    The arguments are those of `paired_losses`.
+    The arguments are those of `losses_at`.
     """
     angles, x = rotary_angles(decoder, tokens.shape[1]), embed(decoder, tokens)
 
-    def chunk(directions: Directions) -> Array:
-        def step(carry: tuple[Array, Array], block: Block, layer: Array, extra: None) -> tuple[Any, None]:
-            keys = directions.keys
-            return tangents_after_layer(space, block, decoder.config, carry, keys, layer, windows, angles), None
+    def step(carry: tuple[Array, Array], block: Block, layer: Array, extra: None) -> tuple[Any, None]:
+        keys = directions.keys
+        return tangents_after_layer(space, block, decoder.config, carry, keys, layer, windows, angles), None
 
-        start = jnp.zeros((directions.factors.shape[0], *x.shape), x.dtype)
-        last, tangents = scan_layers(decoder.runs, step, (x, start))[0]
-        return derivatives_of_losses(decoder, tokens, last, tangents) * directions.factors[:, None]
-
-    return jax.lax.map(chunk, directions)
+    start = jnp.zeros((directions.factors.shape[0], *x.shape), x.dtype)
+    last, tangents = scan_layers(decoder.runs, step, (x, start))[0]
+    return derivatives_of_losses(decoder, tokens, last, tangents) * directions.factors[:, None]
 
 
 def tangents_after_layer(
