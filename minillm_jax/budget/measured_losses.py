@@ -11,7 +11,6 @@ takes fewer tokens to tell two levels apart.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -293,24 +292,22 @@ def projections(
     fit, count = fit_at(site, kind, settings, solver), group_count(site.run, kind)
     order: Removal | None = None
 
-    def at_full_width(keep: int) -> dict[str, Any]:
+    def at_full_width(keep: int) -> tuple[Matrix, Any | None, np.ndarray]:
         nonlocal order
         if choose is None and order is None:
             order = fit.order(fewest)
         of_all = np.arange(count)
         if choose is not None:
-            kept = np.isin(of_all, choose(kind, site.layer, keep))
+            found = hosts.of_first(lambda choose=choose: {"kept": choose(kind, site.layer, keep)})
+            kept = np.isin(of_all, found["kept"])
         else:
             assert order is not None
             kept = ~np.isin(of_all, order.groups[: count - keep])
         rows = fit.refit(kept, settings.method == "least-squares")
-        rows = rows._replace(shift=None) if settings.method == "none" else rows
         errors = np.zeros(1) if order is None else np.cumsum([0.0, *order.errors])
-        return rows.named() | {"errors": errors}
+        return rows.kernel, None if settings.method == "none" else rows.shift, errors
 
-    for keep in counts:
-        found = hosts.of_first(partial(at_full_width, keep))
-        yield found["kernel"], found.get("shift"), found["errors"]
+    yield from map(at_full_width, counts)
 
 
 @jax.jit

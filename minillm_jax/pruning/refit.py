@@ -28,7 +28,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
 from minillm_jax.data.batches import Batches
-from minillm_jax.devices import hosts
 from minillm_jax.devices.sharding import gather, place, run_shardings
 from minillm_jax.devices.work_folder import WorkFolder
 from minillm_jax.errors import InputError, one_of
@@ -276,14 +275,9 @@ def _choose_and_refit(
         return np.arange(count), site.run
     fits = [fit_at(site, kind, settings, solver)]
 
-    def solution() -> dict[str, Any]:
-        kept, rows = fits.pop().choose_and_refit(
-            keep, settings.method == "least-squares"
-        )  # the moments are freed with it
-        return {"kept": kept} | (rows.named() if settings.method != "none" else {})
-
-    found = hosts.of_first(solution)
-    return np.flatnonzero(found["kept"]), _with_rows(site, kind, found)
+    kept, rows = fits.pop().choose_and_refit(keep, settings.method == "least-squares")  # the moments are freed with it
+    found = {"kept": kept} | (rows.named() if settings.method != "none" else {})
+    return np.flatnonzero(kept), _with_rows(site, kind, found)
 
 
 def prune_site(
@@ -308,7 +302,7 @@ def prune_site(
     if settings.method != "none":
         fit = fit_at(site, kind, settings, solver or Solver(settings.solver))
         least_squares = settings.method == "least-squares"
-        found |= hosts.of_first(lambda: fit.refit(found["kept"], least_squares).named())
+        found |= fit.refit(found["kept"], least_squares).named()
     return _with_rows(site, kind, found)
 
 

@@ -17,7 +17,7 @@ from jax import numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from minillm_jax.devices import hosts, sharding
+from minillm_jax.devices import sharding
 from minillm_jax.model import axis_table, ops
 from minillm_jax.model.modules import Block
 from minillm_jax.model.tree import named_arrays
@@ -73,9 +73,9 @@ def refit_sublayer_inputs(
         biased=f"{names[-1]}.bias" in dict(named_arrays(run)),
         where=f"{names[-1]}{where}",
     )
-    found = hosts.of_first(lambda: chosen.fit(problem).refit(np.ones(width, bool)).named())
-    shift = found.get("shift", np.zeros(width))
-    linear_map, shift = (sharding.replicated(_float32(part), mesh) for part in (found["kernel"], shift))
+    found = chosen.fit(problem).refit(np.ones(width, bool))
+    shift = np.zeros(width) if found.shift is None else found.shift
+    linear_map, shift = (sharding.replicated(_float32(part), mesh) for part in (found.kernel, shift))
     return mapped(run, linear_map, shift, names=names, mesh=mesh)
 
 

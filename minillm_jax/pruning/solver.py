@@ -3,12 +3,13 @@
 A problem is the moments of one matrix, as the walk collects them, and what it is fitted to. Its `Fit` gives the order
 in which structured OBS removes the groups of the matrix, and the refitted rows of those that are kept.
 
-With several processes, process 0 solves for all of them, from moments on its host.
+With several processes, the device's programs run in all of them, on the shared mesh. On the host process 0 solves, and
+sends the results to the others: two machines may round differently.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Shaped
 from numpy.linalg import LinAlgError
 
+from minillm_jax.devices import hosts
 from minillm_jax.devices.sharding import gather
 from minillm_jax.errors import InputError, cause, shortened, warn
 from minillm_jax.pruning import device_system, solve
@@ -93,7 +95,7 @@ class Solution(NamedTuple):
 
 
 class Fit(ABC):
-    """The solutions of one problem."""
+    """The solutions of one problem, the same in every process. Every process must call the methods."""
 
     @abstractmethod
     def order(self, keep: int) -> Removal:
@@ -131,12 +133,9 @@ class Solver:
           mesh: the devices of the moments.
           settings: the other fields of `Problem`.
         """
-        on_device = self.name == "device" and jax.process_count() == 1
-        moved = tuple if on_device else _gathered
-        total, held_out = moved(collected.total), collected.held_out and moved(collected.held_out)
-        kernel = kernel if on_device else gather(kernel)
-        kernel = kernel.reshape(total[2].shape[0], -1)
-        return Problem(total, held_out, kernel, mesh=mesh if on_device else None, **settings)
+        total, held_out = tuple(collected.total), collected.held_out and tuple(collected.held_out)
+        problem = Problem(total, held_out, kernel.reshape(total[2].shape[0], -1), mesh=mesh, **settings)
+        return problem if self.name == "device" else on_host(problem)
 
     def fit(self, problem: Problem) -> Fit:
         """The solutions of a problem."""
@@ -149,8 +148,10 @@ class Solver:
             warn(f"{sentence}; further cases in this run are not reported")
 
 
-def _gathered(moments: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
-    return tuple(gather(moment) for moment in moments)
+def on_host(problem: Problem) -> Problem:
+    """A problem with its arrays on the host. With several processes, every one must call this."""
+    total, held_out = (moments and tuple(map(gather, moments)) for moments in (problem.total, problem.held_out))
+    return replace(problem, total=total, held_out=held_out, kernel=gather(problem.kernel), mesh=None)
 
 
 # ------------------------------------------------------------------------------------------------------------- host
@@ -160,7 +161,7 @@ class HostFit(Fit):
     """The solutions in float64 on the host.
 
     Args:
-      problem: the problem.
+      problem: the problem, with its arrays on the host.
       solver: the solver of the walk, which warns.
 
     Raises (all methods):
@@ -174,10 +175,8 @@ class HostFit(Fit):
     def system(self) -> System:
         """The linear system."""
         p = self._problem
-        sums = tuple(np.asarray(part) for part in p.total)
-        held_out = p.held_out and tuple(np.asarray(part) for part in p.held_out)
-        kernel = np.asarray(p.kernel).astype(np.float64)
-        return system_with_ridge(sums, held_out, kernel, p.tokens, p.towards, p.ridge, p.biased, p.where)
+        kernel = p.kernel.astype(np.float64)
+        return system_with_ridge(p.total, p.held_out, kernel, p.tokens, p.towards, p.ridge, p.biased, p.where)
 
     def order(self, keep: int) -> Removal:
         """See `Fit`."""
@@ -187,10 +186,14 @@ class HostFit(Fit):
             inverse = solve.inverse(system.hessian)
             return greedy_removal(inverse, products_of_best(inverse, system.right), groups.count, keep, groups.parts)
 
-        return self._solved(work)
+        return Removal(**hosts.of_first(lambda: self._solved(work)._asdict()))
 
     def refit(self, kept: Bool[np.ndarray, " count"], least_squares: bool = True) -> Solution:
         """See `Fit`."""
+        found = hosts.of_first(lambda: self._refitted(kept, least_squares).named())
+        return Solution(found["kernel"], found.get("shift"))
+
+    def _refitted(self, kept: Bool[np.ndarray, " count"], least_squares: bool) -> Solution:
         system = self._with_memory(lambda: self.system)
         rows = np.flatnonzero(np.repeat(kept, len(system.kernel) // len(kept)))
         found, kernel = system.kernel[rows], np.zeros_like(system.kernel)
@@ -269,7 +272,7 @@ class DeviceFit(Fit):
         """See `Fit`."""
         count = self._problem.groups.count - keep
         found = self.removed(count)
-        order, errors = (np.asarray(array)[:count] for array in (found.order, found.errors))
+        order, errors = (gather(array)[:count] for array in (found.order, found.errors))
         _check(bool(np.isfinite(errors).all()))
         return Removal(order.astype(np.int64), errors.astype(np.float64))
 
@@ -282,8 +285,8 @@ class DeviceFit(Fit):
         count = self._problem.groups.count - keep
         removed = self.removed(count)
         found = self.refitted(removed.kept, least_squares)
-        _check(bool(np.isfinite(removed.errors[:count]).all()))
-        return np.asarray(removed.kept), self._solution(found)
+        _check(bool(np.isfinite(gather(removed.errors)[:count]).all()))
+        return gather(removed.kept), self._solution(found)
 
     def removed(self, count: int) -> Removed:
         """The order of removal of some groups."""
@@ -323,7 +326,7 @@ class DeviceFit(Fit):
         return device_system.system(gram, tuple(others), less, kernel, numbers, **settings)
 
     def _solution(self, found: device_system.Refitted) -> Solution:
-        _check(bool(found.sound))
+        _check(bool(gather(found.sound)))
         return Solution(found.kernel, found.shift if self._problem.biased else None)
 
 
@@ -371,5 +374,5 @@ class WithFallback(Fit):
                 reason = shortened(cause(error), 120)
             sentence = f"{self._problem.where}: solved on the host in place of the device ({reason})"
             self._solver.warn_once("device", sentence)
-            self._fit = HostFit(self._problem, self._solver)
+            self._fit = HostFit(on_host(self._problem), self._solver)
         return work(self._fit)

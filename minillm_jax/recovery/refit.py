@@ -11,7 +11,6 @@ from collections.abc import Callable
 import numpy as np
 
 from minillm_jax.data.batches import Batches
-from minillm_jax.devices import hosts
 from minillm_jax.devices.sharding import mesh_of, shard
 from minillm_jax.errors import InputError
 from minillm_jax.model.build import with_runs
@@ -84,9 +83,8 @@ def refitted_groups(site: Site, settings: Refit, solver: Solver) -> Block:
     count = group_count(site.run, site.kind)
     if not count:
         return site.run
-    fit = fit_at(site, site.kind, settings, solver)
-    found = hosts.of_first(lambda: fit.refit(np.ones(count, bool)).named())
-    return with_projection(site.run, PROJECTIONS[site.kind], found["kernel"], found.get("shift"), site.mesh)
+    found = fit_at(site, site.kind, settings, solver).refit(np.ones(count, bool))
+    return with_projection(site.run, PROJECTIONS[site.kind], found.kernel, found.shift, site.mesh)
 
 
 def check_pair(decoder: Decoder, teacher: Decoder) -> None:

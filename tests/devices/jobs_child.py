@@ -52,6 +52,9 @@ JOBS: dict[str, dict[str, Any]] = {
     "measured": RIDGE | {"allocation": "measured"},
     "search": RIDGE | {"allocation": "search"},
     "held-out ridge": {},
+    "device": RIDGE | {"solver": "device"},
+    "device, measured": RIDGE | {"solver": "device", "allocation": "measured"},
+    "device, held-out ridge, streamed": {"solver": "device", "stream": True},
     "layers": {"structures": "hidden,layers", "criterion": "wanda"},
     "streamed": RIDGE | {"stream": True},
     "streamed fms": {"criterion": "fms", "directions": 4, "epsilon": 1e-2, "refit": "none", "stream": True},
@@ -110,8 +113,9 @@ def decide_otherwise() -> None:
 
 
 def is_score(array: Any) -> bool:
-    """Whether an array holds numbers that are compared; JAX itself sorts whole numbers only."""
-    return isinstance(array, np.ndarray | list) and np.asarray(array).dtype.kind == "f"
+    """Whether an array holds numbers that are compared; JAX itself sorts whole numbers only, some of them as floats."""
+    values = np.asarray(array) if isinstance(array, np.ndarray | list) else np.zeros(0, int)
+    return values.dtype.kind == "f" and bool((values != np.rint(values)).any())
 
 
 def estimate_by_two_clocks(folder: Path) -> np.ndarray:
