@@ -418,5 +418,7 @@ def _on_host(array: jax.Array | np.ndarray, place: tuple[int, ...] | None) -> np
     """An array, or the part at `place` of a stacked array, in host memory; a view where a CPU holds it whole."""
     if place is None:
         return sharding.gather(array)
-    in_host_memory = isinstance(array, np.ndarray) or {device.platform for device in array.devices()} == {"cpu"}
+    if isinstance(array, np.ndarray):
+        return array[place]
+    in_host_memory = array.is_fully_addressable and {device.platform for device in array.devices()} == {"cpu"}
     return np.asarray(array)[place] if in_host_memory else sharding.gather(array[place])

@@ -63,7 +63,7 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 
 # Runs of the quick tests; the slow ones take all.
-QUICK = ("obs", "streamed, resumed")
+QUICK = ("streamed, resumed",)
 
 MESHES = {"data": "data=4,model=1", "model": "data=1,model=4", "both": "data=2,model=2", "fsdp": "fsdp=2,model=2"}
 

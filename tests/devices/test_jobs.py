@@ -45,9 +45,9 @@ def more_expected(root: Path, expected: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def both(root: Path) -> list[dict[str, Any]]:
-    """Two joined processes, with windows and weights shared between the devices of both."""
-    return two_hosts(2, "jobs_child", "jobs", root, root / "out", "both", "+".join(QUICK))
+def joined(root: Path) -> list[dict[str, Any]]:
+    """Two joined processes, with every weight shared between the devices of both."""
+    return two_hosts(2, "jobs_child", "jobs", root, root / "out", "model", "+".join(QUICK))
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +76,11 @@ def assert_same_result(output: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize("name", QUICK)
 def test_a_run_in_two_processes_is_that_of_one_device(
-    both: list[dict[str, Any]], root: Path, expected: Path, name: str
+    joined: list[dict[str, Any]], root: Path, expected: Path, name: str
 ) -> None:
     """Although the second process would decide otherwise, with other solutions, choices and orders."""
-    assert [process["writer"] for process in both] == [True, False]
-    assert_same_result(root / "out" / f"both {name}", expected / name)
+    assert [process["writer"] for process in joined] == [True, False]
+    assert_same_result(root / "out" / f"model {name}", expected / name)
 
 
 @pytest.mark.slow
@@ -93,14 +93,14 @@ def test_every_run_on_every_mesh_is_that_of_one_device(
     assert_same_result(root / "out" / "either" / f"{mesh} {name}", more_expected / name)
 
 
-def test_process_0_alone_decides_when_to_save(both: list[dict[str, Any]], root: Path) -> None:
+def test_process_0_alone_decides_when_to_save(joined: list[dict[str, Any]], root: Path) -> None:
     """By its own clock, the second process would save at the end only, and leave process 0 waiting."""
-    assert both[0]["projected"] == both[1]["projected"]
+    assert joined[0]["projected"] == joined[1]["projected"]
     assert list((root / "out" / "two clocks").iterdir()), "both processes saved one checkpoint"
 
 
-def test_processes_with_other_settings_or_texts_stop_together(both: list[dict[str, Any]], root: Path) -> None:
-    for process in both:
+def test_processes_with_other_settings_or_texts_stop_together(joined: list[dict[str, Any]], root: Path) -> None:
+    for process in joined:
         assert "the settings of process 1 are not those of process 0" in process["errors"][0]
         assert "the calibration windows of process 1 are not those of process 0" in process["errors"][1]
     assert not (root / "out" / "mixed").exists()
