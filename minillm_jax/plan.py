@@ -318,9 +318,8 @@ def walk_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
     """
     letters, tokens = _letters(dense), prod(_windows(recipe))
     streams = (5 if dense.config.parallel else 3) * tokens * letters["D"]
-    moments = (3 if recipe.refit.ridge is not None else 4) * sum(
-        _moments(letters)
-    )  # with those of the held-out windows
+    sums = 3 if recipe.refit.ridge is not None else 4  # with those of the held-out windows
+    moments = sums * sum(_moments(letters))
     copies = 2 * _layer_parameters(dense)  # an accelerator widens bfloat16 weights inside its products
     return FLOAT * (streams + moments + copies) + _activations(dense, recipe, on_cpu)
 
