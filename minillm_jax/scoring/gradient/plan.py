@@ -123,8 +123,8 @@ def free_memory(device: Any) -> int:
 def direction_bytes(decoder: Decoder, tokens: int, length: int, settings: Estimation) -> int:
     """Bytes of one more direction in a pass: an upper bound by formula.
 
-    Twice the sum of the residual stream of a side (or of the tangent), and the activations of the widest layer, a copy of
-    the largest layer in the space `weights`, and a chunk of logits.
+    The residual stream of a side (or the tangent) and the activations of the widest layer, all twice, a copy of the
+    largest layer in the space `weights`, and a chunk of logits.
 
     Args:
       decoder: the model.
