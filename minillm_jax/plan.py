@@ -265,19 +265,22 @@ def streamed_bytes(dense: Decoder, recipe: Recipe, count: int = 1, on_cpu: bool 
         return None
     width = np.dtype(dense.embedding.dtype).itemsize
     outer = (costs.cost(dense, "parameters") - costs.block_parameters(dense)) * width // count
-    evaluated = outer + (0 if recipe.evaluation.text is None else STREAMS + forward_bytes(dense, recipe, on_cpu))
+    walked, beside_outer = 0, []
     if not walks(recipe):
-        walked = outer + forward_bytes(dense, recipe, on_cpu)
+        beside_outer.append(forward_bytes(dense, recipe, on_cpu))
     elif on_cpu:
-        walked = outer + walk_bytes(dense, recipe, on_cpu)
+        beside_outer.append(walk_bytes(dense, recipe, on_cpu))
     else:
         walked = parked_walk_bytes(dense, recipe)
+    if recipe.evaluation.text is not None:
+        beside_outer.append(STREAMS + forward_bytes(dense, recipe, on_cpu))
     if CRITERIA[recipe.scoring.criterion].takes_gradient:
-        walked = max(walked, outer + STREAMS + _estimate_bytes(dense, recipe))
+        beside_outer.append(STREAMS + _estimate_bytes(dense, recipe))
     work = _work_on_experts(recipe)
     if work is not None:
-        walked = max(walked, outer + plan_experts.memory(dense, work, parked=not on_cpu))
-    return 3 * _layer_parameters(dense) * width // count + max(walked, evaluated)
+        beside_outer.append(plan_experts.memory(dense, work, parked=not on_cpu))
+    layers = 3 * _layer_parameters(dense) * width // count
+    return layers + max(walked, outer + max(beside_outer, default=0))
 
 
 def score_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
@@ -316,10 +319,9 @@ def walk_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
 
     The moments of a projection stay beside its system and the inverse.
     """
-    letters, tokens = _letters(dense), prod(_windows(recipe))
-    streams = (5 if dense.config.parallel else 3) * tokens * letters["D"]
+    streams = _streams(dense, prod(_windows(recipe)))
     sums = 3 if recipe.refit.ridge is not None else 4  # with those of the held-out windows
-    moments = sums * sum(_moments(letters))
+    moments = sums * sum(_moments(dense))
     copies = 2 * _layer_parameters(dense)  # an accelerator widens bfloat16 weights inside its products
     return FLOAT * (streams + moments + copies) + _activations(dense, recipe, on_cpu)
 
@@ -331,15 +333,20 @@ def parked_walk_bytes(dense: Decoder, recipe: Recipe) -> int:
     copy of either are, or products with the weights in the place of the copy. `bench/tpu_job.py` has these figures
     from the compiler.
     """
-    letters, tokens = _letters(dense), _tokens_per_batch(recipe)
-    matrix, products = _moments(letters)
-    streams = (5 if dense.config.parallel else 3) * tokens * letters["D"]
+    matrix, products = _moments(dense)
+    streams = _streams(dense, _tokens_per_batch(recipe))
     collected = FLOAT * (matrix + products + streams) + _activations(dense, recipe, on_cpu=False)
     return max(collected, FLOAT * max(3 * matrix, 2 * matrix + 9 * products // 2))
 
 
-def _moments(letters: dict[str, int]) -> tuple[int, int]:
+def _streams(dense: Decoder, tokens: int) -> int:
+    """Numbers in the residual streams of both models and in what a sublayer is fitted to."""
+    return (5 if dense.config.parallel else 3) * tokens * hidden_size(dense)
+
+
+def _moments(dense: Decoder) -> tuple[int, int]:
     """Numbers in the Gram matrix of the widest projection's inputs, and in its products with the outputs."""
+    letters = _letters(dense)
     inputs = max(letters["N"] * letters["H"], letters["F"])
     return inputs**2, inputs * letters["D"]
 

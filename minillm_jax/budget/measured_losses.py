@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from minillm_jax.data.batches import Batches
 from minillm_jax.devices import hosts, sharding
@@ -29,7 +29,6 @@ from minillm_jax.model.modules import Block
 from minillm_jax.model.streamed import StreamedDecoder
 from minillm_jax.model.tree import group_count, layer_count
 from minillm_jax.pruning.refit import fit_at, held_out_windows, pruned_kind, resolve, with_projection
-from minillm_jax.pruning.removal_order import Removal
 from minillm_jax.pruning.solver import Matrix, Solver
 from minillm_jax.pruning.walk import PROJECTIONS, Site, begin, walk
 from minillm_jax.settings import Refit
@@ -289,25 +288,19 @@ def projections(
     """
     if not counts:
         return
-    fit, count = fit_at(site, kind, settings, solver), group_count(site.run, kind)
-    order: Removal | None = None
+    fit, of_all = fit_at(site, kind, settings, solver), np.arange(group_count(site.run, kind))
+    order = fit.order(fewest) if choose is None else None
+    errors = np.zeros(1) if order is None else np.cumsum([0.0, *order.errors])
 
-    def at_full_width(keep: int) -> tuple[Matrix, Any | None, np.ndarray]:
-        nonlocal order
-        if choose is None and order is None:
-            order = fit.order(fewest)
-        of_all = np.arange(count)
-        if choose is not None:
-            found = hosts.of_first(lambda choose=choose: {"kept": choose(kind, site.layer, keep)})
-            kept = np.isin(of_all, found["kept"])
-        else:
-            assert order is not None
-            kept = ~np.isin(of_all, order.groups[: count - keep])
-        rows = fit.refit(kept, settings.method == "least-squares")
-        errors = np.zeros(1) if order is None else np.cumsum([0.0, *order.errors])
-        return rows.kernel, None if settings.method == "none" else rows.shift, errors
+    def kept_groups(keep: int) -> Bool[np.ndarray, " count"]:
+        if order is not None:
+            return ~np.isin(of_all, order.groups[: len(of_all) - keep])
+        assert choose is not None
+        return np.isin(of_all, hosts.of_first(lambda choose=choose: {"kept": choose(kind, site.layer, keep)})["kept"])
 
-    yield from map(at_full_width, counts)
+    for keep in counts:
+        rows = fit.refit(kept_groups(keep), settings.method == "least-squares")
+        yield rows.kernel, None if settings.method == "none" else rows.shift, errors
 
 
 @jax.jit

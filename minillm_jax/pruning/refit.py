@@ -273,9 +273,8 @@ def _choose_and_refit(
     count = group_count(site.run, kind)
     if keep == count:
         return np.arange(count), site.run
-    fits = [fit_at(site, kind, settings, solver)]
-
-    kept, rows = fits.pop().choose_and_refit(keep, settings.method == "least-squares")  # the moments are freed with it
+    # No name is given to the fit, so that its moments are freed as soon as the rows are found.
+    kept, rows = fit_at(site, kind, settings, solver).choose_and_refit(keep, settings.method == "least-squares")
     found = {"kept": kept} | (rows.named() if settings.method != "none" else {})
     return np.flatnonzero(kept), _with_rows(site, kind, found)
 

@@ -122,20 +122,14 @@ def disable_optimizations(disable: bool) -> None:
 
 def paired_losses(decoder: Decoder, tokens: np.ndarray, space: Space) -> tuple[np.ndarray, Any]:
     """The losses of both sides of two directions on the decoder's devices, [2, 2, B], and a program."""
-    programs = []
+    programs, single = [], [jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], plain(2)) for n in range(2)]
 
     def program(batch: Batch) -> np.ndarray:
         shared = (batch.tokens, batch.numbers)
-        single = jax.tree.map(lambda leaf: leaf[:1], plain(2))
-        programs.append(slopes.losses_at.lower(decoder, single, *shared, EPSILON, space, LOGITS_AT_ONCE).compile())
-        sides = [
-            sharding.gather(
-                programs[-1](decoder, jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], plain(2)), *shared, step)
-            )
-            for n in range(2)
-            for step in (EPSILON, -EPSILON)
-        ]
-        return np.concatenate(sides).reshape(2, 2, -1)
+        run = slopes.losses_at.lower(decoder, single[0], *shared, EPSILON, space, LOGITS_AT_ONCE).compile()
+        programs.append(run)
+        sides = [run(decoder, direction, *shared, step) for direction in single for step in (EPSILON, -EPSILON)]
+        return np.concatenate([sharding.gather(side) for side in sides]).reshape(2, 2, -1)
 
     return batches_for(decoder, tokens).collect(program), programs[0]
 

@@ -35,9 +35,10 @@ def measure(
     if isinstance(decoder, StreamedDecoder):
         return layerwise.measure(decoder, batches, directions, space, epsilon).astype(np.float64)
 
+    chunks = [jax.tree.map(lambda leaf, n=n: leaf[n], directions) for n in range(len(directions.factors))]
+
     def of_batch(batch: Batch) -> Float[np.ndarray, "chunks P *sides B"]:
         """All programs are started before the first result is waited for."""
-        chunks = (jax.tree.map(lambda leaf, n=n: leaf[n], directions) for n in range(len(directions.factors)))
         found = [
             of_chunk((decoder, _spread(chunk, batch, batches.mesh), batch.tokens, batch.numbers)) for chunk in chunks
         ]
