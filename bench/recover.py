@@ -13,7 +13,7 @@ the weights as criterion) and a way to recover, joined by a colon:
     full       all weights by the recipe `distil`
     forward    low-rank adapters from forward passes alone, by the recipe `forward`
     mezo       all matrices from forward passes alone, by the recipe `mezo`
-    peft       low-rank adapters by PEFT in PyTorch, with LLM-Pruner's rank and dropout
+    peft       low-rank adapters by PEFT in PyTorch, with LLM-Pruner's dropout
 
 A target is a share of the heads and channels of every layer, or a number of parameters. All ways train on the same
 sequences in the same order, as many updates of as many sequences. A row is measured in a process of its own and written
@@ -60,7 +60,7 @@ METHODS = (
     *(f"ours:{way}" for way in ("none", "refit", "ce", "distil", "full", "forward", "mezo")),
     *(f"{recipe}:{way}" for recipe in ("llm-pruner", "wanda-sp", "magnitude", "flap") for way in ("none", "peft")),
 )
-# Options of each way beside those that all have; PEFT takes LLM-Pruner's.
+# Options of each way beside those that all have.
 OPTIONS: dict[str, dict[str, Any]] = {
     "ce": {"loss": "ce"},
     "full": {"method": "full"},
@@ -68,7 +68,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 # Ways that train adapters, whose learning rate `--rate` sets. That of `full` is `--full-rate`, that of MeZO its own.
 ADAPTERS = ("ce", "distil", "forward")
-RANK, ALPHA, DROPOUT = 8, 16, 0.05
+# Of PEFT's adapters, as in LLM-Pruner. All adapters have α = 2 · rank.
+DROPOUT = 0.05
 
 Row = dict[str, Any]
 
@@ -158,7 +159,8 @@ def settings_of(way: str, row: Row) -> Recovery:
     loaded = recipes.load_as(Recovery, way if way in ("forward", "mezo") else "distil")
     rates = {"full": row["full_rate"]} | dict.fromkeys(ADAPTERS, row["rate"])
     rate = {"learning_rate": rates[way]} if way in rates else {}
-    return recipes.with_options(loaded, shared_options(row) | OPTIONS.get(way, {}) | rate)[0]
+    shape = {"rank": row["rank"], "lora_alpha": 2 * row["rank"]} if way in ADAPTERS else {}
+    return recipes.with_options(loaded, shared_options(row) | OPTIONS.get(way, {}) | rate | shape)[0]
 
 
 def ours(pruned: Model, dense: Model, way: str, row: Row) -> Model:
@@ -171,7 +173,7 @@ def ours(pruned: Model, dense: Model, way: str, row: Row) -> Model:
     if row["work"] is None:
         recovered = recover_model(pruned, texts, settings, known)
     else:
-        keys = ("method", "target", "seed", "steps", "batch", "seq_len", "train", "rate", "full_rate")
+        keys = ("method", "target", "seed", "steps", "batch", "seq_len", "train", "rate", "full_rate", "rank")
         identity = {key: row[key] for key in keys}
         name = f"{row['method'].replace(':', '-')}-{row['target']:g}-{row['seed']}.state"
         with Store(Path(row["work"]) / name, identity, "a recovery", save_every=120) as store:
@@ -199,9 +201,8 @@ def by_peft(pruned: Model, examples: Examples, row: Row) -> tuple[Model, int]:
     with tempfile.TemporaryDirectory() as scratch:
         folder, merged = Path(scratch) / "pruned", Path(scratch) / "merged"
         api.save(pruned, folder)
-        shape = peft.LoraConfig(
-            r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        rank = {"r": row["rank"], "lora_alpha": 2 * row["rank"]}
+        shape = peft.LoraConfig(**rank, lora_dropout=DROPOUT, target_modules="all-linear", task_type="CAUSAL_LM")
         model: Any = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), shape).train()
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         tokens = train_peft(model, examples, row)
@@ -277,6 +278,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of all adapters, PEFT's too")
+    parser.add_argument("--rank", type=int, default=8, help="rank of all adapters, PEFT's too; 8 is LLM-Pruner's")
     parser.add_argument("--full-rate", type=float, default=3e-4, help="learning rate of all weights")
     parser.add_argument("--windows", type=int, default=96, help="sequences that each text is measured on")
     parser.add_argument("--work", type=Path, help="folder that keeps pruned models and unfinished rows")
@@ -297,7 +299,7 @@ def main() -> None:
     arguments = parse_arguments()
     calibration = arguments.calibration or arguments.train
     numbers = {key: getattr(arguments, key) for key in ("steps", "batch", "micro_batch", "seq_len", "windows")}
-    numbers |= {"rate": arguments.rate, "full_rate": arguments.full_rate}
+    numbers |= {key: getattr(arguments, key) for key in ("rate", "full_rate", "rank")}
     names = {"model": Path(arguments.model).name, "train": arguments.train.name, "calibration": calibration.name}
     settings = names | numbers | {"texts": {name: path.name for name, path in arguments.text}}
     try:
