@@ -98,7 +98,7 @@ def inverse(matrix: Float[Array, "i I"], block: int | None = None, rows: Rows = 
         pivot_rows, inside = _pivot_rows(array, first, width, rows)
         return _swept(array, pivot_rows, inside, rows)
 
-    return -_by_blocks(matrix.shape[1], block, sweep, matrix)
+    return -by_blocks(matrix.shape[1], block, sweep, matrix)
 
 
 def inverse_factor(matrix: Float[Array, "I I"], block: int = BLOCK) -> Float[Array, "I I"]:
@@ -111,7 +111,7 @@ def inverse_factor(matrix: Float[Array, "I I"], block: int = BLOCK) -> Float[Arr
         factor = lax.dynamic_update_slice_in_dim(factor, lower, first, 0)
         return _swept(array, pivot_rows, inside, ALL), factor
 
-    return _by_blocks(len(matrix), block, sweep, (matrix, jnp.zeros_like(matrix)))[1]
+    return by_blocks(len(matrix), block, sweep, (matrix, jnp.zeros_like(matrix)))[1]
 
 
 def _pivot_rows(
@@ -140,10 +140,10 @@ def _swept(
         new = old - ops.einsum("IJ,JK->IK", left, pivot_rows)
         return lax.dynamic_update_slice_in_dim(array, new, first, 0)
 
-    return _by_blocks(len(array), UPDATED, update, array)
+    return by_blocks(len(array), UPDATED, update, array)
 
 
-def _by_blocks(count: int, width: int, body: Callable[[int | Array, int, Carry], Carry], carry: Carry) -> Carry:
+def by_blocks(count: int, width: int, body: Callable[[int | Array, int, Carry], Carry], carry: Carry) -> Carry:
     """`body(first row, number of rows, carry)` for one block of rows after the other; the last one may be smaller."""
     blocks, rest = divmod(count, width)
     if blocks:

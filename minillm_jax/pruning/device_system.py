@@ -25,12 +25,15 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from minillm_jax.devices.sharding import MODEL, place
 from minillm_jax.model import ops
-from minillm_jax.pruning.blocked import ALL, Rows, block_of, inverse, product
+from minillm_jax.pruning.blocked import ALL, UPDATED, Rows, block_of, by_blocks, product
 from minillm_jax.pruning.removal_order import Removed, order_on_device
 from minillm_jax.pruning.system import CHOICES, COLUMNS, ENOUGH
+from minillm_jax.pruning.tiled import inverse, solver
 
 # Fewest rows of a block for which the rows of a matrix are shared: smaller blocks send too many messages.
 FEWEST = 16
+# Columns of a right-hand side that are solved at a time: their solution and its refinement take several arrays of them.
+SOLVED = 1024
 
 
 class DeviceSystem(NamedTuple):
@@ -284,24 +287,28 @@ def _system(
     stride: int,
     rows: Rows,
 ) -> DeviceSystem:
+    own = rows.own(gram)
+    diagonal = _diagonal(gram, own)
     if less is not None:  # about the same centers
+        diagonal = diagonal - _diagonal(less[0], own)
         whole = (gram, *others[:3])
         gram, *rest = (total - part for total, part in zip(whole, less[:4], strict=True))
         others = (*rest, *others[3:])
     inputs, cross, targets, center, target_center = others
     cross, targets, target_center = cross[:, ::stride], targets[::stride], target_center[::stride]
     kernel, tokens, towards = kernel[:, ::stride], numbers.tokens, numbers.towards
-    wide = kernel.astype(jnp.float32)
-    own, mean = rows.own(gram), center + inputs / tokens
+    wide, mean = kernel.astype(jnp.float32), center + inputs / tokens
     if biased:  # a covariance is the same about any center
         gram = gram - jnp.outer(inputs[own], inputs) / tokens
+        diagonal = diagonal - inputs[own] ** 2 / tokens
         cross = cross - jnp.outer(inputs / tokens, targets)
     else:
         about_zero = inputs + tokens * center
         gram = gram + jnp.outer(center[own], about_zero) + jnp.outer(inputs[own], center)
+        diagonal = diagonal + ((about_zero + inputs) * center)[own]
         cross = cross + jnp.outer(center, targets) + jnp.outer(about_zero, target_center)
     on_diagonal = own[:, None] == jnp.arange(gram.shape[1])[None]
-    diagonal = rows.total(jnp.sum(jnp.where(on_diagonal, gram, 0))) / gram.shape[1]
+    diagonal = rows.total(jnp.sum(diagonal)) / gram.shape[1]
     diagonal = jnp.where(diagonal == 0, 1.0, diagonal)
     ridge = numbers.share * diagonal
     matrix = gram + ridge * on_diagonal
@@ -309,6 +316,17 @@ def _system(
     right = (1 - towards) * product(matrix, wide, rows) + towards * (cross + ridge * wide)
     target = (1 - towards) * ops.einsum("I,ID->D", mean, wide) + towards * (target_center + targets / tokens)
     return DeviceSystem(matrix, right, kernel, ridge, diagonal, mean, target)
+
+
+def _diagonal(matrix: Float[Array, "i I"], own: Int[Array, " i"]) -> Float[Array, " i"]:
+    """The entries in the columns of the rows' own indices, of some rows at a time: no other array has I columns."""
+
+    def take(first: int | Array, count: int, found: Array) -> Array:
+        part, at = (jax.lax.dynamic_slice_in_dim(array, first, count, 0) for array in (matrix, own))
+        entries = jnp.where(at[:, None] == jnp.arange(matrix.shape[1])[None], part, 0)
+        return jax.lax.dynamic_update_slice_in_dim(found, jnp.sum(entries, axis=1), first, 0)
+
+    return by_blocks(len(matrix), UPDATED, take, jnp.zeros(len(matrix), matrix.dtype))
 
 
 def _order(
@@ -368,8 +386,9 @@ def _refit(
     else:
         kernel = jnp.where(_of_rows(kept, system.kernel)[:, None], system.kernel.astype(jnp.float32), 0)
     shift = system.target - ops.einsum("I,ID->D", system.mean, kernel)
-    parts = (system.matrix, system.right, kernel, shift)
-    broken = rows.total(jnp.stack([jnp.sum(~jnp.isfinite(part)) for part in parts]))
+    # Of the matrix the mean diagonal is enough: no entry of a Gram matrix exceeds the largest of its diagonal.
+    parts = (system.diagonal, system.right, kernel, shift)
+    broken = rows.total(jnp.stack([jnp.any(~jnp.isfinite(part)) for part in parts]).astype(jnp.int32))
     return Refitted(kernel, shift, jnp.all(broken == 0))
 
 
@@ -378,19 +397,22 @@ def _rows(
 ) -> Float[Array, "I d"]:
     """The solution for the kept rows with another ridge, zeros elsewhere.
 
-    One step of iterative refinement follows the product with the inverse (Higham, Accuracy and Stability of Numerical
-    Algorithms, chapter 12).
+    One step of iterative refinement follows the first solution (Higham, Accuracy and Stability of Numerical Algorithms,
+    chapter 12).
     """
     matrix, of_rows = system.matrix, _of_rows(kept, system.kernel)
-    own, more = rows.own(matrix), share * system.diagonal - system.ridge
-    on_diagonal = own[:, None] == jnp.arange(matrix.shape[1])[None]
-    both = of_rows[own][:, None] & of_rows[None]
-    inverted = inverse(jnp.where(both, matrix, 0) + jnp.where(both, more, 1) * on_diagonal, rows=rows)
+    more = share * system.diagonal - system.ridge
+    solve = solver(matrix, of_rows, jnp.where(of_rows, more, 1), rows)
     inside = of_rows[:, None]
-    right = jnp.where(inside, system.right + more * system.kernel.astype(jnp.float32), 0)
-    first = product(inverted, right, rows)
-    rest = right - jnp.where(inside, product(matrix, first, rows) + more * first, 0)
-    return first + product(inverted, rest, rows)
+
+    def columns(first: int | Array, width: int, found: Array) -> Array:
+        right, kernel = (jax.lax.dynamic_slice_in_dim(part, first, width, 1) for part in (system.right, system.kernel))
+        right = jnp.where(inside, right + more * kernel.astype(jnp.float32), 0)
+        solution = solve(right)
+        rest = right - jnp.where(inside, product(matrix, solution, rows) + more * solution, 0)
+        return jax.lax.dynamic_update_slice_in_dim(found, solution + solve(rest), first, 1)
+
+    return by_blocks(system.right.shape[1], SOLVED, columns, jnp.zeros_like(system.right))
 
 
 def _of_rows(kept: Bool[Array, " groups"], kernel: Shaped[Array, "I d"]) -> Bool[Array, " I"]:

@@ -31,7 +31,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from minillm_jax.pruning import blocked, solve
-from minillm_jax.pruning.blocked import ALL, Rows
+from minillm_jax.pruning.blocked import ALL, UPDATED, Rows, by_blocks
 
 # Rows N and P that are gathered before both matrices are updated.
 GATHERED = 128
@@ -282,9 +282,22 @@ def _updated(state: _State, rows: Rows = ALL) -> _State:
             inverse[block] -= n[:, block].T @ other
             products[block] -= left[:, block].T @ right
     else:
-        own_n, own_left = (rows.mine(jnp.asarray(gathered).T) for gathered in (n, left))
-        inverse, products = inverse - own_n @ n, products - own_left @ right
+        gathered = ((n, n), (left, right))
+        inverse, products = (
+            _less(jnp.asarray(matrix), rows.mine(jnp.asarray(own).T), jnp.asarray(others))
+            for matrix, (own, others) in zip((inverse, products), gathered, strict=True)
+        )
     return state._replace(inverse=inverse, products=products, n=xp.zeros_like(n), p=xp.zeros_like(p))
+
+
+def _less(matrix: Float[Array, "i I"], left: Float[Array, "i R"], right: Float[Array, "R I"]) -> Float[Array, "i I"]:
+    """Matrix − left · right, some rows at a time in the memory of the matrix."""
+
+    def update(first: int | Array, count: int, matrix: Array) -> Array:
+        old, own = (lax.dynamic_slice_in_dim(part, first, count, 0) for part in (matrix, left))
+        return lax.dynamic_update_slice_in_dim(matrix, old - own @ right, first, 0)
+
+    return by_blocks(len(matrix), UPDATED, update, matrix)
 
 
 def removal_errors(inverse_blocks: Blocks, product_blocks: Blocks) -> Float[Array, " G"] | Float[np.ndarray, " G"]:
