@@ -7,12 +7,12 @@ FOLDER gets a Hugging Face model of the shape with random bfloat16 weights, writ
 there. `minillm-jax prune --stream` prunes it in a process of its own and prints a line for every layer. A row holds
 
     stage, done     what is finished
-    seconds         since the start of the process
+    seconds         since the line before
     peak_bytes      the most resident memory of the process until then
     resident        resident memory at that time, without the pages of files that are mapped
 
-With `--layers` the process is ended after so many pruned layers; the same command goes on from there. The seconds of an
-interrupted and continued study are those of its last process.
+With `--layers` the process is ended after so many pruned layers. The same command goes on from there, and adds the rows
+of the further layers; `process` says which process measured a row.
 """
 
 import argparse
@@ -30,12 +30,14 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from environment import environment
+from environment import commit
 from jax import numpy as jnp
 from shapes import CONFIG, SHAPES
+from study import read, write
 from transformers import LlamaConfig
 
 from convert.writer import write_model
+from minillm_jax.errors import InputError
 from minillm_jax.model.build import build, without_layers
 from minillm_jax.model.config import Sizes
 from minillm_jax.model.loaded import Model
@@ -82,7 +84,7 @@ def resident_bytes(pid: int) -> tuple[int, int]:
 
 def rows(words: list[str], layers: int | None) -> Iterator[Row]:
     """A row for each line of progress of the pruning; ends the process after some layers."""
-    began = time.monotonic()
+    before = time.monotonic()
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
         assert child.stderr is not None, "it is a pipe"
         said = []
@@ -91,7 +93,8 @@ def rows(words: list[str], layers: int | None) -> Iterator[Row]:
             if match := LINE.match(line):
                 stage, done, total = match[1], int(match[2]), int(match[3])
                 peak, resident = resident_bytes(child.pid)
-                row = {"stage": stage, "done": done, "of": total, "seconds": round(time.monotonic() - began, 1)}
+                now = time.monotonic()
+                row, before = {"stage": stage, "done": done, "of": total, "seconds": round(now - before, 1)}, now
                 yield row | {"peak_bytes": peak, "resident": resident}
                 if stage == "refit" and layers is not None and done >= layers:
                     child.kill()
@@ -119,13 +122,21 @@ def main() -> None:
     words = [sys.executable, "-m", "minillm_jax", "prune", str(arguments.folder), "--stream", "--ratio", "0.2"]
     words += ["--calibration", str(tokens), "--samples", str(shape[0]), "--seq-len", str(shape[1])]
     words += ["--output", str(arguments.folder.with_name(f"{arguments.folder.name}-pruned")), *options]
-    found: list[Row] = []
-    settings = {"shape": arguments.shape, "windows": shape, "options": options}
+    settings = {"shape": arguments.shape, "windows": list(shape), "options": options}
+    try:
+        found = read(arguments.output, settings)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    known, process = (
+        {(row["stage"], row["done"]) for row in found},
+        1 + max((row["process"] for row in found), default=0),
+    )
     for row in rows(words, arguments.layers):
-        found.append(row)
-        print(json.dumps(row), flush=True)
-        result = {"environment": environment(), "settings": settings, "rows": found}
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        if (row["stage"], row["done"]) in known:
+            continue  # an earlier process has pruned this layer
+        found.append(row | {"process": process, "commit": commit()})
+        print(json.dumps(found[-1]), flush=True)
+        write(arguments.output, settings, found)
 
 
 if __name__ == "__main__":

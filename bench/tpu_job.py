@@ -7,8 +7,8 @@ package libtpu. A row for each program:
 
     compile_seconds     of lowering and compiling, on this machine
     bytes               of the compiler: argument + output + temp - alias
-    resident            bytes that are on the chip beside it: the layer in the dense and the pruned model, the next
-                        layer, the sums of earlier batches; in an evaluation the arrays outside the layers
+    resident            bytes that are on the chip beside it: the layer in the dense and the pruned model, the
+                        sums of earlier batches; in an evaluation the arrays outside the layers, and the next layer
     fits                whether both fit the memory of the chip
 
 A study that was interrupted goes on with the programs that its file lacks.
@@ -82,7 +82,7 @@ def programs(sizes: Sizes, place: SingleDeviceSharding) -> Iterator[Program]:
         state, pair = walk.State(stream), (array(BATCH, LENGTH, inputs), stream)
         sums = array(1, inputs, inputs), array(1, inputs), array(1, inputs, sizes.D), array(1, sizes.D)
         moments = size_of(sums)
-        both = 3 * of_layer  # of the dense and the pruned model, and the next one
+        both = 2 * of_layer  # of the dense and the pruned model
 
         def advanced(run: Any, state: Any, angles: Any, kind: str = kind) -> Any:
             return walk.advance(run, state, kind=kind, angles=angles, **settings)

@@ -100,10 +100,11 @@ class _LayersOfSource:
         for binding in self.bound[layer]:
             bindings.setdefault(binding.paths, []).append(binding if layer is None else replace(binding, index=0))
         arrays: dict[str, jax.Array] = {}
+        scratch = memory.Scratch() if layer is None else self.scratch  # that of a head would stay for the layers
         for paths, bound in bindings.items():
             shapes = [self._shape(path, layer) for path in paths]
             parts = rules.assembled(
-                bound, self.stored_names, self.source, shapes, self.dtype, self.scratch, memory.aligned_empty
+                bound, self.stored_names, self.source, shapes, self.dtype, scratch, memory.aligned_empty
             )
             for path, part in zip(paths, parts, strict=True):
                 arrays[path] = sharding.place(part, self.places.get(path))

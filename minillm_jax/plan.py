@@ -256,8 +256,9 @@ def device_bytes(dense: Decoder, pruned: Decoder, recipe: Recipe, count: int = 1
 def streamed_bytes(dense: Decoder, recipe: Recipe, count: int = 1, on_cpu: bool = False) -> int | None:
     """Peak memory of one device with --stream; None for a run that needs all weights in memory.
 
-    It holds one layer of the dense and of the pruned model, the next layer, which is read meanwhile, and what the walk
-    or the evaluation needs. The arrays outside the layers are on an accelerator for the evaluation alone.
+    It holds one layer of the dense and of the pruned model, and what the walk or the evaluation needs. An evaluation
+    holds the next layer, which is read meanwhile, in the place of the second one. The arrays outside the layers are on
+    an accelerator for the evaluation alone.
     """
     try:
         check_streamed(recipe.budget, resolve(recipe.scoring)[1], recipe.output.format)
@@ -279,7 +280,7 @@ def streamed_bytes(dense: Decoder, recipe: Recipe, count: int = 1, on_cpu: bool 
     work = _work_on_experts(recipe)
     if work is not None:
         beside_outer.append(plan_experts.memory(dense, work, parked=not on_cpu))
-    layers = 3 * _layer_parameters(dense) * width // count
+    layers = 2 * _layer_parameters(dense) * width // count
     return layers + max(walked, outer + max(beside_outer, default=0))
 
 

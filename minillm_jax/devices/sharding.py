@@ -232,10 +232,19 @@ def constrain(
     return jax.lax.with_sharding_constraint(array, _rule(name, axis_table.BLOCK_AXES[name], sizes, mesh))
 
 
-def layers_of(decoder: Decoder, mesh: Mesh | None, first: int = 0) -> Iterator[Block]:
-    """The layers of a decoder from `first` on, each a run of one layer, in its shards over `model`."""
+def layers_of(decoder: Decoder, mesh: Mesh | None, first: int = 0, ahead: bool = True) -> Iterator[Block]:
+    """The layers of a decoder from `first` on, each a run of one layer, in its shards over `model`.
+
+    Args:
+      decoder: the decoder.
+      mesh: its devices.
+      first: the first layer.
+      ahead: whether the next layer of a streamed decoder is read while the caller works with a layer; it takes the
+        memory of a layer.
+    """
     if isinstance(decoder, StreamedDecoder):
-        layers = read_ahead(decoder.read, range(first, layer_count(decoder)))
+        numbers = range(first, layer_count(decoder))
+        layers = read_ahead(decoder.read, numbers) if ahead else map(decoder.read, numbers)
         yield from layers if mesh is None or FSDP not in mesh.shape else map(partial(_whole_layer, mesh=mesh), layers)
         return
     start = 0

@@ -248,10 +248,14 @@ def walk(
 
 
 def _pairs_of_layers(decoder: Decoder, pruned: Decoder | None, mesh: Mesh | None) -> Iterator[tuple[Block, Block]]:
-    """Every dense layer, and the layer of the pruned model; twice the same one without a pruned model."""
+    """Every dense layer, and the layer of the pruned model; twice the same one without a pruned model.
+
+    None is read ahead: the systems of a layer take many times as long as its reading, and the most memory.
+    """
+    layers = partial(sharding.layers_of, mesh=mesh, ahead=False)
     if pruned is None:
-        return ((layer, layer) for layer in sharding.layers_of(decoder, mesh))
-    return zip(sharding.layers_of(decoder, mesh), sharding.layers_of(pruned, mesh), strict=True)
+        return ((layer, layer) for layer in layers(decoder))
+    return zip(layers(decoder), layers(pruned), strict=True)
 
 
 # Takes an array into the memory of the host; None to leave it on the devices.
