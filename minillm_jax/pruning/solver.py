@@ -251,7 +251,8 @@ def _ridges(system: System) -> Iterator[float]:
 class DeviceFit(Fit):
     """The solutions in float32 on the device.
 
-    The moments stay where they are, on the device or on the host. Each system is made from a copy.
+    The moments stay where they are, on the device or on the host. Each system is made from a copy. A program begins when
+    the one before has ended: the arrays of one that waits in the queue would take memory already.
 
     Args:
       problem: the problem.
@@ -292,7 +293,8 @@ class DeviceFit(Fit):
         """The order of removal of some groups."""
         system, groups = self._system(self._problem.total, self._share), self._problem.groups
         counts = {"count": groups.count, "parts": groups.parts}
-        return device_system.order(system.matrix, system.right, jnp.int32(count), **counts, **self._places)[0]
+        found, _ = device_system.order(system.matrix, system.right, jnp.int32(count), **counts, **self._places)
+        return jax.block_until_ready(found)
 
     def refitted(self, kept: Bool[Array, " count"], least_squares: bool = True) -> device_system.Refitted:
         """The rows of the kept groups, with the ridge that held-out windows choose for them."""
@@ -309,8 +311,9 @@ class DeviceFit(Fit):
         fit = self._system(problem.total, 0.0, problem.held_out, stride)
         found = device_system.solutions(fit, kept, jnp.asarray(CHOICES, jnp.float32), **self._places)
         del fit  # two matrices at a time
+        found = jax.block_until_ready(found)
         held = self._system(problem.held_out, 0.0, stride=stride)
-        return device_system.best_share(held, kept, found, **self._places)
+        return jax.block_until_ready(device_system.best_share(held, kept, found, **self._places))
 
     def _system(
         self, sums: tuple[Any, ...], share: float, less: tuple[Any, ...] | None = None, stride: int = 1

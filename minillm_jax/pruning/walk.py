@@ -345,7 +345,7 @@ def _collected(
     if len(lengths) == 1:
         return Collected(fit, None)
     held_out = made(sums_about_means(pair_of, batches[lengths[0] :], mesh, centers))
-    add = _added if park is None else partial(jax.tree.map, operator.add)
+    add = _added if isinstance(fit[0], jax.Array) else partial(jax.tree.map, operator.add)
     return Collected(fields._make((*add(tuple(fit[:4]), tuple(held_out[:4])), *fit[4:])), held_out)
 
 
