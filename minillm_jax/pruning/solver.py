@@ -251,8 +251,8 @@ def _ridges(system: System) -> Iterator[float]:
 class DeviceFit(Fit):
     """The solutions in float32 on the device.
 
-    The moments stay where they are, on the device or on the host. Each system is made from a copy. A program begins when
-    the one before has ended: the arrays of one that waits in the queue would take memory already.
+    The moments stay where they are, on the device or on the host. Each system is made from a copy. A program begins
+    when the one before has ended: the arrays of one that waits in the queue would take memory already.
 
     Args:
       problem: the problem.
