@@ -17,6 +17,7 @@ The second is the sweep of `blocked` with a tile as the block: after all steps, 
     k    tile row of a step      r, c tile row, tile column
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -32,7 +33,8 @@ from minillm_jax.pruning.blocked import ALL, BLOCK, Rows, by_blocks, inverse_fac
 TILE = 1024
 
 Index = int | Int[Array, ""]
-Tiles = Float[Array, "count count T T"]
+# The tiles on and above the diagonal, row by row: half the memory of the matrix.
+Tiles = Float[Array, "tiles T T"]
 
 
 def inverse(matrix: Float[Array, "i I"], rows: Rows = ALL, most: int = TILE) -> Float[Array, "i I"]:
@@ -107,10 +109,12 @@ def tiles_of(
         part = jnp.pad(part, ((0, tile - height), (0, tile - width)))
         inside_rows, inside_columns = (lax.dynamic_slice_in_dim(inside, first, tile) for first in (row, column))
         part = jnp.where(inside_rows[:, None] & inside_columns[None], part, 0)
-        added = jnp.diag(lax.dynamic_slice_in_dim(diagonal, row, tile))
-        return _with_tile(tiles, part + jnp.where(row == column, added, 0), row // tile, column // tile)
+        part = part + jnp.where(row == column, jnp.diag(lax.dynamic_slice_in_dim(diagonal, row, tile)), 0)
+        first, second = jnp.minimum(row, column) // tile, jnp.maximum(row, column) // tile
+        part = jnp.where(row <= column, part, _tile(tiles, first, second))
+        return _with_tile(tiles, part, first, second)
 
-    return _by_squares(size, tile, cut, jnp.zeros((count, count, tile, tile), matrix.dtype))
+    return _by_squares(size, tile, cut, jnp.zeros((count * (count + 1) // 2, tile, tile), matrix.dtype))
 
 
 def _by_squares(size: int, tile: int, body: Callable[[Index, int, Index, int, Array], Array], carry: Array) -> Array:
@@ -122,20 +126,28 @@ def _by_squares(size: int, tile: int, body: Callable[[Index, int, Index, int, Ar
     return by_blocks(size, tile, row, carry)
 
 
+def _count(tiles: Tiles) -> int:
+    """Number of tile rows."""
+    return math.isqrt(2 * len(tiles))
+
+
+def _place(tiles: Tiles, row: Index, column: Index) -> Index:
+    """Where a tile lies, row ≤ column: behind those of the rows before it."""
+    return row * (2 * _count(tiles) - row - 1) // 2 + column
+
+
 def _tile(tiles: Tiles, row: Index, column: Index) -> Float[Array, "T T"]:
-    return lax.dynamic_slice(tiles, (row, column, 0, 0), (1, 1, *tiles.shape[2:]))[0, 0]
+    return lax.dynamic_index_in_dim(tiles, _place(tiles, row, column), 0, keepdims=False)
 
 
 def _with_tile(tiles: Tiles, tile: Float[Array, "T T"], row: Index, column: Index) -> Tiles:
-    return lax.dynamic_update_slice(tiles, tile[None, None], (row, column, 0, 0))
+    return lax.dynamic_update_index_in_dim(tiles, tile, _place(tiles, row, column), 0)
 
 
 def _either(tiles: Tiles, row: Index, column: Index) -> Float[Array, "T T"]:
     """A tile of the symmetric matrix."""
-    right = row <= column
-    first, second = jnp.where(right, row, column), jnp.where(right, column, row)
-    found = _tile(tiles, first, second)
-    return jnp.where(right, found, found.T)
+    found = _tile(tiles, jnp.minimum(row, column), jnp.maximum(row, column))
+    return jnp.where(row <= column, found, found.T)
 
 
 # ------------------------------------------------------------------------------------------------------- algorithms
@@ -143,7 +155,7 @@ def _either(tiles: Tiles, row: Index, column: Index) -> Float[Array, "T T"]:
 
 def factored(tiles: Tiles) -> Tiles:
     """U of A = Uᵀ U above the diagonal, and W = U_kk⁻ᵀ on the diagonal."""
-    count = len(tiles)
+    count = _count(tiles)
 
     def step(k: Index, tiles: Tiles) -> Tiles:
         whiten = inverse_factor(_tile(tiles, k, k))
@@ -163,7 +175,7 @@ def factored(tiles: Tiles) -> Tiles:
 
 def solved(factor: Tiles, right: Float[Array, "I D"]) -> Float[Array, "I D"]:
     """A⁻¹ · right, from `factored`: Uᵀ Y = right, then U X = Y."""
-    count, tile = len(factor), factor.shape[2]
+    count, tile = _count(factor), factor.shape[2]
     behind = count * tile - len(right)
 
     def forward(k: Index, x: Array) -> Array:
@@ -190,7 +202,7 @@ def solved(factor: Tiles, right: Float[Array, "I D"]) -> Float[Array, "I D"]:
 
 def swept(tiles: Tiles) -> Tiles:
     """The tiles of −A⁻¹ on and above the diagonal."""
-    count = len(tiles)
+    count = _count(tiles)
 
     def step(k: Index, tiles: Tiles) -> Tiles:
         whiten = inverse_factor(_tile(tiles, k, k))
@@ -198,7 +210,7 @@ def swept(tiles: Tiles) -> Tiles:
         def whitened(c: Index, rows: Array) -> Array:
             return rows.at[c].set(ops.einsum("IJ,JK->IK", whiten, _either(tiles, k, c)))
 
-        rows = lax.fori_loop(0, count, whitened, jnp.zeros_like(tiles, shape=tiles.shape[1:])).at[k].set(-whiten)
+        rows = lax.fori_loop(0, count, whitened, jnp.zeros((count, *tiles.shape[1:]), tiles.dtype)).at[k].set(-whiten)
 
         def update(r: Index, c: Index, tiles: Tiles) -> Tiles:
             old = jnp.where((r == k) | (c == k), 0, _tile(tiles, r, c))
