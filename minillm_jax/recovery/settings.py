@@ -218,7 +218,7 @@ class AdapterShape:
 
     Attributes:
       rank: rank r.
-      alpha: numerator α of the scale α / r.
+      alpha: numerator α of the scale α / r; twice the rank by default.
       dropout: share of an adapter's inputs that are set to zero in training.
       targets: matrices with an adapter; `gate` means nothing in models without one. `gate`, `up` and `down` are those
         of every expert too.
@@ -226,7 +226,9 @@ class AdapterShape:
     """
 
     rank: int = option(8, int, "Rank r of the adapters.")
-    alpha: float = option(16.0, float, "Numerator α of the scale α / r of the adapters.", flag="lora_alpha")
+    alpha: float | None = option(
+        None, float, "Numerator α of the scale α / r of the adapters; twice the rank by default.", flag="lora_alpha"
+    )
     dropout: float = option(
         0.0, float, "Share of an adapter's inputs that are set to zero in training; not of experts."
     )
@@ -417,7 +419,8 @@ class Sections:
         if unknown or not shape.targets:
             found = unknown[0] if unknown else "none"
             raise InputError(f"--targets must name some of {', '.join(TARGETS)}, found {found!r}")
-        return Lora(shape.rank, shape.alpha, shape.dropout, names_of(shape.targets))
+        alpha = 2.0 * shape.rank if shape.alpha is None else shape.alpha
+        return Lora(shape.rank, alpha, shape.dropout, names_of(shape.targets))
 
     @property
     def trains_matrices(self) -> bool:

@@ -1,6 +1,7 @@
 """Recipes of recover: the files of the package, their settings, and the way back to TOML."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from minillm_jax.errors import InputError
 from minillm_jax.recipes import recipe as recipes
 from minillm_jax.recipes import used_recovery
 from minillm_jax.recipes.recovery import Recovery
+from minillm_jax.recovery.settings import Lora
 
 
 def test_the_recipes_of_the_package_are_whole_and_can_be_run() -> None:
@@ -20,7 +22,10 @@ def test_the_recipes_of_the_package_are_whole_and_can_be_run() -> None:
     published = recipes.load_as(Recovery, "llm-pruner")
     assert (published.data.template, published.data.loss_on, published.training.batch) == ("alpaca", "response", 64)
     assert (published.training.epochs, published.training.learning_rate, published.training.warmup) == (2.0, 1e-4, 100)
-    assert (published.adapter.rank, published.adapter.alpha, published.adapter.dropout) == (8, 16.0, 0.05)
+    assert replace(published.computed.lora(), targets=()) == Lora(8, 16.0, 0.05, ())
+    ours = recipes.load_as(Recovery, "distil")
+    assert ours.computed.lora().rank == 32
+    assert [recipes.with_options(ours, {"rank": str(rank)})[0].computed.lora().scale for rank in (4, 64)] == [2.0, 2.0]
     assert recipes.load_as(Recovery, "distil").distillation == Recovery().distillation
     assert Recovery().distillation.weight == (0.9, 0.5)
     assert Recovery().distillation.temperature == (2.0, 1.0)
