@@ -1,9 +1,9 @@
 """The inverse of a symmetric matrix, in the memory of the matrix, by blocks of a fixed size.
 
-It is for compilers that unroll a Cholesky factorisation, for matrices that fill a device, and for matrices whose rows
-are shared between devices. XLA for TPUs compiles a factorisation of 2,048 rows in 47 s, and one of 8,806 not in ten
-minutes. Here a loop sweeps one block of rows at a time, so that the program has the size of one step, whatever the
-number of rows.
+It is for compilers that unroll a Cholesky factorisation, and for matrices whose rows are shared between devices. XLA
+for TPUs compiles a factorisation of 2,048 rows in 47 s, and one of 8,806 not in ten minutes. Here a loop sweeps one
+block of rows at a time, so that the program has the size of one step, whatever the number of rows. Larger matrices of
+one device are cut into tiles, which are swept by these functions (`tiled`).
 
 The sweep operator (Goodnight, A Tutorial on the SWEEP Operator, 1979) is Gauss-Jordan elimination that keeps a matrix
 symmetric. For the rows B of a block, with the pivot A_BB = R Rᵀ and the rows E = R⁻¹ A_B:, which have −R⁻¹ in the

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from minillm_jax.model.build import build
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.loss import sequence_losses
 from minillm_jax.model.ops import Rope
-from minillm_jax.pruning.blocked import inverse
+from minillm_jax.pruning import blocked, tiled
 from minillm_jax.scoring.gradient import exact
 
 SIZES = Sizes(V=256, D=128, H=32, layers=(LayerSizes(N=4, K=4, F=256),) * 2)
@@ -27,7 +28,7 @@ def main() -> None:
     mesh = jax.make_mesh((1, 4), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices)
     found = {
         "all-reduce": loss_on(mesh).count("all-reduce("),
-        "temporaries / matrix": temporaries_of_inverse_on(devices[0]),
+        "temporaries / matrix": [temporaries_on(devices[0], function) for function in (blocked.inverse, tiled.inverse)],
     }
     sys.stdout.write(json.dumps(found | {"gradients / weights": memory_of_gradients_on(devices[0])}))
 
@@ -45,7 +46,7 @@ def loss_on(mesh: Mesh) -> str:
     return program.lower(jax.tree_util.tree_map_with_path(leaf, decoder), tokens).compile().as_text()
 
 
-def temporaries_of_inverse_on(device: Any) -> float:
+def temporaries_on(device: Any, inverse: Callable[[Any], Any]) -> float:
     """Bytes that the inverse of a system takes beside its argument, over those of the argument."""
     matrix = jax.ShapeDtypeStruct((8192, 8192), jnp.float32, sharding=SingleDeviceSharding(device))
     held: Any = jax.jit(inverse, donate_argnums=0).lower(matrix).compile().memory_analysis()
