@@ -6,10 +6,15 @@ from minillm_jax.pruning.solver import Groups, Problem, Solution
 
 
 def problem(
-    biased: bool = False, ridge: float | None = None, groups: Groups | None = None, inputs: int = 12, outputs: int = 8
+    biased: bool = False,
+    ridge: float | None = None,
+    groups: Groups | None = None,
+    inputs: int = 12,
+    outputs: int = 8,
+    per_input: int = 32,
 ) -> Problem:
     """A problem whose inputs depend on each other, with a quarter of its tokens held out."""
-    rng, tokens = np.random.default_rng(0), 32 * inputs
+    rng, tokens = np.random.default_rng(0), per_input * inputs
     held, half = tokens // 4, inputs // 2
     x = 0.5 + rng.normal(size=(tokens, inputs))
     x[:, half:] = x[:, :half] + 0.3 * x[:, half:]

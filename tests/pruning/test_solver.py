@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax import numpy as jnp
 
 from minillm_jax.errors import InputError, InputWarning
 from minillm_jax.model.tree import named_arrays
-from minillm_jax.pruning import solve
+from minillm_jax.pruning import device_system, solve, tiled
 from minillm_jax.pruning.refit import slice_and_refit
 from minillm_jax.pruning.solver import DeviceFit, Fit, Groups, HostFit, Problem, Solver
 from minillm_jax.settings import Refit
@@ -44,6 +45,36 @@ def test_the_device_orders_chooses_and_refits_as_the_host(biased: bool, ridge: f
         assert_close(device.refit(kept), host.refit(kept))
         assert_close(device.refit(kept, least_squares=False), host.refit(kept, least_squares=False))
         assert (rows.shift is None) == (not biased)
+
+
+def test_a_matrix_of_several_tiles_is_solved_as_on_the_host() -> None:
+    rows = tiled.TILE + 26
+    host, device = both(problem(groups=Groups(rows), inputs=rows, per_input=2))
+    (kept, expected), (same, found) = (fit.choose_and_refit(tiled.TILE) for fit in (host, device))
+    np.testing.assert_array_equal(kept, same)
+    assert_close(found, expected)
+
+
+def test_programs_of_the_device_hold_few_matrices_beside_their_arguments() -> None:
+    """In matrices of the system: the products of the weights, or the tiles above the diagonal and some columns."""
+    inputs = 10 * tiled.TILE
+    shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    sums = (shape((inputs, inputs)), *map(shape, ((inputs,), (inputs, 64), (64,), (inputs,), (64,))))
+    kernel, one, kept = shape((inputs, 64)), shape(()), jax.ShapeDtypeStruct((inputs,), jnp.bool_)
+    arguments = sums[0], sums[1:], sums, kernel, device_system.Numbers(one, one, one)
+    made = jax.eval_shape(partial(device_system.system, biased=True), *arguments)
+    programs = {
+        "system": device_system.system.lower(*arguments, biased=True),
+        "order": device_system.order.lower(
+            made.matrix, made.right, jax.ShapeDtypeStruct((), jnp.int32), count=inputs, parts=1
+        ),
+        "solutions": device_system.solutions.lower(made, kept, shape((7,))),
+        "refit": device_system.refit.lower(made, kept, one),
+    }
+    held = {name: program.compile().memory_analysis().temp_size_in_bytes for name, program in programs.items()}
+    matrices = {name: count / (4 * inputs**2) for name, count in held.items()}
+    most = {"system": 0.15, "order": 1.2, "solutions": 0.75, "refit": 0.75}
+    assert all(matrices[name] < bound for name, bound in most.items()), matrices
 
 
 def test_the_device_chooses_the_ridge_of_the_host() -> None:
