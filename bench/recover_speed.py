@@ -9,7 +9,8 @@ kept` the residual stream before every layer alone, `all kept` everything. Peak 
 which does three steps of one program alone: its resident memory, or what it takes on the accelerator. PEFT runs the
 stock `LlamaForCausalLM` with PyTorch's fused attention on the same device, and takes the loss as transformers does.
 `products` are the products with the frozen matrices alone, which every step needs: once for the activations, once for
-their gradients. No step can be faster.
+their gradients. `all products` are also those of the adapters and of attention, without keys behind a part of the
+queries, and without anything that is computed again. No step can be faster.
 Adapters and the optimiser are float32 whatever the type of the weights.
 """
 
@@ -23,7 +24,16 @@ from typing import Any
 from environment import environment
 from processes import FLAG, cost, end_with_parent, launch
 
-PROGRAMS = ("ours", "ours, stream kept", "ours, all kept", "PEFT", "products, XLA", "products, PyTorch")
+PROGRAMS = (
+    "ours",
+    "ours, stream kept",
+    "ours, all kept",
+    "PEFT",
+    "products, XLA",
+    "products, PyTorch",
+    "all products, XLA",
+)
+RANK = 8
 KEPT = {"ours": "products", "ours, stream kept": "stream", "ours, all kept": "all"}
 
 
@@ -33,6 +43,8 @@ def program_of(name: str, shape: str, batch: int, length: int, dtype: str) -> Ca
         matrices = matrices_of(shape)
         function = products_of_xla if name.endswith("XLA") else products_of_torch
         return function(matrices, batch * length, dtype)
+    if name.startswith("all products"):
+        return all_products_of_xla(shape, batch, length, dtype)
     if name == "PEFT":
         return peft_step(shape, batch, length, dtype)
     return our_step(shape, batch, length, dtype, KEPT[name])
@@ -130,6 +142,45 @@ def products_of_xla(matrices: list[tuple[int, int]], tokens: int, dtype: str) ->
     def step() -> None:
         for shape in matrices:
             jax.block_until_ready(both(kernels[shape], x[shape[0]], x[shape[1]]))
+
+    return step
+
+
+def all_products_of_xla(shape: str, batch: int, length: int, dtype: str) -> Callable[[], Any]:
+    """All products of a step: those of `products_of_xla`, of the adapters, and of attention."""
+    import jax
+    from jax import numpy as jnp
+    from shapes import SHAPES
+
+    from minillm_jax.model.attention import parts_of
+
+    sizes, tokens, matrices = SHAPES[shape], batch * length, matrices_of(shape)
+    with_kernels = products_of_xla(matrices, tokens, dtype)
+    layer, parts = sizes.layers[0], parts_of(length)
+    x = {width: jnp.ones((tokens, width), dtype) for pair in matrices for width in pair}
+    factors = {width: jnp.full((width, RANK), 1 / width, dtype) for width in x}
+    rows = jnp.ones((batch, layer.N, length // parts, sizes.H), dtype)
+    of_parts = [jnp.concatenate([rows] * part, axis=2) for part in range(1, parts + 1)]  # keys and values of a part
+
+    @jax.jit
+    def of_adapter(a: jax.Array, b: jax.Array, x: jax.Array, gradient: jax.Array) -> Any:
+        with jax.default_matmul_precision("highest"):
+            inner, back = x @ a, gradient @ b
+            return inner @ b.T, back @ a.T, x.T @ back, inner.T @ gradient
+
+    @jax.jit
+    def of_attention(rows: jax.Array, keys: jax.Array) -> Any:
+        with jax.default_matmul_precision("highest"):
+            scores, slopes = rows @ keys.mT, rows @ (2 * keys).mT  # of the queries; of the gradient, with the values
+            forward = scores @ keys, slopes @ keys
+            return *forward, scores.mT @ rows, slopes.mT @ rows
+
+    def step() -> None:
+        with_kernels()
+        for first, last in matrices[:-1]:
+            jax.block_until_ready(of_adapter(factors[first], factors[last], x[first], x[last]))
+        for keys in len(sizes.layers) * of_parts:
+            jax.block_until_ready(of_attention(rows, keys))
 
     return step
 

@@ -138,7 +138,7 @@ def _seconds_and_memory(row: Row) -> str:
 
 
 def large_table(shape: str, results: Path = RESULTS) -> list[str]:
-    """Pruned layers of a large model, the first four and every fourth: seconds, memory after it, the peak until then."""
+    """The first four pruned layers of a large model and every fourth: seconds, memory after it, the peak until then."""
     path = results / f"large-{shape}.json"
     if not path.exists():
         return []
