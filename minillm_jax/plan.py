@@ -330,14 +330,14 @@ def walk_bytes(dense: Decoder, recipe: Recipe, on_cpu: bool) -> int:
 def parked_walk_bytes(dense: Decoder, recipe: Recipe) -> int:
     """The same where residual streams and moments wait on the host, as those of a streamed model on an accelerator.
 
-    One sum of moments is there while it is collected, with the streams of one batch. Later a system, its inverse and a
-    copy of either are, or products with the weights in the place of the copy. `bench/tpu_job.py` has these figures
+    One sum of moments is there while it is collected, with the streams of one batch. Later a system and the moments of
+    two parts of the windows are, or two matrices with products with the weights. `bench/tpu_job.py` has these figures
     from the compiler.
     """
     matrix, products = _moments(dense)
     streams = _streams(dense, _tokens_per_batch(recipe))
     collected = FLOAT * (matrix + products + streams) + _activations(dense, recipe, on_cpu=False)
-    return max(collected, FLOAT * max(3 * matrix, 2 * matrix + 9 * products // 2))
+    return max(collected, FLOAT * (2 * matrix + max(matrix, 3 * products)))
 
 
 def _streams(dense: Decoder, tokens: int) -> int:
