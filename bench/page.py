@@ -53,6 +53,7 @@ PARTS: dict[str, Callable[[str], list[str]]] = {
     "evaluation": evaluation_tables.evaluation_table,
     "samples": evaluation_tables.samples_table,
     "recovery": recover_tables.recovery_table,
+    "ranks": recover_tables.rank_table,
     "experts": expert_tables.experts_table,
     "adapters": expert_tables.adapters_table,
     "training": recover_tables.speed_table,
