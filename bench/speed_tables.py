@@ -138,13 +138,13 @@ def _seconds_and_memory(row: Row) -> str:
 
 
 def large_table(shape: str, results: Path = RESULTS) -> list[str]:
-    """The first four pruned layers of a large model and every fourth: seconds, memory after it, the peak until then."""
+    """The first eight pruned layers of a large model and every fourth: seconds, memory after it, the peak until then."""
     path = results / f"large-{shape}.json"
     if not path.exists():
         return []
     rows = []
     for row in json.loads(path.read_text())["rows"]:
-        if row["done"] > 4 and row["done"] % 4:
+        if row["done"] > 8 and row["done"] % 4:
             continue
         sizes = (f"{row[key] / 1e9:.1f} GB" for key in ("resident", "peak_bytes"))
         rows.append([row["stage"], f"{row['done']} of {row['of']}", f"{row['seconds']:,.0f}", *sizes])
