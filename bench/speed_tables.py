@@ -138,7 +138,7 @@ def _seconds_and_memory(row: Row) -> str:
 
 
 def large_table(shape: str, results: Path = RESULTS) -> list[str]:
-    """The first eight pruned layers of a large model and every fourth: seconds, memory after it, the peak until then."""
+    """The first eight pruned layers of a large model, and every fourth: seconds, memory after it, peak until then."""
     path = results / f"large-{shape}.json"
     if not path.exists():
         return []
