@@ -127,10 +127,8 @@ def main() -> None:
         found = read(arguments.output, settings)
     except InputError as error:
         sys.exit(f"error: {error}")
-    known, process = (
-        {(row["stage"], row["done"]) for row in found},
-        1 + max((row["process"] for row in found), default=0),
-    )
+    known = {(row["stage"], row["done"]) for row in found}
+    process = 1 + max((row["process"] for row in found), default=0)
     for row in rows(words, arguments.layers):
         if (row["stage"], row["done"]) in known:
             continue  # an earlier process has pruned this layer

@@ -159,7 +159,7 @@ def settings_of(way: str, row: Row) -> Recovery:
     loaded = recipes.load_as(Recovery, way if way in ("forward", "mezo") else "distil")
     rates = {"full": row["full_rate"]} | dict.fromkeys(ADAPTERS, row["rate"])
     rate = {"learning_rate": rates[way]} if way in rates else {}
-    shape = {"rank": row["rank"], "lora_alpha": 2 * row["rank"]} if way in ADAPTERS else {}
+    shape = {"rank": row["rank"]} if way in ADAPTERS else {}
     return recipes.with_options(loaded, shared_options(row) | OPTIONS.get(way, {}) | rate | shape)[0]
 
 

@@ -64,7 +64,7 @@ def our_step(shape: str, batch: int, length: int, dtype: str, activations: str) 
     from minillm_jax.recovery.trained import TrainedAdapter
 
     decoder = random_decoder(shape, dtype)
-    trained = TrainedAdapter(Lora(), activations)
+    trained = TrainedAdapter(Lora(RANK, 2.0 * RANK), activations)
     steps = optimizer(Training(batch=batch, micro_batch=batch), 1000)
     update = ByGradient(gradients.backward(trained), steps).program()
     tokens = random_tokens(decoder.embedding.shape[0], batch, length)
@@ -90,7 +90,7 @@ def peft_step(shape: str, batch: int, length: int, dtype: str) -> Callable[[], A
     import torch
     from torch_pair import llama
 
-    settings = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = peft.get_peft_model(llama(shape, device, getattr(torch, dtype)), settings).train()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-4, weight_decay=0.0)

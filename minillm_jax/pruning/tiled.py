@@ -45,7 +45,7 @@ def inverse(matrix: Float[Array, "i I"], rows: Rows = ALL, most: int = TILE) -> 
       rows: how the rows lie on the devices.
       most: most rows of a tile.
     """
-    if rows.axis is not None or len(matrix) <= most:
+    if not _has_tiles(matrix, rows, most):
         return blocked.inverse(matrix, rows=rows)
     inside, nothing = jnp.ones(len(matrix), bool), jnp.zeros(len(matrix), matrix.dtype)
     tile = tile_of(len(matrix), most)
@@ -76,7 +76,7 @@ def solver(
       rows: how the rows lie on the devices.
       most: most rows of a tile.
     """
-    if rows.axis is None and len(matrix) > most:
+    if _has_tiles(matrix, rows, most):
         return partial(solved, factored(tiles_of(matrix, inside, diagonal, most)))
     own = rows.own(matrix)
     changed = jnp.where(inside[own][:, None] & inside[None], matrix, 0)
@@ -86,6 +86,11 @@ def solver(
 
 
 # ------------------------------------------------------------------------------------------------------------ tiles
+
+
+def _has_tiles(matrix: Float[Array, "i I"], rows: Rows, most: int) -> bool:
+    """Whether a matrix is cut into tiles; otherwise it is swept."""
+    return rows.axis is None and len(matrix) > most
 
 
 def tile_of(count: int, most: int = TILE) -> int:
