@@ -41,6 +41,7 @@ from minillm_jax.model.loss import losses_of_stream
 from minillm_jax.model.tree import named_arrays
 from minillm_jax.pruning import device_system, walk
 from minillm_jax.pruning.device_system import Numbers
+from minillm_jax.pruning.float64 import Pair
 from minillm_jax.pruning.system import CHOICES
 
 BATCH, LENGTH = 2, 2048
@@ -120,16 +121,17 @@ def of_system(
     kernel = place(kernel, device_system.SYSTEM.kernel)
     kept = place(jax.ShapeDtypeStruct((groups,), jnp.bool_), whole)
     one, choices = (place(abstract(shape), whole) for shape in ((), (len(CHOICES),)))
+    numbers = Numbers(*(3 * (Pair(one, one),)))
     removed = place(jax.ShapeDtypeStruct((), jnp.int32), whole)
 
     make = partial(device_system.system, biased=False, **places)
-    making = gram, tuple(others), None, kernel, Numbers(one, one, one)
+    making = gram, tuple(others), None, kernel, numbers
     system = place(jax.eval_shape(make, *making), device_system.SYSTEM)
     yield Program(f"{word}: system", make, making, resident, donated=(0,))
     order = partial(device_system.order, count=groups, parts=1, **places)
     yield Program(f"{word}: order of removal", order, (system.matrix, system.right, removed), resident, donated=(0,))
     make = partial(make, stride=device_system.stride_of(outputs))
-    making = gram, tuple(others), tuple(sums), kernel, Numbers(one, one, one)
+    making = gram, tuple(others), tuple(sums), kernel, numbers
     part = place(jax.eval_shape(make, *making), device_system.SYSTEM)
     yield Program(f"{word}: system of a part", make, making, resident, donated=(0,))
     solutions = partial(device_system.solutions, **places)
@@ -137,7 +139,8 @@ def of_system(
     found = place(jax.eval_shape(solutions, part, kept, choices), device_system.SOLUTIONS)
     best = partial(device_system.best_share, **places)
     yield Program(f"{word}: choice of the ridge", best, (part, kept, found), resident)
-    yield Program(f"{word}: refit", partial(device_system.refit, **places), (system, kept, one), resident)
+    refit = partial(device_system.refit, biased=False, **places)
+    yield Program(f"{word}: refit", refit, (sums, kernel, numbers, kept), resident)
 
 
 def half(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -449,8 +449,8 @@ class Refit:
         each projection to three quarters of the calibration windows predicts the others best.
       inputs: β, how far the matrices that read the residual stream are refitted to the pruned one, from 0 (not at all)
         to 1. None for half-way with least squares, and 0 with `bias`.
-      solver: where linear systems are solved and OBS orders groups: `host` (NumPy, float64) or `device` (float32);
-        `auto` for the host where JAX runs on a CPU, and the device elsewhere.
+      solver: where linear systems are solved and OBS orders groups: `host` (NumPy, float64) or `device` (JAX, float32
+        with refits refined in float64); `auto` for the host where JAX runs on a CPU, and the device elsewhere.
     """
 
     method: str = option(
@@ -484,7 +484,8 @@ class Refit:
     solver: str = option(
         "auto",
         str,
-        "Solve on the host in float64, or on the device in float32; auto: on the device of a GPU or TPU.",
+        "Solve on the host in float64, or on the device in float32 and refine in float64; auto: on the device of a GPU "
+        "or TPU.",
         choices=SOLVER_CHOICES,
     )
 

@@ -1,11 +1,12 @@
-"""A linear system on the device: from the moments to the kept groups and the refitted rows, float32.
+"""A linear system on the device: from the moments to the kept groups in float32, and to the refitted rows.
 
 The formulas are those of `system` and `removal_order`. All functions work at full width: rows that are not kept stand
 as the identity in a matrix and as zeros in a solution, so that one program serves every number of kept groups.
 
 A matrix of I rows is the largest array of the job. No program has more than two of them, and each program takes the
 memory of its first argument for its result: `system` makes the matrix of a system from its Gram matrix, and `order`
-inverts it, in place. The moments themselves may lie in the memory of the host.
+inverts it, in place. `refit` makes no such matrix: it refines rows with the Gram matrix itself (`refinement`). The
+moments may lie in the memory of the host.
 
 On a mesh, the matrices of I rows are shared over `model` where that divides: each device holds its own rows of a matrix
 and its own columns of the right-hand sides (see `blocked.Rows`).
@@ -19,6 +20,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
@@ -26,13 +28,15 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from minillm_jax.devices.sharding import MODEL, place
 from minillm_jax.model import ops
 from minillm_jax.pruning.blocked import ALL, UPDATED, Rows, block_of, by_blocks, product
+from minillm_jax.pruning.float64 import Pair, number
+from minillm_jax.pruning.refinement import Equations, Targets, ridge_of
 from minillm_jax.pruning.removal_order import Removed, order_on_device
 from minillm_jax.pruning.system import CHOICES, COLUMNS, ENOUGH
 from minillm_jax.pruning.tiled import inverse, solver
 
 # Fewest rows of a block for which the rows of a matrix are shared: smaller blocks send too many messages.
 FEWEST = 16
-# Columns of a right-hand side that are solved at a time: their solution and its refinement take several arrays of them.
+# Columns of a right-hand side that are refined at a time: their refinement takes several arrays of them.
 SOLVED = 1024
 
 
@@ -45,8 +49,6 @@ class DeviceSystem(NamedTuple):
       kernel: the matrix W that the ridge keeps the solution near to, in its own type.
       ridge: λ.
       diagonal: mean diagonal of G; 1 where G is zero.
-      mean: mean of the inputs.
-      target: mean of the target.
     """
 
     matrix: Float[Array, "i I"]
@@ -54,8 +56,6 @@ class DeviceSystem(NamedTuple):
     kernel: Shaped[Array, "I d"]
     ridge: Float[Array, ""]
     diagonal: Float[Array, ""]
-    mean: Float[Array, " I"]
-    target: Float[Array, " d"]
 
 
 class Refitted(NamedTuple):
@@ -81,9 +81,14 @@ class Numbers(NamedTuple):
       share: the ridge as a share of the mean diagonal.
     """
 
-    tokens: Float[Array, ""]
-    towards: Float[Array, ""]
-    share: Float[Array, ""]
+    tokens: Pair
+    towards: Pair
+    share: Pair
+
+    @classmethod
+    def of(cls, tokens: int, towards: float, share: float) -> "Numbers":
+        """The arguments of these numbers."""
+        return cls._make(map(number, (float(tokens), towards, share)))
 
 
 # The six fields of `walk.Moments` or `walk.InputMoments`.
@@ -92,7 +97,7 @@ Sums = tuple[Array, ...]
 _ROWS, _COLUMNS, _WHOLE, _PART = PartitionSpec(MODEL), PartitionSpec(None, MODEL), PartitionSpec(), PartitionSpec(MODEL)
 SUMS = (_ROWS, _WHOLE, _COLUMNS, _PART, _WHOLE, _PART)
 # Specifications in the place of arrays.
-SYSTEM: Any = DeviceSystem._make((_ROWS, _COLUMNS, _COLUMNS, _WHOLE, _WHOLE, _WHOLE, _PART))
+SYSTEM: Any = DeviceSystem._make((_ROWS, _COLUMNS, _COLUMNS, _WHOLE, _WHOLE))
 SOLUTIONS = PartitionSpec(None, None, MODEL)
 REMOVED: Any = Removed._make((_WHOLE,) * 3)
 REFITTED: Any = Refitted._make((_COLUMNS, _PART, _WHOLE))
@@ -223,7 +228,7 @@ def best_share(
     *,
     mesh: Mesh | None = None,
     rows: Rows = ALL,
-) -> Float[Array, ""]:
+) -> Pair:
     """`system.HeldOut.best` on the device: the ridge that held-out windows choose, as a share of the mean diagonal.
 
     Args:
@@ -237,28 +242,33 @@ def best_share(
     return _over(mesh, rows, partial(_best_share, rows=rows), specs, _WHOLE)(held, kept, found)
 
 
-@partial(jax.jit, static_argnames=("least_squares", "mesh", "rows"))
+@partial(jax.jit, static_argnames=("biased", "least_squares", "mesh", "rows"))
 def refit(
-    system: DeviceSystem,
+    sums: Sums,
+    kernel: Shaped[Array, "I D"],
+    numbers: Numbers,
     kept: Bool[Array, " groups"],
-    share: Float[Array, ""],
     *,
+    biased: bool,
     least_squares: bool = True,
     mesh: Mesh | None = None,
     rows: Rows = ALL,
 ) -> Refitted:
-    """The refitted rows of the kept groups.
+    """The refitted rows of the kept groups, as precise as on the host (see `refinement`).
 
     Args:
-      system: from `system`.
+      sums: the moments of all windows.
+      kernel: W.
+      numbers: of the system; the ridge is the chosen one.
       kept: whether a group is kept.
-      share: the ridge, as a share of the mean diagonal.
+      biased: whether the map has a bias: it is fitted on centred inputs and targets.
       least_squares: whether the rows are solved for; otherwise they stay, and the bias alone changes.
       mesh: the devices of the arrays; None for one device.
       rows: from `shared_rows`.
     """
-    body = partial(_refit, least_squares=least_squares, rows=rows)
-    return _over(mesh, rows, body, (SYSTEM, _WHOLE, _WHOLE), REFITTED)(system, kept, share)
+    body = partial(_refit, biased=biased, least_squares=least_squares, rows=rows)
+    specs = SUMS, _COLUMNS, _WHOLE, _WHOLE
+    return _over(mesh, rows, body, specs, REFITTED)(sums, kernel, numbers, kept)
 
 
 def _over(mesh: Mesh | None, rows: Rows, body: Callable[..., Any], inside: Any, outside: Any) -> Callable[..., Any]:
@@ -296,8 +306,8 @@ def _system(
         others = (*rest, *others[3:])
     inputs, cross, targets, center, target_center = others
     cross, targets, target_center = cross[:, ::stride], targets[::stride], target_center[::stride]
-    kernel, tokens, towards = kernel[:, ::stride], numbers.tokens, numbers.towards
-    wide, mean = kernel.astype(jnp.float32), center + inputs / tokens
+    kernel, (tokens, towards, share) = kernel[:, ::stride], (part.high for part in numbers)
+    wide = kernel.astype(jnp.float32)
     if biased:  # a covariance is the same about any center
         gram = gram - jnp.outer(inputs[own], inputs) / tokens
         diagonal = diagonal - inputs[own] ** 2 / tokens
@@ -310,21 +320,20 @@ def _system(
     on_diagonal = own[:, None] == jnp.arange(gram.shape[1])[None]
     diagonal = rows.total(jnp.sum(diagonal)) / gram.shape[1]
     diagonal = jnp.where(diagonal == 0, 1.0, diagonal)
-    ridge = numbers.share * diagonal
+    ridge = share * diagonal
     matrix = gram + ridge * on_diagonal
     # (1 − γ) G W + γ C + λ W, with the one matrix that is in memory
     right = (1 - towards) * product(matrix, wide, rows) + towards * (cross + ridge * wide)
-    target = (1 - towards) * ops.einsum("I,ID->D", mean, wide) + towards * (target_center + targets / tokens)
-    return DeviceSystem(matrix, right, kernel, ridge, diagonal, mean, target)
+    return DeviceSystem(matrix, right, kernel, ridge, diagonal)
 
 
 def _diagonal(matrix: Float[Array, "i I"], own: Int[Array, " i"]) -> Float[Array, " i"]:
     """The entries in the columns of the rows' own indices, of some rows at a time: no other array has I columns."""
 
     def take(first: int | Array, count: int, found: Array) -> Array:
-        part, at = (jax.lax.dynamic_slice_in_dim(array, first, count, 0) for array in (matrix, own))
+        part, at = (lax.dynamic_slice_in_dim(array, first, count, 0) for array in (matrix, own))
         entries = jnp.where(at[:, None] == jnp.arange(matrix.shape[1])[None], part, 0)
-        return jax.lax.dynamic_update_slice_in_dim(found, jnp.sum(entries, axis=1), first, 0)
+        return lax.dynamic_update_slice_in_dim(found, jnp.sum(entries, axis=1), first, 0)
 
     return by_blocks(len(matrix), UPDATED, take, jnp.zeros(len(matrix), matrix.dtype))
 
@@ -347,17 +356,16 @@ def _order(
 def _solutions(
     system: DeviceSystem, kept: Bool[Array, " groups"], shares: Float[Array, " R"], *, rows: Rows
 ) -> Float[Array, "R I d"]:
-    return jax.lax.map(lambda share: _rows(system, kept, share, rows), shares)
+    return lax.map(lambda share: _rows(system, kept, share, rows), shares)
 
 
-def _best_share(
-    held: DeviceSystem, kept: Bool[Array, " groups"], found: Float[Array, "R I d"], *, rows: Rows
-) -> Float[Array, ""]:
-    choices, gains = jnp.asarray(CHOICES, jnp.float32), ridge_gains(held, kept, found, rows)
+def _best_share(held: DeviceSystem, kept: Bool[Array, " groups"], found: Float[Array, "R I d"], *, rows: Rows) -> Pair:
+    gains = ridge_gains(held, kept, found, rows)
     gains = jnp.where(jnp.isfinite(gains), gains, -jnp.inf)
     most = jnp.max(gains)
     enough = (gains >= ENOUGH * most) & (most > 0)
-    return jnp.where(most > 0, choices[jnp.argmax(enough)], choices[-1])
+    best = jnp.where(most > 0, jnp.argmax(enough), len(CHOICES) - 1)
+    return jax.tree.map(lambda *choices: jnp.stack(choices)[best], *map(number, CHOICES))
 
 
 def ridge_gains(
@@ -375,44 +383,62 @@ def ridge_gains(
         slope = product(held.matrix, after + before, rows) - 2 * held.right
         return -rows.total(jnp.sum((after - before) * slope))
 
-    return jax.lax.map(gain, found)
+    return lax.map(gain, found)
 
 
 def _refit(
-    system: DeviceSystem, kept: Bool[Array, " groups"], share: Float[Array, ""], *, least_squares: bool, rows: Rows
+    sums: Sums,
+    kernel: Shaped[Array, "I d"],
+    numbers: Numbers,
+    kept: Bool[Array, " groups"],
+    *,
+    biased: bool,
+    least_squares: bool,
+    rows: Rows,
 ) -> Refitted:
-    if least_squares:
-        kernel = _rows(system, kept, share, rows)
-    else:
-        kernel = jnp.where(_of_rows(kept, system.kernel)[:, None], system.kernel.astype(jnp.float32), 0)
-    shift = system.target - ops.einsum("I,ID->D", system.mean, kernel)
-    # Of the matrix the mean diagonal is enough: no entry of a Gram matrix exceeds the largest of its diagonal.
-    parts = (system.diagonal, system.right, kernel, shift)
-    broken = rows.total(jnp.stack([jnp.any(~jnp.isfinite(part)) for part in parts]).astype(jnp.int32))
-    return Refitted(kernel, shift, jnp.all(broken == 0))
+    gram, inputs, cross, targets, center, target_center = sums
+    inside, diagonal = _of_rows(kept, kernel), rows.whole(_diagonal(gram, rows.own(gram)))
+    ridge = ridge_of(numbers.share, diagonal, inputs, center, numbers.tokens, biased)
+    equations = Equations(gram, inputs, center, inside, numbers.tokens, numbers.towards, ridge, biased, rows)
+    solve = solver(gram, inside, jnp.where(inside, ridge.high, 1), rows, added=equations.added())
+
+    def columns(first: int | Array, width: int, carry: Refitted) -> Refitted:
+        part = Targets(*(_columns(array, first, width) for array in (cross, targets, target_center, kernel)))
+        as_it_is = jnp.where(inside[:, None], part.kernel.astype(jnp.float32), 0)
+        found, sound = Pair(as_it_is, jnp.zeros_like(as_it_is)), jnp.bool_(True)
+        if least_squares:
+            found, sound = equations.solved(solve, part)
+        rows_so_far = lax.dynamic_update_slice_in_dim(carry.kernel, found.high, first, 1)
+        shift_so_far = lax.dynamic_update_slice_in_dim(carry.shift, equations.shift(found, part), first, 0)
+        return Refitted(rows_so_far, shift_so_far, carry.sound & sound)
+
+    nothing = Refitted(jnp.zeros_like(cross), jnp.zeros_like(targets), jnp.bool_(True))
+    found = by_blocks(cross.shape[1], SOLVED, columns, nothing)
+    # Of the Gram matrix the diagonal is enough: no entry exceeds the largest.
+    finite = [jnp.all(jnp.isfinite(part)) for part in (diagonal, cross, found.kernel, found.shift)]
+    broken = rows.total(jnp.stack([~part for part in (found.sound, *finite)]).astype(jnp.int32))
+    return found._replace(sound=jnp.all(broken == 0))
+
+
+def _columns(array: Shaped[Array, "... d"], first: int | Array, width: int) -> Shaped[Array, "... w"]:
+    return lax.dynamic_slice_in_dim(array, first, width, -1)
 
 
 def _rows(
     system: DeviceSystem, kept: Bool[Array, " groups"], share: Float[Array, ""], rows: Rows
 ) -> Float[Array, "I d"]:
-    """The solution for the kept rows with another ridge, zeros elsewhere.
+    """The solution for the kept rows with another ridge, zeros elsewhere: precise enough to compare ridges.
 
-    One step of iterative refinement follows the first solution (Higham, Accuracy and Stability of Numerical Algorithms,
-    chapter 12).
+    One step of iterative refinement in float32 follows the first solution (Higham, Accuracy and Stability of Numerical
+    Algorithms, chapter 12).
     """
     matrix, of_rows = system.matrix, _of_rows(kept, system.kernel)
     more = share * system.diagonal - system.ridge
-    solve = solver(matrix, of_rows, jnp.where(of_rows, more, 1), rows)
-    inside = of_rows[:, None]
-
-    def columns(first: int | Array, width: int, found: Array) -> Array:
-        right, kernel = (jax.lax.dynamic_slice_in_dim(part, first, width, 1) for part in (system.right, system.kernel))
-        right = jnp.where(inside, right + more * kernel.astype(jnp.float32), 0)
-        solution = solve(right)
-        rest = right - jnp.where(inside, product(matrix, solution, rows) + more * solution, 0)
-        return jax.lax.dynamic_update_slice_in_dim(found, solution + solve(rest), first, 1)
-
-    return by_blocks(system.right.shape[1], SOLVED, columns, jnp.zeros_like(system.right))
+    solve, inside = solver(matrix, of_rows, jnp.where(of_rows, more, 1), rows), of_rows[:, None]
+    right = jnp.where(inside, system.right + more * system.kernel.astype(jnp.float32), 0)
+    solution = solve(right)
+    rest = right - jnp.where(inside, product(matrix, solution, rows) + more * solution, 0)
+    return solution + solve(rest)
 
 
 def _of_rows(kept: Bool[Array, " groups"], kernel: Shaped[Array, "I d"]) -> Bool[Array, " I"]:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Shaped
 from numpy.linalg import LinAlgError
 
 from minillm_jax.devices import hosts
@@ -25,6 +25,7 @@ from minillm_jax.devices.sharding import gather
 from minillm_jax.errors import InputError, cause, shortened, warn
 from minillm_jax.pruning import device_system, solve
 from minillm_jax.pruning.device_system import Numbers, placed, placed_kernel, shared_rows
+from minillm_jax.pruning.float64 import Pair, number
 from minillm_jax.pruning.removal_order import Removal, Removed, greedy_removal, products_of_best
 from minillm_jax.pruning.system import CHOICES, RIDGE, System, system_with_ridge
 from minillm_jax.pruning.walk import Collected
@@ -298,13 +299,16 @@ class DeviceFit(Fit):
 
     def refitted(self, kept: Bool[Array, " count"], least_squares: bool = True) -> device_system.Refitted:
         """The rows of the kept groups, with the ridge that held-out windows choose for them."""
-        share = jnp.float32(self._share)
+        share = number(self._share)
         if self._chooses and least_squares:
             share = self.best_share(kept)
-        system = self._system(self._problem.total, self._share)
-        return device_system.refit(system, kept, share, least_squares=least_squares, **self._places)
+        problem = self._problem
+        sums, kernel = placed(problem.total, **self._places), placed_kernel(problem.kernel, **self._places)
+        numbers = Numbers.of(problem.tokens[0], problem.towards, 0.0)._replace(share=share)
+        settings = {"biased": problem.biased, "least_squares": least_squares} | self._places
+        return device_system.refit(sums, kernel, numbers, kept, **settings)
 
-    def best_share(self, kept: Bool[Array, " count"]) -> Float[Array, ""]:
+    def best_share(self, kept: Bool[Array, " count"]) -> Pair:
         """The ridge that held-out windows choose, as a share of the mean diagonal."""
         problem, stride = self._problem, device_system.stride_of(self._problem.kernel.shape[1])
         assert problem.held_out is not None
@@ -323,7 +327,7 @@ class DeviceFit(Fit):
         tokens = held if sums is problem.held_out else total - held if less else total
         gram, *others = placed(sums, **self._places)
         gram = jnp.copy(gram) if isinstance(sums[0], jax.Array) else gram  # the program takes its memory
-        numbers = Numbers._make(jnp.float32(number) for number in (tokens, problem.towards, share))
+        numbers = Numbers.of(tokens, problem.towards, share)
         less, kernel = less and placed(less, **self._places), placed_kernel(problem.kernel, **self._places)
         settings = {"biased": problem.biased, "stride": stride} | self._places
         return device_system.system(gram, tuple(others), less, kernel, numbers, **settings)

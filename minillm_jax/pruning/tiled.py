@@ -35,6 +35,8 @@ TILE = 1024
 Index = int | Int[Array, ""]
 # The tiles on and above the diagonal, row by row: half the memory of the matrix.
 Tiles = Float[Array, "tiles T T"]
+# The factors of a product that is added to a matrix; None for no product.
+Added = tuple[Float[Array, "I K"], Float[Array, "K I"]] | None
 
 
 def inverse(matrix: Float[Array, "i I"], rows: Rows = ALL, most: int = TILE) -> Float[Array, "i I"]:
@@ -64,6 +66,7 @@ def solver(
     diagonal: Float[Array, " I"],
     rows: Rows = ALL,
     most: int = TILE,
+    added: Added = None,
 ) -> Callable[[Float[Array, "I D"]], Float[Array, "I D"]]:
     """The function X ↦ A⁻¹ X; its values are NaN where A is not positive definite.
 
@@ -75,10 +78,12 @@ def solver(
       diagonal: what is added to the diagonal.
       rows: how the rows lie on the devices.
       most: most rows of a tile.
+      added: what is added to the matrix.
     """
     if _has_tiles(matrix, rows, most):
-        return partial(solved, factored(tiles_of(matrix, inside, diagonal, most)))
+        return partial(solved, factored(tiles_of(matrix, inside, diagonal, most, added)))
     own = rows.own(matrix)
+    matrix = matrix if added is None else matrix + ops.einsum("IK,KJ->IJ", added[0][own], added[1])
     changed = jnp.where(inside[own][:, None] & inside[None], matrix, 0)
     changed = changed + jnp.where(own[:, None] == jnp.arange(len(inside))[None], diagonal[None], 0)
     inverted = blocked.inverse(changed, rows=rows)
@@ -100,7 +105,11 @@ def tile_of(count: int, most: int = TILE) -> int:
 
 
 def tiles_of(
-    matrix: Float[Array, "I I"], inside: Bool[Array, " I"], diagonal: Float[Array, " I"], most: int = TILE
+    matrix: Float[Array, "I I"],
+    inside: Bool[Array, " I"],
+    diagonal: Float[Array, " I"],
+    most: int = TILE,
+    added: Added = None,
 ) -> Tiles:
     """The tiles of the matrix A of `solver`, with the identity behind its last row."""
     size = len(matrix)
@@ -111,6 +120,12 @@ def tiles_of(
 
     def cut(row: Index, height: int, column: Index, width: int, tiles: Array) -> Array:
         part = lax.dynamic_slice(matrix, (row, column), (height, width))
+        if added is not None:
+            left, right = (
+                lax.dynamic_slice_in_dim(factor, first, size, axis)
+                for axis, (factor, first, size) in enumerate(zip(added, (row, column), (height, width), strict=True))
+            )
+            part = part + ops.einsum("IK,KJ->IJ", left, right)
         part = jnp.pad(part, ((0, tile - height), (0, tile - width)))
         inside_rows, inside_columns = (lax.dynamic_slice_in_dim(inside, first, tile) for first in (row, column))
         part = jnp.where(inside_rows[:, None] & inside_columns[None], part, 0)

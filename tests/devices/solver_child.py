@@ -78,8 +78,8 @@ def largest(case: Problem) -> int:
     )
     gram, *others = placed(case.total, **places)
     less, kernel = placed(case.held_out, **places), placed_kernel(case.kernel, **places)
-    one, kept = jnp.float32(1), jnp.ones(groups.count, bool)
-    making = gram, tuple(others), less, kernel, Numbers(one, one, one)
+    kept = jnp.ones(groups.count, bool)
+    making = gram, tuple(others), less, kernel, Numbers.of(1, 1.0, 1.0)
     made = partial(device_system.system, biased=case.biased, **places)
     system = jax.eval_shape(made, *making)
     counts = {"count": groups.count, "parts": groups.parts}
@@ -88,7 +88,7 @@ def largest(case: Problem) -> int:
         device_system.order.lower(system.matrix, system.right, jnp.int32(1), **counts, **places),
         device_system.solutions.lower(system, kept, jnp.ones(2), **places),
         device_system.best_share.lower(system, kept, jnp.zeros((2, *case.kernel.shape)), **places),
-        device_system.refit.lower(system, kept, one, **places),
+        device_system.refit.lower((gram, *others), kernel, making[-1], kept, biased=case.biased, **places),
     )
     shapes = [shape for one_of in lowered for shape in re.findall(r"f32\[([\d,]+)\]", one_of.compile().as_text())]
     return max(int(np.prod([int(size) for size in shape.split(",")])) for shape in shapes)

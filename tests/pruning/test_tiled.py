@@ -20,7 +20,7 @@ def test_inverse_is_that_of_lapack(count: int) -> None:
     matrix = definite(count)
     found = jax.jit(partial(tiled.inverse, most=TILE))(jnp.asarray(matrix, jnp.float32))
     np.testing.assert_allclose(found, np.linalg.inv(matrix), atol=1e-4)
-    np.testing.assert_array_equal(found, found.T)
+    np.testing.assert_allclose(found, found.T, atol=1e-6)  # within a tile, a product rounds as the CPU sums
 
 
 @pytest.mark.parametrize("count", [300, 256, 40])
