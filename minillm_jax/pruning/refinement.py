@@ -9,9 +9,9 @@ estimate X of the rows leaves
     with a bias       G₀ = G − s sᵀ / n       C₀ = C − s rᵀ / n
 
 with the moments G (`gram`), s (`inputs`), C (`cross`), r (`targets`) of n tokens. A step computes the residual in
-float64, solves for the change with the factor, and adds it to X. Each step divides the error by 1 / (κ · 6e-8), the
-condition number κ (Higham, Accuracy and Stability of Numerical Algorithms, section 12.1): a residual in float32
-would leave it at κ · 6e-8, 1e-3 of the rows at a ridge of 1e-4.
+float64, solves for the change with the factor, and adds it to X. With the condition number κ, a step multiplies the
+error by about κ · 6e-8 (Higham, Accuracy and Stability of Numerical Algorithms, section 12.1). A residual in float32
+would leave an error of κ · 6e-8: 1e-3 of the rows at a ridge of 1e-4.
 
     I    input features        i    those whose rows this device holds        D    output features of this device
 """
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from jax import lax
 from jax import numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from minillm_jax.pruning.blocked import Rows
 from minillm_jax.pruning.float64 import Pair, double, in_float64, pair, plus, product
@@ -54,6 +54,24 @@ class Targets(NamedTuple):
     targets: Float[Array, " D"]
     center: Float[Array, " D"]
     kernel: Shaped[Array, "I D"]
+
+
+class _State(NamedTuple):
+    """A refinement after some steps.
+
+    Attributes:
+      found: X.
+      change: norm of the last change.
+      done: whether more steps are of no use.
+      sound: whether X is near the solution.
+      steps: number of steps.
+    """
+
+    found: Pair
+    change: Float[Array, ""]
+    done: Bool[Array, ""]
+    sound: Bool[Array, ""]
+    steps: Int[Array, ""]
 
 
 @dataclass(frozen=True)
@@ -95,23 +113,21 @@ class Equations:
         def size(array: Array) -> Array:
             return jnp.sqrt(self.rows.total(jnp.sum(array * array)))
 
-        def unfinished(state: tuple[Pair, Array, Array, Array, Array]) -> Array:
-            _, _, done, _, steps = state
-            return ~done & (steps < MOST)
+        def unfinished(state: _State) -> Array:
+            return ~state.done & (state.steps < MOST)
 
-        def step(state: tuple[Pair, Array, Array, Array, Array]) -> tuple[Pair, Array, Array, Array, Array]:
-            found, before, _, _, steps = state
-            change = solve(self.residual(found, part))
-            found, last = plus(found, change), size(change)
-            whole = size(found.high)
-            enough = last * last <= TOLERANCE * whole * before  # the next change would be smaller by the same factor
-            done = (steps > 0) & (enough | ~(last < before / 2))
-            return found, last, done, enough | (last <= SOUND * whole), steps + 1
+        def step(state: _State) -> _State:
+            change = solve(self.residual(state.found, part))
+            found = plus(state.found, change)
+            last, whole = size(change), size(found.high)
+            # The next change would be smaller by the same factor.
+            enough = last * last <= TOLERANCE * whole * state.change
+            done = (state.steps > 0) & (enough | ~(last < state.change / 2))
+            return _State(found, last, done, enough | (last <= SOUND * whole), state.steps + 1)
 
         nothing, no = jnp.zeros_like(part.cross), jnp.bool_(False)
-        state = Pair(nothing, nothing), jnp.float32(0), no, no, jnp.int32(0)
-        found, _, _, sound, _ = lax.while_loop(unfinished, step, state)
-        return found, sound
+        last = lax.while_loop(unfinished, step, _State(Pair(nothing, nothing), jnp.float32(0), no, no, jnp.int32(0)))
+        return last.found, last.sound
 
     def residual(self, found: Pair, part: Targets) -> Float[Array, "I D"]:
         """What is left of the right-hand side by some rows, rounded; zeros in the rows that are not kept."""

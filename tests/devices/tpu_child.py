@@ -16,7 +16,9 @@ from minillm_jax.model.build import build
 from minillm_jax.model.config import DecoderConfig, LayerSizes, Sizes
 from minillm_jax.model.loss import sequence_losses
 from minillm_jax.model.ops import Rope
-from minillm_jax.pruning import blocked, tiled
+from minillm_jax.pruning import blocked, device_system, tiled
+from minillm_jax.pruning.device_system import Numbers
+from minillm_jax.pruning.float64 import Pair
 from minillm_jax.scoring.gradient import exact
 
 SIZES = Sizes(V=256, D=128, H=32, layers=(LayerSizes(N=4, K=4, F=256),) * 2)
@@ -30,7 +32,11 @@ def main() -> None:
         "all-reduce": loss_on(mesh).count("all-reduce("),
         "temporaries / matrix": [temporaries_on(devices[0], function) for function in (blocked.inverse, tiled.inverse)],
     }
-    sys.stdout.write(json.dumps(found | {"gradients / weights": memory_of_gradients_on(devices[0])}))
+    found |= {
+        "gradients / weights": memory_of_gradients_on(devices[0]),
+        "refit / matrix": memory_of_refit_on(devices[0]),
+    }
+    sys.stdout.write(json.dumps(found))
 
 
 def loss_on(mesh: Mesh) -> str:
@@ -51,6 +57,20 @@ def temporaries_on(device: Any, inverse: Callable[[Any], Any]) -> float:
     matrix = jax.ShapeDtypeStruct((8192, 8192), jnp.float32, sharding=SingleDeviceSharding(device))
     held: Any = jax.jit(inverse, donate_argnums=0).lower(matrix).compile().memory_analysis()
     return (held.temp_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes) / (matrix.size * 4)
+
+
+def memory_of_refit_on(device: Any) -> float:
+    """Bytes that a refit takes beside its arguments, over those of the Gram matrix."""
+    size, place = 4096, SingleDeviceSharding(device)
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    sums = tuple(array(*shape) for shape in ((size, size), (size,), (size, 64), (64,), (size,), (64,)))
+    numbers = Numbers(*(3 * (Pair(array(), array()),)))
+    arguments = sums, array(size, 64, dtype=jnp.bfloat16), numbers, array(size, dtype=jnp.bool_)
+    held: Any = device_system.refit.lower(*arguments, biased=False).compile().memory_analysis()
+    return held.temp_size_in_bytes / (4 * size**2)
 
 
 def memory_of_gradients_on(device: Any) -> float:

@@ -60,7 +60,7 @@ def test_the_program_has_one_size_whatever_the_number_of_rows() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiles for a TPU with the package libtpu")
 def test_programs_of_the_default_recipe_compile_for_a_tpu() -> None:
-    """A forward loss on four chips, a system, exact gradients, in a process that begins with the chips' settings."""
+    """A forward loss on four chips, systems, exact gradients, in a process that begins with the chips' settings."""
     chips = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
     chips |= {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     command = [sys.executable, "-m", "tests.devices.tpu_child"]
@@ -74,3 +74,4 @@ def test_programs_of_the_default_recipe_compile_for_a_tpu() -> None:
     assert swept < 0.01  # the inverse takes the memory of its argument
     assert tiled < 0.6  # beside it lie the tiles on and above the diagonal
     assert found["gradients / weights"] < 3.1  # bfloat16 weights and float32 sums
+    assert found["refit / matrix"] < 1.5  # its tiles, and the slices of a tile of the Gram matrix for float64
