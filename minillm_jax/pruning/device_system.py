@@ -68,7 +68,7 @@ class Refitted(NamedTuple):
     """
 
     kernel: Float[Array, "I d"]
-    shift: Float[Array, " d"]
+    shift: Pair
     sound: Bool[Array, ""]
 
 
@@ -409,13 +409,14 @@ def _refit(
         if least_squares:
             found, sound = equations.solved(solve, part)
         rows_so_far = lax.dynamic_update_slice_in_dim(carry.kernel, found.high, first, 1)
-        shift_so_far = lax.dynamic_update_slice_in_dim(carry.shift, equations.shift(found, part), first, 0)
+        shifts = zip(carry.shift, equations.shift(found, part), strict=True)
+        shift_so_far = Pair(*(lax.dynamic_update_slice_in_dim(before, new, first, 0) for before, new in shifts))
         return Refitted(rows_so_far, shift_so_far, carry.sound & sound)
 
-    nothing = Refitted(jnp.zeros_like(cross), jnp.zeros_like(targets), jnp.bool_(True))
+    nothing = Refitted(jnp.zeros_like(cross), Pair(*(2 * (jnp.zeros_like(targets),))), jnp.bool_(True))
     found = by_blocks(cross.shape[1], SOLVED, columns, nothing)
     # Of the Gram matrix the diagonal is enough: no entry exceeds the largest.
-    finite = [jnp.all(jnp.isfinite(part)) for part in (diagonal, cross, found.kernel, found.shift)]
+    finite = [jnp.all(jnp.isfinite(part)) for part in (diagonal, cross, found.kernel, found.shift.high)]
     broken = rows.total(jnp.stack([~part for part in (found.sound, *finite)]).astype(jnp.int32))
     return found._replace(sound=jnp.all(broken == 0))
 

@@ -17,6 +17,7 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
+from minillm_jax.devices.sharding import gather
 from minillm_jax.pruning.blocked import ALL, Rows, block_of
 
 # Most rows and columns of a tile of a product: for a TPU, the slices of both operands are 24 times as large.
@@ -64,6 +65,11 @@ def number(value: float) -> Pair:
     """A number as a pair, for a program's argument."""
     high = np.float32(value)
     return Pair(jnp.float32(high), jnp.float32(value - float(high)))
+
+
+def as_float64(found: Pair) -> Float[np.ndarray, "..."]:
+    """A pair on the host. With several processes, every one must call this."""
+    return gather(found.high).astype(np.float64) + gather(found.low)
 
 
 @in_float64

@@ -156,12 +156,12 @@ class Equations:
         return jnp.where(self.inside[:, None], rest, 0).astype(jnp.float32)
 
     @in_float64
-    def shift(self, found: Pair, part: Targets) -> Float[Array, " D"]:
+    def shift(self, found: Pair, part: Targets) -> Pair:
         """The change of the bias that gives the output with these rows the mean of the target."""
         mean = double(self.center) + double(self.inputs) / double(self.tokens)
         towards, target = double(self.towards), double(part.center) + double(part.targets) / double(self.tokens)
         ahead = (1 - towards) * double(part.kernel) - double(found)
-        return (jnp.sum(mean[:, None] * ahead, axis=0) + towards * target).astype(jnp.float32)
+        return pair(jnp.sum(mean[:, None] * ahead, axis=0) + towards * target)
 
 
 @in_float64

@@ -319,7 +319,7 @@ def with_projection(
     run: Block,
     name: str,
     kernel: Shaped[np.ndarray, "..."] | Shaped[Array, "..."],
-    shift: Float[np.ndarray, " D"] | Float[Array, " D"] | None,
+    shift: Float[np.ndarray, " D"] | None,
     mesh: Mesh | None,
 ) -> Block:
     """The layer with a new kernel of one projection and `shift` added to its bias, rounded to the types of both.

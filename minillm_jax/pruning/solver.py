@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 from numpy.linalg import LinAlgError
 
 from minillm_jax.devices import hosts
@@ -25,7 +25,7 @@ from minillm_jax.devices.sharding import gather
 from minillm_jax.errors import InputError, cause, shortened, warn
 from minillm_jax.pruning import device_system, solve
 from minillm_jax.pruning.device_system import Numbers, placed, placed_kernel, shared_rows
-from minillm_jax.pruning.float64 import Pair, number
+from minillm_jax.pruning.float64 import Pair, as_float64, number
 from minillm_jax.pruning.removal_order import Removal, Removed, greedy_removal, products_of_best
 from minillm_jax.pruning.system import CHOICES, RIDGE, System, system_with_ridge
 from minillm_jax.pruning.walk import Collected
@@ -84,11 +84,11 @@ class Solution(NamedTuple):
 
     Attributes:
       kernel: at full width, with zeros in the rows that are not kept.
-      shift: the change of the bias; None without a bias.
+      shift: the change of the bias, float64; None without a bias.
     """
 
     kernel: Matrix
-    shift: Any | None
+    shift: Float[np.ndarray, " D"] | None
 
     def named(self) -> dict[str, Any]:
         """The arrays by name."""
@@ -334,7 +334,7 @@ class DeviceFit(Fit):
 
     def _solution(self, found: device_system.Refitted) -> Solution:
         _check(bool(gather(found.sound)))
-        return Solution(found.kernel, found.shift if self._problem.biased else None)
+        return Solution(found.kernel, as_float64(found.shift) if self._problem.biased else None)
 
 
 def _check(sound: bool) -> None:

@@ -6,12 +6,7 @@ import pytest
 from jax import numpy as jnp
 
 from minillm_jax.pruning import float64
-from minillm_jax.pruning.float64 import Pair, in_float64, pair, plus, product
-
-
-def value(found: Pair) -> np.ndarray:
-    """A pair in float64."""
-    return sum(np.asarray(part, np.float64) for part in found)  # type: ignore[return-value]
+from minillm_jax.pruning.float64 import Pair, as_float64, in_float64, pair, plus, product
 
 
 def as_pair(array: np.ndarray) -> Pair:
@@ -26,14 +21,14 @@ def test_a_product_has_the_digits_of_float64(inputs: int) -> None:
     random = np.random.default_rng(0)
     matrix, right = random.normal(size=(inputs, inputs)).astype(np.float32), random.normal(size=(inputs, 3))
     expected, found = matrix.astype(np.float64) @ right, jax.jit(product)(jnp.asarray(matrix), as_pair(right))
-    assert np.abs(value(found) - expected).max() < 1e-12 * inputs
+    assert np.abs(as_float64(found) - expected).max() < 1e-12 * inputs
     assert np.abs(np.asarray(found.high) - expected).max() > 1e-9  # float32 alone has not
 
 
 def test_a_pair_has_48_bits() -> None:
     third, small = as_pair(np.full(4, 1 / 3)), jnp.full(4, 1e-9, jnp.float32)
-    assert value(plus(third, small)) == pytest.approx(1 / 3 + 1e-9, rel=1e-14)
-    assert value(in_float64(lambda: pair(jnp.full(4, 1 / 7)))()) == pytest.approx(1 / 7, rel=1e-14)
+    assert as_float64(plus(third, small)) == pytest.approx(1 / 3 + 1e-9, rel=1e-14)
+    assert as_float64(in_float64(lambda: pair(jnp.full(4, 1 / 7)))()) == pytest.approx(1 / 7, rel=1e-14)
 
 
 def test_programs_stay_float32_outside() -> None:
