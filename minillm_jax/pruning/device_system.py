@@ -37,7 +37,7 @@ from minillm_jax.pruning.tiled import inverse, solver
 # Fewest rows of a block for which the rows of a matrix are shared: smaller blocks send too many messages.
 FEWEST = 16
 # Columns of a right-hand side that are refined at a time: their refinement takes several arrays of them.
-SOLVED = 1024
+SOLVED = 512
 
 
 class DeviceSystem(NamedTuple):
