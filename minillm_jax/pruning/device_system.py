@@ -64,7 +64,7 @@ class Refitted(NamedTuple):
     Attributes:
       kernel: the rows, zero where a row is not kept.
       shift: the change of the bias.
-      sound: whether the system, rows and shift are finite: float32 was precise enough.
+      sound: whether the refinement has ended near the solution, and moments, rows and shift are finite.
     """
 
     kernel: Float[Array, "I d"]
@@ -404,16 +404,18 @@ def _refit(
 
     def columns(first: int | Array, width: int, carry: Refitted) -> Refitted:
         part = Targets(*(_columns(array, first, width) for array in (cross, targets, target_center, kernel)))
-        as_it_is = jnp.where(inside[:, None], part.kernel.astype(jnp.float32), 0)
-        found, sound = Pair(as_it_is, jnp.zeros_like(as_it_is)), jnp.bool_(True)
         if least_squares:
             found, sound = equations.solved(solve, part)
+        else:
+            as_it_is = jnp.where(inside[:, None], part.kernel.astype(jnp.float32), 0)
+            found, sound = Pair(as_it_is, jnp.zeros_like(as_it_is)), jnp.bool_(True)
         rows_so_far = lax.dynamic_update_slice_in_dim(carry.kernel, found.high, first, 1)
         shifts = zip(carry.shift, equations.shift(found, part), strict=True)
         shift_so_far = Pair(*(lax.dynamic_update_slice_in_dim(before, new, first, 0) for before, new in shifts))
         return Refitted(rows_so_far, shift_so_far, carry.sound & sound)
 
-    nothing = Refitted(jnp.zeros_like(cross), Pair(*(2 * (jnp.zeros_like(targets),))), jnp.bool_(True))
+    no_shift = jnp.zeros_like(targets)
+    nothing = Refitted(jnp.zeros_like(cross), Pair(no_shift, no_shift), jnp.bool_(True))
     found = by_blocks(cross.shape[1], SOLVED, columns, nothing)
     # Of the Gram matrix the diagonal is enough: no entry exceeds the largest.
     finite = [jnp.all(jnp.isfinite(part)) for part in (diagonal, cross, found.kernel, found.shift.high)]

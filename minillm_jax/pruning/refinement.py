@@ -136,8 +136,11 @@ class Equations:
 
     @in_float64
     def _ahead(self, found: Pair, part: Targets) -> Pair:
-        """V."""
-        return pair((1 - double(self.towards)) * double(part.kernel) - double(found))
+        return pair(self._v(found, part))
+
+    def _v(self, found: Pair, part: Targets) -> Float[Array, "I D"]:
+        """V in float64; for functions of `in_float64`."""
+        return (1 - double(self.towards)) * double(part.kernel) - double(found)
 
     @in_float64
     def _residual(self, found: Pair, part: Targets, ahead: Pair, products: Pair) -> Float[Array, "I D"]:
@@ -159,9 +162,8 @@ class Equations:
     def shift(self, found: Pair, part: Targets) -> Pair:
         """The change of the bias that gives the output with these rows the mean of the target."""
         mean = double(self.center) + double(self.inputs) / double(self.tokens)
-        towards, target = double(self.towards), double(part.center) + double(part.targets) / double(self.tokens)
-        ahead = (1 - towards) * double(part.kernel) - double(found)
-        return pair(jnp.sum(mean[:, None] * ahead, axis=0) + towards * target)
+        target = double(part.center) + double(part.targets) / double(self.tokens)
+        return pair(jnp.sum(mean[:, None] * self._v(found, part), axis=0) + double(self.towards) * target)
 
 
 @in_float64
